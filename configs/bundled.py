@@ -1,0 +1,88 @@
+"""How the bundled models were made: supervised training on the math task.
+
+  python -m prefix_distill.main --config=configs/bundled.py:base
+  python -m prefix_distill.main --config=configs/bundled.py:teacher
+  python -m prefix_distill.main --config=configs/bundled.py:capable
+  python -m prefix_distill.main --config=configs/bundled.py:weak
+
+`teacher` and `capable` go on from the export of `base`; `capable` and `weak`
+learn from the sloppy solutions that stand for the web. Each run leaves its
+model in `runs/bundled-NAME/export`; copied to `prefix_distill/assets/NAME`, it
+is what ships.
+"""
+
+import dataclasses
+
+import ml_collections
+
+from prefix_distill import config as config_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stage:
+  """Where one model starts from and what it learns.
+
+  A base model stops with <|endoftext|>, its teacher with <|im_end|>: the
+  tokenizer says which.
+  """
+
+  path: str
+  random_init: bool
+  style: str
+  steps: int
+  learning_rate: float
+  warmup_steps: int = 20
+  tokenizer: str = ""
+
+
+_STAGES = {
+    "base": _Stage("bundled:teacher", True, "clean", 500, 3e-3, 100),
+    "teacher": _Stage("runs/bundled-base/export", False, "clean", 1300, 2e-3),
+    "capable": _Stage(
+        "runs/bundled-base/export", False, "capable", 400, 1e-3,
+        tokenizer="bundled:capable",
+    ),  # fmt: skip
+    "weak": _Stage("bundled:weak", True, "weak", 1200, 3e-3, 100),
+}
+
+
+def get_config(name: str) -> ml_collections.ConfigDict:
+  """Returns the config of a stage: base, teacher, capable or weak."""
+  if name not in _STAGES:
+    raise config_lib.ConfigError(
+        f"configs/bundled.py has no argument {name!r}; use one of"
+        f" {', '.join(_STAGES)}."
+    )
+  stage = _STAGES[name]
+  problems = config_lib.DatasetSpec(
+      source="math_task",
+      subset=stage.style,
+      answer="answer",
+      completion="completion",
+      size=1_000_000,
+  )
+  heldout = dataclasses.replace(problems, split="test", size=400)
+  config = config_lib.Config(
+      method="sft",
+      steps=stage.steps,
+      student=config_lib.ModelSpec(
+          stage.path, random_init=stage.random_init, tokenizer=stage.tokenizer
+      ),
+      data=config_lib.DataSpec(problems, batch_size=32, max_prompt_len=56),
+      rollout=config_lib.RolloutSpec(per_prompt=1, max_len=224),
+      optimizer=config_lib.OptimizerSpec(
+          learning_rate=stage.learning_rate,
+          warmup_steps=stage.warmup_steps,
+          decay="cosine",
+          final_fraction=0.02,
+          weight_decay=0.1,
+          b2=0.98,
+      ),
+      evaluation=config_lib.EvaluationSpec(
+          sets={"heldout": heldout}, every=250, batch_size=200
+      ),
+      # Every process of the same name draws other problems than the next one.
+      seed=list(_STAGES).index(name),
+      checkpoint=config_lib.CheckpointSpec(every=100),
+  )
+  return ml_collections.ConfigDict(config_lib.to_dict(config))

@@ -1,0 +1,86 @@
+"""Makes the bundled tokenizer: `python -m prefix_distill.data.make_tokenizer`.
+
+It is byte-level like Qwen3's, with the same special tokens and chat template,
+so any text can be encoded; the words of the bundled task are whole tokens.
+"""
+
+import sys
+
+from tokenizers import AddedToken
+from tokenizers import decoders
+from tokenizers import models
+from tokenizers import pre_tokenizers
+from tokenizers import Regex
+from tokenizers import Tokenizer
+import transformers
+
+from prefix_distill.data import math_task
+
+# As Qwen's, but a number is one token and takes the space before it.
+_PATTERN = (
+    r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+_CHAT_TEMPLATE = (
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message.role + '\\n' + message.content"
+    " + '<|im_end|>' + '\\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}"
+    "{{- '<|im_start|>assistant\\n' }}"
+    "{%- endif %}"
+)
+
+
+def make_tokenizer(eos_token: str) -> transformers.PreTrainedTokenizerFast:
+  """Builds the tokenizer.
+
+  Args:
+    eos_token: `<|endoftext|>` for a base model, `<|im_end|>` for a chat model.
+  """
+  pre = pre_tokenizers.Sequence([
+      pre_tokenizers.Split(Regex(_PATTERN), behavior="isolated"),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+  ])
+  byte_level = pre_tokenizers.ByteLevel(
+      add_prefix_space=False, use_regex=False
+  )
+  pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
+  for word in math_task.vocabulary():
+    piece = byte_level.pre_tokenize_str(word)[0][0]
+    if piece not in pieces:
+      pieces.append(piece)
+  # Without merges a word is its own token or a row of bytes.
+  model = models.BPE(
+      {piece: i for i, piece in enumerate(pieces)}, [], ignore_merges=True
+  )
+  tokenizer = Tokenizer(model)
+  tokenizer.pre_tokenizer = pre
+  tokenizer.decoder = decoders.ByteLevel()
+  tokenizer.add_tokens(
+      [
+          AddedToken(t, special=True, normalized=False)
+          for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+      ]
+      + [
+          AddedToken(t, special=False, normalized=False)
+          for t in ("<think>", "</think>")
+      ]
+  )
+  return transformers.PreTrainedTokenizerFast(
+      tokenizer_object=tokenizer,
+      eos_token=eos_token,
+      pad_token="<|endoftext|>",
+      chat_template=_CHAT_TEMPLATE,
+      clean_up_tokenization_spaces=False,
+      padding_side="left",
+  )
+
+
+def main() -> None:
+  directory, eos_token = sys.argv[1:]
+  make_tokenizer(eos_token).save_pretrained(directory)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,214 @@
+"""Batches of prompts, and of completions for supervised training.
+
+Grain shuffles, repeats, shards and reads ahead; what is here turns a record
+into token rows. Prompts are padded on the left to one static length.
+"""
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+import json
+from typing import Any
+
+import grain
+import numpy as np
+
+from prefix_distill.config import ConfigError
+from prefix_distill.config import DataSpec
+from prefix_distill.data import records
+from prefix_distill.data.chat import Chat
+from prefix_distill.structs import PromptBatch
+from prefix_distill.structs import Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+  """One encoded record.
+
+  Attributes:
+    index: the record's number in its data set.
+    prompt: int32 [S], padded on the left.
+    prompt_mask: bool [S].
+    completion: int32 [C], padded on the right; None without completions.
+    completion_mask: bool [C].
+  """
+
+  index: int
+  prompt: np.ndarray
+  prompt_mask: np.ndarray
+  completion: np.ndarray | None = None
+  completion_mask: np.ndarray | None = None
+
+
+def _pad_left(
+    tokens: Sequence[int], length: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+  row, mask = np.full(length, pad_id, np.int32), np.zeros(length, bool)
+  if tokens:
+    row[-len(tokens) :], mask[-len(tokens) :] = tokens, True
+  return row, mask
+
+
+def encode_prompt(
+    chat: Chat, question: str, max_len: int, suffix: str
+) -> tuple[np.ndarray, np.ndarray] | None:
+  """Returns a prompt's padded row and mask [S]; None if it is too long."""
+  tokens = chat.encode(chat.prompt(question, suffix))
+  if len(tokens) > max_len:
+    return None
+  return _pad_left(tokens, max_len, chat.pad_id)
+
+
+def _encode_completion(
+    chat: Chat, text: str, max_len: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+  tokens = [*chat.encode(text), chat.tokenizer.eos_token_id]
+  if len(tokens) > max_len:
+    return None
+  row, mask = np.full(max_len, chat.pad_id, np.int32), np.zeros(max_len, bool)
+  row[: len(tokens)], mask[: len(tokens)] = tokens, True
+  return row, mask
+
+
+def check_room(chat: Chat, spec: DataSpec, question: str) -> None:
+  """Refuses a prompt length that no prompt can fit.
+
+  Raises:
+    ConfigError: even an empty question is too long.
+  """
+  least = len(chat.encode(chat.prompt("", spec.suffix)))
+  if spec.max_prompt_len <= least:
+    length = len(chat.encode(chat.prompt(question, spec.suffix)))
+    raise ConfigError(
+        f"data.max_prompt_len is {spec.max_prompt_len}, but the chat template"
+        f" alone takes {least} tokens, which leaves no room for a question;"
+        f" the first prompt needs {length}, so set it to that or more."
+    )
+
+
+class PromptIterator:
+  """An endless, seeded stream of batches of one process's own rows.
+
+  Attributes:
+    dropped: records so far that were longer than the static length.
+  """
+
+  def __init__(
+      self,
+      spec: DataSpec,
+      chat: Chat,
+      *,
+      seed: int,
+      completion_len: int = 0,
+      process: tuple[int, int] = (0, 1),
+  ):
+    """Opens the records.
+
+    Args:
+      spec: where from, how many a batch, how long.
+      chat: the student's tokenizer.
+      seed: of the shuffle; each epoch has an order of its own.
+      completion_len: with completions of up to this length; 0 for none.
+      process: this process's number and how many there are.
+
+    Raises:
+      DataError: see `records.read`.
+      ConfigError: the prompt length leaves no room for a question.
+    """
+    source = records.read(spec.train)
+    self._spec, self._chat = spec, chat
+    self._completion_len = completion_len
+    check_room(chat, spec, str(records.field(source[0], spec.train.question)))
+    index, count = process
+    self._rows = spec.batch_size // count
+    self._epoch = len(source)
+    numbered = _Numbered(source)
+    stream = grain.MapDataset.source(numbered).seed(seed).shuffle()
+    stream = stream.repeat()[index::count].map(self._encode)
+    # Records that are too long come out as None, so that they are counted.
+    self._iterator = iter(
+        stream.to_iter_dataset(
+            grain.ReadOptions(num_threads=1, prefetch_buffer_size=64),
+            allow_nones=True,
+        )
+    )
+    self.dropped = 0
+
+  def _encode(self, item: tuple[int, Mapping[str, Any]]) -> Example | None:
+    number, record = item
+    fields = self._spec.train
+    question = str(records.field(record, fields.question))
+    prompt = encode_prompt(
+        self._chat, question, self._spec.max_prompt_len, self._spec.suffix
+    )
+    if prompt is None:
+      return None
+    if not self._completion_len:
+      return Example(number, *prompt)
+    text = str(records.field(record, fields.completion))
+    completion = _encode_completion(self._chat, text, self._completion_len)
+    if completion is None:
+      return None
+    return Example(number, *prompt, *completion)
+
+  def _take(self) -> list[Example]:
+    examples, missed = [], 0
+    while len(examples) < self._rows:
+      example = next(self._iterator)
+      if example is None:
+        self.dropped += 1
+        missed += 1
+        if missed > self._epoch:
+          raise ConfigError(
+              f"data.max_prompt_len is {self._spec.max_prompt_len}, and every"
+              f" one of the {self._epoch} records is longer (prompt or"
+              " completion); raise it, or rollout.max_len."
+          )
+        continue
+      missed = 0
+      examples.append(example)
+    return examples
+
+  def __iter__(self) -> Iterator[tuple[PromptBatch, Rollout | None]]:
+    return self
+
+  def __next__(self) -> tuple[PromptBatch, Rollout | None]:
+    """Returns NumPy prompts, and completions if they were asked for."""
+    rows = self._take()
+    batch = PromptBatch(
+        tokens=np.stack([r.prompt for r in rows]),
+        mask=np.stack([r.prompt_mask for r in rows]),
+        index=np.array([r.index for r in rows], np.int32),
+    )
+    if not self._completion_len:
+      return batch, None
+    return batch, Rollout(
+        tokens=np.stack([r.completion for r in rows]),
+        mask=np.stack([r.completion_mask for r in rows]),
+    )
+
+  def get_state(self) -> str:
+    """Returns where the stream is, as JSON."""
+    return json.dumps(
+        {"grain": self._iterator.get_state(), "dropped": self.dropped}
+    )
+
+  def set_state(self, state: str) -> None:
+    """Goes to where `get_state` was called."""
+    loaded = json.loads(state)
+    self._iterator.set_state(loaded["grain"])
+    self.dropped = loaded["dropped"]
+
+
+class _Numbered(Sequence):
+  """Records with their numbers."""
+
+  def __init__(self, source: Sequence[Mapping[str, Any]]):
+    self._source = source
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> tuple[int, Mapping[str, Any]]:
+    return index, self._source[index]

@@ -1,0 +1,144 @@
+"""Records from JSONL, Parquet, a Hugging Face data set or the math task."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import json
+import pathlib
+from typing import Any
+
+from prefix_distill.config import DatasetSpec
+from prefix_distill.config import UserError
+from prefix_distill.data import math_task
+
+
+class DataError(UserError):
+  """Records that cannot be read, or lack a field."""
+
+
+def field(record: Mapping[str, Any], name: str) -> Any:
+  """Looks a dotted name up: "conversations.0.value" goes into lists too.
+
+  Raises:
+    KeyError: there is no such field.
+  """
+  value: Any = record
+  for part in name.split("."):
+    try:
+      value = value[int(part) if isinstance(value, list) else part]
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+      raise KeyError(name) from error
+  return value
+
+
+def _read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
+  out = []
+  with path.open(encoding="utf-8") as lines:
+    for number, line in enumerate(lines, 1):
+      if not line.strip():
+        continue
+      try:
+        record = json.loads(line)
+      except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path} line {number} is not JSON ({error.msg}); repair it."
+        ) from error
+      if not isinstance(record, dict):
+        raise DataError(
+            f"{path} line {number} is not a JSON object; write one record a"
+            " line."
+        )
+      out.append(record)
+  return out
+
+
+def _read_parquet(path: pathlib.Path) -> list[dict[str, Any]]:
+  import pyarrow.parquet  # Takes a second that most runs need not pay.
+
+  return pyarrow.parquet.read_table(path).to_pylist()
+
+
+def _read_dataset(spec: DatasetSpec) -> Sequence[dict[str, Any]]:
+  import datasets  # Takes seconds that most runs need not pay.
+
+  try:
+    return datasets.load_dataset(
+        spec.source, spec.subset or None, split=spec.split
+    )
+  except Exception as error:
+    reason = str(error).strip().splitlines()[0] if str(error) else repr(error)
+    raise DataError(
+        f"The data set {spec.source} (subset {spec.subset!r}, split"
+        f" {spec.split!r}) cannot be loaded ({reason}); check the names, or"
+        " give the path of a .jsonl or .parquet file."
+    ) from error
+
+
+def _read(spec: DatasetSpec) -> Sequence[dict[str, Any]]:
+  if spec.source == "math_task":
+    try:
+      return math_task.MathTask(spec.split, spec.size, spec.subset or "clean")
+    except ValueError as error:
+      raise DataError(str(error)) from error
+  path = pathlib.Path(spec.source)
+  if path.suffix not in (".jsonl", ".parquet"):
+    return _read_dataset(spec)
+  if not path.is_file():
+    raise DataError(f"The file {path} does not exist; check data.*.source.")
+  try:
+    if path.suffix == ".jsonl":
+      return _read_jsonl(path)
+    return _read_parquet(path)
+  except DataError:
+    raise
+  except (OSError, ValueError) as error:
+    raise DataError(
+        f"{path} cannot be read as {path.suffix[1:]}"
+        f" ({str(error).splitlines()[0]}); write it again."
+    ) from error
+
+
+def read(spec: DatasetSpec) -> Sequence[Mapping[str, Any]]:
+  """Reads the records and checks that each has the fields that are named.
+
+  Raises:
+    DataError: the source is missing, unreadable or empty, or a record lacks a
+      field; files name the line.
+  """
+  records = _read(spec)
+  if len(records) == 0:
+    raise DataError(
+        f"{spec.source} has no records; check its contents and the split."
+    )
+  if spec.size:
+    count = min(spec.size, len(records))
+    records = (
+        records[:count] if isinstance(records, list) else _Head(records, count)
+    )
+  names = [n for n in (spec.question, spec.answer, spec.completion) if n]
+  # Records of a table share their fields; only lines of JSON may differ.
+  checked = records if isinstance(records, list) else [records[0]]
+  for number, record in enumerate(checked, 1):
+    for name in names:
+      try:
+        field(record, name)
+      except KeyError as error:
+        raise DataError(
+            f"{spec.source} line {number} has no field {name!r}; it has"
+            f" {', '.join(record)}, so name one of these in the config."
+        ) from error
+  return records
+
+
+class _Head(Sequence):
+  """The first records of a sequence."""
+
+  def __init__(self, records: Sequence[Any], size: int):
+    self._records, self._size = records, size
+
+  def __len__(self) -> int:
+    return self._size
+
+  def __getitem__(self, index: int) -> Any:
+    if not 0 <= index < self._size:
+      raise IndexError(index)
+    return self._records[index]

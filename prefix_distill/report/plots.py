@@ -1,0 +1,140 @@
+"""The report's pictures."""
+
+from collections.abc import Sequence
+import pathlib
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # pylint: disable=wrong-import-position
+
+Line = dict[str, Any]
+
+
+def _save(figure: Any, path: pathlib.Path) -> str:
+  figure.tight_layout()
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+  return path.name
+
+
+def _axes(title: str, x: str, y: str) -> tuple[Any, Any]:
+  figure, axes = plt.subplots(figsize=(6, 4))
+  axes.set(title=title, xlabel=x, ylabel=y)
+  axes.grid(alpha=0.3)
+  axes.spines[["top", "right"]].set_visible(False)
+  return figure, axes
+
+
+def accuracy_against_flops(
+    lines: Sequence[Line], path: pathlib.Path, label: str
+) -> str:
+  """Draws each set's sampled accuracy over cumulative training FLOPs."""
+  figure, axes = _axes(
+      "Accuracy against training FLOPs", "cumulative FLOPs",
+      "accuracy, sampled (%)",
+  )  # fmt: skip
+  sampled = [x for x in lines if x.get("mode") == "sampled"]
+  for dataset in sorted({x["set"] for x in sampled}):
+    mine = [
+        x for x in sampled if x["set"] == dataset and x["model"] == "student"
+    ]
+    mean = [100 * x["accuracy"] for x in mine]
+    below = [100 * (x["accuracy"] - x["accuracy_low"]) for x in mine]
+    above = [100 * (x["accuracy_high"] - x["accuracy"]) for x in mine]
+    drawn = axes.errorbar(
+        [x["flops"] for x in mine], mean, (below, above), fmt="o-", capsize=3,
+        label=f"student, {label}, {dataset}",
+    )  # fmt: skip
+    for x in sampled:
+      if x["set"] == dataset and x["model"] == "teacher":
+        axes.axhline(
+            100 * x["accuracy"], linestyle="--",
+            color=drawn.lines[0].get_color(), label=f"teacher, {dataset}",
+        )  # fmt: skip
+  axes.set_ylim(0, 100)
+  axes.legend(frameon=False)
+  return _save(figure, path)
+
+
+def loss_against_step(
+    lines: Sequence[Line], path: pathlib.Path, name: str, title: str
+) -> str:
+  """Draws the loss per token, and the prefix length beside it."""
+  updates = [x for x in lines if name in x]
+  figure, axes = _axes(title, "update", "nats per token")
+  steps = [x["step"] for x in updates]
+  axes.plot(steps, [x[name] for x in updates], color="C0", label=title)
+  axes.set_ylim(bottom=0)
+  right = axes.twinx()
+  right.plot(
+      steps, [x["rollout_len"] for x in updates], color="C1", alpha=0.7,
+      label="mean tokens supervised",
+  )  # fmt: skip
+  right.set_ylabel("tokens per rollout")
+  right.set_ylim(bottom=0)
+  right.spines["top"].set_visible(False)
+  handles = axes.get_lines() + right.get_lines()
+  axes.legend(handles, [h.get_label() for h in handles], frameon=False)
+  return _save(figure, path)
+
+
+def kl_against_position(lines: Sequence[Line], path: pathlib.Path) -> str:
+  """Draws KL in bins of positions, averaged over quarters of the run."""
+  updates = [x for x in lines if "kl" in x]
+  figure, axes = _axes(
+      "Reverse KL by position in the answer", "position (tokens)",
+      "nats per token",
+  )  # fmt: skip
+  colors = plt.get_cmap("viridis")
+  quarters = 4
+  for q in range(quarters):
+    part = updates[
+        q * len(updates) // quarters : (q + 1) * len(updates) // quarters
+    ]
+    bins: dict[int, list[float]] = {}
+    for line in part:
+      for name, value in line.items():
+        if name.startswith("kl_at_"):
+          bins.setdefault(int(name.removeprefix("kl_at_")), []).append(value)
+    if not bins:
+      continue
+    starts = sorted(bins)
+    axes.plot(
+        starts, [sum(bins[s]) / len(bins[s]) for s in starts], "o-",
+        color=colors(q / (quarters - 1) * 0.9),
+        label=f"updates {part[0]['step']}-{part[-1]['step']}",
+    )  # fmt: skip
+  axes.set_ylim(bottom=0)
+  if axes.get_legend_handles_labels()[0]:
+    axes.legend(frameon=False)
+  return _save(figure, path)
+
+
+def draw(
+    lines: Sequence[Line], directory: pathlib.Path, method: str
+) -> list[str]:
+  """Draws the pictures that the metrics allow; returns their file names."""
+  out = []
+  if any("mode" in x for x in lines):
+    out.append(
+        accuracy_against_flops(
+            lines, directory / "accuracy_flops.png", method
+        )
+    )
+  if any("kl" in x for x in lines):
+    out.append(
+        loss_against_step(
+            lines, directory / "kl_step.png", "kl", "Reverse KL"
+        )
+    )
+    out.append(kl_against_position(lines, directory / "kl_position.png"))
+  if any("cross_entropy" in x for x in lines):
+    out.append(
+        loss_against_step(
+            lines, directory / "loss_step.png", "cross_entropy",
+            "Cross-entropy",
+        )
+    )  # fmt: skip
+  return out

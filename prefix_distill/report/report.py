@@ -1,0 +1,160 @@
+"""What the user sees: lines, the closing table, plots. Reads files; no jax."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import json
+import pathlib
+from typing import Any
+
+import rich.console
+import rich.table
+
+from prefix_distill.config import Config
+from prefix_distill.report import metrics as metrics_lib
+from prefix_distill.report import plots
+
+Line = dict[str, Any]
+
+
+def headline(
+    config: Config, mesh: Mapping[str, int], workdir: pathlib.Path
+) -> str:
+  """Says in a few lines what is about to run."""
+  axes = " x ".join(f"{name} {size}" for name, size in mesh.items())
+  who = f"student {config.student.path}"
+  if config.teacher is not None and config.method != "sft":
+    who += f", teacher {config.teacher.path}"
+  text = (
+      f"{config.method}: {who}\n"
+      f"{config.steps} updates of {config.data.batch_size} prompts x"
+      f" {config.rollout.per_prompt} rollouts, mesh {axes}\n"
+      f"workdir {workdir}"
+  )
+  if config.method != "sft":
+    text += (
+        f"\ntemperature {config.rollout.temperature:g} in sampling and loss,"
+        f" {config.loss.form} reverse KL"
+    )
+  return text
+
+
+def progress(line: Line) -> dict[str, str]:
+  """Returns what the progress bar shows besides step and time left."""
+  loss = "kl" if "kl" in line else "cross_entropy"
+  return {
+      loss: f"{line[loss]:.3f}",
+      "prefix": str(line["prefix_len"]),
+      "tok/s": f"{line['tokens_per_second']:,.0f}",
+  }
+
+
+def evaluation_line(which: str, step: int, values: Line) -> str:
+  """Returns one evaluation as a line of text."""
+  return (
+      f"step {step:>4}  {which} on {values['set']}, {values['mode']}:"
+      f" {_accuracy(values)}, {values['finish_rate']:.1%} finish,"
+      f" {values['mean_length']:.0f} tokens"
+  )
+
+
+def _accuracy(line: Line) -> str:
+  low, high = 100 * line["accuracy_low"], 100 * line["accuracy_high"]
+  return f"{100 * line['accuracy']:.1f} % ({low:.1f}-{high:.1f})"
+
+
+def _evaluations(lines: Sequence[Line], which: str, mode: str) -> list[Line]:
+  return [
+      line
+      for line in lines
+      if line.get("model") == which and line.get("mode") == mode
+  ]
+
+
+def _row(
+    name: str, lines: Sequence[Line], step: int, which: str, dataset: str
+) -> tuple[str, ...]:
+  found = {}
+  for mode in ("sampled", "greedy"):
+    for line in _evaluations(lines, which, mode):
+      if line["step"] == step and line["set"] == dataset:
+        found[mode] = line
+  if "sampled" not in found:
+    return ()
+  sampled = found["sampled"]
+  greedy = _accuracy(found["greedy"]) if "greedy" in found else "-"
+  return (
+      name,
+      _accuracy(sampled),
+      greedy,
+      f"{sampled['finish_rate']:.1%}",
+      f"{sampled['mean_length']:.0f}",
+  )
+
+
+HEADER = ("", "sampled (95 %)", "greedy (95 %)", "finish", "tokens")
+
+
+def closing_rows(lines: Sequence[Line], dataset: str) -> list[tuple]:
+  """Returns the closing table of one evaluation set, without its header."""
+  steps = [line["step"] for line in _evaluations(lines, "student", "sampled")]
+  if not steps:
+    return []
+  rows = (
+      _row("teacher", lines, steps[-1], "teacher", dataset),
+      _row("student before", lines, steps[0], "student", dataset),
+      _row("student after", lines, steps[-1], "student", dataset),
+  )
+  return [row for row in rows if row]
+
+
+def spent(lines: Sequence[Line]) -> str:
+  """Says what was spent, and what full distillation would have been."""
+  updates = [line for line in lines if "prefix_len" in line]
+  if not updates:
+    return "No updates were made."
+  last = updates[-1]
+  text = (
+      f"{last['flops']:.3g} FLOPs in {len(updates)} updates"
+      f" ({last['seconds']:.0f} s, {last['tokens']:,} tokens,"
+      f" {last['compilations']} compilations)"
+  )
+  full = last.get("flops_full_estimate")
+  if not full:
+    return text + "."
+  return (
+      f"{text}; full distillation would have spent about {full:.3g}"
+      f" ({last['flops'] / full:.0%} spent), going by the answers' lengths at"
+      " the evaluations."
+  )
+
+
+def _markdown(lines: Sequence[Line], pictures: Sequence[str]) -> str:
+  parts = ["# Report\n", spent(lines) + "\n"]
+  for dataset in sorted({line["set"] for line in lines if "set" in line}):
+    parts.append(f"## {dataset}\n")
+    table = [HEADER, ("---",) * len(HEADER), *closing_rows(lines, dataset)]
+    parts.append("\n".join("| " + " | ".join(r) + " |" for r in table) + "\n")
+  parts += [f"![{name}]({name})\n" for name in pictures]
+  return "\n".join(parts)
+
+
+def write(workdir: pathlib.Path) -> None:
+  """Writes `report/` from `metrics.jsonl`, and prints the closing table."""
+  lines = metrics_lib.read(workdir / "metrics.jsonl")
+  config = json.loads((workdir / "config.json").read_text())
+  directory = workdir / "report"
+  directory.mkdir(exist_ok=True)
+  pictures = plots.draw(lines, directory, config["method"])
+  (directory / "report.md").write_text(_markdown(lines, pictures))
+  console = rich.console.Console()
+  for dataset in config["evaluation"]["sets"]:
+    table = rich.table.Table(*HEADER, title=dataset)
+    for row in closing_rows(lines, dataset):
+      table.add_row(*row)
+    console.print(table)
+  console.print(spent(lines), highlight=False)
+  console.print(
+      f"Report in {directory}, model in {workdir / 'export'}.",
+      highlight=False,
+      soft_wrap=True,
+  )

@@ -1,0 +1,69 @@
+"""The dimension key, and the pytrees that flow between the parts.
+
+  B  sequences            D  model width        N  query heads
+  S  prompt positions     L  layers             K  key/value heads
+  P  prefix positions     V  vocabulary         G  N / K
+  T  S + P                F  MLP width          H  head width
+  M  positions that a key/value cache holds
+
+The *prompt* is what both models are conditioned on; it is padded on the left,
+so that every prefix begins at column S. The *prefix* is the student's own
+first sampled tokens, never the prompt; it is padded on the right. A
+*completion* is a whole answer: evaluation writes it, and supervised training
+reads it.
+"""
+
+import dataclasses
+
+import jax
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PromptBatch:
+  """Prompts, padded on the left.
+
+  Attributes:
+    tokens: int32 [B, S].
+    mask: bool [B, S], true on the prompt.
+    index: int32 [B], the record's number in its data set; it seeds the row.
+  """
+
+  tokens: jax.Array
+  mask: jax.Array
+  index: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+  """What follows the prompts, padded on the right.
+
+  Attributes:
+    tokens: int32 [B, P].
+    mask: bool [B, P], true up to and including the stop token.
+    log_probs: float32 [B, P], the sampled tokens' log-probabilities under the
+      distribution they were sampled from, 0 where the mask is false; None if
+      the tokens were not sampled.
+  """
+
+  tokens: jax.Array
+  mask: jax.Array
+  log_probs: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TeacherScores:
+  """What the teacher says of a rollout, at each prefix position.
+
+  Attributes:
+    hidden: [B, P, D of the teacher], the final hidden states, from which the
+      loss forms the teacher's distribution chunk by chunk; None in the sampled
+      form, which does not need it.
+    log_probs: float32 [B, P], the teacher's log-probability of the student's
+      token; None in the exact form, which does not need it.
+  """
+
+  hidden: jax.Array | None = None
+  log_probs: jax.Array | None = None

@@ -1,0 +1,180 @@
+"""Everything that can fail, before anything expensive."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+
+from prefix_distill import config as config_lib
+from prefix_distill import sharding
+from prefix_distill.config import Config
+from prefix_distill.config import ConfigError
+from prefix_distill.config import ModelSpec
+from prefix_distill.config import UserError
+from prefix_distill.data import chat as chat_lib
+from prefix_distill.data.chat import Chat
+from prefix_distill.data.prompts import PromptIterator
+from prefix_distill.distill import divergence
+from prefix_distill.evaluate import evaluator
+from prefix_distill.models import hf
+from prefix_distill.models.transformer import Model
+from prefix_distill.models.transformer import Params
+
+
+class WorkdirError(UserError):
+  """A workdir that belongs to another run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """What a run needs besides weights.
+
+  Attributes:
+    config: the settings.
+    mesh: the device mesh.
+    student: the student's architecture.
+    teacher: the teacher's; None for supervised training.
+    chat: the student's tokenizer.
+    stop_ids: tokens that end an answer, of both models.
+    data: batches of this process's rows.
+    problems: the evaluation sets.
+  """
+
+  config: Config
+  mesh: jax.sharding.Mesh
+  student: Model
+  teacher: Model | None
+  chat: Chat
+  stop_ids: tuple[int, ...]
+  data: PromptIterator
+  problems: dict[str, evaluator.Problems]
+
+  @property
+  def distribution(self) -> divergence.Distribution:
+    """How logits are compared."""
+    spec = self.config.loss
+    supervised = self.config.method == "sft"
+    merge = spec.merge_stop_tokens and not supervised
+    return divergence.Distribution(
+        temperature=1.0 if supervised else self.config.rollout.temperature,
+        num_tokens=self.chat.num_tokens,
+        stop_ids=self.stop_ids if merge else (),
+        chunk=spec.chunk,
+    )
+
+
+def _model(spec: ModelSpec) -> Model:
+  architecture = hf.read_config(spec.path)
+  if not spec.random_init:
+    hf.check_weights(spec.path, architecture)
+  return Model(architecture, spec.compute_dtype, spec.remat)
+
+
+def _check_lengths(config: Config, student: Model) -> None:
+  needed = config.data.max_prompt_len + max(
+      config.longest_prefix, config.evaluation.max_len
+  )
+  if needed > student.config.max_length:
+    raise ConfigError(
+        f"data.max_prompt_len {config.data.max_prompt_len} plus the longest"
+        f" answer (rollout.max_len {config.rollout.max_len},"
+        f" evaluation.max_len {config.evaluation.max_len}) is {needed}, which"
+        f" is more than the {student.config.max_length} positions of"
+        f" {config.student.path}; shorten one of them."
+    )
+
+
+def claim_workdir(config: Config, workdir: pathlib.Path) -> None:
+  """Writes `config.json`, or checks that the one there is the same.
+
+  Raises:
+    WorkdirError: the workdir holds another run's config.
+  """
+  file = workdir / "config.json"
+  mine = json.loads(json.dumps(config_lib.to_dict(config)))
+  if not file.is_file():
+    if jax.process_index() == 0:
+      workdir.mkdir(parents=True, exist_ok=True)
+      partial = workdir / "config.json.partial"
+      partial.write_text(json.dumps(mine, indent=2) + "\n")
+      partial.rename(file)
+    return
+  try:
+    theirs = json.loads(file.read_text())
+  except json.JSONDecodeError as error:
+    raise WorkdirError(
+        f"{file} is not JSON ({error.msg}); choose another --workdir."
+    ) from error
+  if theirs != mine:
+    name, old, new = _first_difference(theirs, mine)
+    raise WorkdirError(
+        f"{workdir} holds a run with {name} = {old!r}, and this one has"
+        f" {new!r}; choose another --workdir, or delete that one to start"
+        " over."
+    )
+
+
+def _first_difference(old: Any, new: Any, name: str = "") -> tuple:
+  if isinstance(old, dict) and isinstance(new, dict):
+    for key in [*new, *(k for k in old if k not in new)]:
+      if old.get(key) != new.get(key):
+        inner = f"{name}.{key}" if name else key
+        return _first_difference(old.get(key), new.get(key), inner)
+  return name, old, new
+
+
+def prepare(config: Config, workdir: pathlib.Path) -> Setup:
+  """Checks all settings and files against each other, and opens the data.
+
+  Raises:
+    ValueError: one sentence that names what does not fit, and the mend.
+  """
+  mesh = sharding.make_mesh(config.mesh)
+  sharding.check_batch(
+      "data.batch_size", config.data.batch_size, mesh,
+      config.optimizer.accumulation,
+  )  # fmt: skip
+  for name, spec in config.evaluation.sets.items():
+    rows = max(config.evaluation.batch_size // spec.samples, 1)
+    sharding.check_batch(
+        f"evaluation.batch_size / evaluation.sets.{name}.samples", rows, mesh
+    )
+  student = _model(config.student)
+  chat = chat_lib.load(config.student.tokenizer_path)
+  stop_ids, teacher = chat.stop_ids, None
+  if config.method != "sft":
+    teacher = _model(config.teacher)
+    teacher_chat = chat_lib.load(config.teacher.tokenizer_path)
+    chat_lib.check_same(chat, teacher_chat)
+    stop_ids = tuple(sorted({*stop_ids, *teacher_chat.stop_ids}))
+  _check_lengths(config, student)
+  problems = {
+      name: evaluator.load_problems(
+          name, spec, chat, config.data.max_prompt_len, config.data.suffix
+      )
+      for name, spec in config.evaluation.sets.items()
+  }
+  data = PromptIterator(
+      config.data,
+      chat,
+      seed=config.seed,
+      completion_len=config.rollout.max_len if config.method == "sft" else 0,
+      process=(jax.process_index(), jax.process_count()),
+  )
+  claim_workdir(config, workdir)
+  return Setup(
+      config, mesh, student, teacher, chat, stop_ids, data, problems
+  )
+
+
+def load_model(
+    spec: ModelSpec, model: Model, mesh: jax.sharding.Mesh, seed: int
+) -> Params:
+  """Loads weights into their shards, or draws random ones there."""
+  shardings = sharding.param_shardings(model.abstract_params(), mesh)
+  if spec.random_init:
+    init = jax.jit(model.init, out_shardings=shardings)
+    return init(jax.random.key(seed))
+  return hf.load_params(spec.path, model, shardings, spec.param_dtype)

@@ -1,0 +1,210 @@
+"""The update: the student is scored again, with gradient, and stepped."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from prefix_distill import sharding
+from prefix_distill.distill import divergence
+from prefix_distill.models.transformer import Model
+from prefix_distill.models.transformer import Params
+from prefix_distill.structs import PromptBatch
+from prefix_distill.structs import Rollout
+from prefix_distill.structs import TeacherScores
+
+# Sums over the batch and their counts; a metric is sum / count.
+Sums = dict[str, tuple[jax.Array, jax.Array]]
+# (params, the teacher's output head, micro-batch) -> summed loss, metrics.
+Inputs = tuple[PromptBatch, Rollout, TeacherScores | None]
+LossFn = Callable[
+    [Params, jax.Array | None, Inputs], tuple[jax.Array, Sums]
+]
+# Answers are divided into so many bins of positions in the metrics.
+POSITION_BINS = 16
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """What an update replaces, and a checkpoint holds.
+
+  Attributes:
+    step: int32 [], updates done.
+    params: float32 master weights.
+    opt_state: optax's.
+  """
+
+  step: jax.Array
+  params: Params
+  opt_state: Any
+
+
+def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
+  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+
+def _masked_sum(values: jax.Array, mask: jax.Array) -> jax.Array:
+  # where, not a product: a NaN behind the mask must not pass.
+  return jnp.sum(jnp.where(mask, values, 0.0))
+
+
+def _by_position(
+    values: jax.Array, mask: jax.Array, max_len: int
+) -> tuple[jax.Array, jax.Array]:
+  """Sums [B, P] into bins of positions: values and counts, [POSITION_BINS]."""
+  bins = jnp.arange(mask.shape[1]) // bin_width(max_len)
+  totals = jnp.sum(jnp.where(mask, values, 0.0), axis=0)
+  return tuple(
+      jax.ops.segment_sum(x, bins, POSITION_BINS)
+      for x in (totals, jnp.sum(mask, axis=0))
+  )
+
+
+def bin_width(max_len: int) -> int:
+  """Returns the positions in a bin."""
+  return -(-max_len // POSITION_BINS)
+
+
+def distillation_loss(
+    model: Model,
+    dist: divergence.Distribution,
+    max_len: int,
+    params: Params,
+    teacher_head: jax.Array | None,
+    inputs: Inputs,
+) -> tuple[jax.Array, Sums]:
+  """Sums the divergence over all prefix tokens of all rollouts.
+
+  Divided by the number of rollouts it is the paper's objective: the mean over
+  rollouts of the *sum* over prefix tokens (section 2). The exact form is used
+  if the scores hold the teacher's hidden states, the sampled one otherwise.
+
+  Returns:
+    The summed loss, and metrics in nats: `kl` per token, `kl_rollout` per
+    rollout and `kl_at` per token in each bin of positions.
+  """
+  batch, rollout, scores = inputs
+  hidden = model.prefix_hidden(params, batch, rollout)
+  head = model.head(params)
+  if scores.hidden is not None:
+    loss = kl = divergence.fused_reverse_kl(
+        hidden, head, scores.hidden, teacher_head, dist
+    )
+  else:
+    log_probs = divergence.fused_token_log_probs(
+        hidden, head, rollout.tokens, dist
+    )
+    loss, kl = divergence.policy_gradient(
+        log_probs, rollout.log_probs, scores.log_probs
+    )
+  total = _masked_sum(kl, rollout.mask)
+  tokens = jnp.sum(rollout.mask)
+  rows = jnp.sum(jnp.any(rollout.mask, axis=1))
+  sums = {
+      "kl": (total, tokens),
+      "kl_rollout": (total, rows),
+      "kl_at": _by_position(kl, rollout.mask, max_len),
+  }
+  return _masked_sum(loss, rollout.mask), sums
+
+
+def supervised_loss(
+    model: Model,
+    dist: divergence.Distribution,
+    params: Params,
+    teacher_head: None,
+    inputs: Inputs,
+) -> tuple[jax.Array, Sums]:
+  """Sums the cross-entropy of the completions, stop token included."""
+  del teacher_head  # There is no teacher.
+  batch, rollout, _ = inputs
+  hidden = model.prefix_hidden(params, batch, rollout)
+  log_probs = divergence.fused_token_log_probs(
+      hidden, model.head(params), rollout.tokens, dist
+  )
+  loss = -_masked_sum(log_probs, rollout.mask)
+  return loss, {"cross_entropy": (loss, jnp.sum(rollout.mask))}
+
+
+def _micro_batches(tree: Any, count: int, mesh: jax.sharding.Mesh) -> Any:
+  """Splits [B, ...] into [count, B / count, ...], each over all devices.
+
+  Rows are dealt out like cards, so every device keeps its own rows and nothing
+  moves.
+  """
+  spec = jax.sharding.PartitionSpec(None, sharding.BATCH_AXES)
+  place = jax.sharding.NamedSharding(mesh, spec)
+
+  def split(x):
+    x = x.reshape(x.shape[0] // count, count, *x.shape[1:])
+    return jax.lax.with_sharding_constraint(jnp.swapaxes(x, 0, 1), place)
+
+  return jax.tree.map(split, tree)
+
+
+def train_step(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    normalize: str,
+    accumulation: int,
+    mesh: jax.sharding.Mesh,
+    state: TrainState,
+    teacher_head: jax.Array | None,
+    inputs: Inputs,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One update; to be jitted with the state donated.
+
+  Gradients of *sums* are added over micro-batches and divided once by the
+  global count, so accumulation and sharding do not change the update.
+
+  Args:
+    loss_fn: returns a sum and metrics as (sum, count).
+    tx: the optimizer.
+    normalize: "rollouts" or "tokens", what the loss is divided by.
+    accumulation: number of micro-batches.
+    mesh: the device mesh.
+    state: before.
+    teacher_head: [V, D of the teacher]; None if the loss does not need it.
+    inputs: prompts [B, S], one row for each rollout; rollouts [B, P]; the
+      teacher's scores of them, None for supervised training.
+
+  Returns:
+    The state after, and metrics as means.
+  """
+
+  def gradient(part):
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    (_, sums), grads = grad_fn(state.params, teacher_head, part)
+    return grads, sums
+
+  if accumulation == 1:
+    grads, sums = gradient(inputs)
+  else:
+    parts = _micro_batches(inputs, accumulation, mesh)
+    first = jax.tree.map(lambda x: x[0], parts)
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, first)
+    )
+    (grads, sums), _ = jax.lax.scan(
+        lambda total, part: (
+            jax.tree.map(jnp.add, total, gradient(part)),
+            None,
+        ),
+        zeros,
+        parts,
+    )
+  mask = inputs[1].mask
+  count = mask.shape[0] if normalize == "rollouts" else jnp.sum(mask)
+  grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1), grads)
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  metrics = {
+      name: total / number  # NaN in a bin without tokens.
+      for name, (total, number) in sums.items()
+  }
+  metrics["grad_norm"] = optax.global_norm(grads)
+  return TrainState(state.step + 1, params, opt_state), metrics

@@ -1,0 +1,44 @@
+"""Installs prefix_distill: `pip install -e .`"""
+
+import setuptools
+
+setuptools.setup(
+    name="prefix_distill",
+    version="0.1.0",
+    description="On-policy distillation from reasoning prefixes, in JAX.",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=setuptools.find_packages(include=["prefix_distill*"]),
+    package_data={"prefix_distill": ["assets/*/*"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "datasets>=4.0",
+        "flax>=0.12.8",
+        "grain>=0.2.15",
+        "huggingface_hub>=1.0",
+        "jax>=0.10.2",
+        "math-verify[antlr4_13_2]>=0.8",
+        "matplotlib>=3.9",
+        "ml-collections>=1.1",
+        "numpy>=2.0",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.11.30",
+        "pyarrow>=18.0",
+        "rich>=13.0",
+        "safetensors>=0.6",
+        "tokenizers>=0.22",
+        "tqdm>=4.66",
+        "transformers>=5.0",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda13]>=0.10.2"],
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "test": [
+            "ipykernel>=6.29",
+            "nbclient>=0.10",
+            "nbformat>=5.10",
+            "pytest>=8.0",
+            "ruff>=0.14",
+        ],
+    },
+)
