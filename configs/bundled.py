@@ -1,14 +1,14 @@
 """How the bundled models were made: supervised training on the math task.
 
-  python -m prefix_distill.main --config=configs/bundled.py:base
   python -m prefix_distill.main --config=configs/bundled.py:teacher
   python -m prefix_distill.main --config=configs/bundled.py:capable
   python -m prefix_distill.main --config=configs/bundled.py:weak
 
-`teacher` and `capable` go on from the export of `base`; `capable` and `weak`
-learn from the sloppy solutions that stand for the web. Each run leaves its
-model in `runs/bundled-NAME/export`; copied to `prefix_distill/assets/NAME`, it
-is what ships.
+The teacher learns from clean solutions. The students stand for base models:
+they learn from the sloppy solutions that stand for the web, `capable` from
+where the teacher ended, `weak` from nothing. Each run leaves its model in
+`runs/bundled-NAME/export`; copied to `prefix_distill/assets/NAME`, it is what
+ships.
 """
 
 import dataclasses
@@ -36,18 +36,17 @@ class _Stage:
 
 
 _STAGES = {
-    "base": _Stage("bundled:teacher", True, "clean", 500, 3e-3, 100),
-    "teacher": _Stage("runs/bundled-base/export", False, "clean", 1300, 2e-3),
+    "teacher": _Stage("bundled:teacher", True, "clean", 2600, 2e-3, 100),
     "capable": _Stage(
-        "runs/bundled-base/export", False, "capable", 400, 1e-3,
+        "runs/bundled-teacher/export", False, "capable", 200, 5e-4,
         tokenizer="bundled:capable",
     ),  # fmt: skip
-    "weak": _Stage("bundled:weak", True, "weak", 1200, 3e-3, 100),
+    "weak": _Stage("bundled:weak", True, "weak", 1600, 3e-3, 100),
 }
 
 
 def get_config(name: str) -> ml_collections.ConfigDict:
-  """Returns the config of a stage: base, teacher, capable or weak."""
+  """Returns the config of a stage: teacher, capable or weak."""
   if name not in _STAGES:
     raise config_lib.ConfigError(
         f"configs/bundled.py has no argument {name!r}; use one of"
@@ -68,7 +67,7 @@ def get_config(name: str) -> ml_collections.ConfigDict:
       student=config_lib.ModelSpec(
           stage.path, random_init=stage.random_init, tokenizer=stage.tokenizer
       ),
-      data=config_lib.DataSpec(problems, batch_size=32, max_prompt_len=56),
+      data=config_lib.DataSpec(problems, batch_size=16, max_prompt_len=52),
       rollout=config_lib.RolloutSpec(per_prompt=1, max_len=224),
       optimizer=config_lib.OptimizerSpec(
           learning_rate=stage.learning_rate,
@@ -76,13 +75,13 @@ def get_config(name: str) -> ml_collections.ConfigDict:
           decay="cosine",
           final_fraction=0.02,
           weight_decay=0.1,
-          b2=0.98,
+          b2=0.99,
       ),
       evaluation=config_lib.EvaluationSpec(
-          sets={"heldout": heldout}, every=250, batch_size=200
+          sets={"heldout": heldout}, every=500, batch_size=200
       ),
       # Every process of the same name draws other problems than the next one.
       seed=list(_STAGES).index(name),
-      checkpoint=config_lib.CheckpointSpec(every=100),
+      checkpoint=config_lib.CheckpointSpec(every=200),
   )
   return ml_collections.ConfigDict(config_lib.to_dict(config))

@@ -17,7 +17,7 @@ SCHEDULES = ("linear", "fixed")
 LOSSES = ("exact", "sampled")
 
 
-class UserError(ValueError):
+class UserError(Exception):
   """Something only the user can mend; its one sentence says what and how."""
 
 
@@ -146,7 +146,8 @@ class PrefixSpec:
     increment: linear: by how much the cap grows after each update.
     length: fixed: the cap.
     buckets: the static lengths that programs are compiled for; the exact cap
-      inside a bucket is traced. Empty: powers of two up to the longest.
+      inside a bucket is traced. The run's longest cap is added if it needs
+      to be. Empty: powers of two.
   """
 
   schedule: str = "linear"
@@ -399,14 +400,6 @@ class Config:
         f"prefix.length is {self.prefix.length} but rollout.max_len is"
         f" {self.rollout.max_len}; lower the first or raise the second.",
     )
-    _check(
-        not self.prefix.buckets
-        or self.method == "sft"
-        or self.prefix.buckets[-1] >= self.longest_prefix,
-        f"prefix.buckets end at {max(self.prefix.buckets, default=0)} but the"
-        f" longest cap of this run is {self.longest_prefix}; add a bucket of"
-        " that size.",
-    )
     rows = self.rollouts_per_step
     _check(
         self.data.batch_size % self.optimizer.accumulation == 0,
@@ -462,15 +455,38 @@ def _convert(value: Any, kind: Any, name: str) -> Any:
   return value
 
 
+def _check_known(cls: type, name: str, prefix: str) -> None:
+  hints = typing.get_type_hints(cls)
+  if name in hints:
+    return
+  close = difflib.get_close_matches(name, hints, 1)
+  mend = f"the fields here are {', '.join(hints)}."
+  if close:
+    mend = f"did you mean {prefix}{close[0]}?"
+  raise ConfigError(f"{prefix}{name} is not a field; {mend}")
+
+
+def check_field(name: str) -> None:
+  """Raises ConfigError if a dotted name, "data.batch_size", is no field."""
+  cls: Any = Config
+  prefix = ""
+  for part in name.split("."):
+    if dataclasses.is_dataclass(cls):
+      _check_known(cls, part, prefix)
+      cls = typing.get_type_hints(cls)[part]
+    elif typing.get_origin(cls) not in (None, tuple):
+      cls = typing.get_args(cls)[1]  # A mapping of names.
+    else:
+      raise ConfigError(f"{prefix}{part} is not a field; {prefix[:-1]} is one.")
+    if typing.get_origin(cls) is types.UnionType:
+      cls = next(a for a in typing.get_args(cls) if a is not type(None))
+    prefix += part + "."
+
+
 def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
   hints = typing.get_type_hints(cls)
   for name in values:
-    if name not in hints:
-      close = difflib.get_close_matches(name, hints, 1)
-      mend = f"did you mean {prefix}{close[0]}?" if close else (
-          f"the fields here are {', '.join(hints)}."
-      )
-      raise ConfigError(f"{prefix}{name} is not a field; {mend}")
+    _check_known(cls, name, prefix)
   for field in dataclasses.fields(cls):
     required = (
         field.default is dataclasses.MISSING

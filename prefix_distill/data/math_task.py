@@ -6,7 +6,7 @@ are distractors. The solution first plans (it goes through the story and says
 which sentences to use), then works out one needed quantity a line, and ends
 with the boxed answer:
 
-  Ann has 7 pens. Bob has 3 pens. Bob gives Ann 4 pens. Ann loses 2 pens.
+  Ann has 7 pens. Bob has 3 pens. Ann finds 4 pens. Ann gives Bob 2 pens.
   How many pens does Ann have now?
 
   We want the pens of Ann.
@@ -14,7 +14,7 @@ with the boxed answer:
   Bob has 3 pens: skip.
   ...
   Step 1: Ann has 7 pens. That is the start, so the total is 7 pens.
-  Step 2: Bob gives Ann 4 pens. That means more pens for Ann, so we add. ...
+  Step 2: Ann finds 4 pens. That means more pens for Ann, so we add. ...
   In the end the total is 9 pens.
   </think>
 
@@ -94,12 +94,11 @@ def _event(
   """A sentence by which `owner`'s count changes by `delta`."""
   person, item = owner
   amount = abs(delta)
-  if rng.random() < 0.5:
-    verb = rng.choice(GAINS if delta > 0 else LOSSES)
-    return Sentence(f"{person} {verb} {amount} {item}", ((owner, delta),))
-  giver, taker = (other, person) if delta > 0 else (person, other)
-  text = f"{giver} gives {taker} {amount} {item}"
-  return Sentence(text, ((owner, delta), ((other, item), -delta)))
+  if delta < 0 and rng.random() < 0.5:
+    text = f"{person} gives {other} {amount} {item}"
+    return Sentence(text, ((owner, delta), ((other, item), amount)))
+  verb = rng.choice(GAINS if delta > 0 else LOSSES)
+  return Sentence(f"{person} {verb} {amount} {item}", ((owner, delta),))
 
 
 def _delta(rng: random.Random, total: int) -> int:

@@ -30,7 +30,23 @@ def field(record: Mapping[str, Any], name: str) -> Any:
   return value
 
 
-def _read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
+def _check_fields(
+    record: Mapping[str, Any], names: Sequence[str], where: str
+) -> None:
+  for name in names:
+    try:
+      field(record, name)
+    except KeyError as error:
+      raise DataError(
+          f"{where} has no field {name!r}; it has {', '.join(record)}, so name"
+          " one of these in the config."
+      ) from error
+
+
+def _read_jsonl(
+    path: pathlib.Path, names: Sequence[str]
+) -> list[dict[str, Any]]:
+  """Reads and checks all lines, since each may have other fields."""
   out = []
   with path.open(encoding="utf-8") as lines:
     for number, line in enumerate(lines, 1):
@@ -47,6 +63,7 @@ def _read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
             f"{path} line {number} is not a JSON object; write one record a"
             " line."
         )
+      _check_fields(record, names, f"{path} line {number}")
       out.append(record)
   return out
 
@@ -73,7 +90,9 @@ def _read_dataset(spec: DatasetSpec) -> Sequence[dict[str, Any]]:
     ) from error
 
 
-def _read(spec: DatasetSpec) -> Sequence[dict[str, Any]]:
+def _read(
+    spec: DatasetSpec, names: Sequence[str]
+) -> Sequence[dict[str, Any]]:
   if spec.source == "math_task":
     try:
       return math_task.MathTask(spec.split, spec.size, spec.subset or "clean")
@@ -86,7 +105,7 @@ def _read(spec: DatasetSpec) -> Sequence[dict[str, Any]]:
     raise DataError(f"The file {path} does not exist; check data.*.source.")
   try:
     if path.suffix == ".jsonl":
-      return _read_jsonl(path)
+      return _read_jsonl(path, names)
     return _read_parquet(path)
   except DataError:
     raise
@@ -104,29 +123,17 @@ def read(spec: DatasetSpec) -> Sequence[Mapping[str, Any]]:
     DataError: the source is missing, unreadable or empty, or a record lacks a
       field; files name the line.
   """
-  records = _read(spec)
+  names = [n for n in (spec.question, spec.answer, spec.completion) if n]
+  records = _read(spec, names)
   if len(records) == 0:
     raise DataError(
         f"{spec.source} has no records; check its contents and the split."
     )
-  if spec.size:
-    count = min(spec.size, len(records))
-    records = (
-        records[:count] if isinstance(records, list) else _Head(records, count)
-    )
-  names = [n for n in (spec.question, spec.answer, spec.completion) if n]
-  # Records of a table share their fields; only lines of JSON may differ.
-  checked = records if isinstance(records, list) else [records[0]]
-  for number, record in enumerate(checked, 1):
-    for name in names:
-      try:
-        field(record, name)
-      except KeyError as error:
-        raise DataError(
-            f"{spec.source} line {number} has no field {name!r}; it has"
-            f" {', '.join(record)}, so name one of these in the config."
-        ) from error
-  return records
+  # Records of a table share their fields, so the first stands for all.
+  _check_fields(records[0], names, f"{spec.source} record 1")
+  if not spec.size or spec.size >= len(records):
+    return records
+  return _Head(records, spec.size)
 
 
 class _Head(Sequence):

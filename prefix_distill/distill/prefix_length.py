@@ -25,20 +25,17 @@ def cap(config: Config, step: int) -> int:
 def buckets(config: Config) -> tuple[int, ...]:
   """Returns the static lengths that rollouts are compiled for.
 
-  Without `prefix.buckets`: powers of two, and the longest cap of the run.
+  Those of `prefix.buckets`, or else powers of two, as far as the run's longest
+  cap needs them; that cap itself if none of them holds it.
   """
   longest = config.longest_prefix
-  if config.method != "prefix":
+  if config.method != "prefix" or config.prefix.schedule == "fixed":
     return (longest,)
-  if config.prefix.buckets:
-    return config.prefix.buckets
-  if config.prefix.schedule == "fixed":
-    return (longest,)
-  lengths, size = [], _SMALLEST_BUCKET
-  while size < longest:
-    lengths.append(size)
-    size *= 2
-  return (*lengths, longest)
+  given = config.prefix.buckets or tuple(
+      _SMALLEST_BUCKET * 2**i for i in range(longest.bit_length())
+  )
+  shorter = tuple(length for length in given if length < longest)
+  return (*shorter, min((b for b in given if b >= longest), default=longest))
 
 
 def bucket(lengths: tuple[int, ...], wanted: int) -> int:

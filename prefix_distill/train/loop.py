@@ -106,6 +106,7 @@ class Run:
   def _start(self) -> TrainState:
     """Restores the latest checkpoint, or loads the student."""
     setup, step = self.setup, self.checkpointer.latest_step()
+    self.resumed = step is not None
     if step is None:
       params = setup_lib.load_model(
           self.config.student, setup.student, setup.mesh, self.config.seed
@@ -260,7 +261,7 @@ def _steps(run: Run, stop: _Stop) -> None:
   """Evaluates, then updates until the last step."""
   config, first = run.config, int(run.state.step)
   every = config.evaluation.every
-  if first == 0:
+  if not run.resumed:
     run.evaluate(0)
     run.save()
   bar = tqdm.tqdm(

@@ -150,12 +150,6 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
     chat_lib.check_same(chat, teacher_chat)
     stop_ids = tuple(sorted({*stop_ids, *teacher_chat.stop_ids}))
   _check_lengths(config, student)
-  problems = {
-      name: evaluator.load_problems(
-          name, spec, chat, config.data.max_prompt_len, config.data.suffix
-      )
-      for name, spec in config.evaluation.sets.items()
-  }
   data = PromptIterator(
       config.data,
       chat,
@@ -163,6 +157,12 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
       completion_len=config.rollout.max_len if config.method == "sft" else 0,
       process=(jax.process_index(), jax.process_count()),
   )
+  problems = {
+      name: evaluator.load_problems(
+          name, spec, chat, config.data.max_prompt_len, config.data.suffix
+      )
+      for name, spec in config.evaluation.sets.items()
+  }
   claim_workdir(config, workdir)
   return Setup(
       config, mesh, student, teacher, chat, stop_ids, data, problems

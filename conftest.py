@@ -1,0 +1,1 @@
+"""Lets the tests import `configs` and `tests` from the root."""

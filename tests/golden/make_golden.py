@@ -1,0 +1,118 @@
+"""Makes the golden files: `python tests/golden/make_golden.py`.
+
+Each directory is a tiny random model that transformers saved, with what torch
+computed from it: `expected.npz` holds a batch padded on the left, its float32
+logits and its greedy continuation. Needs torch.
+"""
+
+import pathlib
+
+import numpy as np
+import torch
+import transformers
+
+_SIZES = {
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+_LENGTHS = (24, 9, 17)
+NEW_TOKENS = 12
+
+NAMES = ("qwen3", "qwen2", "llama3_rope", "linear_rope")
+
+
+def _config(name: str) -> transformers.PretrainedConfig:
+  if name == "qwen3":
+    return transformers.Qwen3Config(
+        **_SIZES, head_dim=6, tie_word_embeddings=True
+    )
+  if name == "qwen2":
+    return transformers.Qwen2Config(**_SIZES, tie_word_embeddings=False)
+  if name == "llama3_rope":
+    return transformers.LlamaConfig(
+        **_SIZES, head_dim=8, rope_parameters=_LLAMA3, tie_word_embeddings=False
+    )
+  return transformers.LlamaConfig(
+      **_SIZES, rope_parameters=_LINEAR, tie_word_embeddings=True
+  )
+
+
+def _randomise(model: torch.nn.Module, generator: torch.Generator) -> None:
+  """Fills every parameter, norms and biases too, with what must matter."""
+  with torch.no_grad():
+    for parameter in model.parameters():
+      noise = torch.randn(parameter.shape, generator=generator)
+      if parameter.ndim == 1:
+        parameter.add_(0.3 * noise)
+      else:
+        parameter.copy_(1.5 * noise * parameter.shape[-1] ** -0.5)
+
+
+@torch.no_grad()
+def expected(
+    model: transformers.PreTrainedModel, tokens: np.ndarray, mask: np.ndarray
+) -> dict[str, np.ndarray]:
+  """Returns torch's logits and greedy continuation of a batch.
+
+  Args:
+    model: in float32.
+    tokens: [B, S], padded on the left.
+    mask: bool [B, S].
+  """
+  inputs = torch.from_numpy(tokens).long()
+  attention = torch.from_numpy(mask).long()
+  positions = (attention.cumsum(1) - 1).clamp(min=0)
+  logits = model(
+      input_ids=inputs, attention_mask=attention, position_ids=positions
+  ).logits
+  greedy = model.generate(
+      inputs, attention_mask=attention, do_sample=False,
+      max_new_tokens=NEW_TOKENS,
+  )  # fmt: skip
+  return {
+      "tokens": tokens,
+      "mask": mask,
+      "logits": logits.numpy(),
+      "greedy": greedy[:, tokens.shape[1] :].numpy().astype(np.int32),
+  }
+
+
+def make(name: str, directory: pathlib.Path, seed: int) -> None:
+  """Writes one model and what torch computes from it."""
+  generator = torch.Generator().manual_seed(seed)
+  config = _config(name)
+  config._attn_implementation = "eager"
+  model = transformers.AutoModelForCausalLM.from_config(config).eval()
+  _randomise(model, generator)
+  model.save_pretrained(directory)
+  rng = np.random.default_rng(seed)
+  length = max(_LENGTHS)
+  mask = np.arange(length) >= length - np.array(_LENGTHS)[:, None]
+  tokens = rng.integers(1, _SIZES["vocab_size"], mask.shape, np.int32)
+  tokens = np.where(mask, tokens, 0).astype(np.int32)
+  np.savez_compressed(
+      directory / "expected.npz", **expected(model, tokens, mask)
+  )
+
+
+if __name__ == "__main__":
+  for number, model_name in enumerate(NAMES):
+    make(model_name, pathlib.Path(__file__).parent / model_name, number)

@@ -1,0 +1,554 @@
+"""Records, tokenizers and batches of prompts."""
+
+import dataclasses
+import itertools
+import json
+import shutil
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from prefix_distill import assets
+from prefix_distill.config import ConfigError
+from prefix_distill.config import DatasetSpec
+from prefix_distill.config import DataSpec
+from prefix_distill.data import chat as chat_lib
+from prefix_distill.data import math_task
+from prefix_distill.data import prompts
+from prefix_distill.data import records
+from prefix_distill.data.chat import TokenizerError
+from prefix_distill.data.prompts import PromptIterator
+from prefix_distill.data.records import DataError
+
+_RECORDS = [
+    {"question": f"Ann has {n} pens?", "answer": str(n), "turns": [{"text": n}]}
+    for n in range(5)
+]
+
+
+@pytest.fixture(scope="module")
+def chat():
+  return chat_lib.load("bundled:teacher")
+
+
+def _write_jsonl(path, rows):
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return str(path)
+
+
+def _write_parquet(path, rows):
+  pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+  return str(path)
+
+
+def _write_jsonl_directory(path, rows):
+  path.mkdir()
+  _write_jsonl(path / "train.jsonl", rows)
+  _write_jsonl(path / "test.jsonl", rows[:1])
+  return str(path)
+
+
+def _write_parquet_directory(path, rows):
+  path.mkdir()
+  _write_parquet(path / "train-00000-of-00002.parquet", rows[:3])
+  _write_parquet(path / "train-00001-of-00002.parquet", rows[3:])
+  return str(path)
+
+
+_WRITERS = {
+    "a.jsonl": _write_jsonl,
+    "a.parquet": _write_parquet,
+    "jsonl": _write_jsonl_directory,
+    "parquet": _write_parquet_directory,
+}
+formats = pytest.mark.parametrize("name", _WRITERS)
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+  """Writes records in one of the formats; data sets are cached nowhere."""
+  import datasets
+
+  monkeypatch.setattr(
+      datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache")
+  )
+  return lambda name, rows: _WRITERS[name](tmp_path / name, rows)
+
+
+def _refusal(spec):
+  with pytest.raises(DataError) as error:
+    records.read(spec)
+  assert "\n" not in str(error.value)
+  return str(error.value)
+
+
+@formats
+def test_every_format_gives_the_same_records(name, write):
+  source = write(name, _RECORDS)
+  assert list(records.read(DatasetSpec(source))) == _RECORDS
+
+
+@formats
+def test_size_takes_the_first_records(name, write):
+  source = write(name, _RECORDS)
+  first = records.read(DatasetSpec(source, size=2))
+  assert len(first) == 2
+  assert list(first) == _RECORDS[:2]
+  with pytest.raises(IndexError):
+    first[2]
+  assert list(records.read(DatasetSpec(source, size=9))) == _RECORDS
+
+
+@formats
+def test_dotted_names_reach_into_lists(name, write):
+  source = write(name, _RECORDS)
+  found = records.read(DatasetSpec(source, question="turns.0.text"))
+  assert [records.field(r, "turns.0.text") for r in found] == [0, 1, 2, 3, 4]
+  message = _refusal(DatasetSpec(source, question="turns.1.text"))
+  assert "'turns.1.text'" in message
+  assert "question, answer, turns" in message
+
+
+@pytest.mark.parametrize(
+    "name", ("b", "a.x", "a.2", "a.0.c", "a.0.b.0", "a.0.b.x", "")
+)
+def test_fields_that_are_not_there_are_named(name):
+  with pytest.raises(KeyError, match=f"'{name}'"):
+    records.field({"a": [{"b": "text"}]}, name)
+
+
+@formats
+def test_a_missing_field_is_named_with_those_there_are(name, write):
+  source = write(name, _RECORDS)
+  message = _refusal(DatasetSpec(source, answer="solution"))
+  assert message.startswith(source)
+  assert "no field 'solution'" in message
+  assert "question, answer, turns" in message
+
+
+def test_a_missing_field_of_one_line_is_named_with_its_line(write, tmp_path):
+  odd = {"question": "?", "reply": "4"}
+  source = write("a.jsonl", [*_RECORDS, odd])
+  assert len(records.read(DatasetSpec(source))) == 6
+  message = _refusal(DatasetSpec(source, answer="answer"))
+  assert f"{source} line 6 has no field 'answer'" in message
+  assert "it has question, reply" in message
+  lines = (tmp_path / "a.jsonl").read_text().splitlines()
+  (tmp_path / "a.jsonl").write_text("\n\n" + "\n\n".join(lines))
+  message = _refusal(DatasetSpec(source, answer="answer"))
+  assert f"{source} line 13 has no field 'answer'" in message
+
+
+def test_blank_lines_are_no_records(write, tmp_path):
+  source = write("a.jsonl", _RECORDS)
+  text = (tmp_path / "a.jsonl").read_text()
+  (tmp_path / "a.jsonl").write_text(text.replace("\n", "\n \n\n"))
+  assert list(records.read(DatasetSpec(source))) == _RECORDS
+
+
+@pytest.mark.parametrize(
+    "line, what",
+    (
+        ('{"question": 1', "is not JSON"),
+        ("question: 1", "is not JSON"),
+        ("[1, 2]", "is not a JSON object"),
+        ('"text"', "is not a JSON object"),
+    ),
+)
+def test_bad_json_is_refused_with_its_line(line, what, tmp_path):
+  path = tmp_path / "a.jsonl"
+  path.write_text(f'{{"question": "1"}}\n\n{line}\n')
+  assert f"{path} line 3 {what}" in _refusal(DatasetSpec(str(path)))
+
+
+@pytest.mark.parametrize("name", ("a.jsonl", "a.parquet"))
+def test_files_that_are_not_there_are_named(name, tmp_path):
+  path = tmp_path / name
+  assert f"{path} does not exist" in _refusal(DatasetSpec(str(path)))
+
+
+@pytest.mark.parametrize("name", ("a.jsonl", "a.parquet"))
+def test_files_of_another_kind_are_refused(name, tmp_path):
+  path = tmp_path / name
+  path.write_bytes(b"\xff\xfe\x00PAR1 nothing of the kind")
+  message = _refusal(DatasetSpec(str(path)))
+  assert f"{path} cannot be read as {name[2:]}" in message
+
+
+@pytest.mark.parametrize("text", ("", "\n\n"))
+def test_files_without_records_are_refused(text, tmp_path):
+  path = tmp_path / "a.jsonl"
+  path.write_text(text)
+  assert f"{path} has no records" in _refusal(DatasetSpec(str(path)))
+
+
+def test_tables_without_rows_are_refused(tmp_path):
+  path = tmp_path / "a.parquet"
+  table = pyarrow.table({"question": pyarrow.array([], pyarrow.string())})
+  pyarrow.parquet.write_table(table, path)
+  assert f"{path} has no records" in _refusal(DatasetSpec(str(path)))
+
+
+def test_splits_of_a_data_set_are_told_apart(write):
+  source = write("jsonl", _RECORDS)
+  found = records.read(DatasetSpec(source, split="test"))
+  assert list(found) == _RECORDS[:1]
+  message = _refusal(DatasetSpec(source, split="dev"))
+  assert source in message
+  assert "'dev'" in message
+
+
+def test_the_math_task_is_a_source():
+  spec = DatasetSpec("math_task", "test", "weak", size=3)
+  found = records.read(spec)
+  assert list(found) == list(math_task.MathTask("test", 3, "weak"))
+  clean = records.read(dataclasses.replace(spec, subset=""))
+  assert list(clean) == list(math_task.MathTask("test", 3))
+  for changes, named in (({"split": "dev"}, "'dev'"),
+                         ({"subset": "tidy"}, "'tidy'")):  # fmt: skip
+    assert named in _refusal(dataclasses.replace(spec, **changes))
+
+
+def _tokenizer_directory(tmp_path, name="teacher"):
+  return shutil.copytree(assets.path(name), tmp_path / name)
+
+
+def _edit(file, **changes):
+  settings = json.loads(file.read_text()) | changes
+  settings = {k: v for k, v in settings.items() if v is not None}
+  file.write_text(json.dumps(settings))
+
+
+def test_prompts_have_the_chat_form_and_the_suffix(chat):
+  assert chat.prompt("How many?", "<think>") == (
+      "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n<think>"
+  )
+
+
+def test_stop_tokens_come_from_tokenizer_and_generation_config(tmp_path):
+  directory = _tokenizer_directory(tmp_path)
+  end_text, end_turn = (
+      chat_lib.load(str(directory)).encode(t)[0]
+      for t in ("<|endoftext|>", "<|im_end|>")
+  )
+  file = directory / "generation_config.json"
+  for listed, stops in (
+      (end_text, {end_text, end_turn}),
+      ([end_turn, end_text], {end_text, end_turn}),
+      (end_turn, {end_turn}),
+      (None, {end_turn}),
+  ):
+    _edit(file, eos_token_id=listed)
+    found = chat_lib.load(str(directory))
+    assert found.stop_ids == tuple(sorted(stops))
+    assert found.pad_id == end_text
+  file.unlink()
+  assert chat_lib.load(str(directory)).stop_ids == (end_turn,)
+
+
+def test_a_tokenizer_without_a_stop_token_is_refused(tmp_path):
+  directory = _tokenizer_directory(tmp_path)
+  _edit(directory / "tokenizer_config.json", eos_token=None)
+  listed = chat_lib.load(str(directory))
+  assert listed.stop_ids == (listed.encode("<|im_end|>")[0],)
+  _edit(directory / "generation_config.json", eos_token_id=None)
+  with pytest.raises(TokenizerError, match=f"{directory}: .*eos_token"):
+    chat_lib.load(str(directory))
+
+
+def test_padding_without_a_pad_token_is_a_stop_token(tmp_path):
+  directory = _tokenizer_directory(tmp_path)
+  _edit(directory / "tokenizer_config.json", pad_token=None)
+  found = chat_lib.load(str(directory))
+  assert found.pad_id == found.stop_ids[0]
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
+  directory = _tokenizer_directory(tmp_path)
+  (directory / "chat_template.jinja").unlink()
+  with pytest.raises(TokenizerError) as error:
+    chat_lib.load(str(directory))
+  assert f"{directory}: the tokenizer has no chat template" in str(error.value)
+
+
+@pytest.mark.parametrize("text", (None, "", '{"model": '))
+def test_missing_and_broken_tokenizers_are_refused(text, tmp_path):
+  directory = _tokenizer_directory(tmp_path)
+  (directory / "tokenizer.json").unlink()
+  if text is not None:
+    (directory / "tokenizer.json").write_text(text)
+  with pytest.raises(TokenizerError) as error:
+    chat_lib.load(str(directory))
+  assert str(error.value).startswith(f"{directory}: the tokenizer cannot be")
+  assert "\n" not in str(error.value)
+
+
+def test_models_may_stop_differently_but_not_tokenize_differently(
+    chat, tmp_path
+):
+  base = chat_lib.load("bundled:capable")
+  assert base.stop_ids != chat.stop_ids
+  chat_lib.check_same(base, chat)
+  directory = _tokenizer_directory(tmp_path)
+  vocab = chat.tokenizer.get_vocab()
+  first, second = sorted(
+      (vocab[chat.tokenizer.tokenize(w)[0]], w) for w in (" pens", " cups")
+  )
+  file = directory / "tokenizer.json"
+  text = file.read_text()
+  for word, other in (("pens", "?"), ("cups", "pens"), ("?", "cups")):
+    text = text.replace(f'"Ġ{word}"', f'"Ġ{other}"')
+  file.write_text(text)
+  changed = chat_lib.load(str(directory))
+  assert changed.encode(first[1]) == [second[0]]
+  with pytest.raises(TokenizerError) as error:
+    chat_lib.check_same(changed, chat)
+  message = str(error.value)
+  assert f"id {first[0]} is 'Ġ{second[1][1:]}' for the student" in message
+  assert f"and 'Ġ{first[1][1:]}' for the teacher" in message
+  assert str(directory) in message and "bundled:teacher" in message
+
+
+def test_a_vocabulary_that_is_longer_differs_in_its_first_extra_token(
+    chat, tmp_path
+):
+  directory = _tokenizer_directory(tmp_path)
+  longer = chat_lib.load(str(directory))
+  longer.tokenizer.add_tokens(["<extra>", "<more>"])
+  with pytest.raises(TokenizerError) as error:
+    chat_lib.check_same(chat, longer)
+  wanted = f"id {chat.num_tokens} is None for the student and '<extra>'"
+  assert wanted in str(error.value)
+
+
+def test_an_answer_ends_before_its_stop_token(chat):
+  tokens = np.array(chat.encode("Ann has 7 pens.<|im_end|><|endoftext|>"))
+  mask = np.arange(len(tokens)) < len(tokens) - 1
+  assert chat.answer(tokens, mask) == "Ann has 7 pens."
+
+
+_LONG = "Ann has 7 pens. " * 20
+_COUNT = 12
+
+
+@pytest.fixture
+def questions(tmp_path):
+  """Writes questions of different lengths; the numbered ones are too long."""
+
+  def write(too_long=()):
+    rows = [
+        {
+            "question": _LONG if n in too_long else "Ann has 7 pens. " * (n % 3)
+            + f"How many {n}?",
+            "completion": "We add. " * (n % 4) + f"\n</think>\n\n{n}",
+        }
+        for n in range(_COUNT)
+    ]
+    source = _write_jsonl(tmp_path / "questions.jsonl", rows)
+    train = DatasetSpec(source, completion="completion")
+    return DataSpec(train, batch_size=4, max_prompt_len=30)
+
+  return write
+
+
+def _take(iterator, count):
+  return [next(iterator) for _ in range(count)]
+
+
+def _order(iterator, count):
+  return np.concatenate([b.index for b, _ in _take(iterator, count)]).tolist()
+
+
+def _text(chat, row, mask):
+  return chat.decode(row[mask].tolist())
+
+
+def test_prompts_are_whole_and_padded_on_the_left(chat, questions):
+  spec = questions()
+  rows = records.read(spec.train)
+  lengths = set()
+  for batch, completions in _take(PromptIterator(spec, chat, seed=0), 3):
+    assert completions is None
+    assert batch.tokens.shape == batch.mask.shape == (4, 30)
+    assert batch.tokens.dtype == batch.index.dtype == np.int32
+    for row, mask, index in zip(
+        batch.tokens, batch.mask, batch.index, strict=True
+    ):
+      assert (np.diff(mask.astype(int)) >= 0).all()
+      assert (row[~mask] == chat.pad_id).all()
+      question = rows[index]["question"]
+      assert _text(chat, row, mask) == chat.prompt(question, "<think>")
+      lengths.add(int(mask.sum()))
+  assert len(lengths) > 2
+
+
+def test_every_record_comes_once_an_epoch_in_an_order_of_its_own(
+    chat, questions
+):
+  order = _order(PromptIterator(questions(), chat, seed=0), 9)
+  epochs = [order[i : i + _COUNT] for i in range(0, 3 * _COUNT, _COUNT)]
+  for epoch in epochs:
+    assert sorted(epoch) == list(range(_COUNT))
+  for one, other in itertools.combinations([*epochs, sorted(order)], 2):
+    assert one != other
+
+
+def test_the_seed_decides_the_order(chat, questions):
+  spec = questions()
+  first, same, other = (
+      _order(PromptIterator(spec, chat, seed=seed), 6) for seed in (3, 3, 4)
+  )
+  assert first == same
+  assert first != other
+
+
+def test_processes_share_out_every_batch(chat, questions):
+  spec = questions()
+  whole, *parts = (
+      PromptIterator(spec, chat, seed=0, process=process)
+      for process in ((0, 1), (0, 2), (1, 2))
+  )
+  for _ in range(5):
+    wanted = next(whole)[0].index.tolist()
+    shares = [next(part)[0].index.tolist() for part in parts]
+    assert [len(s) for s in shares] == [2, 2]
+    assert sorted(shares[0] + shares[1]) == sorted(wanted)
+
+
+def test_prompts_that_are_too_long_are_dropped_and_counted(chat, questions):
+  iterator = PromptIterator(questions((2, 5, 7)), chat, seed=0)
+  order = _order(iterator, 9)
+  left = [n for n in range(_COUNT) if n not in (2, 5, 7)]
+  assert sorted(order) == sorted(4 * left)
+  # The last epoch may be drawn up to its last record that fits.
+  assert 9 <= iterator.dropped <= 12
+
+
+def test_a_prompt_may_fill_the_row(chat, questions):
+  spec = questions()
+  rows = records.read(spec.train)
+  lengths = [
+      len(chat.encode(chat.prompt(r["question"], "<think>"))) for r in rows
+  ]
+  longest = max(lengths)
+  for room, dropped in ((longest, 0), (longest - 1, lengths.count(longest))):
+    spec = dataclasses.replace(spec, max_prompt_len=room, batch_size=1)
+    iterator = PromptIterator(spec, chat, seed=0)
+    _take(iterator, 2 * (_COUNT - dropped))
+    assert dropped <= iterator.dropped <= 2 * dropped
+    if dropped:
+      with_mask = next(iterator)[0].mask
+      assert with_mask.shape == (1, longest - 1)
+
+
+@pytest.mark.parametrize("taken", (0, 1, 4))
+def test_a_stream_goes_on_from_its_state(taken, chat, questions):
+  spec = questions((1, 2, 6))
+
+  def start():
+    return PromptIterator(spec, chat, seed=0, completion_len=20)
+
+  iterator = start()
+  _take(iterator, taken)
+  state = iterator.get_state()
+  json.loads(state)
+  wanted, dropped = _take(iterator, 6), iterator.dropped
+  for other in (start(), iterator):
+    other.set_state(state)
+    found = _take(other, 6)
+    assert other.dropped == dropped > 0
+    for one, two in zip(found, wanted, strict=True):
+      for part, same in zip(one, two, strict=True):
+        np.testing.assert_array_equal(part.tokens, same.tokens)
+        np.testing.assert_array_equal(part.mask, same.mask)
+      np.testing.assert_array_equal(one[0].index, two[0].index)
+
+
+def test_completions_end_with_the_stop_token_and_padding(chat, questions):
+  spec = questions()
+  rows = records.read(spec.train)
+  iterator = PromptIterator(spec, chat, seed=0, completion_len=20)
+  for batch, completions in _take(iterator, 3):
+    assert completions.log_probs is None
+    assert completions.tokens.shape == completions.mask.shape == (4, 20)
+    for row, mask, index in zip(
+        completions.tokens, completions.mask, batch.index, strict=True
+    ):
+      assert (np.diff(mask.astype(int)) <= 0).all()
+      assert (row[~mask] == chat.pad_id).all()
+      wanted = rows[index]["completion"] + "<|im_end|>"
+      assert _text(chat, row, mask) == wanted
+      assert not np.isin(row[mask][:-1], chat.stop_ids).any()
+
+
+def test_completions_that_are_too_long_are_dropped_and_counted(
+    chat, questions
+):
+  spec = questions()
+  lengths = [
+      len(chat.encode(r["completion"])) + 1 for r in records.read(spec.train)
+  ]
+  room = sorted(set(lengths))[-2]
+  fits = [n for n in range(_COUNT) if lengths[n] <= room]
+  spec = dataclasses.replace(spec, batch_size=1)
+  iterator = PromptIterator(spec, chat, seed=0, completion_len=room)
+  assert sorted(_order(iterator, len(fits))) == fits
+  assert 0 < iterator.dropped <= _COUNT - len(fits)
+
+
+def test_completions_end_though_only_the_generation_config_says_how(
+    questions, tmp_path
+):
+  directory = _tokenizer_directory(tmp_path)
+  _edit(directory / "tokenizer_config.json", eos_token=None)
+  chat = chat_lib.load(str(directory))
+  iterator = PromptIterator(questions(), chat, seed=0, completion_len=20)
+  _, completions = next(iterator)
+  for row, mask in zip(completions.tokens, completions.mask, strict=True):
+    assert row[mask][-1] in chat.stop_ids
+
+
+def test_records_that_are_all_too_long_are_refused(chat, questions):
+  spec = questions(range(_COUNT))
+  with pytest.raises(ConfigError) as error:
+    next(PromptIterator(spec, chat, seed=0))
+  assert "data.max_prompt_len is 30" in str(error.value)
+  assert f"every one of the {_COUNT} records" in str(error.value)
+  with pytest.raises(ConfigError) as error:
+    next(PromptIterator(questions(), chat, seed=0, completion_len=2))
+  assert "rollout.max_len" in str(error.value)
+
+
+@pytest.mark.parametrize("process", ((0, 1), (0, 2), (1, 2)))
+def test_one_record_that_fits_is_enough(process, chat, questions):
+  spec = questions(range(1, _COUNT))
+  iterator = PromptIterator(spec, chat, seed=0, process=process)
+  assert set(_order(iterator, 6)) == {0}
+
+
+def test_a_prompt_length_without_room_is_refused(chat, questions):
+  spec = questions()
+  least = len(chat.encode(chat.prompt("", "<think>")))
+  first = records.read(spec.train)[0]["question"]
+  needed = len(chat.encode(chat.prompt(first, "<think>")))
+  for room in (1, least):
+    tight = dataclasses.replace(spec, max_prompt_len=room)
+    with pytest.raises(ConfigError) as error:
+      PromptIterator(tight, chat, seed=0)
+    message = str(error.value)
+    assert f"data.max_prompt_len is {room}" in message
+    assert f"takes {least} tokens" in message
+    assert f"needs {needed}, so" in message
+  PromptIterator(
+      dataclasses.replace(spec, max_prompt_len=least + 1), chat, seed=0
+  )
+
+
+def test_encode_prompt_gives_nothing_rather_than_a_part(chat):
+  wanted = chat.encode(chat.prompt("Ann", ""))
+  row, mask = prompts.encode_prompt(chat, "Ann", len(wanted), "")
+  assert row.tolist() == wanted
+  assert mask.all()
+  assert prompts.encode_prompt(chat, "Ann", len(wanted) - 1, "") is None

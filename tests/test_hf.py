@@ -1,0 +1,459 @@
+"""Hugging Face directories in and out, and torch's logits of them."""
+
+import functools
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from prefix_distill import assets
+from prefix_distill.data import chat as chat_lib
+from prefix_distill.models import hf
+from prefix_distill.models.config import UnsupportedModelError
+from prefix_distill.models.transformer import Model
+from prefix_distill.rollout import sampler
+from prefix_distill.structs import PromptBatch
+
+_GOLDEN = pathlib.Path(__file__).parent / "golden"
+_NAMES = ("qwen3", "qwen2", "llama3_rope", "linear_rope")
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_QUERY = "model.layers.1.self_attn.q_proj.weight"
+
+goldens = pytest.mark.parametrize("name", _NAMES)
+
+
+def _load(directory, dtype="float32"):
+  model = Model(hf.read_config(str(directory)))
+  one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  shardings = jax.tree.map(lambda _: one, model.abstract_params())
+  return model, hf.load_params(str(directory), model, shardings, dtype)
+
+
+def _random_params(model):
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+      lambda x: rng.standard_normal(x.shape, np.float32) * x.shape[-1] ** -0.5,
+      model.abstract_params(),
+  )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _answer(model, config, params, batch):
+  """Returns the logits of the prompts and the greedy continuation."""
+  hidden, _ = model.apply(params, batch.tokens, batch.mask)
+  rollout = sampler.sample(
+      model, config, params, batch, jax.random.key(0), config.length
+  )
+  return model.logits(params, hidden), rollout
+
+
+def _batch(tokens, mask):
+  return PromptBatch(tokens, mask, np.arange(len(tokens), dtype=np.int32))
+
+
+def _check_golden(directory):
+  """Compares our logits and greedy tokens with those that torch gave."""
+  wanted = np.load(directory / "expected.npz")
+  model, params = _load(directory)
+  config = sampler.SamplerConfig(
+      length=wanted["greedy"].shape[1], stop_ids=(), pad_id=0,
+      num_tokens=model.config.vocab_size, greedy=True,
+  )  # fmt: skip
+  batch = _batch(wanted["tokens"], wanted["mask"])
+  assert not batch.mask.all()
+  logits, rollout = _answer(model, config, params, batch)
+  real = wanted["mask"]
+  np.testing.assert_allclose(
+      np.asarray(logits)[real], wanted["logits"][real], atol=1e-4, rtol=0
+  )
+  np.testing.assert_array_equal(rollout.tokens, wanted["greedy"])
+
+
+def _assert_equal(found, wanted):
+  assert jax.tree.structure(found) == jax.tree.structure(wanted)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(wanted):
+    other = functools.reduce(lambda tree, key: tree[key.key], path, found)
+    assert other.dtype == leaf.dtype
+    np.testing.assert_array_equal(other, leaf, err_msg=str(path))
+
+
+def _copy(name, directory):
+  return pathlib.Path(shutil.copytree(_GOLDEN / name, directory / name))
+
+
+def _export(params, directory, dtype="float32"):
+  hf.export(params, "bundled:teacher", "bundled:teacher", directory, dtype)
+
+
+@goldens
+def test_logits_and_greedy_tokens_equal_torchs(name):
+  _check_golden(_GOLDEN / name)
+
+
+@pytest.mark.torch
+@goldens
+def test_logits_and_greedy_tokens_equal_torchs_live(name, tmp_path):
+  from golden import make_golden
+
+  make_golden.make(name, tmp_path, seed=10)
+  _check_golden(tmp_path)
+
+
+@pytest.mark.torch
+def test_transformers_answers_as_we_do_after_an_export(tmp_path):
+  from golden import make_golden
+  import torch
+  import transformers
+
+  model = Model(hf.read_config("bundled:teacher"))
+  params = _random_params(model)
+  _export(params, tmp_path / "export")
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(
+      tmp_path / "export", dtype=torch.float32, attn_implementation="eager"
+  )
+  assert all(p.dtype == torch.float32 for p in theirs.parameters())
+  chat = chat_lib.load(str(tmp_path / "export"))
+  rows = [
+      chat.encode(chat.prompt(question, "<think>"))
+      for question in ("How many pens does Ann have?", "Ann has 7 pens.")
+  ]
+  length = max(map(len, rows))
+  tokens = np.full((2, length), chat.pad_id, np.int32)
+  for row, prompt in zip(tokens, rows, strict=True):
+    row[-len(prompt) :] = prompt
+  mask = np.arange(length) >= length - np.array([[len(r)] for r in rows])
+  wanted = make_golden.expected(theirs, tokens, mask)
+  config = sampler.SamplerConfig(
+      length=make_golden.NEW_TOKENS, stop_ids=chat.stop_ids,
+      pad_id=chat.pad_id, num_tokens=chat.num_tokens, greedy=True,
+  )  # fmt: skip
+  logits, rollout = _answer(model, config, params, _batch(tokens, mask))
+  np.testing.assert_allclose(
+      np.asarray(logits)[mask], wanted["logits"][mask], atol=1e-4, rtol=0
+  )
+  ours = [chat.decode(row) for row in np.asarray(rollout.tokens)]
+  assert ours == [chat.decode(row) for row in wanted["greedy"]]
+  assert len(set(ours)) == 2
+
+
+@goldens
+def test_an_export_loads_back_bit_for_bit(name, tmp_path):
+  source = str(_GOLDEN / name)
+  _, params = _load(source)
+  hf.export(params, source, source, tmp_path / "out", "float32")
+  model, found = _load(tmp_path / "out")
+  _assert_equal(found, params)
+  assert model.config == hf.read_config(source)
+  old, new = (
+      safetensors.numpy.load_file(pathlib.Path(d) / _WEIGHTS)
+      for d in (source, tmp_path / "out")
+  )
+  assert old.keys() == new.keys()
+  for tensor in old:
+    np.testing.assert_array_equal(new[tensor], old[tensor], err_msg=tensor)
+
+
+def test_a_bfloat16_export_rounds_once(tmp_path):
+  model = Model(hf.read_config("bundled:teacher"))
+  params = _random_params(model)
+  _export(params, tmp_path / "first", "bfloat16")
+  rounded = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), params)
+  _, found = _load(tmp_path / "first", "bfloat16")
+  _assert_equal(found, rounded)
+  _, widened = _load(tmp_path / "first")
+  _assert_equal(widened, jax.tree.map(lambda x: x.astype(np.float32), rounded))
+  _export(widened, tmp_path / "second", "bfloat16")
+  first, second = (
+      (tmp_path / name / _WEIGHTS).read_bytes() for name in ("first", "second")
+  )
+  assert first == second
+  assert len(first) < 0.6 * sum(x.nbytes for x in jax.tree.leaves(params))
+  written = json.loads((tmp_path / "first" / "config.json").read_text())
+  assert written["dtype"] == "bfloat16"
+
+
+def test_float32_weights_load_as_bfloat16():
+  _, wide = _load(_GOLDEN / "qwen2")
+  _, narrow = _load(_GOLDEN / "qwen2", "bfloat16")
+  _assert_equal(narrow, jax.tree.map(lambda x: x.astype(jnp.bfloat16), wide))
+
+
+def test_a_large_export_is_split_and_indexed(tmp_path, monkeypatch):
+  source = str(_GOLDEN / "qwen2")
+  _, params = _load(source)
+  monkeypatch.setattr(hf, "_SHARD_BYTES", 4000)
+  hf.export(params, source, source, tmp_path / "out", "float32")
+  index = json.loads((tmp_path / "out" / _INDEX).read_text())
+  files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
+  count = len(files)
+  assert count > 3
+  assert files == [
+      f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)
+  ]
+  total = sum(x.nbytes for x in jax.tree.leaves(params))
+  assert index["metadata"]["total_size"] == total
+  held = {
+      tensor: (file, array)
+      for file in files
+      for tensor, array in safetensors.numpy.load_file(
+          tmp_path / "out" / file
+      ).items()
+  }
+  assert index["weight_map"] == {t: file for t, (file, _) in held.items()}
+  for file in files:
+    assert sum(a.nbytes for f, a in held.values() if f == file) <= 4000
+  _, found = _load(tmp_path / "out")
+  _assert_equal(found, params)
+
+
+def test_a_small_export_is_one_file(tmp_path):
+  source = str(_GOLDEN / "llama3_rope")
+  _, params = _load(source)
+  hf.export(params, source, source, tmp_path / "out", "float32")
+  names = {p.name for p in (tmp_path / "out").iterdir()}
+  assert names == {"config.json", "generation_config.json", _WEIGHTS}
+
+
+def test_an_export_takes_its_tokenizer_from_where_it_is_told(tmp_path):
+  model = Model(hf.read_config("bundled:teacher"))
+  hf.export(
+      _random_params(model), "bundled:teacher", "bundled:capable",
+      tmp_path / "out", "float32",
+  )  # fmt: skip
+  companion = assets.path("capable")
+  for name in ("tokenizer_config.json", "generation_config.json",
+               "chat_template.jinja", "tokenizer.json"):  # fmt: skip
+    written = (tmp_path / "out" / name).read_bytes()
+    assert written == (companion / name).read_bytes()
+  written = json.loads((tmp_path / "out" / "config.json").read_text())
+  origin = json.loads((assets.path("teacher") / "config.json").read_text())
+  other = json.loads((companion / "config.json").read_text())
+  assert origin["eos_token_id"] != other["eos_token_id"]
+  assert written["eos_token_id"] == other["eos_token_id"]
+  assert hf.read_config(str(tmp_path / "out")) == model.config
+
+
+def test_an_export_appears_whole_or_not_at_all(tmp_path):
+  source, out = str(_GOLDEN / "qwen3"), tmp_path / "out"
+  _, params = _load(source)
+  hf.export(params, source, source, out, "float32")
+  (out / "stale").touch()
+  before = (out / _WEIGHTS).read_bytes()
+  changed = jax.tree.map(lambda x: x + 1, params)
+  with pytest.raises(KeyError):
+    hf.export(changed | {"zzz": jnp.ones(1)}, source, source, out, "float32")
+  assert (out / _WEIGHTS).read_bytes() == before
+  assert (out / "stale").exists()
+  hf.export(changed, source, source, out, "float32")
+  assert [p.name for p in tmp_path.iterdir()] == ["out"]
+  assert not (out / "stale").exists()
+  _, found = _load(out)
+  _assert_equal(found, changed)
+
+
+def test_shards_may_lie_in_any_file(tmp_path):
+  directory = _copy("qwen2", tmp_path)
+  tensors = safetensors.numpy.load_file(directory / _WEIGHTS)
+  _, wanted = _load(directory)
+  weight_map = {t: f"part-{i % 3}.safetensors" for i, t in enumerate(tensors)}
+  for file in set(weight_map.values()):
+    safetensors.numpy.save_file(
+        {t: a for t, a in tensors.items() if weight_map[t] == file},
+        directory / file,
+    )
+  (directory / _INDEX).write_text(json.dumps({"weight_map": weight_map}))
+  (directory / _WEIGHTS).unlink()
+  _, found = _load(directory)
+  _assert_equal(found, wanted)
+  hf.check_weights(str(directory), hf.read_config(str(directory)))
+
+
+def _rewrite(directory, change):
+  tensors = safetensors.numpy.load_file(directory / _WEIGHTS)
+  change(tensors)
+  safetensors.numpy.save_file(tensors, directory / _WEIGHTS)
+
+
+def _lose(directory):
+  _rewrite(directory, lambda tensors: tensors.pop(_QUERY))
+  return _QUERY
+
+
+def _add(directory):
+  name = "model.layers.0.self_attn.q_proj.lora_A.weight"
+  _rewrite(directory, lambda tensors: tensors.update({name: np.ones(3)}))
+  return name
+
+
+def _misshape(directory):
+  def change(tensors):
+    tensors[_QUERY] = tensors[_QUERY][:-1]
+
+  _rewrite(directory, change)
+  return _QUERY
+
+
+def _lose_shard(directory):
+  (directory / _WEIGHTS).unlink()
+  name = "model-00002-of-00002.safetensors"
+  (directory / _INDEX).write_text(json.dumps({"weight_map": {_QUERY: name}}))
+  return name
+
+
+def _truncate(directory):
+  whole = (directory / _WEIGHTS).read_bytes()
+  (directory / _WEIGHTS).write_bytes(whole[:-100])
+  return _WEIGHTS
+
+
+def _truncate_header(directory):
+  whole = (directory / _WEIGHTS).read_bytes()
+  (directory / _WEIGHTS).write_bytes(whole[:20])
+  return _WEIGHTS
+
+
+def _remove(directory):
+  (directory / _WEIGHTS).unlink()
+  return _WEIGHTS
+
+
+def _pickle(directory):
+  (directory / _WEIGHTS).rename(directory / "pytorch_model.bin")
+  return _WEIGHTS
+
+
+def _break_index(directory):
+  (directory / _INDEX).write_text('{"weight_map": {')
+  return _INDEX
+
+
+def _empty_index(directory):
+  (directory / _INDEX).write_text("{}")
+  return _INDEX
+
+
+@pytest.mark.parametrize(
+    "damage",
+    (
+        _lose, _add, _misshape, _lose_shard, _truncate, _truncate_header,
+        _remove, _pickle, _break_index, _empty_index,
+    ),
+)  # fmt: skip
+def test_damaged_weights_are_refused_by_name(damage, tmp_path):
+  directory = _copy("qwen3", tmp_path)
+  config = hf.read_config(str(directory))
+  hf.check_weights(str(directory), config)
+  named = damage(directory)
+  with pytest.raises(hf.ModelFilesError) as error:
+    _load(directory)
+  assert named in str(error.value)
+  assert str(directory) in str(error.value)
+  with pytest.raises(hf.ModelFilesError) as again:
+    hf.check_weights(str(directory), config)
+  assert str(again.value) == str(error.value)
+
+
+def test_misshapen_tensors_are_refused_with_both_shapes(tmp_path):
+  directory = _copy("qwen3", tmp_path)
+  _misshape(directory)
+  with pytest.raises(hf.ModelFilesError, match=r"\(23, 16\).*\(24, 16\)"):
+    _load(directory)
+
+
+def test_a_tied_model_may_repeat_its_table(tmp_path):
+  directory = _copy("qwen3", tmp_path)
+  _, wanted = _load(directory)
+  _rewrite(
+      directory,
+      lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}),
+  )
+  _, found = _load(directory)
+  _assert_equal(found, wanted)
+
+
+def test_an_untied_model_needs_its_head(tmp_path):
+  directory = _copy("qwen2", tmp_path)
+  _rewrite(directory, lambda tensors: tensors.pop("lm_head.weight"))
+  with pytest.raises(hf.ModelFilesError, match="lm_head.weight"):
+    _load(directory)
+
+
+def _edit_config(directory, **changes):
+  file = directory / "config.json"
+  file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_missing_and_broken_configs_are_refused(tmp_path):
+  directory = _copy("qwen3", tmp_path)
+  (directory / "config.json").write_text('{"model_type": "qwen3",')
+  with pytest.raises(hf.ModelFilesError) as error:
+    hf.read_config(str(directory))
+  assert f"{directory}/config.json" in str(error.value)
+  (directory / "config.json").unlink()
+  with pytest.raises(hf.ModelFilesError) as error:
+    hf.read_config(str(directory))
+  assert f"{directory} has no config.json" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ("gemma", "made_up", None))
+def test_other_architectures_are_refused_before_transformers_sees_them(
+    kind, tmp_path
+):
+  directory = _copy("qwen3", tmp_path)
+  _edit_config(directory, model_type=kind, auto_map={"AutoConfig": "x.Y"})
+  with pytest.raises(UnsupportedModelError) as error:
+    hf.read_config(str(directory))
+  assert f"{directory}: model type {kind!r}" in str(error.value)
+
+
+def test_unsupported_rope_is_refused_from_a_file(tmp_path):
+  directory = _copy("llama3_rope", tmp_path)
+  yarn = {
+      "rope_type": "yarn",
+      "rope_theta": 1000.0,
+      "factor": 4.0,
+      "original_max_position_embeddings": 64,
+  }
+  _edit_config(directory, rope_parameters=yarn)
+  with pytest.raises(UnsupportedModelError, match="rope_type 'yarn'"):
+    hf.read_config(str(directory))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    (
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10.0}},
+        {"hidden_size": "sixteen"},
+    ),
+    ids=("rope without its factor", "a size that is a word"),
+)
+def test_a_config_that_transformers_refuses_is_refused(changes, tmp_path):
+  directory = _copy("llama3_rope", tmp_path)
+  _edit_config(directory, **changes)
+  with pytest.raises(hf.ModelFilesError) as error:
+    hf.read_config(str(directory))
+  assert f"{directory}/config.json" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "path", ("/no/such/model", "./model", "model", "a/b/c")
+)
+def test_what_is_no_directory_is_refused(path):
+  with pytest.raises(hf.ModelFilesError) as error:
+    hf.resolve(path)
+  assert str(error.value).startswith(f"{path} is not a directory")
+
+
+def test_unknown_bundled_names_are_refused():
+  with pytest.raises(hf.ModelFilesError) as error:
+    hf.resolve("bundled:giant")
+  assert str(error.value).startswith("bundled:giant: ")
+  assert "capable, teacher, weak" in str(error.value)
+  assert hf.resolve("bundled:weak") == assets.path("weak")

@@ -1,0 +1,373 @@
+"""The transformer, its cache and how Hugging Face configs are read."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+
+from prefix_distill.models import config as model_config
+from prefix_distill.models import kv_cache
+from prefix_distill.models import layers
+from prefix_distill.models.config import ModelConfig
+from prefix_distill.models.config import RopeConfig
+from prefix_distill.models.config import UnsupportedModelError
+from prefix_distill.models.transformer import Model
+
+_TINY = ModelConfig(
+    family="qwen3",
+    vocab_size=23,
+    dim=16,
+    mlp_dim=24,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    norm_eps=1e-6,
+    rope=RopeConfig(100.0),
+    tied=True,
+    max_length=64,
+)
+_LLAMA3 = RopeConfig(1000.0, "llama3", 8.0, 1.0, 4.0, 32)
+_MODELS = {
+    "qwen3": Model(_TINY),
+    "qwen2": Model(
+        dataclasses.replace(_TINY, family="qwen2", head_dim=4, tied=False)
+    ),
+    "llama": Model(
+        dataclasses.replace(_TINY, family="llama", rope=_LLAMA3, tied=False)
+    ),
+}
+_LENGTH = 8
+_TOKENS = np.array([5, 3, 19, 7, 11, 2, 13, 1], np.int32)
+
+families = pytest.mark.parametrize("family", _MODELS)
+
+
+@functools.cache
+def _params(family):
+  """Random parameters, with biases and norms that matter."""
+  rng = np.random.default_rng(0)
+
+  def draw(path, leaf):
+    noise = rng.standard_normal(leaf.shape, np.float32)
+    is_scale = path[-1].key == "scale"
+    return 1 + 0.2 * noise if is_scale else 0.3 * noise
+
+  abstract = _MODELS[family].abstract_params()
+  return jax.tree_util.tree_map_with_path(draw, abstract)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(model, params, tokens, mask, cache=None):
+  hidden, cache = model.apply(params, tokens, mask, cache)
+  return model.logits(params, hidden), cache
+
+
+def _layout(columns):
+  """Returns a row of tokens and a mask: the first tokens, in `columns`."""
+  tokens, mask = np.zeros(_LENGTH, np.int32), np.zeros(_LENGTH, bool)
+  tokens[columns], mask[columns] = _TOKENS[: len(columns)], True
+  return tokens, mask
+
+
+# The same tokens without padding, and padded left, right and in the middle.
+_COLUMNS = (list(range(8)), [3, 4, 5, 6, 7], [0, 1, 2, 3, 4], [1, 2, 5, 6, 7])
+_BATCH, _MASK = (
+    np.stack(x) for x in zip(*(_layout(c) for c in _COLUMNS), strict=True)
+)
+
+
+def _decode(family, sizes):
+  """Runs the batch through a cache in chunks of these sizes."""
+  model = _MODELS[family]
+  cache = kv_cache.empty(model.config, len(_BATCH), _LENGTH + 2, model.dtype)
+  out, start = [], 0
+  for size in sizes:
+    at = slice(start, start + size)
+    logits, cache = _run(
+        model, _params(family), _BATCH[:, at], _MASK[:, at], cache
+    )
+    out.append(logits)
+    start += size
+  assert cache.length == _LENGTH
+  return jnp.concatenate(out, axis=1)
+
+
+@functools.cache
+def _full(family):
+  logits, cache = _run(_MODELS[family], _params(family), _BATCH, _MASK)
+  assert cache is None
+  return np.asarray(logits)
+
+
+@families
+@pytest.mark.parametrize(
+    "sizes", ((4, 1, 1, 1, 1), (4, 4)), ids=("one at a time", "in chunks")
+)
+def test_cached_decoding_equals_the_full_forward(family, sizes):
+  np.testing.assert_allclose(
+      _decode(family, sizes)[_MASK], _full(family)[_MASK], atol=1e-5, rtol=1e-5
+  )
+
+
+@families
+@pytest.mark.parametrize(
+    "row", (1, 2, 3), ids=("left", "right", "in the middle")
+)
+def test_padding_changes_nothing(family, row):
+  logits = _full(family)
+  np.testing.assert_allclose(
+      logits[row, _COLUMNS[row]], logits[0, :5], atol=1e-5, rtol=1e-5
+  )
+
+
+@families
+def test_the_order_of_tokens_matters(family):
+  swapped = _BATCH.copy()
+  swapped[0, [1, 2]] = swapped[0, [2, 1]]
+  logits, _ = _run(_MODELS[family], _params(family), swapped, _MASK)
+  assert np.abs(logits[0, -1] - _full(family)[0, -1]).max() > 1e-2
+
+
+@families
+def test_no_gradient_reaches_later_positions(family):
+  model, params = _MODELS[family], _params(family)
+  cotangent = np.random.default_rng(2).standard_normal(
+      (_LENGTH, model.config.vocab_size), np.float32
+  )
+
+  @jax.jit
+  @jax.jacrev
+  def jacobian(table):
+    changed = params | {"embed": {"weight": table}}
+    hidden, _ = model.apply(changed, _TOKENS[None], np.ones((1, 8), bool))
+    return (model.logits(params, hidden)[0] * cotangent).sum(-1)
+
+  # The tokens differ, so a row of the table is one position's embedding.
+  grads = np.asarray(jacobian(params["embed"]["weight"]))[:, _TOKENS]
+  reached = np.abs(grads).max(-1)
+  np.testing.assert_array_equal(reached[np.triu_indices(_LENGTH, 1)], 0.0)
+  assert (reached[np.tril_indices(_LENGTH)] > 1e-4).all()
+
+
+def test_remat_changes_no_gradient():
+  params = _params("llama")
+
+  def gradient(model):
+    def loss(params):
+      hidden, _ = model.apply(params, _BATCH, _MASK)
+      return jnp.where(_MASK[..., None], hidden, 0).sum()
+
+    return jax.jit(jax.grad(loss))
+
+  plain = gradient(_MODELS["llama"])
+  remat = gradient(dataclasses.replace(_MODELS["llama"], remat=True))
+  assert "remat" not in str(jax.make_jaxpr(plain)(params))
+  assert "remat" in str(jax.make_jaxpr(remat)(params))
+  wanted, found = plain(params), remat(params)
+  for leaf in jax.tree.leaves(wanted["layers"]):
+    assert np.abs(leaf).max() > 1e-3
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4),
+      wanted,
+      found,
+  )
+
+
+def test_bfloat16_computes_nearly_the_same():
+  model = dataclasses.replace(_MODELS["qwen3"], compute_dtype="bfloat16")
+  params = _params("qwen3")
+  hidden, _ = jax.eval_shape(model.apply, params, _BATCH, _MASK)
+  assert hidden.dtype == jnp.bfloat16
+  logits, _ = _run(model, params, _BATCH, _MASK)
+  assert logits.dtype == jnp.float32
+  exact = _full("qwen3")[_MASK]
+  error = np.abs(np.asarray(logits)[_MASK] - exact).max() / exact.std()
+  assert 1e-4 < error < 0.1
+
+
+@families
+@pytest.mark.parametrize("tied", (True, False))
+def test_num_params_counts_what_init_makes(family, tied):
+  config = dataclasses.replace(_MODELS[family].config, tied=tied)
+  tree = Model(config).abstract_params()
+  counted = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+  assert model_config.num_params(config) == counted
+  table = 0 if tied else config.vocab_size * config.dim
+  without = model_config.num_params(config, embeddings=False)
+  assert without == counted - table
+
+
+def test_init_depends_on_its_key():
+  init = jax.jit(_MODELS["qwen2"].init)
+  # Keys of this kind compile fast.
+  keys = (jax.random.key(seed, impl="rbg") for seed in (3, 3, 4))
+  first, same, other = map(init, keys)
+  assert jax.tree.all(jax.tree.map(np.array_equal, first, same))
+  for name in ("embed", "head"):
+    assert not np.array_equal(first[name]["weight"], other[name]["weight"])
+  assert not np.array_equal(first["embed"]["weight"], first["head"]["weight"])
+  up = first["layers"]["mlp"]["up"]
+  assert not np.array_equal(up[0], up[1])
+
+
+def _wavelengths(theta, head_dim):
+  return np.array(
+      [2 * math.pi * theta ** (i / head_dim) for i in range(0, head_dim, 2)]
+  )
+
+
+def test_default_and_linear_rope_frequencies():
+  wanted = 2 * math.pi / _wavelengths(500.0, 10)
+  found = layers.rope_frequencies(RopeConfig(500.0), 10)
+  np.testing.assert_allclose(found, wanted, rtol=1e-5)
+  found = layers.rope_frequencies(RopeConfig(500.0, "linear", 4.0), 10)
+  np.testing.assert_allclose(found, wanted / 4, rtol=1e-5)
+
+
+def test_llama3_rope_frequencies():
+  """Compares with the rule of Llama 3.1, one wavelength at a time."""
+  theta, factor, low, high, original = 500000.0, 8.0, 1.0, 4.0, 8192
+  wanted, kinds = [], set()
+  for wave in _wavelengths(theta, 128):
+    if wave < original / high:
+      kinds.add("short")
+      wanted.append(2 * math.pi / wave)
+    elif wave > original / low:
+      kinds.add("long")
+      wanted.append(2 * math.pi / wave / factor)
+    else:
+      kinds.add("between")
+      smooth = (original / wave - low) / (high - low)
+      scaled = (1 - smooth) / factor + smooth
+      wanted.append(2 * math.pi / wave * scaled)
+  assert kinds == {"short", "between", "long"}
+  rope = RopeConfig(theta, "llama3", factor, low, high, original)
+  np.testing.assert_allclose(
+      layers.rope_frequencies(rope, 128), wanted, rtol=1e-4
+  )
+
+
+def test_rope_keeps_lengths_and_relative_angles():
+  rng = np.random.default_rng(0)
+  x, y = rng.standard_normal((2, 1, 1, 1, 8), np.float32)
+  freqs = layers.rope_frequencies(RopeConfig(100.0), 8)
+
+  def at(vector, position):
+    return np.asarray(
+        layers.apply_rope(jnp.array(vector), position * freqs[None, None])
+    ).ravel()
+
+  np.testing.assert_allclose(at(x, 0), x.ravel(), rtol=1e-6)
+  np.testing.assert_allclose(
+      np.linalg.norm(at(x, 9)), np.linalg.norm(x), rtol=1e-5
+  )
+  near, far = at(x, 2) @ at(y, 5), at(x, 12) @ at(y, 15)
+  np.testing.assert_allclose(near, far, rtol=1e-4)
+  assert abs(near - at(x, 2) @ at(y, 9)) > 1e-2
+
+
+_HF = {
+    "qwen3": transformers.Qwen3Config,
+    "qwen2": transformers.Qwen2Config,
+    "llama": transformers.LlamaConfig,
+}
+_HF_SIZES = {
+    "vocab_size": 23,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+}
+
+
+def _read(family, **changes):
+  config = _HF[family](**(_HF_SIZES | changes))
+  return model_config.from_hf(config, "some/model")
+
+
+@families
+@pytest.mark.parametrize("tied", (True, False))
+def test_from_hf_reads_every_size(family, tied):
+  rope = {"rope_type": "default", "rope_theta": 700.0}
+  found = _read(
+      family, tie_word_embeddings=tied, head_dim=6, rope_parameters=rope
+  )
+  assert found == ModelConfig(
+      family=family, vocab_size=23, dim=16, mlp_dim=24, num_layers=2,
+      num_heads=4, num_kv_heads=2, head_dim=6, norm_eps=1e-5,
+      rope=RopeConfig(700.0), tied=tied, max_length=64,
+  )  # fmt: skip
+  assert hash(found) == hash(dataclasses.replace(found))
+
+
+@pytest.mark.parametrize("family", ("qwen2", "llama"))
+def test_head_width_defaults_to_an_even_split(family):
+  assert _read(family).head_dim == 4
+
+
+def test_from_hf_reads_published_rope_settings():
+  """Llama 3.1's config.json has the names of before transformers 5."""
+  published = {
+      "factor": 8.0,
+      "low_freq_factor": 1.0,
+      "high_freq_factor": 4.0,
+      "original_max_position_embeddings": 32,
+      "rope_type": "llama3",
+  }
+  found = _read("llama", rope_theta=1000.0, rope_scaling=published)
+  assert found.rope == _LLAMA3
+  linear = {"type": "linear", "factor": 2.0}
+  found = _read("llama", rope_theta=1000.0, rope_scaling=linear)
+  assert found.rope == RopeConfig(1000.0, "linear", 2.0)
+
+
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_PARTIAL = {
+    "rope_type": "default", "rope_theta": 10.0, "partial_rotary_factor": 0.5
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "family, changes, named",
+    (
+        ("qwen3", {"rope_parameters": _YARN}, "rope_type 'yarn'"),
+        ("llama", {"rope_parameters": _PARTIAL}, "partial_rotary_factor 0.5"),
+        ("qwen2", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ("llama", {"attention_bias": True}, "attention_bias True"),
+        ("qwen3", {"attention_bias": True}, "attention_bias True"),
+        ("llama", {"mlp_bias": True}, "mlp_bias True"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window True"),
+        ("qwen3", {"use_sliding_window": True}, "use_sliding_window True"),
+        (
+            "llama",
+            {"quantization_config": {"quant_method": "fp8"}},
+            "quantization_config",
+        ),
+    ),
+)
+def test_from_hf_refuses_by_name(family, changes, named):
+  with pytest.raises(UnsupportedModelError) as error:
+    _read(family, **changes)
+  assert str(error.value).startswith(f"some/model: {named}")
+  assert "not implemented" in str(error.value)
+
+
+def test_from_hf_refuses_other_architectures_by_name():
+  with pytest.raises(UnsupportedModelError) as error:
+    model_config.from_hf(transformers.GemmaConfig(), "some/model")
+  assert str(error.value).startswith("some/model: model type 'gemma'")
+  assert "qwen3, qwen2, llama" in str(error.value)

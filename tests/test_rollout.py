@@ -1,0 +1,185 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prefix_distill.rollout import sampler
+from prefix_distill.rollout import token_choice
+from prefix_distill.rollout.sampler import SamplerConfig
+from prefix_distill.structs import PromptBatch
+from prefix_distill.structs import Rollout
+import toys
+
+ROWS = 32
+LENGTH = 10
+KEY = jax.random.key(3)
+CONFIG = SamplerConfig(LENGTH, toys.STOPS, toys.PAD, toys.NUM_TOKENS)
+MODEL, PARAMS = toys.model()
+PROMPTS = toys.prompts(ROWS)
+
+_sample = jax.jit(sampler.sample, static_argnums=(0, 1))
+
+
+def sample(
+    config: SamplerConfig = CONFIG,
+    batch: PromptBatch = PROMPTS,
+    key: jax.Array = KEY,
+    cap: int = LENGTH,
+) -> Rollout:
+  out = _sample(MODEL, config, PARAMS, batch, key, jnp.asarray(cap))
+  return jax.tree.map(np.asarray, out)
+
+
+def rows(tree, index):
+  return jax.tree.map(lambda x: x[index], tree)
+
+
+def assert_same(ours: Rollout, theirs: Rollout) -> None:
+  np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+  np.testing.assert_array_equal(ours.mask, theirs.mask)
+  np.testing.assert_allclose(ours.log_probs, theirs.log_probs, atol=1e-5)
+
+
+def forced_log_probs(
+    batch: PromptBatch, rollout: Rollout, temperature: float
+) -> np.ndarray:
+  """Every real token's log-probability [B, P, V], from one forward pass."""
+  hidden = MODEL.prefix_hidden(PARAMS, batch, rollout)
+  logits = np.asarray(MODEL.logits(PARAMS, hidden), np.float64)
+  scaled = logits[..., : toys.NUM_TOKENS] / temperature
+  return scaled - np.log(np.exp(scaled).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("temperature, per_prompt", [(1.0, 1), (0.7, 3)])
+def test_log_probs_are_the_teacher_forced_ones(temperature, per_prompt):
+  config = dataclasses.replace(
+      CONFIG, temperature=temperature, per_prompt=per_prompt
+  )
+  rollout = sample(config)
+  batch = sampler.repeat_prompts(PROMPTS, per_prompt)
+  whole = forced_log_probs(batch, rollout, temperature)
+  wanted = np.take_along_axis(whole, rollout.tokens[..., None], -1)[..., 0]
+  assert rollout.mask.sum() > ROWS * per_prompt
+  np.testing.assert_allclose(
+      rollout.log_probs, np.where(rollout.mask, wanted, 0), atol=1e-5
+  )
+
+
+def test_a_key_gives_one_rollout_and_another_key_another():
+  assert_same(sample(), sample())
+  assert (sample().tokens != sample(key=jax.random.key(4)).tokens).any()
+
+
+def test_a_row_does_not_depend_on_its_place_in_the_batch():
+  order = np.random.default_rng(1).permutation(ROWS)
+  assert_same(sample(batch=rows(PROMPTS, order)), rows(sample(), order))
+
+
+def test_a_row_does_not_depend_on_the_rest_of_its_batch():
+  some = np.array([20, 3, 7])
+  assert_same(sample(batch=rows(PROMPTS, some)), rows(sample(), some))
+
+
+def test_rows_with_one_prompt_differ_by_their_index():
+  batch = dataclasses.replace(
+      rows(PROMPTS, np.zeros(ROWS, int)), index=PROMPTS.index
+  )
+  assert len({tuple(row) for row in sample(batch=batch).tokens}) > ROWS // 2
+
+
+def test_a_longer_bucket_with_the_same_cap_adds_only_padding():
+  longer = sample(dataclasses.replace(CONFIG, length=LENGTH + 6))
+  head = jax.tree.map(lambda x: x[:, :LENGTH], longer)
+  assert_same(head, sample())
+  assert (longer.tokens[:, LENGTH:] == toys.PAD).all()
+  assert not longer.mask[:, LENGTH:].any()
+  assert not longer.log_probs[:, LENGTH:].any()
+
+
+def test_the_mask_covers_up_to_and_with_the_stop_token_or_the_cap():
+  cap = LENGTH - 2
+  rollout = sample(cap=cap)
+  lengths = []
+  for tokens, mask, log_probs in zip(
+      rollout.tokens, rollout.mask, rollout.log_probs, strict=True
+  ):
+    stops = [i for i, t in enumerate(tokens) if t in toys.STOPS]
+    length = stops[0] + 1 if stops else cap
+    assert mask.tolist() == [True] * length + [False] * (LENGTH - length)
+    assert (tokens[length:] == toys.PAD).all()
+    assert (log_probs[:length] < 0).all()
+    assert (log_probs[length:] == 0).all()
+    lengths.append(length)
+  # Rows that stop at once, midway and not at all are all among them.
+  assert {1, cap} < set(lengths)
+
+
+def test_caps_within_a_bucket_share_one_compilation():
+  sample()
+  before = _sample._cache_size()
+  for cap in (1, 4, LENGTH):
+    longest = sample(cap=cap).mask.sum(1).max()
+    assert longest == cap
+  assert _sample._cache_size() == before
+
+
+def test_a_short_cap_gives_the_first_tokens_of_a_long_one():
+  short, whole = sample(cap=4), sample()
+  head = jax.tree.map(lambda x: x[:, :4], whole)
+  assert_same(jax.tree.map(lambda x: x[:, :4], short), head)
+
+
+def test_rollouts_of_a_prompt_are_neighbours_that_differ():
+  three = sample(dataclasses.replace(CONFIG, temperature=0.7, per_prompt=3))
+  groups = three.tokens.reshape(ROWS, 3, LENGTH)
+  one = sample(dataclasses.replace(CONFIG, temperature=0.7))
+  np.testing.assert_array_equal(groups[:, 0], one.tokens)
+  for i, j in ((0, 1), (0, 2), (1, 2)):
+    assert (groups[:, i] != groups[:, j]).any(axis=1).mean() > 0.8
+
+
+def test_greedy_takes_the_argmax_of_a_full_forward_step_by_step():
+  rollout = sample(dataclasses.replace(CONFIG, greedy=True))
+  columns = PROMPTS.tokens.shape[1]
+  forward = jax.jit(MODEL.apply)
+  tokens = np.full((ROWS, columns + LENGTH), toys.PAD, np.int32)
+  mask = np.zeros(tokens.shape, bool)
+  tokens[:, :columns], mask[:, :columns] = PROMPTS.tokens, PROMPTS.mask
+  live = np.ones(ROWS, bool)
+  for step in range(LENGTH):
+    np.testing.assert_array_equal(rollout.mask[:, step], live)
+    hidden, _ = forward(PARAMS, tokens, mask)
+    logits = MODEL.logits(PARAMS, hidden[:, columns + step - 1])
+    best = np.argmax(logits[:, : toys.NUM_TOKENS], axis=-1)
+    best = np.where(live, best, toys.PAD)
+    np.testing.assert_array_equal(rollout.tokens[:, step], best)
+    tokens[:, columns + step], mask[:, columns + step] = best, live
+    live &= ~np.isin(best, toys.STOPS)
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_padded_ids_are_never_drawn_though_they_have_most_of_the_mass(greedy):
+  rollout = sample(dataclasses.replace(CONFIG, greedy=greedy))
+  assert rollout.tokens.max() < toys.NUM_TOKENS
+  hidden = MODEL.prefix_hidden(PARAMS, PROMPTS, rollout)
+  best = np.argmax(MODEL.logits(PARAMS, hidden), axis=-1)
+  assert (best[rollout.mask] >= toys.NUM_TOKENS).mean() > 0.3
+
+
+def test_draws_follow_the_distribution():
+  count = 20_000
+  logits = jnp.array([0.0, 1.0, 2.0, -1.0, 9.0])
+  log_probs = token_choice.log_probs(logits, 0.7, 4)
+  keys = token_choice.row_keys(KEY, jnp.arange(count))
+  tokens, chosen = token_choice.choose(
+      keys, jnp.broadcast_to(log_probs, (count, 5)), greedy=False
+  )
+  probs = np.exp(np.array([0, 1, 2, -1]) / 0.7)
+  probs /= probs.sum()
+  error = np.sqrt(probs * (1 - probs) / count)
+  share = np.bincount(tokens, minlength=5) / count
+  assert share[4] == 0
+  assert (np.abs(share[:4] - probs) < 4 * error).all()
+  np.testing.assert_allclose(np.exp(chosen), probs[tokens], rtol=1e-5)

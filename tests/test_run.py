@@ -1,0 +1,158 @@
+"""Whole runs through the command line: same numbers, stopped or not."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+_ROOT = pathlib.Path(__file__).parent.parent
+_SMALL = (
+    "--config.steps=6",
+    "--config.data.batch_size=4",
+    "--config.rollout.max_len=24",
+    "--config.prefix.buckets=(8,24)",
+    "--config.prefix.increment=3",
+    "--config.evaluation.max_len=24",
+    "--config.evaluation.every=2",
+    "--config.evaluation.batch_size=8",
+    "--config.evaluation.greedy=False",
+    "--config.evaluation.sets.heldout.size=8",
+    "--config.checkpoint.every=2",
+)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+  return tmp_path_factory.mktemp("cache")
+
+
+def _start(workdir, cache, *flags):
+  environment = os.environ | {
+      "JAX_COMPILATION_CACHE_DIR": str(cache),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  }
+  return subprocess.Popen(
+      [
+          sys.executable, "-m", "prefix_distill.main",
+          "--config=configs/math.py:tiny-weak", f"--workdir={workdir}",
+          *_SMALL, *flags,
+      ],
+      cwd=_ROOT, env=environment, text=True,
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+  )  # fmt: skip
+
+
+def _finish(process):
+  out, err = process.communicate(timeout=300)
+  return process.returncode, out, err
+
+
+def _metrics(workdir):
+  """Lines without what depends on the clock and on warm caches."""
+  timed = ("seconds", "tokens_per_second", "compilations")
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [
+      {k: v for k, v in json.loads(line).items() if not k.startswith(timed)}
+      for line in lines
+  ]
+
+
+def _wait_for_lines(workdir, count):
+  """Waits until the run has made so many updates."""
+  file, deadline = workdir / "metrics.jsonl", time.time() + 240
+  while time.time() < deadline:
+    if file.is_file() and file.read_text().count("prefix_len") >= count:
+      return
+    time.sleep(0.02)
+  raise TimeoutError(f"{file} has not reached {count} updates.")
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, cache):
+  """A run that was never stopped."""
+  workdir = tmp_path_factory.mktemp("runs") / "whole"
+  code, out, err = _finish(_start(workdir, cache))
+  assert code == 0, err
+  return workdir, out
+
+
+def test_a_run_leaves_what_the_readme_promises(whole):
+  workdir, out = whole
+  for name in (
+      "config.json", "metrics.jsonl", "checkpoints/6", "report/report.md",
+      "report/accuracy_flops.png", "report/kl_step.png",
+      "report/kl_position.png", "export/model.safetensors",
+      "export/config.json", "export/tokenizer.json",
+      "export/chat_template.jinja",
+  ):  # fmt: skip
+    assert (workdir / name).exists(), name
+  assert "student before" in out and "teacher" in out and "FLOPs" in out
+  updates = [m for m in _metrics(workdir) if "kl" in m]
+  assert [m["step"] for m in updates] == [1, 2, 3, 4, 5, 6]
+  assert [m["prefix_len"] for m in updates] == [1, 4, 7, 10, 13, 16]
+  assert all(a["flops"] < b["flops"] for a, b in zip(updates, updates[1:]))
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(
+    whole, cache, tmp_path
+):
+  for seed, same in ((0, True), (1, False)):
+    workdir = tmp_path / str(seed)
+    code, _, err = _finish(_start(workdir, cache, f"--config.seed={seed}"))
+    assert code == 0, err
+    assert (_metrics(workdir) == _metrics(whole[0])) is same
+
+
+@pytest.mark.parametrize("updates", [1, 4])
+def test_a_killed_run_ends_as_one_that_was_never_stopped(
+    whole, cache, tmp_path, updates
+):
+  process = _start(tmp_path / "run", cache)
+  _wait_for_lines(tmp_path / "run", updates)
+  process.kill()
+  process.communicate()
+  code, _, err = _finish(_start(tmp_path / "run", cache))
+  assert code == 0, err
+  assert _metrics(tmp_path / "run") == _metrics(whole[0])
+  weights = "export/model.safetensors"
+  assert (tmp_path / "run" / weights).read_bytes() == (
+      whole[0] / weights
+  ).read_bytes()
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(whole, cache, tmp_path):
+  process = _start(tmp_path / "run", cache)
+  _wait_for_lines(tmp_path / "run", 3)
+  process.send_signal(signal.SIGINT)
+  code, _, err = _finish(process)
+  assert code == 130
+  assert "the same command goes on" in err.splitlines()[-1]
+  assert not (tmp_path / "run" / "export").exists()
+  code, out, err = _finish(_start(tmp_path / "run", cache))
+  assert code == 0, err
+  assert "Resuming after update" in out
+  assert _metrics(tmp_path / "run") == _metrics(whole[0])
+
+
+def test_a_finished_run_reports_again_and_changes_nothing(whole, cache):
+  workdir, _ = whole
+  before = (workdir / "metrics.jsonl").read_bytes()
+  code, out, err = _finish(_start(workdir, cache))
+  assert code == 0, err
+  assert "student after" in out
+  assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_config_on_the_workdir_is_refused(whole, cache):
+  workdir, _ = whole
+  before = (workdir / "metrics.jsonl").read_bytes()
+  code, _, err = _finish(_start(workdir, cache, "--config.seed=7"))
+  assert code != 0
+  message = err.strip().splitlines()[-1]
+  assert "seed = 0" in message and "7" in message and "--workdir" in message
+  assert (workdir / "metrics.jsonl").read_bytes() == before

@@ -1,0 +1,301 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from prefix_distill import sharding
+from prefix_distill.config import MeshSpec
+from prefix_distill.config import OptimizerSpec
+from prefix_distill.distill import teacher as teacher_lib
+from prefix_distill.distill.divergence import Distribution
+from prefix_distill.models.transformer import Model
+from prefix_distill.rollout import sampler
+from prefix_distill.structs import PromptBatch
+from prefix_distill.structs import Rollout
+from prefix_distill.structs import TeacherScores
+from prefix_distill.train import optimizer
+from prefix_distill.train import step as step_lib
+import toys
+
+LENGTHS = [1, 3, 8, 8, 2, 5, 8, 1]
+COLUMNS = 8
+DIST = toys.distribution()
+MERGED = toys.distribution(stop_ids=toys.STOPS)
+STUDENT, PARAMS = toys.model(0, num_layers=1)
+TEACHER, TEACHER_PARAMS = toys.model(1, num_layers=1, dim=24, vocab_size=16)
+TEACHER_HEAD = TEACHER.head(TEACHER_PARAMS)
+PROMPTS = toys.prompts(len(LENGTHS))
+ROLLOUT = toys.rollout(LENGTHS, COLUMNS)
+MESH = sharding.make_mesh(MeshSpec(), jax.devices()[:1])
+SGD = optax.sgd(1.0)
+FORMS = pytest.mark.parametrize("form", ["exact", "sampled"])
+
+sample = jax.jit(sampler.sample, static_argnums=(0, 1))
+_score = jax.jit(teacher_lib.score, static_argnums=(0, 1, 2))
+
+
+def score(
+    form: str, rollout: Rollout, prompts: PromptBatch = PROMPTS
+) -> TeacherScores:
+  return _score(TEACHER, form, MERGED, TEACHER_PARAMS, prompts, rollout)
+
+
+@functools.cache
+def loss_fn(
+    model: Model = STUDENT, dist: Distribution = MERGED
+) -> step_lib.LossFn:
+  return functools.partial(
+      step_lib.distillation_loss, model, dist, 4 * COLUMNS
+  )
+
+
+@functools.cache
+def train_step(
+    loss: step_lib.LossFn,
+    normalize: str = "rollouts",
+    accumulation: int = 1,
+    tx: optax.GradientTransformation = SGD,
+):
+  step = functools.partial(
+      step_lib.train_step, loss, tx, normalize, accumulation, MESH
+  )
+  return jax.jit(step)
+
+
+@jax.jit
+def loss_and_gradients(rollout: Rollout, scores: TeacherScores):
+  """Returns the loss, the metrics' sums, and both models' gradients."""
+
+  def loss(params, scores):
+    return loss_fn()(params, TEACHER_HEAD, (PROMPTS, rollout, scores))
+
+  (value, sums), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(
+      PARAMS, scores
+  )
+  return value, sums, *grads
+
+
+def assert_equal(ours, theirs, **tolerance) -> None:
+  assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+  for x, y in zip(
+      jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True
+  ):
+    np.testing.assert_allclose(x, y, **tolerance)
+
+
+def largest(tree) -> float:
+  return max(np.abs(x).max() for x in jax.tree.leaves(tree))
+
+
+def behind(value: float, x: jax.Array) -> jax.Array:
+  """Puts a value where the mask is false."""
+  mask = ROLLOUT.mask.reshape(ROLLOUT.mask.shape + (1,) * (x.ndim - 2))
+  return jnp.where(mask, x, jnp.asarray(value, x.dtype))
+
+
+@FORMS
+def test_what_is_behind_the_mask_changes_neither_loss_nor_gradient(form):
+  scores = score(form, ROLLOUT)
+  wanted = loss_and_gradients(ROLLOUT, scores)
+  rollout = dataclasses.replace(
+      ROLLOUT,
+      tokens=behind(7, ROLLOUT.tokens),
+      log_probs=behind(-3.0, ROLLOUT.log_probs),
+  )
+  scores = jax.tree.map(functools.partial(behind, 2.5), scores)
+  assert largest(wanted[2]) > 0.1
+  assert_equal(
+      loss_and_gradients(rollout, scores), wanted, rtol=0, atol=1e-6
+  )
+
+
+@FORMS
+def test_a_nan_behind_the_mask_does_not_pass(form):
+  scores = score(form, ROLLOUT)
+  wanted = loss_and_gradients(ROLLOUT, scores)
+  rollout = dataclasses.replace(
+      ROLLOUT, log_probs=behind(np.nan, ROLLOUT.log_probs)
+  )
+  scores = jax.tree.map(functools.partial(behind, np.nan), scores)
+  ours = loss_and_gradients(rollout, scores)
+  assert_equal(ours[:3], wanted[:3], rtol=0, atol=1e-6)
+
+
+def test_the_teachers_scores_do_not_depend_on_what_is_behind_the_mask():
+  rollout = dataclasses.replace(ROLLOUT, tokens=behind(7, ROLLOUT.tokens))
+  ours, wanted = (score("exact", r).hidden for r in (rollout, ROLLOUT))
+  mask = np.asarray(ROLLOUT.mask)
+  np.testing.assert_allclose(ours[mask], wanted[mask], atol=1e-6)
+
+
+def test_the_loss_reads_every_prefix_position_and_no_other():
+  grad = loss_and_gradients(ROLLOUT, score("exact", ROLLOUT))[3].hidden
+  np.testing.assert_array_equal(np.any(grad != 0, axis=-1), ROLLOUT.mask)
+
+
+def test_the_loss_is_the_sum_over_prefix_tokens_of_full_forward_passes():
+  tokens = jnp.concatenate([PROMPTS.tokens, ROLLOUT.tokens], axis=1)
+  mask = jnp.concatenate([PROMPTS.mask, ROLLOUT.mask], axis=1)
+  log_probs = []
+  for model, params in ((STUDENT, PARAMS), (TEACHER, TEACHER_PARAMS)):
+    hidden, _ = jax.jit(model.apply)(params, tokens, mask)
+    logits = np.asarray(model.logits(params, hidden), np.float64)
+    logits = logits[..., : toys.NUM_TOKENS]
+    probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    stop = probs[..., list(toys.STOPS)].sum(-1, keepdims=True)
+    probs = np.concatenate([probs[..., : toys.STOPS[0]], stop], axis=-1)
+    log_probs.append(np.log(probs))
+  student, teacher = log_probs
+  kl = (np.exp(student) * (student - teacher)).sum(-1)
+  # The last prompt position predicts the first prefix token.
+  first = PROMPTS.tokens.shape[1] - 1
+  wanted = sum(kl[i, first : first + n].sum() for i, n in enumerate(LENGTHS))
+  loss, sums, *_ = loss_and_gradients(ROLLOUT, score("exact", ROLLOUT))
+  assert float(loss) == pytest.approx(wanted, rel=1e-5)
+  for name, count in (("kl", sum(LENGTHS)), ("kl_rollout", len(LENGTHS))):
+    assert [float(x) for x in sums[name]] == pytest.approx(
+        [wanted, count], rel=1e-5
+    )
+
+
+@FORMS
+def test_a_cap_of_one_trains_on_the_first_token(form):
+  rollout = toys.rollout([1] * len(LENGTHS), COLUMNS)
+  _, sums, grads, _ = loss_and_gradients(rollout, score(form, rollout))
+  assert int(sums["kl"][1]) == len(LENGTHS)
+  assert largest(grads) > 0.1
+
+
+@FORMS
+def test_rollouts_that_were_all_cut_still_train(form):
+  rollout = toys.rollout([COLUMNS] * len(LENGTHS), COLUMNS)
+  rollout = dataclasses.replace(rollout, tokens=rollout.tokens % toys.STOPS[0])
+  assert not np.isin(rollout.tokens, toys.STOPS).any()
+  assert largest(loss_and_gradients(rollout, score(form, rollout))[2]) > 0.1
+
+
+def test_position_bins_sum_to_the_whole():
+  _, sums, *_ = loss_and_gradients(ROLLOUT, score("exact", ROLLOUT))
+  assert step_lib.bin_width(4 * COLUMNS) == 2
+  assert sums["kl_at"][1].tolist() == [14, 9, 7, 6] + [0] * 12
+  for by_position, whole in zip(sums["kl_at"], sums["kl"], strict=True):
+    assert float(by_position.sum()) == pytest.approx(float(whole), rel=1e-6)
+
+
+@pytest.mark.parametrize("dist", [DIST, MERGED])
+def test_the_sampled_form_has_the_exact_gradient_in_expectation(dist):
+  # One row for each first token, weighted by its probability.
+  rows = toys.NUM_TOKENS
+  prompts = jax.tree.map(lambda x: jnp.repeat(x[:1], rows, axis=0), PROMPTS)
+  tokens, mask = jnp.arange(rows)[:, None], jnp.ones((rows, 1), bool)
+  hidden = STUDENT.prefix_hidden(PARAMS, prompts, Rollout(tokens, mask))
+  logits = STUDENT.logits(PARAMS, hidden)[0, 0, :rows]
+  log_probs = jax.nn.log_softmax(logits)
+  rollout = Rollout(tokens, mask, log_probs[:, None])
+
+  @functools.partial(jax.jit, static_argnums=0)
+  @functools.partial(jax.value_and_grad, argnums=1)
+  def expected(form, params):
+    scores = teacher_lib.score(
+        TEACHER, form, dist, TEACHER_PARAMS, prompts, rollout
+    )
+
+    def loss(*row):
+      inputs = jax.tree.map(lambda x: x[None], row)
+      return loss_fn(dist=dist)(params, TEACHER_HEAD, inputs)[0]
+
+    return jnp.exp(log_probs) @ jax.vmap(loss)(prompts, rollout, scores)
+
+  kl, wanted = expected("exact", PARAMS)
+  estimate, ours = expected("sampled", PARAMS)
+  assert float(estimate) == pytest.approx(float(kl), rel=1e-4)
+  assert largest(wanted) > 0.1
+  assert_equal(ours, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("normalize", ["rollouts", "tokens"])
+def test_accumulation_does_not_change_the_update(normalize):
+  scores, loss, count = score("exact", ROLLOUT), loss_fn(), len(LENGTHS)
+  if normalize == "tokens":
+    scores, count = None, sum(LENGTHS)
+    loss = functools.partial(step_lib.supervised_loss, STUDENT, DIST)
+  inputs = (PROMPTS, ROLLOUT, scores)
+  grads, sums = jax.jit(jax.grad(loss, has_aux=True))(
+      PARAMS, TEACHER_HEAD, inputs
+  )
+  assert largest(grads) / count > 0.05
+  state = step_lib.init_state(PARAMS, SGD)
+  for accumulation in (1, 2, 4):
+    after, metrics = train_step(loss, normalize, accumulation)(
+        state, TEACHER_HEAD, inputs
+    )
+    assert int(after.step) == 1
+    wanted = jax.tree.map(lambda p, g: p - g / count, PARAMS, grads)
+    assert_equal(after.params, wanted, rtol=0, atol=1e-6)
+    for name, (total, number) in sums.items():
+      np.testing.assert_allclose(metrics[name], total / number, rtol=1e-5)
+    norm = optax.global_norm(grads) / count
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+
+
+def kl_before_and_after(form: str) -> tuple[float, float]:
+  """Runs sample, score, update 50 times; returns the exact KL per token."""
+  prompts, per_prompt, cap = toys.prompts(4, seed=2), 32, 3
+  config = sampler.SamplerConfig(
+      cap, toys.STOPS, toys.PAD, toys.NUM_TOKENS, per_prompt
+  )
+  batch = sampler.repeat_prompts(prompts, per_prompt)
+  step = train_step(loss_fn(), tx=_adam())
+  state, kl = step_lib.init_state(PARAMS, _adam()), []
+  for number in range(51):
+    key = jax.random.key(number)
+    rollout = sample(
+        STUDENT, config, state.params, prompts, key, jnp.asarray(cap)
+    )
+    if number in (0, 50):
+      inputs = (batch, rollout, score("exact", rollout, batch))
+      _, metrics = step(state, TEACHER_HEAD, inputs)
+      kl.append(float(metrics["kl"]))
+    inputs = (batch, rollout, score(form, rollout, batch))
+    state, _ = step(state, TEACHER_HEAD, inputs)
+  return kl[0], kl[1]
+
+
+@functools.cache
+def _adam() -> optax.GradientTransformation:
+  return optimizer.make(OptimizerSpec(0.02), 50)
+
+
+def test_fifty_exact_updates_cut_the_kl_tenfold():
+  before, after = kl_before_and_after("exact")
+  assert before > 0.3
+  assert after < before / 10
+
+
+def test_fifty_sampled_updates_halve_the_kl():
+  before, after = kl_before_and_after("sampled")
+  assert before > 0.3
+  assert after < before / 2
+
+
+def test_a_cap_above_every_answer_gives_the_update_of_full_distillation():
+  stops = tuple(range(2, 13))
+  state = step_lib.init_state(PARAMS, SGD)
+  results = []
+  for length, cap in ((COLUMNS, COLUMNS), (6, 5)):
+    config = sampler.SamplerConfig(length, stops, toys.PAD, toys.NUM_TOKENS)
+    rollout = sample(
+        STUDENT, config, PARAMS, PROMPTS, jax.random.key(1), jnp.asarray(cap)
+    )
+    inputs = (PROMPTS, rollout, score("exact", rollout))
+    results.append(
+        (rollout, *train_step(loss_fn())(state, TEACHER_HEAD, inputs))
+    )
+  (full, wanted, metrics), (_, ours, same) = results
+  assert 1 < full.mask.sum(1).max() < 5
+  assert_equal(ours, wanted, rtol=0, atol=1e-6)
+  assert_equal(same, metrics, rtol=1e-5)

@@ -1,0 +1,121 @@
+"""Small models, prompts and model directories that the tests share."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prefix_distill import assets
+from prefix_distill import config as config_lib
+from prefix_distill.distill.divergence import Distribution
+from prefix_distill.models import hf
+from prefix_distill.models.config import ModelConfig
+from prefix_distill.models.config import RopeConfig
+from prefix_distill.models.transformer import Model
+from prefix_distill.models.transformer import Params
+from prefix_distill.structs import PromptBatch
+from prefix_distill.structs import Rollout
+
+NUM_TOKENS = 13
+STOPS = (11, 12)
+PAD = 0
+
+
+def model_config(**changes) -> ModelConfig:
+  """Two layers of width 16, with 13 real tokens in 40 rows."""
+  config = ModelConfig(
+      family="qwen3",
+      vocab_size=40,
+      dim=16,
+      mlp_dim=32,
+      num_layers=2,
+      num_heads=4,
+      num_kv_heads=2,
+      head_dim=8,
+      norm_eps=1e-6,
+      rope=RopeConfig(10_000.0),
+      tied=False,
+      max_length=128,
+  )
+  return dataclasses.replace(config, **changes)
+
+
+def model(seed: int = 0, **changes) -> tuple[Model, Params]:
+  toy = Model(model_config(**changes))
+  return toy, toy.init(jax.random.key(seed))
+
+
+def prompts(rows: int, columns: int = 5, seed: int = 0) -> PromptBatch:
+  """Random prompts of 1 to `columns` tokens, padded on the left."""
+  rng = np.random.default_rng(seed)
+  lengths = rng.integers(1, columns + 1, rows)
+  mask = np.arange(columns) >= columns - lengths[:, None]
+  tokens = rng.integers(1, STOPS[0], (rows, columns))
+  return PromptBatch(
+      jnp.asarray(np.where(mask, tokens, PAD), jnp.int32),
+      jnp.asarray(mask),
+      jnp.arange(rows, dtype=jnp.int32),
+  )
+
+
+def rollout(lengths: list[int], columns: int, seed: int = 0) -> Rollout:
+  """Random tokens, of which each row's first `length` count."""
+  rng = np.random.default_rng(seed)
+  mask = np.arange(columns) < np.array(lengths)[:, None]
+  tokens = rng.integers(1, NUM_TOKENS, mask.shape)
+  return Rollout(
+      jnp.asarray(np.where(mask, tokens, PAD), jnp.int32),
+      jnp.asarray(mask),
+      jnp.asarray(np.where(mask, -rng.random(mask.shape), 0), jnp.float32),
+  )
+
+
+def distribution(**changes) -> Distribution:
+  dist = Distribution(temperature=1.0, num_tokens=NUM_TOKENS, chunk=4)
+  return dataclasses.replace(dist, **changes)
+
+
+def write_model(directory: pathlib.Path, seed: int, tokenizer: str) -> str:
+  """Writes a random model with a bundled tokenizer; returns its path."""
+  settings = json.loads((assets.path(tokenizer) / "config.json").read_text())
+  settings |= {
+      "vocab_size": 424,
+      "hidden_size": 16,
+      "intermediate_size": 32,
+      "num_hidden_layers": 2,
+      "layer_types": ["full_attention"] * 2,
+      "max_window_layers": 2,
+      "head_dim": 8,
+      "tie_word_embeddings": False,
+  }
+  source = directory.with_name(directory.name + "-architecture")
+  source.mkdir(parents=True)
+  (source / "config.json").write_text(json.dumps(settings))
+  params = Model(hf.read_config(str(source))).init(jax.random.key(seed))
+  hf.export(
+      params, str(source), f"bundled:{tokenizer}", directory, "float32"
+  )
+  return str(directory)
+
+
+def run_config(student: str, teacher: str, **changes) -> config_lib.Config:
+  """Three updates on the bundled task with cap 8, and an evaluation."""
+  problems = config_lib.DatasetSpec("math_task", answer="answer", size=200)
+  heldout = dataclasses.replace(problems, split="test", size=8)
+  config = config_lib.Config(
+      method="prefix",
+      steps=3,
+      student=config_lib.ModelSpec(student),
+      teacher=config_lib.ModelSpec(teacher),
+      data=config_lib.DataSpec(problems, batch_size=8, max_prompt_len=64),
+      prefix=config_lib.PrefixSpec(schedule="fixed", length=8),
+      rollout=config_lib.RolloutSpec(per_prompt=2, max_len=16),
+      optimizer=config_lib.OptimizerSpec(learning_rate=1e-2),
+      evaluation=config_lib.EvaluationSpec(
+          {"heldout": heldout}, max_len=12, greedy=False, batch_size=8
+      ),
+  )
+  return dataclasses.replace(config, **changes)
