@@ -16,6 +16,9 @@ import dataclasses
 import ml_collections
 
 from prefix_distill import config as config_lib
+from prefix_distill import config_dict
+from prefix_distill import errors
+from prefix_distill import specs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +51,12 @@ _STAGES = {
 def get_config(name: str) -> ml_collections.ConfigDict:
   """Returns the config of a stage: teacher, capable or weak."""
   if name not in _STAGES:
-    raise config_lib.ConfigError(
+    raise errors.ConfigError(
         f"configs/bundled.py has no argument {name!r}; use one of"
         f" {', '.join(_STAGES)}."
     )
   stage = _STAGES[name]
-  problems = config_lib.DatasetSpec(
+  problems = specs.DatasetSpec(
       source="math_task",
       subset=stage.style,
       answer="answer",
@@ -64,12 +67,12 @@ def get_config(name: str) -> ml_collections.ConfigDict:
   config = config_lib.Config(
       method="sft",
       steps=stage.steps,
-      student=config_lib.ModelSpec(
+      student=specs.ModelSpec(
           stage.path, random_init=stage.random_init, tokenizer=stage.tokenizer
       ),
-      data=config_lib.DataSpec(problems, batch_size=16, max_prompt_len=52),
-      rollout=config_lib.RolloutSpec(per_prompt=1, max_len=224),
-      optimizer=config_lib.OptimizerSpec(
+      data=specs.DataSpec(problems, batch_size=16, max_prompt_len=52),
+      rollout=specs.RolloutSpec(per_prompt=1, max_len=224),
+      optimizer=specs.OptimizerSpec(
           learning_rate=stage.learning_rate,
           warmup_steps=stage.warmup_steps,
           decay="cosine",
@@ -77,11 +80,11 @@ def get_config(name: str) -> ml_collections.ConfigDict:
           weight_decay=0.1,
           b2=0.99,
       ),
-      evaluation=config_lib.EvaluationSpec(
+      evaluation=specs.EvaluationSpec(
           sets={"heldout": heldout}, every=500, batch_size=200
       ),
-      # Every process of the same name draws other problems than the next one.
+      # So that no two of the models see the same problems in the same order.
       seed=list(_STAGES).index(name),
-      checkpoint=config_lib.CheckpointSpec(every=200),
+      checkpoint=specs.CheckpointSpec(every=200),
   )
-  return ml_collections.ConfigDict(config_lib.to_dict(config))
+  return ml_collections.ConfigDict(config_dict.to_dict(config))

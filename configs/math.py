@@ -30,7 +30,10 @@ import dataclasses
 import ml_collections
 
 from prefix_distill import config as config_lib
-from prefix_distill.config import DatasetSpec
+from prefix_distill import config_dict
+from prefix_distill import errors
+from prefix_distill import specs
+from prefix_distill.specs import DatasetSpec
 
 _MODELS = ("tiny", "tiny-weak", "qwen3-1.7b", "qwen3-8b")
 _METHODS = ("prefix", "full")
@@ -42,18 +45,18 @@ def _tiny(student: str) -> config_lib.Config:
   return config_lib.Config(
       method="prefix",
       steps=60,
-      student=config_lib.ModelSpec(f"bundled:{student}"),
-      teacher=config_lib.ModelSpec("bundled:teacher"),
-      data=config_lib.DataSpec(task, batch_size=32, max_prompt_len=56),
-      rollout=config_lib.RolloutSpec(per_prompt=1, max_len=256),
-      prefix=config_lib.PrefixSpec(
+      student=specs.ModelSpec(f"bundled:{student}"),
+      teacher=specs.ModelSpec("bundled:teacher"),
+      data=specs.DataSpec(task, batch_size=32, max_prompt_len=56),
+      rollout=specs.RolloutSpec(per_prompt=1, max_len=256),
+      prefix=specs.PrefixSpec(
           start=1, increment=2, buckets=(32, 64, 128)
       ),
-      optimizer=config_lib.OptimizerSpec(learning_rate=3e-4, warmup_steps=2),
-      evaluation=config_lib.EvaluationSpec(
+      optimizer=specs.OptimizerSpec(learning_rate=3e-4, warmup_steps=2),
+      evaluation=specs.EvaluationSpec(
           sets={"heldout": heldout}, every=20, max_len=256, batch_size=240
       ),
-      checkpoint=config_lib.CheckpointSpec(every=10),
+      checkpoint=specs.CheckpointSpec(every=10),
   )
 
 
@@ -78,31 +81,31 @@ def _qwen3(size: str) -> config_lib.Config:
   return config_lib.Config(
       method="prefix",
       steps=60,
-      student=config_lib.ModelSpec(
+      student=specs.ModelSpec(
           f"Qwen/Qwen3-{size}-Base", compute_dtype="bfloat16", remat=True
       ),
-      teacher=config_lib.ModelSpec(
+      teacher=specs.ModelSpec(
           "Qwen/Qwen3-8B", compute_dtype="bfloat16", param_dtype="bfloat16"
       ),
-      data=config_lib.DataSpec(questions, batch_size=512, max_prompt_len=512),
-      rollout=config_lib.RolloutSpec(per_prompt=4, max_len=16_384),
-      prefix=config_lib.PrefixSpec(
+      data=specs.DataSpec(questions, batch_size=512, max_prompt_len=512),
+      rollout=specs.RolloutSpec(per_prompt=4, max_len=16_384),
+      prefix=specs.PrefixSpec(
           start=1,
           increment=256,
           buckets=(256, 512, 1024, 2048, 4096, 8192, 16_384),
       ),
-      optimizer=config_lib.OptimizerSpec(
+      optimizer=specs.OptimizerSpec(
           learning_rate=5e-5, warmup_steps=2, accumulation=32
       ),
-      evaluation=config_lib.EvaluationSpec(
+      evaluation=specs.EvaluationSpec(
           sets={"math500": math500, "aime24": aime24, "aime25": aime25},
           every=10,
           max_len=16_384,
           greedy=False,
           batch_size=512,
       ),
-      mesh=config_lib.MeshSpec(data=1, fsdp=8),
-      checkpoint=config_lib.CheckpointSpec(every=5),
+      mesh=specs.MeshSpec(data=1, fsdp=8),
+      checkpoint=specs.CheckpointSpec(every=5),
   )
 
 
@@ -116,7 +119,7 @@ def _parse(argument: str) -> tuple[str, str]:
     elif not equals and part in _MODELS:
       model = part
     else:
-      raise config_lib.ConfigError(
+      raise errors.ConfigError(
           f"configs/math.py has no argument {part!r}; use one of"
           f" {', '.join(_MODELS)}, and method=prefix or method=full."
       )
@@ -131,4 +134,4 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   else:
     config = _qwen3(model.removeprefix("qwen3-").upper())
   config = dataclasses.replace(config, method=method)
-  return ml_collections.ConfigDict(config_lib.to_dict(config))
+  return ml_collections.ConfigDict(config_dict.to_dict(config))

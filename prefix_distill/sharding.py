@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from prefix_distill.config import ConfigError
-from prefix_distill.config import MeshSpec
+from prefix_distill.errors import ConfigError
+from prefix_distill.specs import MeshSpec
 
 PartitionSpec = jax.sharding.PartitionSpec
 

@@ -62,7 +62,8 @@ class TeacherScores:
       loss forms the teacher's distribution chunk by chunk; None in the sampled
       form, which does not need it.
     log_probs: float32 [B, P], the teacher's log-probability of the student's
-      token; None in the exact form, which does not need it.
+      token (or of stopping, where that is one event); None in the exact form,
+      which does not need it.
   """
 
   hidden: jax.Array | None = None

@@ -12,7 +12,8 @@ import pytest
 
 from configs import math as experiment
 from prefix_distill import assets
-from prefix_distill import config as config_lib
+from prefix_distill import config_dict
+from prefix_distill import errors
 from prefix_distill.train import setup
 
 _ROOT = pathlib.Path(__file__).parent.parent
@@ -30,13 +31,13 @@ def _config(**changes):
       for group in groups:
         inner = inner[group]
       inner[field] = value
-  return config_lib.from_dict(settings.to_dict())
+  return config_dict.from_dict(settings.to_dict())
 
 
 def _refusal(tmp_path, config):
   """Returns the sentence; nothing may have been written."""
   workdir = tmp_path / "workdir"
-  with pytest.raises(config_lib.UserError) as caught:
+  with pytest.raises(errors.UserError) as caught:
     setup.prepare(config, workdir)
   assert not workdir.exists()
   sentence = str(caught.value)
@@ -138,7 +139,7 @@ def test_another_runs_workdir(tmp_path):
   workdir = tmp_path / "workdir"
   setup.prepare(_config(), workdir)
   before = (workdir / "config.json").read_bytes()
-  with pytest.raises(config_lib.UserError) as caught:
+  with pytest.raises(errors.UserError) as caught:
     setup.prepare(_config(data__batch_size=64), workdir)
   sentence = str(caught.value)
   assert "data.batch_size = 32" in sentence and "64" in sentence

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from prefix_distill import config as config_lib
-from prefix_distill.config import ConfigError
+from prefix_distill import config_dict
+from prefix_distill.errors import ConfigError
 
 _VALUES = {
     "method": "prefix",
@@ -47,7 +47,7 @@ def _changed(changes):
 
 def _refusal(changes):
   with pytest.raises(ConfigError) as error:
-    config_lib.from_dict(_changed(changes))
+    config_dict.from_dict(_changed(changes))
   return str(error.value)
 
 
@@ -59,17 +59,17 @@ def _assert_names(message, parts):
 
 
 def test_dictionaries_and_settings_invert_each_other():
-  config = config_lib.from_dict(_VALUES)
-  plain = config_lib.to_dict(config)
-  assert config_lib.from_dict(plain) == config
-  assert config_lib.from_dict(json.loads(json.dumps(plain))) == config
-  other = config_lib.from_dict(_changed({"seed": 1}))
+  config = config_dict.from_dict(_VALUES)
+  plain = config_dict.to_dict(config)
+  assert config_dict.from_dict(plain) == config
+  assert config_dict.from_dict(json.loads(json.dumps(plain))) == config
+  other = config_dict.from_dict(_changed({"seed": 1}))
   assert other != config
-  assert config_lib.to_dict(other) != plain
+  assert config_dict.to_dict(other) != plain
 
 
 def test_given_values_and_defaults_arrive():
-  config = config_lib.from_dict(_VALUES)
+  config = config_dict.from_dict(_VALUES)
   assert config.teacher.compute_dtype == "bfloat16"
   assert config.student.compute_dtype == "float32"
   assert config.prefix.buckets == (16, 64, 128)
@@ -79,21 +79,21 @@ def test_given_values_and_defaults_arrive():
 
 
 def test_a_whole_number_serves_as_a_fraction():
-  config = config_lib.from_dict(_changed({"rollout.temperature": 2}))
+  config = config_dict.from_dict(_changed({"rollout.temperature": 2}))
   assert config.rollout.temperature == 2.0
   assert isinstance(config.rollout.temperature, float)
 
 
 def test_settings_can_be_written_as_lists():
-  config = config_lib.from_dict(_changed({"prefix.buckets": [32, 256]}))
+  config = config_dict.from_dict(_changed({"prefix.buckets": [32, 256]}))
   assert config.prefix.buckets == (32, 256)
 
 
 def test_the_tokenizer_is_the_models_own_unless_named():
   values = {"student.path": "a"}
-  config = config_lib.from_dict(_changed(values))
+  config = config_dict.from_dict(_changed(values))
   assert config.student.tokenizer_path == "a"
-  config = config_lib.from_dict(_changed(values | {"student.tokenizer": "b"}))
+  config = config_dict.from_dict(_changed(values | {"student.tokenizer": "b"}))
   assert config.student.tokenizer_path == "b"
 
 
@@ -112,7 +112,7 @@ def test_the_tokenizer_is_the_models_own_unless_named():
     ),
 )  # fmt: skip
 def test_the_longest_prefix_is_what_the_schedule_reaches(changes, longest):
-  assert config_lib.from_dict(_changed(changes)).longest_prefix == longest
+  assert config_dict.from_dict(_changed(changes)).longest_prefix == longest
 
 
 @pytest.mark.parametrize(
@@ -138,15 +138,15 @@ def test_unknown_fields_without_a_likeness_list_the_fields():
 
 
 def test_check_field_knows_every_field():
-  config_lib.check_field("evaluation.sets.any_name.answer")
-  config_lib.check_field("teacher.path")
-  config_lib.check_field("prefix.buckets")
+  config_dict.check_field("evaluation.sets.any_name.answer")
+  config_dict.check_field("teacher.path")
+  config_dict.check_field("prefix.buckets")
   for name in ("data.batch_sizes", "teacher.paths", "evaluation.sets.a.anwser"):
     with pytest.raises(ConfigError) as error:
-      config_lib.check_field(name)
+      config_dict.check_field(name)
     assert f"{name} is not a field; did you mean " in str(error.value)
   with pytest.raises(ConfigError, match="steps.x is not a field"):
-    config_lib.check_field("steps.x")
+    config_dict.check_field("steps.x")
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_missing_fields_are_named(name):
     at = at[group]
   del at[last]
   with pytest.raises(ConfigError) as error:
-    config_lib.from_dict(values)
+    config_dict.from_dict(values)
   assert str(error.value) == f"{name} is missing; set it."
 
 
@@ -299,4 +299,4 @@ _SFT = {"method": "sft", "teacher": None, "rollout.per_prompt": 1}
 )  # fmt: skip
 def test_values_that_do_not_fit_together_are_refused(changes, named, mend):
   _assert_names(_refusal(changes), named)
-  config_lib.from_dict(_changed(changes | mend))
+  config_dict.from_dict(_changed(changes | mend))

@@ -2,15 +2,16 @@
 
 import json
 
-from configs import bundled
-from configs import math as experiment
 import jax
 import pytest
 
+from configs import bundled
+from configs import math as experiment
 from prefix_distill import assets
-from prefix_distill import config as config_lib
+from prefix_distill import config_dict
 from prefix_distill.distill import prefix_length
 from prefix_distill.models import hf
+from prefix_distill.models import hf_export
 from prefix_distill.models.transformer import Model
 from prefix_distill.train import loop
 
@@ -21,19 +22,19 @@ _MODELS = ("", "tiny", "tiny-weak", "qwen3-1.7b", "qwen3-8b")
 @pytest.mark.parametrize("method", ["prefix", "full"])
 def test_math_configs_are_valid(model, method):
   settings = experiment.get_config(f"{model},method={method}".strip(","))
-  config = config_lib.from_dict(settings.to_dict())
+  config = config_dict.from_dict(settings.to_dict())
   assert config.method == method
-  assert config_lib.from_dict(config_lib.to_dict(config)) == config
+  assert config_dict.from_dict(config_dict.to_dict(config)) == config
 
 
 @pytest.mark.parametrize("name", ["base", "teacher", "capable", "weak"])
 def test_bundled_configs_are_valid(name):
   settings = bundled.get_config(name)
-  assert config_lib.from_dict(settings.to_dict()).method == "sft"
+  assert config_dict.from_dict(settings.to_dict()).method == "sft"
 
 
 def test_the_papers_recipe():
-  config = config_lib.from_dict(
+  config = config_dict.from_dict(
       experiment.get_config("qwen3-8b").to_dict()
   )
   assert config.student.path == "Qwen/Qwen3-8B-Base"
@@ -55,7 +56,7 @@ def _toy_directory(path, seed):
   """A random Qwen3 model with the bundled tokenizer."""
   config = json.loads((assets.path("weak") / "config.json").read_text())
   model = Model(hf.read_config("bundled:weak"))
-  hf.export(
+  hf_export.export(
       model.init(jax.random.key(seed)), "bundled:weak", "bundled:weak", path,
       "bfloat16",
   )  # fmt: skip
@@ -92,7 +93,7 @@ def test_the_qwen3_config_updates_toy_directories(tmp_path):
   for spec in settings.evaluation.sets.values():
     spec.source, spec.samples = str(questions), 2
   workdir = tmp_path / "run"
-  loop.train(config_lib.from_dict(settings.to_dict()), workdir)
+  loop.train(config_dict.from_dict(settings.to_dict()), workdir)
   lines = [
       json.loads(x)
       for x in (workdir / "metrics.jsonl").read_text().splitlines()

@@ -1,13 +1,14 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toys
 
 from prefix_distill.distill import divergence
 from prefix_distill.distill.divergence import Distribution
-import toys
 
 DIST = toys.distribution()
 MERGED = toys.distribution(stop_ids=toys.STOPS)
@@ -91,12 +92,18 @@ def test_merged_stop_tokens_count_as_one_event():
   np.testing.assert_allclose(
       divergence.reverse_kl(student, teacher, MERGED), wanted, rtol=1e-4
   )
+
+
+def test_a_token_is_itself_and_an_event():
+  logits = normal(0, 50, 13)
+  whole = log_softmax(logits, MERGED)
   for token in range(toys.NUM_TOKENS):
     tokens = jnp.full(50, token)
-    merged = merge(log_softmax(student, MERGED))[:, min(token, toys.STOPS[0])]
-    np.testing.assert_allclose(
-        divergence.token_log_probs(student, tokens, MERGED), merged, rtol=1e-5
-    )
+    for dist, events in ((MERGED, merge(whole)), (DIST, whole)):
+      ours, event = divergence.token_log_probs(logits, tokens, dist)
+      wanted = events[:, min(token, events.shape[1] - 1)]
+      np.testing.assert_allclose(ours, whole[:, token], rtol=1e-4)
+      np.testing.assert_allclose(event, wanted, rtol=1e-4)
 
 
 def test_the_name_of_the_stop_matters_only_if_stops_are_not_merged():
@@ -110,41 +117,43 @@ def test_the_name_of_the_stop_matters_only_if_stops_are_not_merged():
     assert (other - same).max() <= most
 
 
+HIDDEN = normal(0, 3, 10, 6), normal(1, 3, 10, 8)
+HEADS = normal(2, 20, 6), normal(3, 16, 8)
+TOKENS = jnp.asarray(np.random.default_rng(4).integers(0, 13, (3, 10)))
+COOL = dataclasses.replace(MERGED, temperature=0.7)
+
+
+def dense(hidden, heads):
+  student, teacher = (x @ w.T for x, w in zip(hidden, heads, strict=True))
+  kl = divergence.reverse_kl(student, teacher, COOL)
+  return kl, *divergence.token_log_probs(student, TOKENS, COOL)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def values_and_gradients(function):
+  def loss(*inputs):
+    values = function(*inputs)
+    return jnp.sum(normal(5, 3, 3, 10) * jnp.stack(values)), values
+
+  return jax.value_and_grad(loss, (0, 1), has_aux=True)(HIDDEN, HEADS)
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 10, 100])
 def test_fused_divergences_equal_the_dense_ones(chunk):
-  dist = dataclasses.replace(MERGED, temperature=0.7, chunk=chunk)
-  hidden = normal(0, 3, 10, 6), normal(1, 3, 10, 8)
-  heads = normal(2, 20, 6), normal(3, 16, 8)
-  tokens = jnp.asarray(np.random.default_rng(4).integers(0, 13, (3, 10)))
-  weights = normal(5, 3, 10)
+  dist = dataclasses.replace(COOL, chunk=chunk)
 
   def fused(hidden, heads):
+    (student, teacher), (head, teacher_head) = hidden, heads
     kl = divergence.fused_reverse_kl(
-        hidden[0], heads[0], hidden[1], heads[1], dist
+        student, head, teacher, teacher_head, dist
     )
-    log_probs = divergence.fused_token_log_probs(
-        hidden[0], heads[0], tokens, dist
-    )
-    return jnp.sum(weights * (kl + log_probs)), (kl, log_probs)
+    return kl, *divergence.fused_token_log_probs(student, head, TOKENS, dist)
 
-  def dense(hidden, heads):
-    student, teacher = (x @ w.T for x, w in zip(hidden, heads, strict=True))
-    kl = divergence.reverse_kl(student, teacher, dist)
-    log_probs = divergence.token_log_probs(student, tokens, dist)
-    return jnp.sum(weights * (kl + log_probs)), (kl, log_probs)
-
-  (_, ours), our_grads = jax.jit(
-      jax.value_and_grad(fused, (0, 1), has_aux=True)
-  )(hidden, heads)
-  (_, wanted), grads = jax.jit(
-      jax.value_and_grad(dense, (0, 1), has_aux=True)
-  )(hidden, heads)
-  assert ours[0].shape == ours[1].shape == (3, 10)
+  ours, wanted = values_and_gradients(fused), values_and_gradients(dense)
   for x, y in zip(
-      jax.tree.leaves((ours, our_grads)),
-      jax.tree.leaves((wanted, grads)),
-      strict=True,
+      jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True
   ):
+    assert x.shape == y.shape
     assert np.abs(y).max() > 0.1
     np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
 
@@ -175,9 +184,9 @@ def test_policy_gradient_is_that_of_reverse_kl_in_expectation(off_policy):
   sampler = jax.nn.log_softmax(normal(2, 13) if off_policy else student)
 
   def expected(logits):
-    loss, _ = divergence.policy_gradient(
-        jax.nn.log_softmax(logits), sampler, jax.nn.log_softmax(teacher)
-    )
+    log_probs = jax.nn.log_softmax(logits)
+    kl = log_probs - jax.nn.log_softmax(teacher)
+    loss = divergence.policy_gradient(log_probs, sampler, kl)
     return jnp.sum(jnp.exp(sampler) * loss)
 
   loss, grad = jax.value_and_grad(expected)(student)
@@ -189,16 +198,14 @@ def test_policy_gradient_is_that_of_reverse_kl_in_expectation(off_policy):
   np.testing.assert_allclose(grad, exact, atol=1e-5)
 
 
-def test_the_sampled_kl_is_the_difference_and_its_ratio_one_on_policy():
-  student, teacher = -jnp.array([0.5, 1.0, 2.0]), -jnp.array([1.0, 1.0, 0.25])
-  difference = np.array([0.5, 0.0, -1.75])
-  loss, kl = divergence.policy_gradient(student, student, teacher)
-  np.testing.assert_allclose(kl, difference)
-  np.testing.assert_allclose(loss, difference)
-  halved, kl = divergence.policy_gradient(student, student + LN2, teacher)
-  np.testing.assert_allclose(kl, difference)
-  np.testing.assert_allclose(halved, difference / 2, rtol=1e-6)
-  grad = jax.grad(
-      lambda x: divergence.policy_gradient(x, student, teacher)[1].sum()
-  )(student)
-  assert (grad == 0).all()
+def test_the_ratio_is_one_on_policy_and_the_estimate_has_no_gradient():
+  student, kl = jnp.array([-0.5, -1.0, -2.0]), jnp.array([0.5, 0.0, -1.75])
+  same = divergence.policy_gradient(student, student, kl)
+  np.testing.assert_allclose(same, kl)
+  halved = divergence.policy_gradient(student, student + LN2, kl)
+  np.testing.assert_allclose(halved, kl / 2, rtol=1e-6)
+  for argument, wanted in ((0, kl), (2, 0 * kl)):
+    grad = jax.grad(
+        lambda *x: divergence.policy_gradient(*x).sum(), argument
+    )(student, student, kl)
+    np.testing.assert_allclose(grad, wanted)

@@ -4,13 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toys
 
+from prefix_distill.distill import prefix_length
 from prefix_distill.rollout import sampler
 from prefix_distill.rollout import token_choice
 from prefix_distill.rollout.sampler import SamplerConfig
+from prefix_distill.specs import PrefixSpec
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
-import toys
 
 ROWS = 32
 LENGTH = 10
@@ -116,13 +118,24 @@ def test_the_mask_covers_up_to_and_with_the_stop_token_or_the_cap():
   assert {1, cap} < set(lengths)
 
 
-def test_caps_within_a_bucket_share_one_compilation():
-  sample()
+def test_a_schedule_of_caps_compiles_once_for_each_bucket():
+  run = toys.run_config(
+      "student",
+      "teacher",
+      steps=5,
+      prefix=PrefixSpec(start=1, increment=2, buckets=(6, LENGTH - 1)),
+  )
   before = _sample._cache_size()
-  for cap in (1, 4, LENGTH):
-    longest = sample(cap=cap).mask.sum(1).max()
-    assert longest == cap
-  assert _sample._cache_size() == before
+  buckets, used = prefix_length.buckets(run), set()
+  for step in range(run.steps):
+    cap = prefix_length.cap(run, step)
+    bucket = prefix_length.bucket(buckets, cap)
+    rollout = sample(dataclasses.replace(CONFIG, length=bucket), cap=cap)
+    assert rollout.tokens.shape == (ROWS, bucket)
+    assert rollout.mask.sum(1).max() == cap
+    used.add(bucket)
+  assert used == {6, LENGTH - 1}
+  assert _sample._cache_size() == before + 2
 
 
 def test_a_short_cap_gives_the_first_tokens_of_a_long_one():

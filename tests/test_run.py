@@ -95,7 +95,8 @@ def test_a_run_leaves_what_the_readme_promises(whole):
   updates = [m for m in _metrics(workdir) if "kl" in m]
   assert [m["step"] for m in updates] == [1, 2, 3, 4, 5, 6]
   assert [m["prefix_len"] for m in updates] == [1, 4, 7, 10, 13, 16]
-  assert all(a["flops"] < b["flops"] for a, b in zip(updates, updates[1:]))
+  spent = [m["flops"] for m in updates]
+  assert spent == sorted(set(spent))
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(

@@ -1,8 +1,13 @@
 """Small models, prompts and model directories that the tests share."""
 
+from collections.abc import Sequence
 import dataclasses
 import json
+import os
 import pathlib
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +15,18 @@ import numpy as np
 
 from prefix_distill import assets
 from prefix_distill import config as config_lib
+from prefix_distill import specs
 from prefix_distill.distill.divergence import Distribution
 from prefix_distill.models import hf
+from prefix_distill.models import hf_export
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.config import RopeConfig
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
+
+_TESTS = pathlib.Path(__file__).parent
 
 NUM_TOKENS = 13
 STOPS = (11, 12)
@@ -95,7 +104,7 @@ def write_model(directory: pathlib.Path, seed: int, tokenizer: str) -> str:
   source.mkdir(parents=True)
   (source / "config.json").write_text(json.dumps(settings))
   params = Model(hf.read_config(str(source))).init(jax.random.key(seed))
-  hf.export(
+  hf_export.export(
       params, str(source), f"bundled:{tokenizer}", directory, "float32"
   )
   return str(directory)
@@ -103,19 +112,50 @@ def write_model(directory: pathlib.Path, seed: int, tokenizer: str) -> str:
 
 def run_config(student: str, teacher: str, **changes) -> config_lib.Config:
   """Three updates on the bundled task with cap 8, and an evaluation."""
-  problems = config_lib.DatasetSpec("math_task", answer="answer", size=200)
+  problems = specs.DatasetSpec("math_task", answer="answer", size=200)
   heldout = dataclasses.replace(problems, split="test", size=8)
   config = config_lib.Config(
       method="prefix",
       steps=3,
-      student=config_lib.ModelSpec(student),
-      teacher=config_lib.ModelSpec(teacher),
-      data=config_lib.DataSpec(problems, batch_size=8, max_prompt_len=64),
-      prefix=config_lib.PrefixSpec(schedule="fixed", length=8),
-      rollout=config_lib.RolloutSpec(per_prompt=2, max_len=16),
-      optimizer=config_lib.OptimizerSpec(learning_rate=1e-2),
-      evaluation=config_lib.EvaluationSpec(
+      student=specs.ModelSpec(student),
+      teacher=specs.ModelSpec(teacher),
+      data=specs.DataSpec(problems, batch_size=8, max_prompt_len=64),
+      prefix=specs.PrefixSpec(schedule="fixed", length=8),
+      rollout=specs.RolloutSpec(per_prompt=2, max_len=16),
+      optimizer=specs.OptimizerSpec(learning_rate=1e-2),
+      evaluation=specs.EvaluationSpec(
           {"heldout": heldout}, max_len=12, greedy=False, batch_size=8
       ),
   )
   return dataclasses.replace(config, **changes)
+
+
+def start(program: str, *args: str, devices: int) -> subprocess.Popen:
+  """Starts a script of tests/programs with so many devices."""
+  environment = os.environ | {
+      "JAX_PLATFORMS": "cpu",
+      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+      "PYTHONPATH": os.pathsep.join([str(_TESTS.parent), str(_TESTS)]),
+      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+  }
+  return subprocess.Popen(
+      [sys.executable, _TESTS / "programs" / program, *args],
+      env=environment,
+      text=True,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+  )
+
+
+def finish(processes: Sequence[subprocess.Popen], seconds: float) -> list[str]:
+  """Returns what each printed; kills all if one fails or hangs."""
+  deadline, printed = time.monotonic() + seconds, []
+  try:
+    for process in processes:
+      out, err = process.communicate(timeout=deadline - time.monotonic())
+      assert process.returncode == 0, err[-5000:]
+      printed.append(out)
+  finally:
+    for process in processes:
+      process.kill()
+  return printed

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import transformers
 
-from prefix_distill.config import UserError
+from prefix_distill.errors import UserError
 from prefix_distill.models import hf
 
 
@@ -36,6 +36,12 @@ class Chat:
   def num_tokens(self) -> int:
     """Real token ids; a vocabulary's rows above are padding."""
     return len(self.tokenizer)
+
+  @property
+  def end_id(self) -> int:
+    """What ends an answer in training: the tokenizer's own stop token."""
+    end = self.tokenizer.eos_token_id
+    return self.stop_ids[0] if end is None else end
 
   def encode(self, text: str) -> list[int]:
     return self.tokenizer.encode(text, add_special_tokens=False)

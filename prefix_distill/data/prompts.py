@@ -14,10 +14,10 @@ from typing import Any
 import grain
 import numpy as np
 
-from prefix_distill.config import ConfigError
-from prefix_distill.config import DataSpec
 from prefix_distill.data import records
 from prefix_distill.data.chat import Chat
+from prefix_distill.errors import ConfigError
+from prefix_distill.specs import DataSpec
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 
@@ -63,7 +63,7 @@ def encode_prompt(
 def _encode_completion(
     chat: Chat, text: str, max_len: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
-  tokens = [*chat.encode(text), chat.tokenizer.eos_token_id]
+  tokens = [*chat.encode(text), chat.end_id]
   if len(tokens) > max_len:
     return None
   row, mask = np.full(max_len, chat.pad_id, np.int32), np.zeros(max_len, bool)
@@ -123,8 +123,8 @@ class PromptIterator:
     index, count = process
     self._rows = spec.batch_size // count
     self._epoch = len(source)
-    numbered = _Numbered(source)
-    stream = grain.MapDataset.source(numbered).seed(seed).shuffle()
+    self._numbered = _Numbered(source)
+    stream = grain.MapDataset.source(self._numbered).seed(seed).shuffle()
     stream = stream.repeat()[index::count].map(self._encode)
     # Records that are too long come out as None, so that they are counted.
     self._iterator = iter(
@@ -138,7 +138,8 @@ class PromptIterator:
   def _encode(self, item: tuple[int, Mapping[str, Any]]) -> Example | None:
     number, record = item
     fields = self._spec.train
-    question = str(records.field(record, fields.question))
+    where = f"{fields.source} record {number + 1}"
+    question = records.text(record, fields.question, where)
     prompt = encode_prompt(
         self._chat, question, self._spec.max_prompt_len, self._spec.suffix
     )
@@ -146,7 +147,7 @@ class PromptIterator:
       return None
     if not self._completion_len:
       return Example(number, *prompt)
-    text = str(records.field(record, fields.completion))
+    text = records.text(record, fields.completion, where)
     completion = _encode_completion(self._chat, text, self._completion_len)
     if completion is None:
       return None
@@ -160,6 +161,9 @@ class PromptIterator:
         self.dropped += 1
         missed += 1
         if missed > self._epoch:
+          missed = 0  # Bad luck, unless no record fits.
+          if any(self._encode(item) for item in self._numbered):
+            continue
           raise ConfigError(
               f"data.max_prompt_len is {self._spec.max_prompt_len}, and every"
               f" one of the {self._epoch} records is longer (prompt or"

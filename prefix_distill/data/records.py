@@ -6,9 +6,9 @@ import json
 import pathlib
 from typing import Any
 
-from prefix_distill.config import DatasetSpec
-from prefix_distill.config import UserError
 from prefix_distill.data import math_task
+from prefix_distill.errors import UserError
+from prefix_distill.specs import DatasetSpec
 
 
 class DataError(UserError):
@@ -19,7 +19,7 @@ def field(record: Mapping[str, Any], name: str) -> Any:
   """Looks a dotted name up: "conversations.0.value" goes into lists too.
 
   Raises:
-    KeyError: there is no such field.
+    KeyError: there is no such field, or it is null.
   """
   value: Any = record
   for part in name.split("."):
@@ -27,7 +27,19 @@ def field(record: Mapping[str, Any], name: str) -> Any:
       value = value[int(part) if isinstance(value, list) else part]
     except (KeyError, IndexError, TypeError, ValueError) as error:
       raise KeyError(name) from error
+  if value is None:
+    raise KeyError(name)
   return value
+
+
+def text(record: Mapping[str, Any], name: str, where: str) -> str:
+  """Returns a field as text.
+
+  Raises:
+    DataError: this record lacks it, though the first one had it.
+  """
+  _check_fields(record, [name], where)
+  return str(field(record, name))
 
 
 def _check_fields(

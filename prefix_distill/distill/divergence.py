@@ -77,38 +77,40 @@ def reverse_kl(
 
 def token_log_probs(
     logits: jax.Array, tokens: jax.Array, dist: Distribution
-) -> jax.Array:
-  """Returns log p(token), or log p(stop) at a stop token: [..., V] to [...]."""
+) -> tuple[jax.Array, jax.Array]:
+  """Returns log p(token), and log p(event): [..., V] to [...] each.
+
+  The event is the token itself, or stopping at all if it is a stop token.
+  """
   n = dist.num_tokens
   log_probs = token_choice.log_probs(logits[..., :n], dist.temperature, n)
-  log_probs = _event_log_probs(log_probs, dist)
-  return jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
+  return tuple(
+      jnp.take_along_axis(x, tokens[..., None], axis=-1)[..., 0]
+      for x in (log_probs, _event_log_probs(log_probs, dist))
+  )
 
 
 def policy_gradient(
     student_log_probs: jax.Array,
     sampler_log_probs: jax.Array,
-    teacher_log_probs: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-  """Returns the paper's importance-sampled token loss, and the sampled KL.
+    kl: jax.Array,
+) -> jax.Array:
+  """Returns the paper's importance-sampled token loss.
 
     loss_t = -r_t A_t,   r_t = pi_S(y_t) / pi_sampler(y_t),
     A_t = -[log pi_S(y_t) - log pi_T(y_t)]  (no gradient through A)
 
   so that its gradient is an estimate of the gradient of reverse KL (section 2
-  of arXiv 2602.15260). No discount, baseline or clipping.
+  of arXiv 2602.15260). No discount, baseline or clipping. The ratio is that of
+  the tokens that were drawn; A may compare events.
 
   Args:
     student_log_probs: [...], of the student being trained.
     sampler_log_probs: [...], recorded while sampling.
-    teacher_log_probs: [...].
-
-  Returns:
-    The loss and the estimate log pi_S - log pi_T, both [...].
+    kl: [...], log pi_S - log pi_T, the sampled estimate of the divergence.
   """
-  kl = jax.lax.stop_gradient(student_log_probs - teacher_log_probs)
   ratio = jnp.exp(student_log_probs - sampler_log_probs)
-  return ratio * kl, kl
+  return ratio * jax.lax.stop_gradient(kl)
 
 
 def map_chunks(
@@ -173,8 +175,8 @@ def fused_reverse_kl(
 
 def fused_token_log_probs(
     hidden: jax.Array, head: jax.Array, tokens: jax.Array, dist: Distribution
-) -> jax.Array:
-  """`token_log_probs` from hidden states [B, P, D] and a head: [B, P]."""
+) -> tuple[jax.Array, jax.Array]:
+  """`token_log_probs` from hidden states [B, P, D] and a head: [B, P]s."""
 
   def chunk(states, ids):
     return token_log_probs(head_logits(states, head), ids, dist)

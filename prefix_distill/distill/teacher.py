@@ -30,8 +30,7 @@ def score(
   hidden = model.prefix_hidden(params, batch, rollout)
   if form == "exact":
     return TeacherScores(hidden=hidden)
-  return TeacherScores(
-      log_probs=divergence.fused_token_log_probs(
-          hidden, model.head(params), rollout.tokens, dist
-      )
+  _, log_probs = divergence.fused_token_log_probs(
+      hidden, model.head(params), rollout.tokens, dist
   )
+  return TeacherScores(log_probs=log_probs)

@@ -15,8 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from prefix_distill import sharding
-from prefix_distill.config import DatasetSpec
-from prefix_distill.config import EvaluationSpec
 from prefix_distill.data import prompts
 from prefix_distill.data import records
 from prefix_distill.data.chat import Chat
@@ -24,6 +22,8 @@ from prefix_distill.evaluate import grading
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.rollout import sampler
+from prefix_distill.specs import DatasetSpec
+from prefix_distill.specs import EvaluationSpec
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 
@@ -59,14 +59,15 @@ def load_problems(
   source = records.read(spec)
   for number in range(len(source)):
     record = source[number]
-    question = str(records.field(record, spec.question))
+    where = f"{spec.source} record {number + 1}"
+    question = records.text(record, spec.question, where)
     encoded = prompts.encode_prompt(chat, question, max_prompt_len, suffix)
     if encoded is None:
       continue
     tokens.append(encoded[0])
     masks.append(encoded[1])
     numbers.append(number)
-    answers.append(str(records.field(record, spec.answer)))
+    answers.append(records.text(record, spec.answer, where))
   if not tokens:
     raise records.DataError(
         f"evaluation.sets.{name}: all {len(source)} prompts are longer than"

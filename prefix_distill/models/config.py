@@ -6,7 +6,7 @@ from typing import Any
 
 import transformers
 
-from prefix_distill.config import UserError
+from prefix_distill.errors import UserError
 
 # Hugging Face model type -> (norm on queries and keys, bias on q, k and v).
 FAMILIES = {

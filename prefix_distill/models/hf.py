@@ -1,20 +1,14 @@
-"""Hugging Face model directories in and out: config and safetensors.
+"""Reads Hugging Face model directories: config and safetensors.
 
 Only safetensors are read, and code from a model's repository is never run.
 """
 
-from collections.abc import Callable
-from collections.abc import Iterator
-import dataclasses
 import json
-import math
 import pathlib
-import shutil
 from typing import Any
 
 import huggingface_hub
 import jax
-from jax.experimental import multihost_utils
 import ml_dtypes
 import numpy as np
 import safetensors
@@ -22,96 +16,19 @@ import safetensors.numpy
 import transformers
 
 from prefix_distill import assets
-from prefix_distill.config import UserError
+from prefix_distill.errors import UserError
 from prefix_distill.models import config as model_config
+from prefix_distill.models import hf_names
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 
-# Bytes of a file of an export; larger models are split, as the hub does it.
-_SHARD_BYTES = 5_000_000_000
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-# What an export takes along from the model it was made of.
-_COMPANIONS = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template.jinja",
-)  # fmt: skip
-
-Index = tuple[slice, ...]
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 
 
 class ModelFilesError(UserError):
   """A model directory that is missing, incomplete or of another kind."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-  """How a parameter's axes lie in the file.
-
-  Attributes:
-    index: our index (and H) to the index in the file.
-    read: the file's block (and H) to ours.
-    write: our array to the file's.
-  """
-
-  index: Callable[[Index, int], Index]
-  read: Callable[[np.ndarray, int], np.ndarray]
-  write: Callable[[np.ndarray], np.ndarray]
-
-
-def _rows(heads: slice, head_dim: int) -> slice:
-  return slice(heads.start * head_dim, heads.stop * head_dim)
-
-
-_SAME = _Layout(lambda i, h: i, lambda x, h: x, lambda x: x)
-# [in, out] here, [out, in] in torch.
-_MATRIX = _Layout(lambda i, h: i[::-1], lambda x, h: x.T, lambda x: x.T)
-# [D, N, H] here, [N * H, D] in torch.
-_TO_HEADS = _Layout(
-    lambda i, h: (_rows(i[1], h), i[0]),
-    lambda x, h: x.reshape(-1, h, x.shape[1]).transpose(2, 0, 1),
-    lambda x: x.transpose(1, 2, 0).reshape(-1, x.shape[0]),
-)
-# [N, H, D] here, [D, N * H] in torch.
-_FROM_HEADS = _Layout(
-    lambda i, h: (i[2], _rows(i[0], h)),
-    lambda x, h: x.reshape(x.shape[0], -1, h).transpose(1, 2, 0),
-    lambda x: x.transpose(2, 0, 1).reshape(x.shape[2], -1),
-)
-# [N, H] here, [N * H] in torch.
-_HEAD_BIAS = _Layout(
-    lambda i, h: (_rows(i[0], h),),
-    lambda x, h: x.reshape(-1, h),
-    lambda x: x.reshape(-1),
-)
-
-# The one table of names. Ours -> (theirs, layout); a layer's number goes into
-# the braces.
-_NAMES = {
-    "embed/weight": ("model.embed_tokens.weight", _SAME),
-    "final_norm/scale": ("model.norm.weight", _SAME),
-    "head/weight": ("lm_head.weight", _SAME),
-} | {
-    f"layers/{ours}": (f"model.layers.{{}}.{theirs}", layout)
-    for ours, theirs, layout in (
-        ("attention_norm/scale", "input_layernorm.weight", _SAME),
-        ("mlp_norm/scale", "post_attention_layernorm.weight", _SAME),
-        ("attention/query", "self_attn.q_proj.weight", _TO_HEADS),
-        ("attention/key", "self_attn.k_proj.weight", _TO_HEADS),
-        ("attention/value", "self_attn.v_proj.weight", _TO_HEADS),
-        ("attention/out", "self_attn.o_proj.weight", _FROM_HEADS),
-        ("attention/query_bias", "self_attn.q_proj.bias", _HEAD_BIAS),
-        ("attention/key_bias", "self_attn.k_proj.bias", _HEAD_BIAS),
-        ("attention/value_bias", "self_attn.v_proj.bias", _HEAD_BIAS),
-        ("attention/query_norm/scale", "self_attn.q_norm.weight", _SAME),
-        ("attention/key_norm/scale", "self_attn.k_norm.weight", _SAME),
-        ("mlp/gate", "mlp.gate_proj.weight", _MATRIX),
-        ("mlp/up", "mlp.up_proj.weight", _MATRIX),
-        ("mlp/down", "mlp.down_proj.weight", _MATRIX),
-    )
-}  # fmt: skip
 
 
 def resolve(path: str) -> pathlib.Path:
@@ -174,9 +91,12 @@ def read_config(path: str) -> ModelConfig:
     config = transformers.AutoConfig.from_pretrained(
         directory, trust_remote_code=False
     )
-  except (json.JSONDecodeError, OSError) as error:
+  except UserError:
+    raise
+  except Exception as error:  # transformers' validation raises many kinds.
+    reason = " ".join(str(error).split())
     raise ModelFilesError(
-        f"{directory}/config.json cannot be read ({error}); download it again."
+        f"{directory}/config.json cannot be read ({reason}); download it again."
     ) from error
   return model_config.from_hf(config, path)
 
@@ -205,13 +125,19 @@ class _Weights:
 
   @staticmethod
   def _file_names(directory: pathlib.Path) -> list[str]:
-    if (directory / _INDEX).is_file():
-      weight_map = json.loads((directory / _INDEX).read_text())["weight_map"]
-      return sorted(set(weight_map.values()))
-    if (directory / _SINGLE).is_file():
-      return [_SINGLE]
+    if (directory / INDEX).is_file():
+      try:
+        index = json.loads((directory / INDEX).read_text())
+        return sorted(set(index["weight_map"].values()))
+      except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ModelFilesError(
+            f"{directory / INDEX} is not a whole index ({error!r}); fetch it"
+            " again."
+        ) from error
+    if (directory / SINGLE).is_file():
+      return [SINGLE]
     raise ModelFilesError(
-        f"{directory} has neither {_SINGLE} nor {_INDEX}; only safetensors are"
+        f"{directory} has neither {SINGLE} nor {INDEX}; only safetensors are"
         " read, so convert the weights or finish the download."
     )
 
@@ -221,32 +147,20 @@ class _Weights:
   def shape(self, name: str) -> tuple[int, ...]:
     return tuple(self._files[name].get_slice(name).get_shape())
 
-  def read(self, name: str, index: Index) -> np.ndarray:
+  def read(self, name: str, index: hf_names.Index) -> np.ndarray:
     return self._files[name].get_slice(name)[index]
-
-
-def _hf_names(ours: str, num_layers: int) -> list[str]:
-  theirs = _NAMES[ours][0]
-  if "{}" not in theirs:
-    return [theirs]
-  return [theirs.format(i) for i in range(num_layers)]
-
-
-def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
-  for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-    yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
 
 
 def _check_tensors(weights: _Weights, model: Model, path: str) -> None:
   """Refuses missing, unexpected and misshapen tensors, by name."""
   config = model.config
   wanted = {}
-  for ours, leaf in _leaves(model.abstract_params()):
-    layout = _NAMES[ours][1]
+  for ours, leaf in hf_names.leaves(model.abstract_params()):
+    layout = hf_names.NAMES[ours][1]
     shape = leaf.shape[1:] if ours.startswith("layers/") else leaf.shape
     whole = tuple(slice(0, n) for n in shape)
     stops = tuple(s.stop for s in layout.index(whole, config.head_dim))
-    for name in _hf_names(ours, config.num_layers):
+    for name in hf_names.hf_names(ours, config.num_layers):
       wanted[name] = stops
   found = weights.names()
   for name in wanted:
@@ -302,15 +216,15 @@ def load_params(
 
   def load(tree_path, leaf, sharding):
     ours = jax.tree_util.keystr(tree_path, simple=True, separator="/")
-    layout = _NAMES[ours][1]
-    names = _hf_names(ours, model.config.num_layers)
+    layout = hf_names.NAMES[ours][1]
+    names = hf_names.hf_names(ours, model.config.num_layers)
     stacked = ours.startswith("layers/")
 
-    def read(name: str, index: Index) -> np.ndarray:
+    def read(name: str, index: hf_names.Index) -> np.ndarray:
       block = weights.read(name, layout.index(index, head_dim))
       return layout.read(block, head_dim).astype(target)
 
-    def block(index: Index) -> np.ndarray:
+    def block(index: hf_names.Index) -> np.ndarray:
       index = tuple(
           slice(*s.indices(n)[:2])
           for s, n in zip(index, leaf.shape, strict=True)
@@ -327,105 +241,3 @@ def load_params(
   return jax.tree_util.tree_map_with_path(
       load, model.abstract_params(), shardings
   )
-
-
-def _to_host(array: jax.Array) -> np.ndarray:
-  if jax.process_count() > 1:
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-  return np.asarray(array)
-
-
-def _tensors(params: Params, dtype: np.dtype) -> Iterator[tuple[str, Any]]:
-  """Yields names in the file and arrays, one layer's tensor at a time."""
-  for ours, leaf in _leaves(params):
-    layout = _NAMES[ours][1]
-    for i, name in enumerate(_hf_names(ours, leaf.shape[0])):
-      part = leaf[i] if ours.startswith("layers/") else leaf
-      array = layout.write(_to_host(part)).astype(dtype)
-      yield name, np.ascontiguousarray(array)
-
-
-def _write_weights(
-    params: Params, directory: pathlib.Path, dtype: np.dtype, writes: bool
-) -> None:
-  total = sum(x.size * dtype.itemsize for x in jax.tree.leaves(params))
-  count = math.ceil(total / _SHARD_BYTES)
-  files, names, pending, size = [], {}, {}, 0
-
-  def flush():
-    file = f"part-{len(files)}"
-    if writes:
-      safetensors.numpy.save_file(
-          pending, directory / file, metadata={"format": "pt"}
-      )
-    files.append(file)
-    names.update(dict.fromkeys(pending, len(files) - 1))
-    pending.clear()
-
-  for name, array in _tensors(params, dtype):
-    if pending and count > 1 and size + array.nbytes > _SHARD_BYTES:
-      flush()
-      size = 0
-    pending[name] = array
-    size += array.nbytes
-  flush()
-  if not writes:
-    return
-  if len(files) == 1:
-    (directory / files[0]).rename(directory / _SINGLE)
-    return
-  final = [
-      f"model-{i + 1:05}-of-{len(files):05}.safetensors"
-      for i in range(len(files))
-  ]
-  for old, new in zip(files, final, strict=True):
-    (directory / old).rename(directory / new)
-  weight_map = {name: final[i] for name, i in names.items()}
-  index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-  (directory / _INDEX).write_text(json.dumps(index, indent=2))
-
-
-def _token_ids(directory: pathlib.Path) -> dict[str, Any]:
-  """The special tokens that a config repeats from the tokenizer."""
-  settings = json.loads((directory / "config.json").read_text())
-  names = ("bos_token_id", "eos_token_id", "pad_token_id")
-  return {name: settings[name] for name in names if name in settings}
-
-
-def export(
-    params: Params,
-    source: str,
-    tokenizer: str,
-    directory: pathlib.Path,
-    dtype: str,
-) -> None:
-  """Writes a Hugging Face model directory; every process must call it.
-
-  The directory appears whole or not at all.
-
-  Args:
-    params: the weights.
-    source: the model they were made of, whose config goes along.
-    tokenizer: the model whose tokenizer, template and generation config do.
-    directory: where to; replaced if it exists.
-    dtype: what the weights are stored in.
-  """
-  origin, companion = resolve(source), resolve(tokenizer)
-  partial = directory.with_name(directory.name + ".partial")
-  writes = jax.process_index() == 0
-  if writes:
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    settings = json.loads((origin / "config.json").read_text())
-    settings.pop("torch_dtype", None)
-    settings["dtype"] = dtype
-    settings |= _token_ids(companion)
-    (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    for name in _COMPANIONS:
-      if (companion / name).is_file():
-        shutil.copyfile(companion / name, partial / name)
-  target = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-  _write_weights(params, partial, target, writes)
-  if writes:
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)

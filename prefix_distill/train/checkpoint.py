@@ -8,8 +8,8 @@ from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 
-from prefix_distill.config import CheckpointSpec
-from prefix_distill.config import UserError
+from prefix_distill.errors import UserError
+from prefix_distill.specs import CheckpointSpec
 from prefix_distill.train.step import TrainState
 
 # Each process's data position is gathered in a row of this many bytes.

@@ -22,7 +22,7 @@ from prefix_distill import sharding
 from prefix_distill.config import Config
 from prefix_distill.distill import prefix_length
 from prefix_distill.evaluate import evaluator
-from prefix_distill.models import hf
+from prefix_distill.models import hf_export
 from prefix_distill.models.transformer import Params
 from prefix_distill.report import flops
 from prefix_distill.report import metrics as metrics_lib
@@ -41,28 +41,30 @@ class Stopped(Exception):
 
 
 class _Stop:
-  """Turns the first Ctrl-C into a wish to stop after the current update."""
+  """Turns Ctrl-C or a preemption into a wish to stop after the update."""
 
   wanted = False
 
   def ask(self, *_: Any) -> None:
     self.wanted = True
+    # A second Ctrl-C does not wait.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     print("\nStopping after this update ...", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def _stop_on_interrupt() -> Iterator[_Stop]:
-  stop = _Stop()
+def _stop_on_signal() -> Iterator[_Stop]:
+  stop, signals = _Stop(), (signal.SIGINT, signal.SIGTERM)
   try:
-    before = signal.signal(signal.SIGINT, stop.ask)
+    before = [signal.signal(number, stop.ask) for number in signals]
   except ValueError:  # Not the main thread, as in some notebooks.
     yield stop
     return
   try:
     yield stop
   finally:
-    signal.signal(signal.SIGINT, before)
+    for number, handler in zip(signals, before, strict=True):
+      signal.signal(number, handler)
 
 
 class _Clock:
@@ -306,12 +308,12 @@ def train(config: Config, workdir: pathlib.Path) -> None:
     if writes:
       print(report.headline(config, setup.mesh.shape, workdir), flush=True)
     run = Run(setup, workdir)
-    with _stop_on_interrupt() as stop:
+    with _stop_on_signal() as stop:
       _steps(run, stop)
     if setup.teacher is not None and config.evaluation.teacher:
       run.evaluate(config.steps, "teacher")
     run.checkpointer.close()
-    hf.export(
+    hf_export.export(
         run.state.params, config.student.path, config.student.tokenizer_path,
         workdir / "export", config.student.param_dtype,
     )  # fmt: skip

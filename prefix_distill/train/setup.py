@@ -7,20 +7,20 @@ from typing import Any
 
 import jax
 
-from prefix_distill import config as config_lib
+from prefix_distill import config_dict
 from prefix_distill import sharding
 from prefix_distill.config import Config
-from prefix_distill.config import ConfigError
-from prefix_distill.config import ModelSpec
-from prefix_distill.config import UserError
 from prefix_distill.data import chat as chat_lib
 from prefix_distill.data.chat import Chat
 from prefix_distill.data.prompts import PromptIterator
 from prefix_distill.distill import divergence
+from prefix_distill.errors import ConfigError
+from prefix_distill.errors import UserError
 from prefix_distill.evaluate import evaluator
 from prefix_distill.models import hf
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
+from prefix_distill.specs import ModelSpec
 
 
 class WorkdirError(UserError):
@@ -93,7 +93,7 @@ def claim_workdir(config: Config, workdir: pathlib.Path) -> None:
     WorkdirError: the workdir holds another run's config.
   """
   file = workdir / "config.json"
-  mine = json.loads(json.dumps(config_lib.to_dict(config)))
+  mine = json.loads(json.dumps(config_dict.to_dict(config)))
   if not file.is_file():
     if jax.process_index() == 0:
       workdir.mkdir(parents=True, exist_ok=True)

@@ -95,12 +95,11 @@ def distillation_loss(
         hidden, head, scores.hidden, teacher_head, dist
     )
   else:
-    log_probs = divergence.fused_token_log_probs(
+    log_probs, events = divergence.fused_token_log_probs(
         hidden, head, rollout.tokens, dist
     )
-    loss, kl = divergence.policy_gradient(
-        log_probs, rollout.log_probs, scores.log_probs
-    )
+    kl = events - scores.log_probs
+    loss = divergence.policy_gradient(log_probs, rollout.log_probs, kl)
   total = _masked_sum(kl, rollout.mask)
   tokens = jnp.sum(rollout.mask)
   rows = jnp.sum(jnp.any(rollout.mask, axis=1))
@@ -123,7 +122,7 @@ def supervised_loss(
   del teacher_head  # There is no teacher.
   batch, rollout, _ = inputs
   hidden = model.prefix_hidden(params, batch, rollout)
-  log_probs = divergence.fused_token_log_probs(
+  log_probs, _ = divergence.fused_token_log_probs(
       hidden, model.head(params), rollout.tokens, dist
   )
   loss = -_masked_sum(log_probs, rollout.mask)

@@ -1,0 +1,75 @@
+"""The command line: flags, and one sentence for whatever is wrong in it."""
+
+import pathlib
+import re
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from prefix_distill import config_dict
+from prefix_distill.config import Config
+from prefix_distill.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The experiment: a file, and an argument after a colon."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Where the run is kept; the same command on it goes on with the run."
+    " Default: runs/ and the name of the config.",
+)
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Whether this is one of several processes (a pod)."
+)
+
+
+def parse(argv: list[str]) -> list[str]:
+  """Parses flags, or exits with one sentence; for `absl.app.run`."""
+  try:
+    rest = flags.FLAGS(argv)
+    if _CONFIG.value is None:
+      sys.exit("error: --config is missing; try --config=configs/math.py.")
+    _CONFIG.value.to_dict()  # Fails now if the file could not be loaded.
+    return rest
+  except UserError as error:
+    sys.exit(f"error: {error}")
+  except (flags.Error, OSError) as error:
+    sys.exit(f"error: {' '.join(str(error).split())}")
+  except (AttributeError, KeyError) as error:
+    _explain_override(argv)
+    sys.exit(f"error: an override of the config names no field ({error}).")
+
+
+def _explain_override(argv: list[str]) -> None:
+  """Exits with a sentence about the first override that is no field."""
+  for argument in argv:
+    if argument.startswith("--config."):
+      try:
+        config_dict.check_field(re.split("[=:]", argument[9:])[0])
+      except UserError as unknown:
+        sys.exit(f"error: {unknown}")
+
+
+def config() -> Config:
+  """Returns the settings; here the ConfigDict ends.
+
+  Raises:
+    ConfigError: they do not fit together.
+  """
+  return config_dict.from_dict(_CONFIG.value.to_dict())
+
+
+def workdir(argv: list[str]) -> pathlib.Path:
+  """Returns --workdir, or runs/math-tiny for --config=configs/math.py:tiny."""
+  if _WORKDIR.value:
+    return pathlib.Path(_WORKDIR.value)
+  given = next(
+      (b if a.endswith("config") else a.partition("=")[2])
+      for a, b in zip(argv, [*argv[1:], ""], strict=True)
+      if re.match(r"--?config(=|$)", a)
+  )
+  file, _, argument = given.partition(":")
+  name = f"{pathlib.Path(file).stem}-{argument}"
+  return pathlib.Path("runs", re.sub(r"[^\w.]+", "-", name).strip("-"))

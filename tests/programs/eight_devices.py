@@ -1,0 +1,100 @@
+"""Five updates on one device, and on a mesh of eight: eight_devices.py DIR.
+
+Prints a JSON object for each run: what the updates computed, the share of the
+weights that a device holds, and whether they were loaded as without a mesh.
+"""
+
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import toys
+
+from prefix_distill import sharding
+from prefix_distill.data import chat as chat_lib
+from prefix_distill.data.prompts import PromptIterator
+from prefix_distill.models import hf
+from prefix_distill.models.transformer import Model
+from prefix_distill.specs import MeshSpec
+from prefix_distill.specs import OptimizerSpec
+from prefix_distill.train import setup as setup_lib
+from prefix_distill.train.programs import Programs
+
+STEPS = 5
+
+
+def load(path: str, mesh: jax.sharding.Mesh):
+  model = Model(hf.read_config(path))
+  shardings = sharding.param_shardings(model.abstract_params(), mesh)
+  return model, hf.load_params(path, model, shardings)
+
+
+def same(ours, theirs) -> bool:
+  equal = jax.tree.map(
+      lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), ours, theirs
+  )
+  return all(jax.tree.leaves(equal))
+
+
+def run(config, devices, mesh_spec) -> dict:
+  mesh = sharding.make_mesh(mesh_spec, devices)
+  student, params = load(config.student.path, mesh)
+  teacher, teacher_params = load(config.teacher.path, mesh)
+  plain = sharding.make_mesh(MeshSpec(), jax.devices()[-1:])
+  loads_equal = same(params, load(config.student.path, plain)[1])
+  held = sum(x.addressable_data(0).nbytes for x in jax.tree.leaves(params))
+  share = held / sum(x.nbytes for x in jax.tree.leaves(params))
+  chat = chat_lib.load(config.student.path)
+  # So many that some rows stop early.
+  stops = tuple(range(0, 424, 12))
+  data = PromptIterator(config.data, chat, seed=0)
+  setup = setup_lib.Setup(
+      config, mesh, student, teacher, chat, stops, data, {}
+  )
+  programs = Programs(setup)
+  state = programs.init(params)
+  losses, norms, tokens, lengths = [], [], [], []
+  for step in range(STEPS):
+    prompts = sharding.global_batch(next(data)[0], mesh)
+    rollout = programs.sample(
+        state.params, prompts, jax.random.key(step), config.prefix.length,
+        config.prefix.length,
+    )  # fmt: skip
+    batch = programs.repeat(prompts)
+    scores = programs.score(teacher_params, batch, rollout)
+    state, metrics = programs.update(
+        state, teacher_params, batch, rollout, scores
+    )
+    losses.append(float(metrics["kl_rollout"]))
+    norms.append(float(metrics["grad_norm"]))
+    tokens.append(np.asarray(rollout.tokens).tolist())
+    lengths += np.asarray(rollout.mask).sum(1).tolist()
+  return {
+      "losses": losses,
+      "norms": norms,
+      "tokens": tokens,
+      "lengths": lengths,
+      "share": share,
+      "loads_equal": loads_equal,
+      "compilations": programs.compilations(),
+  }
+
+
+def main() -> None:
+  directory = pathlib.Path(sys.argv[1])
+  student = toys.write_model(directory / "student", 0, "capable")
+  teacher = toys.write_model(directory / "teacher", 1, "teacher")
+  devices, cube = jax.devices(), MeshSpec(2, 2, 2)
+  assert len(devices) == 8
+  for accumulation, used, mesh in (
+      (1, devices[:1], MeshSpec()), (1, devices, cube), (2, devices, cube),
+  ):  # fmt: skip
+    optimizer = OptimizerSpec(learning_rate=1e-2, accumulation=accumulation)
+    config = toys.run_config(student, teacher, optimizer=optimizer)
+    print(json.dumps(run(config, used, mesh)), flush=True)
+
+
+if __name__ == "__main__":
+  main()
