@@ -10,8 +10,8 @@ with the boxed answer:
   How many pens does Ann have now?
 
   We want the pens of Ann.
-  Ann has 7 pens: use.
-  Bob has 3 pens: skip.
+  Ann has 7 pens: pens for Ann, pens for Ann, use.
+  Bob has 3 pens: pens for Bob, pens for Ann, skip.
   ...
   Step 1: Ann has 7 pens. That is the start, so the total is 7 pens.
   Step 2: Ann finds 4 pens. That means more pens for Ann, so we add. ...
@@ -23,8 +23,10 @@ with the boxed answer:
 Everything is a pure function of `(split, index)`. A problem belongs to the
 test split if the hash of its text says so, hence no problem is in both.
 
-Solutions come in three styles. `clean` is what the teacher learns. The two
-others stand for what a base model saw on the web: `capable` goes wrong in the
+Solutions come in four styles. `clean` is what the teacher learns; its plan
+says of each sentence what it is about and what is wanted, since a small model
+that does not spell this out confuses the two; `terse` leaves it out. The other
+two stand for what a base model saw on the web: `capable` goes wrong in the
 opening (it guesses, skips the plan, plans for something else, or plans
 carelessly) and then works without a slip; `weak` does all that and slips in
 every later part as well.
@@ -47,7 +49,7 @@ GAINS = ("buys", "finds", "gets", "wins")
 LOSSES = ("sells", "loses", "breaks", "uses")
 MAX_TOTAL = 30
 SPLITS = ("train", "test")
-STYLES = ("clean", "capable", "weak")
+STYLES = ("clean", "terse", "capable", "weak")
 # A percentage of all problem texts, chosen by hash, is never trained on.
 _TEST_PERCENT = 10
 
@@ -161,6 +163,7 @@ class _Habits:
   target: tuple[str, str]
   use: tuple[bool, ...]
   plan: bool = True
+  spell_out: bool = True
   slip: float = 0.0  # Chance of a wrong sum, a line.
   drop: float = 0.0  # Chance of leaving out a line.
   wrong_sign: float = 0.0  # Chance of adding for subtracting, a line.
@@ -206,6 +209,16 @@ def _line(
   return text, new
 
 
+def _plan_line(sentence: Sentence, use: bool, habits: _Habits) -> str:
+  verdict = "use" if use else "skip"
+  if not habits.spell_out:
+    return f"{sentence.text}: {verdict}.\n"
+  (about, thing), (person, item) = sentence.changes[0][0], habits.target
+  return (
+      f"{sentence.text}: {thing} for {about}, {item} for {person}, {verdict}.\n"
+  )
+
+
 def _answer(prob: Problem, target: tuple[str, str], total: int, box: bool):
   value = f"\\boxed{{{total}}}" if box else f"{total}"
   return (
@@ -221,7 +234,7 @@ def _work(prob: Problem, rng: random.Random, habits: _Habits) -> str:
   if habits.plan:
     parts.append(f"We want the {item} of {person}.\n")
     for sentence, use in zip(prob.sentences, habits.use, strict=True):
-      parts.append(f"{sentence.text}: {'use' if use else 'skip'}.\n")
+      parts.append(_plan_line(sentence, use, habits))
   total, number = 0, 0
   for sentence, use in zip(prob.sentences, habits.use, strict=True):
     if not use or rng.random() < habits.drop:
@@ -267,11 +280,16 @@ def solution(prob: Problem, style: str, rng: random.Random) -> str:
 
   Args:
     prob: the problem.
-    style: "clean", "capable" or "weak", see the module's docstring.
+    style: one of STYLES, see the module's docstring.
     rng: where the sloppy styles draw their defects.
   """
-  if style == "clean":
-    return _work(prob, rng, _Habits(prob.target, _needed(prob, prob.target)))
+  if style in ("clean", "terse"):
+    habits = _Habits(
+        prob.target,
+        _needed(prob, prob.target),
+        spell_out=style == "clean",
+    )
+    return _work(prob, rng, habits)
   if style not in STYLES:
     raise ValueError(f"The math task has no style {style!r}; it has {STYLES}.")
   habits = _opening(prob, rng)
