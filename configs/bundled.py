@@ -1,14 +1,12 @@
 """How the bundled models were made: supervised training on the math task.
 
-  python -m prefix_distill.main --config=configs/bundled.py:base
   python -m prefix_distill.main --config=configs/bundled.py:teacher
   python -m prefix_distill.main --config=configs/bundled.py:capable
   python -m prefix_distill.main --config=configs/bundled.py:weak
 
-All go on from `base`, which learns from terse but correct solutions (72 % of
-held-out problems, sampled). The teacher learns from clean ones; the students
-stand for base models and learn from the sloppy solutions that stand for the
-web. Each run leaves its model in `runs/bundled-NAME/export`; copied to
+The teacher learns from clean solutions. The students stand for base models:
+they go on from the teacher with the sloppy solutions that stand for the web.
+Each run leaves its model in `runs/bundled-NAME/export`; copied to
 `prefix_distill/assets/NAME`, it is what ships.
 """
 
@@ -40,21 +38,20 @@ class _Stage:
 
 
 _STAGES = {
-    "base": _Stage("bundled:teacher", True, "terse", 2600, 2e-3, 100),
-    "teacher": _Stage("runs/bundled-base/export", False, "clean", 1000, 1.5e-3),
+    "teacher": _Stage("bundled:teacher", True, "clean", 2000, 2.5e-3, 100),
     "capable": _Stage(
-        "runs/bundled-base/export", False, "capable", 300, 1e-3,
+        "runs/bundled-teacher/export", False, "capable", 200, 5e-4,
         tokenizer="bundled:capable",
     ),  # fmt: skip
     "weak": _Stage(
-        "runs/bundled-base/export", False, "weak", 300, 1e-3,
+        "runs/bundled-teacher/export", False, "weak", 200, 5e-4,
         tokenizer="bundled:weak",
     ),  # fmt: skip
 }
 
 
 def get_config(name: str) -> ml_collections.ConfigDict:
-  """Returns the config of a stage: base, teacher, capable or weak."""
+  """Returns the config of a stage: teacher, capable or weak."""
   if name not in _STAGES:
     raise errors.ConfigError(
         f"configs/bundled.py has no argument {name!r}; use one of"
@@ -76,7 +73,7 @@ def get_config(name: str) -> ml_collections.ConfigDict:
           stage.path, random_init=stage.random_init, tokenizer=stage.tokenizer
       ),
       data=specs.DataSpec(problems, batch_size=16, max_prompt_len=52),
-      rollout=specs.RolloutSpec(per_prompt=1, max_len=288),
+      rollout=specs.RolloutSpec(per_prompt=1, max_len=232),
       optimizer=specs.OptimizerSpec(
           learning_rate=stage.learning_rate,
           warmup_steps=stage.warmup_steps,
@@ -86,7 +83,7 @@ def get_config(name: str) -> ml_collections.ConfigDict:
           b2=0.99,
       ),
       evaluation=specs.EvaluationSpec(
-          sets={"heldout": heldout}, every=500, max_len=288, batch_size=200
+          sets={"heldout": heldout}, every=500, max_len=256, batch_size=200
       ),
       # So that no two of the models see the same problems in the same order.
       seed=list(_STAGES).index(name),

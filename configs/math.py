@@ -44,17 +44,17 @@ def _tiny(student: str) -> config_lib.Config:
   heldout = dataclasses.replace(task, split="test", size=480)
   return config_lib.Config(
       method="prefix",
-      steps=60,
+      steps=50,
       student=specs.ModelSpec(f"bundled:{student}"),
       teacher=specs.ModelSpec("bundled:teacher"),
-      data=specs.DataSpec(task, batch_size=32, max_prompt_len=56),
+      data=specs.DataSpec(task, batch_size=32, max_prompt_len=52),
       rollout=specs.RolloutSpec(per_prompt=1, max_len=256),
       prefix=specs.PrefixSpec(
-          start=1, increment=2, buckets=(32, 64, 128)
+          start=1, increment=3, buckets=(64, 160)
       ),
       optimizer=specs.OptimizerSpec(learning_rate=3e-4, warmup_steps=2),
       evaluation=specs.EvaluationSpec(
-          sets={"heldout": heldout}, every=20, max_len=256, batch_size=240
+          sets={"heldout": heldout}, every=25, max_len=256, batch_size=240
       ),
       checkpoint=specs.CheckpointSpec(every=10),
   )

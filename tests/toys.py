@@ -91,7 +91,7 @@ def write_model(directory: pathlib.Path, seed: int, tokenizer: str) -> str:
   """Writes a random model with a bundled tokenizer; returns its path."""
   settings = json.loads((assets.path(tokenizer) / "config.json").read_text())
   settings |= {
-      "vocab_size": 424,
+      "vocab_size": -(-settings["vocab_size"] // 8) * 8,
       "hidden_size": 16,
       "intermediate_size": 32,
       "num_hidden_layers": 2,

@@ -48,7 +48,7 @@ def run(config, devices, mesh_spec) -> dict:
   share = held / sum(x.nbytes for x in jax.tree.leaves(params))
   chat = chat_lib.load(config.student.path)
   # So many that some rows stop early.
-  stops = tuple(range(0, 424, 12))
+  stops = tuple(range(0, chat.num_tokens, 12))
   data = PromptIterator(config.data, chat, seed=0)
   setup = setup_lib.Setup(
       config, mesh, student, teacher, chat, stops, data, {}
