@@ -71,6 +71,7 @@ def test_the_updates_were_more_than_nothing(runs):
   updates = [line for line in lines(runs[0]) if "kl" in line]
   assert [line["step"] for line in updates] == [1, 2, 3]
   assert updates[0]["tokens"] > 16 * 4
+  assert updates[2]["dropped"] == 0
   assert updates[2]["kl"] < 0.95 * updates[0]["kl"]
 
 

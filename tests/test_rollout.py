@@ -119,14 +119,12 @@ def test_the_mask_covers_up_to_and_with_the_stop_token_or_the_cap():
 
 
 def test_a_schedule_of_caps_compiles_once_for_each_bucket():
-  run = toys.run_config(
-      "student",
-      "teacher",
-      steps=5,
-      prefix=PrefixSpec(start=1, increment=2, buckets=(6, LENGTH - 1)),
-  )
-  before = _sample._cache_size()
-  buckets, used = prefix_length.buckets(run), set()
+  prefix = PrefixSpec(start=1, increment=3, buckets=(LENGTH, LENGTH + 6))
+  run = toys.run_config("student", "teacher", steps=6, prefix=prefix)
+  buckets = prefix_length.buckets(run)
+  for bucket in buckets:
+    sample(dataclasses.replace(CONFIG, length=bucket), cap=1)
+  before, used = _sample._cache_size(), set()
   for step in range(run.steps):
     cap = prefix_length.cap(run, step)
     bucket = prefix_length.bucket(buckets, cap)
@@ -134,8 +132,8 @@ def test_a_schedule_of_caps_compiles_once_for_each_bucket():
     assert rollout.tokens.shape == (ROWS, bucket)
     assert rollout.mask.sum(1).max() == cap
     used.add(bucket)
-  assert used == {6, LENGTH - 1}
-  assert _sample._cache_size() == before + 2
+  assert used == {LENGTH, LENGTH + 6}
+  assert _sample._cache_size() == before
 
 
 def test_a_short_cap_gives_the_first_tokens_of_a_long_one():

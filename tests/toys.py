@@ -119,7 +119,7 @@ def run_config(student: str, teacher: str, **changes) -> config_lib.Config:
       steps=3,
       student=specs.ModelSpec(student),
       teacher=specs.ModelSpec(teacher),
-      data=specs.DataSpec(problems, batch_size=8, max_prompt_len=64),
+      data=specs.DataSpec(problems, batch_size=8, max_prompt_len=96),
       prefix=specs.PrefixSpec(schedule="fixed", length=8),
       rollout=specs.RolloutSpec(per_prompt=2, max_len=16),
       optimizer=specs.OptimizerSpec(learning_rate=1e-2),

@@ -47,9 +47,18 @@ def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
   return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
 
+def _masked(values: jax.Array, mask: jax.Array) -> jax.Array:
+  """Zeroes what lies behind the mask, so that no NaN from there can pass.
+
+  Inputs of the loss are masked, and not only its terms: the gradient of a
+  discarded NaN is 0 * NaN.
+  """
+  mask = mask.reshape(mask.shape + (1,) * (values.ndim - mask.ndim))
+  return jnp.where(mask, values, jnp.zeros((), values.dtype))
+
+
 def _masked_sum(values: jax.Array, mask: jax.Array) -> jax.Array:
-  # where, not a product: a NaN behind the mask must not pass.
-  return jnp.sum(jnp.where(mask, values, 0.0))
+  return jnp.sum(_masked(values, mask))
 
 
 def _by_position(
@@ -88,27 +97,30 @@ def distillation_loss(
     rollout and `kl_at` per token in each bin of positions.
   """
   batch, rollout, scores = inputs
-  hidden = model.prefix_hidden(params, batch, rollout)
+  mask = rollout.mask
+  hidden = _masked(model.prefix_hidden(params, batch, rollout), mask)
   head = model.head(params)
   if scores.hidden is not None:
+    teacher_hidden = _masked(scores.hidden, mask)
     loss = kl = divergence.fused_reverse_kl(
-        hidden, head, scores.hidden, teacher_head, dist
+        hidden, head, teacher_hidden, teacher_head, dist
     )
   else:
     log_probs, events = divergence.fused_token_log_probs(
         hidden, head, rollout.tokens, dist
     )
-    kl = events - scores.log_probs
-    loss = divergence.policy_gradient(log_probs, rollout.log_probs, kl)
-  total = _masked_sum(kl, rollout.mask)
-  tokens = jnp.sum(rollout.mask)
-  rows = jnp.sum(jnp.any(rollout.mask, axis=1))
+    kl = _masked(events - scores.log_probs, mask)
+    sampled = _masked(rollout.log_probs, mask)
+    loss = divergence.policy_gradient(log_probs, sampled, kl)
+  total = _masked_sum(kl, mask)
+  tokens = jnp.sum(mask)
+  rows = jnp.sum(jnp.any(mask, axis=1))
   sums = {
       "kl": (total, tokens),
       "kl_rollout": (total, rows),
-      "kl_at": _by_position(kl, rollout.mask, max_len),
+      "kl_at": _by_position(kl, mask, max_len),
   }
-  return _masked_sum(loss, rollout.mask), sums
+  return _masked_sum(loss, mask), sums
 
 
 def supervised_loss(

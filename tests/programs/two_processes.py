@@ -12,10 +12,10 @@ import threading
 import time
 
 import jax
+import toys
 
 from prefix_distill.specs import MeshSpec
 from prefix_distill.train import loop
-import toys
 
 
 def main() -> None:
