@@ -17,6 +17,7 @@ setuptools.setup(
         "grain>=0.2.15",
         "huggingface_hub>=1.0",
         "jax>=0.10.2",
+        "jinja2>=3.1",
         "math-verify[antlr4_13_2]>=0.8",
         "matplotlib>=3.9",
         "ml-collections>=1.1",

@@ -199,7 +199,7 @@ class OptimizerSpec:
 
   Attributes:
     learning_rate: the peak.
-    warmup_steps: updates over which it rises from 0.
+    warmup_steps: updates over which it rises to the peak.
     decay: after the warm-up, "constant" or "cosine".
     final_fraction: of the peak, at the last step of a cosine.
     weight_decay: on matrices only.

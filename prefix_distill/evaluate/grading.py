@@ -41,8 +41,10 @@ def interval(correct: np.ndarray) -> tuple[float, float]:
   """
   per_problem = correct.mean(axis=1)
   n, mean = len(per_problem), per_problem.mean()
-  variance = per_problem.var(ddof=1) / n if n > 1 else 0.0
-  trials = mean * (1 - mean) / variance if variance > 0 else float(n)
+  variance = per_problem.var() / n
+  trials = float(n)
+  if variance > 0:
+    trials = min(mean * (1 - mean) / variance, float(correct.size))
   z = 1.959964
   centre = (mean + z * z / (2 * trials)) / (1 + z * z / trials)
   half = (

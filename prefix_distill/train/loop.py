@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 import tqdm
 
@@ -259,6 +260,13 @@ def _flatten(metrics: dict[str, Any], config: Config) -> dict[str, float]:
   return out
 
 
+def _any_process(wanted: bool) -> bool:
+  """Whether any process wants to stop: a signal may reach one of them only."""
+  if jax.process_count() == 1:
+    return wanted
+  return bool(np.any(multihost_utils.process_allgather(np.array(wanted))))
+
+
 def _steps(run: Run, stop: _Stop) -> None:
   """Evaluates, then updates until the last step."""
   config, first = run.config, int(run.state.step)
@@ -285,9 +293,10 @@ def _steps(run: Run, stop: _Stop) -> None:
       if done == config.steps or (every and done % every == 0):
         run.evaluate(done)
       last = done == config.steps
-      if last or stop.wanted or done % config.checkpoint.every == 0:
+      stopping = _any_process(stop.wanted)
+      if last or stopping or done % config.checkpoint.every == 0:
         run.save()
-      if stop.wanted and not last:
+      if stopping and not last:
         raise Stopped(
             f"Stopped after update {done} of {config.steps}; the same command"
             " goes on from there."

@@ -7,18 +7,21 @@ from prefix_distill.specs import OptimizerSpec
 
 
 def learning_rate(spec: OptimizerSpec, steps: int) -> optax.Schedule:
-  """Linear warm-up from 0, then constant or a cosine to the last step."""
+  """Linear warm-up, then constant or a cosine to the last step.
+
+  The first update is at 1 / warmup_steps of the peak, not at 0.
+  """
   if spec.decay == "cosine":
+    rising = max(spec.warmup_steps - 1, 0)
     return optax.warmup_cosine_decay_schedule(
-        0.0 if spec.warmup_steps else spec.learning_rate,
+        spec.learning_rate / max(spec.warmup_steps, 1),
         spec.learning_rate,
-        spec.warmup_steps,
-        max(steps, spec.warmup_steps + 1),
+        rising,
+        max(steps - 1, rising + 1),
         spec.learning_rate * spec.final_fraction,
     )
   if not spec.warmup_steps:
     return optax.constant_schedule(spec.learning_rate)
-  # The first update is at 1 / warmup_steps of the peak, not at 0.
   return optax.linear_schedule(
       spec.learning_rate / spec.warmup_steps,
       spec.learning_rate,
