@@ -27,7 +27,7 @@ def test_math_configs_are_valid(model, method):
   assert config_dict.from_dict(config_dict.to_dict(config)) == config
 
 
-@pytest.mark.parametrize("name", ["base", "teacher", "capable", "weak"])
+@pytest.mark.parametrize("name", ["teacher", "capable", "weak"])
 def test_bundled_configs_are_valid(name):
   settings = bundled.get_config(name)
   assert config_dict.from_dict(settings.to_dict()).method == "sft"
