@@ -50,7 +50,7 @@ def _tiny(student: str) -> config_lib.Config:
       data=specs.DataSpec(task, batch_size=32, max_prompt_len=52),
       rollout=specs.RolloutSpec(per_prompt=1, max_len=256),
       prefix=specs.PrefixSpec(
-          start=1, increment=3, buckets=(64, 160)
+          start=1, increment=4, buckets=(64, 128, 200)
       ),
       optimizer=specs.OptimizerSpec(learning_rate=3e-4, warmup_steps=2),
       evaluation=specs.EvaluationSpec(
