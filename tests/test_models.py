@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toys
 import transformers
 
 from prefix_distill.models import config as model_config
@@ -18,16 +19,10 @@ from prefix_distill.models.config import RopeConfig
 from prefix_distill.models.config import UnsupportedModelError
 from prefix_distill.models.transformer import Model
 
-_TINY = ModelConfig(
-    family="qwen3",
+_TINY = toys.model_config(
     vocab_size=23,
-    dim=16,
     mlp_dim=24,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
     head_dim=6,
-    norm_eps=1e-6,
     rope=RopeConfig(100.0),
     tied=True,
     max_length=64,

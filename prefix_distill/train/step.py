@@ -66,7 +66,7 @@ def _by_position(
 ) -> tuple[jax.Array, jax.Array]:
   """Sums [B, P] into bins of positions: values and counts, [POSITION_BINS]."""
   bins = jnp.arange(mask.shape[1]) // bin_width(max_len)
-  totals = jnp.sum(jnp.where(mask, values, 0.0), axis=0)
+  totals = jnp.sum(_masked(values, mask), axis=0)
   return tuple(
       jax.ops.segment_sum(x, bins, POSITION_BINS)
       for x in (totals, jnp.sum(mask, axis=0))
