@@ -1,5 +1,7 @@
 """Runs an experiment: `python -m prefix_distill.main --config=FILE[:ARG]`."""
 
+import os
+import pathlib
 import sys
 
 from absl import app
@@ -11,9 +13,19 @@ from prefix_distill.errors import UserError
 from prefix_distill.train import loop
 
 
+def _keep_compiled_programs() -> None:
+  """Lets a second start find its programs; JAX's own settings come first."""
+  if jax.config.jax_compilation_cache_dir is None:
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    directory = pathlib.Path(home).expanduser() / "prefix_distill"
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
 def main(argv: list[str]) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)
+  _keep_compiled_programs()
   if command_line.DISTRIBUTED.value:
     jax.distributed.initialize()
   try:

@@ -21,11 +21,11 @@ BATCH_AXES = ("data", "fsdp")
 # is left whole (2 key/value heads on tensor=4, say).
 RULES = (
     (r"(embed|head)/weight$", ("tensor", "fsdp")),
-    (r"attention/(query|key|value)$", (None, "fsdp", "tensor", None)),
+    (r"attention/(query|key|value)$", (None, "tensor", None, "fsdp")),
     (r"attention/(query|key|value)_bias$", (None, "tensor", None)),
-    (r"attention/out$", (None, "tensor", None, "fsdp")),
-    (r"mlp/(gate|up)$", (None, "fsdp", "tensor")),
-    (r"mlp/down$", (None, "tensor", "fsdp")),
+    (r"attention/out$", (None, "fsdp", "tensor", None)),
+    (r"mlp/(gate|up)$", (None, "tensor", "fsdp")),
+    (r"mlp/down$", (None, "fsdp", "tensor")),
     (r"norm/scale$", ()),
 )
 
@@ -94,6 +94,8 @@ def partition(
   """
   for pattern, axes in RULES:
     if re.search(pattern, name):
+      # A layer apart from the stack lacks the first axis.
+      axes = axes[max(len(axes) - len(shape), 0) :]
       return PartitionSpec(*(
           axis if axis and shape[i] % mesh.shape[axis] == 0 else None
           for i, axis in enumerate(axes)
@@ -115,6 +117,38 @@ def param_shardings(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.sharding.NamedSharding(mesh, spec)
 
   return jax.tree_util.tree_map_with_path(sharding, abstract)
+
+
+def with_shardings(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
+  """Adds `param_shardings` to a tree of shapes."""
+  return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      abstract,
+      param_shardings(abstract, mesh),
+  )
+
+
+def decode_params(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
+  """Returns where weights lie while decoding: not split over `fsdp`.
+
+  A token needs all weights, and to gather them for every token would take
+  longer than to use them; so they are gathered once a rollout.
+  """
+
+  def gathered(sharding: jax.sharding.NamedSharding):
+    axes = (None if axis == "fsdp" else axis for axis in sharding.spec)
+    return jax.sharding.NamedSharding(mesh, PartitionSpec(*axes))
+
+  return jax.tree.map(gathered, param_shardings(abstract, mesh))
+
+
+def replicate_key(key: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
+  """Puts a key that all processes have onto all devices."""
+  data = np.asarray(jax.random.key_data(key))
+  everywhere = jax.make_array_from_callback(
+      data.shape, replicated(mesh), lambda index: data[index]
+  )
+  return jax.random.wrap_key_data(everywhere, impl=jax.random.key_impl(key))
 
 
 def global_batch(tree: Any, mesh: jax.sharding.Mesh) -> Any:

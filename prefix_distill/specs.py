@@ -13,6 +13,15 @@ SCHEDULES = ("linear", "fixed")
 LOSSES = ("exact", "sampled")
 
 
+def _check_truncation(group: str, top_k: int, top_p: float) -> None:
+  errors.at_least(group, {"top_k": top_k}, 0)
+  errors.check(
+      0 < top_p <= 1,
+      f"{group}.top_p is {top_p}; set it above 0 and to 1 at most, which is"
+      " off.",
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
   """Which model, and how it computes.
@@ -121,7 +130,7 @@ class PrefixSpec:
     length: fixed: the cap.
     buckets: the static lengths that programs are compiled for; the exact cap
       inside a bucket is traced. The run's longest cap is added if it needs
-      to be. Empty: powers of two.
+      to be. Empty: the longest cap and its halves, seven at most.
   """
 
   schedule: str = "linear"
@@ -152,11 +161,16 @@ class RolloutSpec:
     max_len: the longest answer: the cap of full distillation, of the schedule
       and of supervised answers.
     temperature: of sampling *and* of both models in the loss.
+    top_k: draw only from so many of the most probable tokens; 0 for all.
+    top_p: draw only from the most probable tokens that together reach this
+      probability; 1 for all. The loss compares the whole distributions.
   """
 
   per_prompt: int
   max_len: int
   temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
 
   def __post_init__(self):
     errors.at_least(
@@ -167,6 +181,7 @@ class RolloutSpec:
         f"rollout.temperature is {self.temperature}; training samples, so set"
         " it above 0.",
     )
+    _check_truncation("rollout", self.top_k, self.top_p)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,6 +287,7 @@ class EvaluationSpec:
       first and the last.
     max_len: the longest completion.
     temperature: of the sampled answers.
+    top_k, top_p: of the sampled answers, as in `RolloutSpec`.
     greedy: whether to evaluate greedy answers as well.
     batch_size: completions decoded at a time.
     teacher: whether to evaluate the teacher, after the last update.
@@ -281,6 +297,8 @@ class EvaluationSpec:
   every: int = 0
   max_len: int = 256
   temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
   greedy: bool = True
   batch_size: int = 64
   teacher: bool = True
@@ -297,6 +315,7 @@ class EvaluationSpec:
         f"evaluation.temperature is {self.temperature}; greedy answers have a"
         " switch of their own (evaluation.greedy), so set it above 0.",
     )
+    _check_truncation("evaluation", self.top_k, self.top_p)
     for name, spec in self.sets.items():
       errors.check(
           bool(spec.answer),

@@ -26,7 +26,8 @@ class PromptBatch:
   Attributes:
     tokens: int32 [B, S].
     mask: bool [B, S], true on the prompt.
-    index: int32 [B], the record's number in its data set; it seeds the row.
+    index: int32 [B] or [B, k], the record's number in its data set, and what
+      else sets a row apart; it seeds the row.
   """
 
   tokens: jax.Array
@@ -43,13 +44,16 @@ class Rollout:
     tokens: int32 [B, P].
     mask: bool [B, P], true up to and including the stop token.
     log_probs: float32 [B, P], the sampled tokens' log-probabilities under the
-      distribution they were sampled from, 0 where the mask is false; None if
-      the tokens were not sampled.
+      model's distribution at the sampling temperature, 0 where the mask is
+      false; None if the tokens were not sampled.
+    choice_log_probs: float32 [B, P], the same under the distribution they
+      were drawn from, which top-k or top-p makes another one.
   """
 
   tokens: jax.Array
   mask: jax.Array
   log_probs: jax.Array | None = None
+  choice_log_probs: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -47,7 +47,7 @@ def test_forward_agrees_with_what_xla_counts():
   model, length = Model(config), 64
 
   def forward(params, tokens):
-    hidden, _ = model.apply(params, tokens, jnp.ones(tokens.shape, bool))
+    hidden = model.apply(params, tokens, jnp.ones(tokens.shape, bool))
     return model.logits(params, hidden)
 
   tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
@@ -61,15 +61,27 @@ def test_forward_agrees_with_what_xla_counts():
 def test_supervised_training_costs_three_forward_passes():
   config, lengths = toys.model_config(), np.array([4, 9])
   cost = flops.supervised(config, lengths)
-  assert (cost.sample, cost.score) == (0, 0)
+  assert (cost.prefill, cost.decode, cost.score) == (0, 0, 0)
   assert cost.total == cost.update == 3 * flops.forward(config, lengths)
 
 
 def test_a_distillation_update_is_the_sum_of_its_phases():
   student, teacher = toys.model_config(), toys.model_config(dim=64)
-  lengths = np.array([4, 9])
-  cost = flops.distillation(student, teacher, lengths)
-  ours, theirs = (flops.forward(c, lengths) for c in (student, teacher))
+  prompts, lengths = np.array([3, 5]), np.array([4, 9])
+  cost = flops.distillation(student, teacher, prompts, lengths)
+  whole = prompts + lengths
+  ours, theirs = (flops.forward(c, whole) for c in (student, teacher))
   assert ours < theirs
-  assert (cost.sample, cost.score, cost.update) == (ours, theirs, 3 * ours)
+  assert cost.prefill == flops.forward(student, prompts)
+  assert cost.prefill + cost.decode == ours
+  assert (cost.score, cost.update) == (theirs, 3 * ours)
   assert cost.total == 4 * ours + theirs
+
+
+def test_four_rollouts_of_a_prompt_cost_one_prefill():
+  config = toys.model_config()
+  one = flops.distillation(config, config, np.array([256]), np.array([32]))
+  four = flops.distillation(config, config, np.array([256]), np.full(4, 32))
+  assert four.prefill == one.prefill == flops.forward(config, [256])
+  assert four.decode == 4 * one.decode
+  assert four.score == 4 * one.score

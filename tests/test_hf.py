@@ -16,8 +16,10 @@ from prefix_distill import assets
 from prefix_distill.data import chat as chat_lib
 from prefix_distill.models import hf
 from prefix_distill.models import hf_export
+from prefix_distill.models import hf_names
 from prefix_distill.models.config import UnsupportedModelError
 from prefix_distill.models.transformer import Model
+from prefix_distill.rollout import decode_state
 from prefix_distill.rollout import sampler
 from prefix_distill.structs import PromptBatch
 
@@ -45,36 +47,78 @@ def _random_params(model):
   )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _answer(model, config, params, batch):
-  """Returns the logits of the prompts and the greedy continuation."""
-  hidden, _ = model.apply(params, batch.tokens, batch.mask)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _answer(model, config, length, params, batch):
+  """Returns hidden states, logits and the greedy continuation of prompts."""
+  hidden = model.apply(params, batch.tokens, batch.mask)
   rollout = sampler.sample(
-      model, config, params, batch, jax.random.key(0), config.length
-  )
-  return model.logits(params, hidden), rollout
+      model, config, length, params, batch, jax.random.key(0),
+      decode_state.Draw.of(length, greedy=True),
+  )  # fmt: skip
+  return hidden, model.logits(params, hidden), rollout
+
+
+@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.grad, argnums=1)
+def _gradients(model, params, batch):
+  """Of the summed cross-entropy of the next tokens."""
+  hidden = model.apply(params, batch.tokens, batch.mask)
+  log_probs = jax.nn.log_softmax(model.logits(params, hidden)[:, :-1])
+  chosen = jnp.take_along_axis(log_probs, batch.tokens[:, 1:, None], axis=-1)
+  return -jnp.sum(jnp.where(batch.mask[:, :-1], chosen[..., 0], 0))
 
 
 def _batch(tokens, mask):
   return PromptBatch(tokens, mask, np.arange(len(tokens), dtype=np.int32))
 
 
+def _close(found, wanted, rtol=0.0):
+  np.testing.assert_allclose(found, wanted, atol=1e-4, rtol=rtol)
+
+
 def _check_golden(directory):
-  """Compares our logits and greedy tokens with those that torch gave."""
+  """Compares what we compute with what torch did."""
   wanted = np.load(directory / "expected.npz")
   model, params = _load(directory)
-  config = sampler.SamplerConfig(
-      length=wanted["greedy"].shape[1], stop_ids=(), pad_id=0,
-      num_tokens=model.config.vocab_size, greedy=True,
-  )  # fmt: skip
+  config = decode_state.SamplerConfig(
+      stop_ids=(), pad_id=0, num_tokens=model.config.vocab_size
+  )
   batch = _batch(wanted["tokens"], wanted["mask"])
   assert not batch.mask.all()
-  logits, rollout = _answer(model, config, params, batch)
+  length = wanted["greedy"].shape[1]
+  hidden, logits, rollout = _answer(model, config, length, params, batch)
   real = wanted["mask"]
-  np.testing.assert_allclose(
-      np.asarray(logits)[real], wanted["logits"][real], atol=1e-4, rtol=0
-  )
+  _close(np.asarray(hidden)[real], wanted["hidden"][real])
+  _close(np.asarray(logits)[real], wanted["logits"][real])
   np.testing.assert_array_equal(rollout.tokens, wanted["greedy"])
+  _check_right_padding(model, params, batch, wanted["logits"])
+  _check_gradients(directory, model, params, batch)
+
+
+def _check_right_padding(model, params, batch, wanted):
+  order = np.argsort(~batch.mask, axis=1, kind="stable")
+  tokens, mask = (
+      np.take_along_axis(x, order, axis=1) for x in (batch.tokens, batch.mask)
+  )
+  assert mask[:, 0].all()
+  logits = model.logits(params, model.apply(params, tokens, mask))
+  # Row by row, the real positions come in the same order.
+  _close(np.asarray(logits)[mask], wanted[batch.mask])
+
+
+def _check_gradients(directory, model, params, batch):
+  wanted = safetensors.numpy.load_file(directory / "gradients.safetensors")
+  seen = set()
+  for ours, leaf in hf_names.leaves(_gradients(model, params, batch)):
+    layout = hf_names.NAMES[ours][1]
+    names = hf_names.hf_names(ours, model.config.num_layers)
+    for i, name in enumerate(names):
+      part = leaf[i] if ours.startswith("layers/") else leaf
+      scale = np.abs(wanted[name]).max()
+      assert scale > 1e-2
+      _close(layout.write(np.asarray(part)) / scale, wanted[name] / scale)
+      seen.add(name)
+  assert seen == set(wanted)
 
 
 def _assert_equal(found, wanted):
@@ -95,13 +139,13 @@ def _export(params, directory, dtype="float32"):
 
 
 @goldens
-def test_logits_and_greedy_tokens_equal_torchs(name):
+def test_all_that_torch_computes_is_computed_here(name):
   _check_golden(_GOLDEN / name)
 
 
 @pytest.mark.torch
 @goldens
-def test_logits_and_greedy_tokens_equal_torchs_live(name, tmp_path):
+def test_all_that_torch_computes_is_computed_here_live(name, tmp_path):
   from golden import make_golden
 
   make_golden.make(name, tmp_path, seed=10)
@@ -132,11 +176,12 @@ def test_transformers_answers_as_we_do_after_an_export(tmp_path):
     row[-len(prompt) :] = prompt
   mask = np.arange(length) >= length - np.array([[len(r)] for r in rows])
   wanted = make_golden.expected(theirs, tokens, mask)
-  config = sampler.SamplerConfig(
-      length=make_golden.NEW_TOKENS, stop_ids=chat.stop_ids,
-      pad_id=chat.pad_id, num_tokens=chat.num_tokens, greedy=True,
-  )  # fmt: skip
-  logits, rollout = _answer(model, config, params, _batch(tokens, mask))
+  config = decode_state.SamplerConfig(
+      chat.stop_ids, chat.pad_id, chat.num_tokens
+  )
+  _, logits, rollout = _answer(
+      model, config, make_golden.NEW_TOKENS, params, _batch(tokens, mask)
+  )
   np.testing.assert_allclose(
       np.asarray(logits)[mask], wanted["logits"][mask], atol=1e-4, rtol=0
   )

@@ -17,6 +17,7 @@ from prefix_distill.models import layers
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.config import RopeConfig
 from prefix_distill.models.config import UnsupportedModelError
+from prefix_distill.models.kv_cache import KVCache
 from prefix_distill.models.transformer import Model
 
 _TINY = toys.model_config(
@@ -58,8 +59,14 @@ def _params(family):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(model, params, tokens, mask, cache=None):
-  hidden, cache = model.apply(params, tokens, mask, cache)
+def _run(model, params, tokens, mask):
+  return model.logits(params, model.apply(params, tokens, mask))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode_chunk(model, params, tokens, mask, cache):
+  layout = model.decode_layout(params)
+  hidden, cache = model.decode(layout, tokens, mask, cache)
   return model.logits(params, hidden), cache
 
 
@@ -77,27 +84,35 @@ _BATCH, _MASK = (
 )
 
 
-def _decode(family, sizes):
+def _empty_cache(model, columns):
+  c, rows = model.config, len(_BATCH)
+  heads = (rows, c.num_kv_heads)
+  return KVCache(
+      keys=(jnp.zeros((*heads, c.head_dim, columns)),) * c.num_layers,
+      values=(jnp.zeros((*heads, columns, c.head_dim)),) * c.num_layers,
+      mask=jnp.zeros((rows, columns), bool),
+      written=jnp.array(0),
+  )
+
+
+def _decode(family, sizes, cache=None, start=0):
   """Runs the batch through a cache in chunks of these sizes."""
-  model = _MODELS[family]
-  cache = kv_cache.empty(model.config, len(_BATCH), _LENGTH + 2, model.dtype)
-  out, start = [], 0
+  model, out = _MODELS[family], []
+  cache = _empty_cache(model, _LENGTH + 2) if cache is None else cache
   for size in sizes:
     at = slice(start, start + size)
-    logits, cache = _run(
+    logits, cache = _decode_chunk(
         model, _params(family), _BATCH[:, at], _MASK[:, at], cache
     )
     out.append(logits)
     start += size
-  assert cache.length == _LENGTH
+  assert cache.written == _LENGTH
   return jnp.concatenate(out, axis=1)
 
 
 @functools.cache
 def _full(family):
-  logits, cache = _run(_MODELS[family], _params(family), _BATCH, _MASK)
-  assert cache is None
-  return np.asarray(logits)
+  return np.asarray(_run(_MODELS[family], _params(family), _BATCH, _MASK))
 
 
 @families
@@ -108,6 +123,91 @@ def test_cached_decoding_equals_the_full_forward(family, sizes):
   np.testing.assert_allclose(
       _decode(family, sizes)[_MASK], _full(family)[_MASK], atol=1e-5, rtol=1e-5
   )
+
+
+@families
+def test_decoding_after_a_prefill_equals_the_full_forward(family):
+  """Prompts of 3, 0, 3 and 2 tokens, padded on either side."""
+  model, params, split = _MODELS[family], _params(family), 3
+  order = np.argsort(_MASK[:, :split], axis=1, kind="stable")
+  padded, left = (
+      np.take_along_axis(x[:, :split], order, axis=1) for x in (_BATCH, _MASK)
+  )
+  hidden, cache = jax.jit(model.prefill, static_argnums=3)(
+      params, padded, left, _LENGTH
+  )
+  rows = left.any(axis=1)
+  last = np.array([np.flatnonzero(m).max(initial=0) for m in _MASK[:, :split]])
+  np.testing.assert_allclose(
+      model.logits(params, hidden)[rows],
+      _full(family)[np.arange(len(rows)), last][rows],
+      atol=1e-5, rtol=1e-5,
+  )  # fmt: skip
+  after = _decode(family, (1, 4), cache, split)
+  np.testing.assert_allclose(
+      after[_MASK[:, split:]], _full(family)[:, split:][_MASK[:, split:]],
+      atol=1e-5, rtol=1e-5,
+  )  # fmt: skip
+
+
+def _random_cache(rng, rows, columns, written):
+  mask = rng.random((rows, columns)) < 0.7
+  return KVCache(
+      keys=(jnp.array(rng.random((rows, 2, 3, columns))),),
+      values=(jnp.array(rng.random((rows, 2, columns, 3))),),
+      mask=jnp.array(mask),
+      written=jnp.array(written),
+  )
+
+
+@pytest.mark.parametrize("written, new", [(5, 12), (7, 9), (23, 16), (40, 9)])
+def test_a_resized_ring_keeps_every_column_at_its_new_place(written, new):
+  old = 7
+  cache = _random_cache(np.random.default_rng(0), 2, old, written)
+  moved = kv_cache.resize(cache, new)
+  alive = range(max(written - old, 0), written)
+  for number in range(written - new, written):
+    here = np.asarray(moved.mask[:, number % new])
+    if number not in alive:
+      assert not here.any()
+      continue
+    np.testing.assert_array_equal(here, cache.mask[:, number % old])
+    np.testing.assert_array_equal(
+        moved.keys[0][..., number % new], cache.keys[0][..., number % old]
+    )
+    np.testing.assert_array_equal(
+        moved.values[0][:, :, number % new],
+        cache.values[0][:, :, number % old],
+    )
+  back = kv_cache.resize(moved, old)
+  np.testing.assert_array_equal(
+      np.asarray(back.mask)[:, [n % old for n in alive]],
+      np.asarray(cache.mask)[:, [n % old for n in alive]],
+  )
+
+
+@pytest.mark.parametrize("written", [4, 5, 11, 12])
+def test_an_inserted_prompt_takes_the_columns_just_written(written):
+  rng, columns, length = np.random.default_rng(1), 6, 4
+  cache = _random_cache(rng, 3, columns, written)
+  prompts = _random_cache(rng, 3, length, length)
+  slots = jnp.array([2, 7, 0])  # The second is not to be inserted.
+  new = kv_cache.insert(cache, prompts, slots)
+  np.testing.assert_array_equal(new.keys[0][1], cache.keys[0][1])
+  np.testing.assert_array_equal(new.mask[1], cache.mask[1])
+  for row, prompt in ((2, 0), (0, 2)):
+    taken = [(written - length + i) % columns for i in range(length)]
+    np.testing.assert_array_equal(
+        new.mask[row, jnp.array(taken)], prompts.mask[prompt]
+    )
+    np.testing.assert_array_equal(
+        new.keys[0][row][..., jnp.array(taken)], prompts.keys[0][prompt]
+    )
+    np.testing.assert_array_equal(
+        new.values[0][row][:, jnp.array(taken)], prompts.values[0][prompt]
+    )
+    others = [c for c in range(columns) if c not in taken]
+    assert not np.asarray(new.mask)[row, others].any()
 
 
 @families
@@ -125,7 +225,7 @@ def test_padding_changes_nothing(family, row):
 def test_the_order_of_tokens_matters(family):
   swapped = _BATCH.copy()
   swapped[0, [1, 2]] = swapped[0, [2, 1]]
-  logits, _ = _run(_MODELS[family], _params(family), swapped, _MASK)
+  logits = _run(_MODELS[family], _params(family), swapped, _MASK)
   assert np.abs(logits[0, -1] - _full(family)[0, -1]).max() > 1e-2
 
 
@@ -140,7 +240,7 @@ def test_no_gradient_reaches_later_positions(family):
   @jax.jacrev
   def jacobian(table):
     changed = params | {"embed": {"weight": table}}
-    hidden, _ = model.apply(changed, _TOKENS[None], np.ones((1, 8), bool))
+    hidden = model.apply(changed, _TOKENS[None], np.ones((1, 8), bool))
     return (model.logits(params, hidden)[0] * cotangent).sum(-1)
 
   # The tokens differ, so a row of the table is one position's embedding.
@@ -155,7 +255,7 @@ def test_remat_changes_no_gradient():
 
   def gradient(model):
     def loss(params):
-      hidden, _ = model.apply(params, _BATCH, _MASK)
+      hidden = model.apply(params, _BATCH, _MASK)
       return jnp.where(_MASK[..., None], hidden, 0).sum()
 
     return jax.jit(jax.grad(loss))
@@ -177,9 +277,9 @@ def test_remat_changes_no_gradient():
 def test_bfloat16_computes_nearly_the_same():
   model = dataclasses.replace(_MODELS["qwen3"], compute_dtype="bfloat16")
   params = _params("qwen3")
-  hidden, _ = jax.eval_shape(model.apply, params, _BATCH, _MASK)
+  hidden = jax.eval_shape(model.apply, params, _BATCH, _MASK)
   assert hidden.dtype == jnp.bfloat16
-  logits, _ = _run(model, params, _BATCH, _MASK)
+  logits = _run(model, params, _BATCH, _MASK)
   assert logits.dtype == jnp.float32
   exact = _full("qwen3")[_MASK]
   error = np.abs(np.asarray(logits)[_MASK] - exact).max() / exact.std()

@@ -41,7 +41,8 @@ def test_a_fixed_cap_stays():
 def test_full_distillation_has_the_cap_of_the_longest_answer():
   config = run(100, 3, "full", schedule="fixed", length=7)
   assert caps(config) == [100, 100, 100]
-  assert prefix_length.buckets(config) == (100,)
+  assert prefix_length.buckets(config) == (50, 100)
+  assert prefix_length.needed(config) == (100,)
 
 
 @pytest.mark.parametrize(
@@ -60,13 +61,14 @@ def test_buckets_increase_and_cover_every_cap(config):
   assert list(buckets) == sorted(set(buckets))
   assert buckets[-1] >= config.longest_prefix == max(caps(config))
   for cap in caps(config):
-    chosen = prefix_length.bucket(buckets, cap)
-    assert chosen == min(b for b in buckets if b >= cap)
+    assert min(b for b in buckets if b >= cap) in prefix_length.needed(config)
 
 
-def test_the_papers_sixty_caps_need_ten_buckets():
+def test_sixty_caps_like_the_papers_need_seven_buckets():
   config = run(16_384)
-  assert prefix_length.buckets(config) == tuple(2**i for i in range(5, 15))
+  buckets = prefix_length.buckets(config)
+  assert len(buckets) == 7
+  assert buckets[-1] == config.longest_prefix == 59 * 256 + 1
 
 
 def test_named_buckets_are_taken_as_far_as_the_run_needs_them():

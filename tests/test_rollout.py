@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +7,16 @@ import numpy as np
 import pytest
 import toys
 
+from prefix_distill import sharding
 from prefix_distill.distill import prefix_length
+from prefix_distill.rollout import decode_state
 from prefix_distill.rollout import sampler
+from prefix_distill.rollout import slots
 from prefix_distill.rollout import token_choice
-from prefix_distill.rollout.sampler import SamplerConfig
+from prefix_distill.rollout.decode_state import Draw
+from prefix_distill.rollout.decode_state import SamplerConfig
+from prefix_distill.rollout.token_choice import Truncation
+from prefix_distill.specs import MeshSpec
 from prefix_distill.specs import PrefixSpec
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
@@ -17,11 +24,24 @@ from prefix_distill.structs import Rollout
 ROWS = 32
 LENGTH = 10
 KEY = jax.random.key(3)
-CONFIG = SamplerConfig(LENGTH, toys.STOPS, toys.PAD, toys.NUM_TOKENS)
+CONFIG = SamplerConfig(toys.STOPS, toys.PAD, toys.NUM_TOKENS)
 MODEL, PARAMS = toys.model()
 PROMPTS = toys.prompts(ROWS)
 
-_sample = jax.jit(sampler.sample, static_argnums=(0, 1))
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sample(config, length, batch, key, draw, first):
+  """A prefill, and a decode in one go or, after `first` tokens, in two."""
+  prompt = batch.tokens.shape[1]
+  state = sampler.prefill(
+      MODEL, config, prompt + length, PARAMS, batch, key, draw
+  )
+  layout = MODEL.decode_layout(PARAMS)
+  for steps in (first, length):
+    state = sampler.decode(
+        MODEL, config, prompt + length, layout, state, draw, steps
+    )
+  return decode_state.rollout(state, prompt, length)
 
 
 def sample(
@@ -29,8 +49,13 @@ def sample(
     batch: PromptBatch = PROMPTS,
     key: jax.Array = KEY,
     cap: int = LENGTH,
+    length: int = LENGTH,
+    temperature: float = 1.0,
+    greedy: bool = False,
+    first: int = 0,
 ) -> Rollout:
-  out = _sample(MODEL, config, PARAMS, batch, key, jnp.asarray(cap))
+  draw = Draw.of(cap, temperature, greedy)
+  out = _sample(config, length, batch, key, draw, first)
   return jax.tree.map(np.asarray, out)
 
 
@@ -56,11 +81,9 @@ def forced_log_probs(
 
 @pytest.mark.parametrize("temperature, per_prompt", [(1.0, 1), (0.7, 3)])
 def test_log_probs_are_the_teacher_forced_ones(temperature, per_prompt):
-  config = dataclasses.replace(
-      CONFIG, temperature=temperature, per_prompt=per_prompt
-  )
-  rollout = sample(config)
-  batch = sampler.repeat_prompts(PROMPTS, per_prompt)
+  config = dataclasses.replace(CONFIG, per_prompt=per_prompt)
+  rollout = sample(config, temperature=temperature)
+  batch = sampler.repeat_prompts(per_prompt, PROMPTS)
   whole = forced_log_probs(batch, rollout, temperature)
   wanted = np.take_along_axis(whole, rollout.tokens[..., None], -1)[..., 0]
   assert rollout.mask.sum() > ROWS * per_prompt
@@ -92,7 +115,7 @@ def test_rows_with_one_prompt_differ_by_their_index():
 
 
 def test_a_longer_bucket_with_the_same_cap_adds_only_padding():
-  longer = sample(dataclasses.replace(CONFIG, length=LENGTH + 6))
+  longer = sample(length=LENGTH + 6)
   head = jax.tree.map(lambda x: x[:, :LENGTH], longer)
   assert_same(head, sample())
   assert (longer.tokens[:, LENGTH:] == toys.PAD).all()
@@ -123,12 +146,12 @@ def test_a_schedule_of_caps_compiles_once_for_each_bucket():
   run = toys.run_config("student", "teacher", steps=6, prefix=prefix)
   buckets = prefix_length.buckets(run)
   for bucket in buckets:
-    sample(dataclasses.replace(CONFIG, length=bucket), cap=1)
+    sample(length=bucket, cap=1)
   before, used = _sample._cache_size(), set()
   for step in range(run.steps):
     cap = prefix_length.cap(run, step)
-    bucket = prefix_length.bucket(buckets, cap)
-    rollout = sample(dataclasses.replace(CONFIG, length=bucket), cap=cap)
+    bucket = min(b for b in buckets if b >= cap)
+    rollout = sample(length=bucket, cap=cap)
     assert rollout.tokens.shape == (ROWS, bucket)
     assert rollout.mask.sum(1).max() == cap
     used.add(bucket)
@@ -143,16 +166,18 @@ def test_a_short_cap_gives_the_first_tokens_of_a_long_one():
 
 
 def test_rollouts_of_a_prompt_are_neighbours_that_differ():
-  three = sample(dataclasses.replace(CONFIG, temperature=0.7, per_prompt=3))
+  three = sample(
+      dataclasses.replace(CONFIG, per_prompt=3), temperature=0.7
+  )
   groups = three.tokens.reshape(ROWS, 3, LENGTH)
-  one = sample(dataclasses.replace(CONFIG, temperature=0.7))
+  one = sample(temperature=0.7)
   np.testing.assert_array_equal(groups[:, 0], one.tokens)
   for i, j in ((0, 1), (0, 2), (1, 2)):
     assert (groups[:, i] != groups[:, j]).any(axis=1).mean() > 0.8
 
 
 def test_greedy_takes_the_argmax_of_a_full_forward_step_by_step():
-  rollout = sample(dataclasses.replace(CONFIG, greedy=True))
+  rollout = sample(greedy=True)
   columns = PROMPTS.tokens.shape[1]
   forward = jax.jit(MODEL.apply)
   tokens = np.full((ROWS, columns + LENGTH), toys.PAD, np.int32)
@@ -161,7 +186,7 @@ def test_greedy_takes_the_argmax_of_a_full_forward_step_by_step():
   live = np.ones(ROWS, bool)
   for step in range(LENGTH):
     np.testing.assert_array_equal(rollout.mask[:, step], live)
-    hidden, _ = forward(PARAMS, tokens, mask)
+    hidden = forward(PARAMS, tokens, mask)
     logits = MODEL.logits(PARAMS, hidden[:, columns + step - 1])
     best = np.argmax(logits[:, : toys.NUM_TOKENS], axis=-1)
     best = np.where(live, best, toys.PAD)
@@ -172,7 +197,7 @@ def test_greedy_takes_the_argmax_of_a_full_forward_step_by_step():
 
 @pytest.mark.parametrize("greedy", [False, True])
 def test_padded_ids_are_never_drawn_though_they_have_most_of_the_mass(greedy):
-  rollout = sample(dataclasses.replace(CONFIG, greedy=greedy))
+  rollout = sample(greedy=greedy)
   assert rollout.tokens.max() < toys.NUM_TOKENS
   hidden = MODEL.prefix_hidden(PARAMS, PROMPTS, rollout)
   best = np.argmax(MODEL.logits(PARAMS, hidden), axis=-1)
@@ -184,9 +209,9 @@ def test_draws_follow_the_distribution():
   logits = jnp.array([0.0, 1.0, 2.0, -1.0, 9.0])
   log_probs = token_choice.log_probs(logits, 0.7, 4)
   keys = token_choice.row_keys(KEY, jnp.arange(count))
-  tokens, chosen = token_choice.choose(
-      keys, jnp.broadcast_to(log_probs, (count, 5)), greedy=False
-  )
+  whole = jnp.broadcast_to(log_probs, (count, 5))
+  tokens = token_choice.choose(keys, whole, greedy=False)
+  chosen = token_choice.log_prob_of(tokens, whole)
   probs = np.exp(np.array([0, 1, 2, -1]) / 0.7)
   probs /= probs.sum()
   error = np.sqrt(probs * (1 - probs) / count)
@@ -194,3 +219,75 @@ def test_draws_follow_the_distribution():
   assert share[4] == 0
   assert (np.abs(share[:4] - probs) < 4 * error).all()
   np.testing.assert_allclose(np.exp(chosen), probs[tokens], rtol=1e-5)
+
+
+@pytest.mark.parametrize("first", [1, 4])
+def test_decoding_in_parts_is_decoding_at_once(first):
+  assert_same(sample(first=first), sample())
+
+
+@pytest.mark.parametrize(
+    "truncation, kept",
+    [
+        (Truncation(), 4),
+        (Truncation(top_k=2), 2),
+        (Truncation(top_k=9), 4),
+        (Truncation(top_p=0.5), 1),
+        (Truncation(top_p=0.51), 2),
+        (Truncation(top_p=0.81), 3),
+        (Truncation(top_k=1, top_p=0.9), 1),
+        (Truncation(top_k=3, top_p=0.6), 2),
+        (Truncation(top_p=1e-9), 1),
+    ],
+)
+def test_truncation_keeps_the_most_probable_and_renormalises(truncation, kept):
+  probs = np.array([0.05, 0.5, 0.15, 0.3])
+  cut = np.exp(token_choice.truncate(jnp.log(probs), truncation))
+  order = np.argsort(-probs)
+  wanted = np.zeros(4)
+  wanted[order[:kept]] = probs[order[:kept]] / probs[order[:kept]].sum()
+  np.testing.assert_allclose(cut, wanted, rtol=1e-5)
+
+
+def test_truncated_rollouts_record_both_distributions():
+  config = dataclasses.replace(CONFIG, truncation=Truncation(top_k=3))
+  rollout = sample(config)
+  whole = forced_log_probs(PROMPTS, rollout, 1.0)
+  own = np.take_along_axis(whole, rollout.tokens[..., None], -1)[..., 0]
+  best = np.sort(whole, axis=-1)[..., -3:]
+  mask = rollout.mask
+  np.testing.assert_allclose(rollout.log_probs[mask], own[mask], atol=1e-5)
+  assert (own >= best[..., 0] - 1e-5)[mask].all()
+  renormalised = own - np.log(np.exp(best).sum(-1))
+  np.testing.assert_allclose(
+      rollout.choice_log_probs[mask], renormalised[mask], atol=1e-5
+  )
+  plain = sample()
+  np.testing.assert_array_equal(plain.choice_log_probs, plain.log_probs)
+
+
+MESH = sharding.make_mesh(MeshSpec(), jax.devices()[:1])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 64])
+@pytest.mark.parametrize("cap", [1, 9, 90])
+def test_the_engine_answers_as_a_batch_of_its_own_does(rows, cap):
+  """More prompts than rows: rows are reused, and the ring wraps around."""
+  model, params = toys.model(vocab_size=toys.NUM_TOKENS)
+  # Weights that seldom stop, so that lengths differ by much.
+  params["head"]["weight"] = params["head"]["weight"].at[
+      jnp.array(toys.STOPS)
+  ].multiply(0.1)
+  draw = Draw.of(cap)
+  engine = slots.Engine(model, CONFIG, params, rows, MESH)
+  prompts = jax.tree.map(np.asarray, toys.prompts(20))
+  found = {n: (t, s) for n, t, s in engine.answers(prompts, KEY, draw)}
+  assert sorted(found) == list(range(20))
+  wanted = sampler.sample(model, CONFIG, cap, params, prompts, KEY, draw)
+  lengths = set()
+  for number, (tokens, stopped) in found.items():
+    mask = np.asarray(wanted.mask[number])
+    np.testing.assert_array_equal(tokens, wanted.tokens[number][mask])
+    assert stopped == (tokens[-1] in toys.STOPS)
+    lengths.add(len(tokens))
+  assert cap < 90 or max(lengths) > 5 * min(lengths)

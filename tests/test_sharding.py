@@ -66,13 +66,15 @@ def test_layers_are_not_split():
 def test_a_dimension_that_an_axis_does_not_divide_stays_whole():
   key, embed = "layers/attention/key", "embed/weight"
   four = mesh(1, 2, 4)
-  assert sharding.partition(key, (2, 16, 4, 8), four) == P(
-      None, "fsdp", "tensor", None
+  assert sharding.partition(key, (2, 4, 8, 16), four) == P(
+      None, "tensor", None, "fsdp"
   )
-  assert sharding.partition(key, (2, 16, 2, 8), four) == P(
-      None, "fsdp", None, None
+  assert sharding.partition(key, (2, 2, 8, 16), four) == P(
+      None, None, None, "fsdp"
   )
-  assert sharding.partition(key, (2, 15, 2, 8), four) == P(*[None] * 4)
+  assert sharding.partition(key, (2, 2, 8, 15), mesh(1, 2, 4)) == P(
+      *[None] * 4
+  )
   assert sharding.partition(embed, (423, 16), four) == P(None, "fsdp")
 
 
@@ -149,4 +151,7 @@ def test_weights_are_loaded_onto_the_mesh_as_they_are_without_one(runs):
 
 
 def test_a_mesh_does_not_compile_more_often(runs):
-  assert [run["compilations"] for run in runs.values()] == [3, 3, 3]
+  assert [run["compilations"] for run in runs.values()] == [
+      {"compilations_sample": 2, "compilations_score": 1,
+       "compilations_update": 1}
+  ] * 3  # fmt: skip

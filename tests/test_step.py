@@ -10,6 +10,7 @@ import toys
 
 from prefix_distill import sharding
 from prefix_distill.distill import teacher as teacher_lib
+from prefix_distill.rollout import decode_state
 from prefix_distill.rollout import sampler
 from prefix_distill.specs import MeshSpec
 from prefix_distill.specs import OptimizerSpec
@@ -32,7 +33,7 @@ MESH = sharding.make_mesh(MeshSpec(), jax.devices()[:1])
 SGD = optax.sgd(1.0)
 FORMS = pytest.mark.parametrize("form", ["exact", "sampled"])
 
-sample = jax.jit(sampler.sample, static_argnums=(0, 1))
+sample = jax.jit(sampler.sample, static_argnums=(0, 1, 2))
 _score = jax.jit(teacher_lib.score, static_argnums=(0, 1, 2))
 
 
@@ -99,6 +100,7 @@ def test_what_is_behind_the_mask_changes_neither_loss_nor_gradient(form):
       ROLLOUT,
       tokens=behind(7, ROLLOUT.tokens),
       log_probs=behind(-3.0, ROLLOUT.log_probs),
+      choice_log_probs=behind(-3.0, ROLLOUT.log_probs),
   )
   scores = jax.tree.map(functools.partial(behind, 2.5), scores)
   assert largest(wanted[2]) > 0.1
@@ -112,7 +114,7 @@ def test_a_nan_behind_the_mask_does_not_pass(form):
   scores = score(form, ROLLOUT)
   wanted = loss_and_gradients(ROLLOUT, scores)
   rollout = dataclasses.replace(
-      ROLLOUT, log_probs=behind(np.nan, ROLLOUT.log_probs)
+      ROLLOUT, choice_log_probs=behind(np.nan, ROLLOUT.log_probs)
   )
   scores = jax.tree.map(functools.partial(behind, np.nan), scores)
   ours = loss_and_gradients(rollout, scores)
@@ -136,7 +138,7 @@ def test_the_loss_is_the_sum_over_prefix_tokens_of_full_forward_passes():
   mask = jnp.concatenate([PROMPTS.mask, ROLLOUT.mask], axis=1)
   log_probs = []
   for model, params in ((STUDENT, PARAMS), (TEACHER, TEACHER_PARAMS)):
-    hidden, _ = jax.jit(model.apply)(params, tokens, mask)
+    hidden = jax.jit(model.apply)(params, tokens, mask)
     logits = np.asarray(model.logits(params, hidden), np.float64)
     logits = logits[..., : toys.NUM_TOKENS]
     probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -188,7 +190,7 @@ def test_the_sampled_form_has_the_exact_gradient_in_expectation():
   hidden = STUDENT.prefix_hidden(PARAMS, prompts, Rollout(tokens, mask))
   logits = STUDENT.logits(PARAMS, hidden)[0, 0, :rows]
   log_probs = jax.nn.log_softmax(logits)
-  rollout = Rollout(tokens, mask, log_probs[:, None])
+  rollout = Rollout(tokens, mask, *(log_probs[:, None],) * 2)
 
   @functools.partial(jax.jit, static_argnums=0)
   @functools.partial(jax.value_and_grad, argnums=1)
@@ -246,18 +248,19 @@ def _adam() -> optax.GradientTransformation:
 def kl_before_and_after(form: str) -> tuple[float, float]:
   """Runs sample, score, update 50 times; returns the exact KL per token."""
   prompts, per_prompt, cap = toys.prompts(4, seed=2), 32, 3
-  config = sampler.SamplerConfig(
-      cap, toys.STOPS, toys.PAD, toys.NUM_TOKENS, per_prompt
+  config = decode_state.SamplerConfig(
+      toys.STOPS, toys.PAD, toys.NUM_TOKENS, per_prompt
   )
-  batch = sampler.repeat_prompts(prompts, per_prompt)
+  batch = sampler.repeat_prompts(per_prompt, prompts)
   tx = _adam()
   step = train_step(LOSS, tx=tx)
   state, kl = step_lib.init_state(PARAMS, tx), []
   for number in range(51):
     key = jax.random.key(number)
     rollout = sample(
-        STUDENT, config, state.params, prompts, key, jnp.asarray(cap)
-    )
+        STUDENT, config, cap, state.params, prompts, key,
+        decode_state.Draw.of(cap),
+    )  # fmt: skip
     if number in (0, 50):
       inputs = (batch, rollout, score("exact", rollout, batch))
       _, metrics = step(state, TEACHER_HEAD, inputs)

@@ -75,10 +75,13 @@ def rollout(lengths: list[int], columns: int, seed: int = 0) -> Rollout:
   rng = np.random.default_rng(seed)
   mask = np.arange(columns) < np.array(lengths)[:, None]
   tokens = rng.integers(1, NUM_TOKENS, mask.shape)
+  log_probs = np.where(mask, -rng.random(mask.shape), 0)
+  log_probs = jnp.asarray(log_probs, jnp.float32)
   return Rollout(
       jnp.asarray(np.where(mask, tokens, PAD), jnp.int32),
       jnp.asarray(mask),
-      jnp.asarray(np.where(mask, -rng.random(mask.shape), 0), jnp.float32),
+      log_probs,
+      log_probs,
   )
 
 

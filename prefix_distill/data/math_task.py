@@ -23,14 +23,15 @@ Everything is a pure function of `(split, index)`. A problem belongs to the
 test split if the hash of its text says so, hence no problem is in both.
 
 Solutions come in three styles. `clean` is what the teacher learns. The two
-others stand for what a base model saw on the web: `capable` goes wrong in the
-opening (it guesses, skips the plan or plans carelessly) and then works without
-a slip; `weak` does all that and slips in every later part as well.
+others stand for what a base model saw on the web: `capable` goes wrong with its
+first words (it guesses, or skips the plan) and works without a slip after a
+good start; `weak` plans carelessly as well, and slips in every later part.
 """
 
 from collections.abc import Sequence
 import dataclasses
 import hashlib
+import itertools
 import random
 
 PEOPLE = (
@@ -224,15 +225,23 @@ def _guess(prob: Problem, rng: random.Random) -> str:
   return text + _answer(prob, total, box=True)
 
 
-def _opening(prob: Problem, rng: random.Random) -> _Habits | None:
+# How often a base model opens as it should, guesses, and works without a plan;
+# otherwise it plans carelessly.
+_OPENINGS = {"capable": (0.25, 0.45, 0.30), "weak": (0.30, 0.15, 0.30)}
+
+
+def _opening(
+    prob: Problem, style: str, rng: random.Random
+) -> _Habits | None:
   """Draws how a base model opens; None for a guess."""
   needed = tuple(s.needed for s in prob.sentences)
   kind = rng.random()
-  if kind < 0.30:  # As it should be.
+  right, guess, no_plan = itertools.accumulate(_OPENINGS[style])
+  if kind < right:
     return _Habits(needed)
-  if kind < 0.45:
+  if kind < guess:
     return None
-  if kind < 0.75:  # No plan, so every sentence seems to matter.
+  if kind < no_plan:  # So every sentence seems to matter.
     return _Habits(tuple(True for _ in needed), plan=False)
   return _Habits(tuple(n != (rng.random() < 0.3) for n in needed))
 
@@ -250,7 +259,7 @@ def solution(prob: Problem, style: str, rng: random.Random) -> str:
     return _work(prob, rng, _Habits(needed))
   if style not in STYLES:
     raise ValueError(f"The math task has no style {style!r}; it has {STYLES}.")
-  habits = _opening(prob, rng)
+  habits = _opening(prob, style, rng)
   if habits is None:
     return _guess(prob, rng)
   if style == "weak":

@@ -2,7 +2,9 @@
 
 from prefix_distill.config import Config
 
-# Below this a program is so small that a bucket of its own saves nothing.
+# How many buckets there are unless the config names them, and below which
+# length one of its own saves nothing.
+_MAX_BUCKETS = 7
 _SMALLEST_BUCKET = 32
 
 
@@ -23,21 +25,25 @@ def cap(config: Config, step: int) -> int:
 
 
 def buckets(config: Config) -> tuple[int, ...]:
-  """Returns the static lengths that rollouts are compiled for.
+  """Returns the static lengths that programs are compiled for.
 
-  Those of `prefix.buckets`, or else powers of two, as far as the run's longest
-  cap needs them; that cap itself if none of them holds it.
+  Those of `prefix.buckets`, as far as the run's longest cap needs them, and
+  that cap itself if none of them holds it; or else that cap and its halves.
   """
   longest = config.longest_prefix
-  if config.method != "prefix" or config.prefix.schedule == "fixed":
+  if config.method == "sft":
     return (longest,)
   given = config.prefix.buckets or tuple(
-      _SMALLEST_BUCKET * 2**i for i in range(longest.bit_length())
+      -(-longest // 2**i)
+      for i in range(_MAX_BUCKETS)[::-1]
+      if longest >= _SMALLEST_BUCKET * 2**i
   )
   shorter = tuple(length for length in given if length < longest)
   return (*shorter, min((b for b in given if b >= longest), default=longest))
 
 
-def bucket(lengths: tuple[int, ...], wanted: int) -> int:
-  """Returns the smallest bucket that holds `wanted` tokens."""
-  return next(length for length in lengths if length >= wanted)
+def needed(config: Config) -> tuple[int, ...]:
+  """Returns the buckets that some cap of the run ends in."""
+  if config.method == "prefix" and config.prefix.schedule == "linear":
+    return buckets(config)
+  return buckets(config)[-1:]

@@ -1,31 +1,27 @@
 """Answers held-out problems to the end, whatever the training cap."""
 
 from collections.abc import Callable
-from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
-import functools
 from typing import Any
 import zlib
 
 import jax
-from jax.experimental import multihost_utils
-import jax.numpy as jnp
 import numpy as np
 
-from prefix_distill import sharding
 from prefix_distill.data import prompts
 from prefix_distill.data import records
 from prefix_distill.data.chat import Chat
 from prefix_distill.evaluate import grading
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
-from prefix_distill.rollout import sampler
+from prefix_distill.rollout import decode_state
+from prefix_distill.rollout import slots
+from prefix_distill.rollout.token_choice import Truncation
 from prefix_distill.specs import DatasetSpec
 from prefix_distill.specs import EvaluationSpec
 from prefix_distill.structs import PromptBatch
-from prefix_distill.structs import Rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,74 +77,24 @@ def load_problems(
   )
 
 
-def _batches(
-    problems: Problems, rows: int
-) -> Iterator[tuple[PromptBatch, int]]:
-  """Yields batches of `rows` prompts and how many of them are real."""
-  total = len(problems.answers)
-  for start in range(0, total, rows):
-    # The last batch wraps around, so that all have one shape.
-    index = np.arange(start, start + rows) % total
-    yield (
-        jax.tree.map(lambda x, index=index: x[index], problems.batch),
-        min(rows, total - start),
-    )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _sample(
-    model: Model,
-    config: sampler.SamplerConfig,
-    params: Params,
-    batch: PromptBatch,
-    key: jax.Array,
-) -> Rollout:
-  cap = jnp.asarray(config.length)
-  return sampler.sample(model, config, params, batch, key, cap)
-
-
-def to_host(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Brings whole arrays to every process."""
-  if jax.process_count() == 1:
-    return jax.tree.map(np.asarray, tree)
-  place = sharding.replicated(mesh)
-  tree = jax.jit(lambda x: x, out_shardings=place)(tree)
-  return jax.tree.map(
-      lambda x: multihost_utils.global_array_to_host_local_array(
-          x, mesh, jax.sharding.PartitionSpec()
-      ),
-      tree,
-  )
-
-
-def _local_rows(batch: PromptBatch) -> PromptBatch:
-  index, count = jax.process_index(), jax.process_count()
-  size = batch.tokens.shape[0] // count
-  return jax.tree.map(lambda x: x[index * size : (index + 1) * size], batch)
-
-
 def complete(
-    model: Model,
-    params: Params,
+    engine: slots.Engine,
     chat: Chat,
     problems: Problems,
-    config: sampler.SamplerConfig,
-    mesh: jax.sharding.Mesh,
+    samples: int,
     seed: int,
-    rows: int,
+    draw: decode_state.Draw,
 ) -> tuple[list[list[str]], np.ndarray, np.ndarray]:
   """Decodes every answer to its end.
 
   Args:
-    model: the architecture.
-    params: the weights.
-    chat: whose stop tokens end an answer.
+    engine: the model, laid out for decoding.
+    chat: the tokenizer.
     problems: what to answer.
-    config: how to sample; `per_prompt` answers a problem.
-    mesh: the device mesh.
+    samples: answers a problem.
     seed: the same for every evaluation of a run, so that two evaluations
       differ by their weights alone.
-    rows: completions decoded at a time.
+    draw: the longest answer, temperature, greedy.
 
   Returns:
     Texts [problems][samples]; lengths in tokens and whether each answer
@@ -156,22 +102,20 @@ def complete(
   """
   key = jax.random.key(seed)
   key = jax.random.fold_in(key, zlib.crc32(problems.name.encode()))
-  n = config.per_prompt
-  texts, lengths, finished = [], [], []
-  for batch, real in _batches(problems, max(rows // n, 1)):
-    batch = sharding.global_batch(_local_rows(batch), mesh)
-    rollout = to_host(_sample(model, config, params, batch, key), mesh)
-    masks = rollout.mask[: real * n]
-    last = masks.sum(axis=1) - 1
-    ends = rollout.tokens[np.arange(len(masks)), last]
-    finished.append(np.isin(ends, config.stop_ids).reshape(real, n))
-    lengths.append(masks.sum(axis=1).reshape(real, n))
-    answers = [
-        chat.answer(t, m)
-        for t, m in zip(rollout.tokens[: real * n], masks, strict=True)
-    ]
-    texts += [answers[i * n : (i + 1) * n] for i in range(real)]
-  return texts, np.concatenate(lengths), np.concatenate(finished)
+  count = len(problems.answers)
+  batch = jax.tree.map(lambda x: np.repeat(x, samples, 0), problems.batch)
+  number = np.tile(np.arange(samples, dtype=np.int32), count)
+  batch = dataclasses.replace(
+      batch, index=np.stack([batch.index, number], axis=1)
+  )
+  texts = [[""] * samples for _ in range(count)]
+  lengths = np.zeros((count, samples), int)
+  finished = np.zeros((count, samples), bool)
+  for answer, tokens, stopped in engine.answers(batch, key, draw):
+    at = divmod(answer, samples)
+    texts[at[0]][at[1]] = chat.answer(tokens, np.ones(len(tokens), bool))
+    lengths[at], finished[at] = len(tokens), stopped
+  return texts, lengths, finished
 
 
 def summarize(
@@ -225,20 +169,20 @@ def evaluate(
     write: takes each set's metrics, with `set` and `mode`.
   """
   modes = ("sampled", "greedy") if spec.greedy else ("sampled",)
+  config = decode_state.SamplerConfig(
+      stop_ids=stop_ids,
+      pad_id=chat.pad_id,
+      num_tokens=chat.num_tokens,
+      truncation=Truncation(spec.top_k, spec.top_p),
+  )
+  engine = slots.Engine(model, config, params, spec.batch_size, mesh)
   for name, problems in sets.items():
     for mode in modes:
       greedy = mode == "greedy"
-      config = sampler.SamplerConfig(
-          length=spec.max_len,
-          stop_ids=stop_ids,
-          pad_id=chat.pad_id,
-          num_tokens=chat.num_tokens,
-          per_prompt=1 if greedy else problems.samples,
-          temperature=spec.temperature,
-          greedy=greedy,
-      )
+      samples = 1 if greedy else problems.samples
+      draw = decode_state.Draw.of(spec.max_len, spec.temperature, greedy)
       texts, lengths, finished = complete(
-          model, params, chat, problems, config, mesh, seed, spec.batch_size
+          engine, chat, problems, samples, seed, draw
       )
       result = summarize(texts, problems.answers, lengths, finished)
       write({"set": name, "mode": mode, **result})

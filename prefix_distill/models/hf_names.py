@@ -31,19 +31,17 @@ def _rows(heads: slice, head_dim: int) -> slice:
 
 
 _SAME = Layout(lambda i, h: i, lambda x, h: x, lambda x: x)
-# [in, out] here, [out, in] in torch.
-_MATRIX = Layout(lambda i, h: i[::-1], lambda x, h: x.T, lambda x: x.T)
-# [D, N, H] here, [N * H, D] in torch.
+# [N, H, D] here, [N * H, D] in torch.
 _TO_HEADS = Layout(
-    lambda i, h: (_rows(i[1], h), i[0]),
-    lambda x, h: x.reshape(-1, h, x.shape[1]).transpose(2, 0, 1),
-    lambda x: x.transpose(1, 2, 0).reshape(-1, x.shape[0]),
+    lambda i, h: (_rows(i[0], h), i[2]),
+    lambda x, h: x.reshape(-1, h, x.shape[1]),
+    lambda x: x.reshape(-1, x.shape[2]),
 )
-# [N, H, D] here, [D, N * H] in torch.
+# [D, N, H] here, [D, N * H] in torch.
 _FROM_HEADS = Layout(
-    lambda i, h: (i[2], _rows(i[0], h)),
-    lambda x, h: x.reshape(x.shape[0], -1, h).transpose(1, 2, 0),
-    lambda x: x.transpose(2, 0, 1).reshape(x.shape[2], -1),
+    lambda i, h: (i[0], _rows(i[1], h)),
+    lambda x, h: x.reshape(x.shape[0], -1, h),
+    lambda x: x.reshape(x.shape[0], -1),
 )
 # [N, H] here, [N * H] in torch.
 _HEAD_BIAS = Layout(
@@ -72,9 +70,9 @@ NAMES = {
         ("attention/value_bias", "self_attn.v_proj.bias", _HEAD_BIAS),
         ("attention/query_norm/scale", "self_attn.q_norm.weight", _SAME),
         ("attention/key_norm/scale", "self_attn.k_norm.weight", _SAME),
-        ("mlp/gate", "mlp.gate_proj.weight", _MATRIX),
-        ("mlp/up", "mlp.up_proj.weight", _MATRIX),
-        ("mlp/down", "mlp.down_proj.weight", _MATRIX),
+        ("mlp/gate", "mlp.gate_proj.weight", _SAME),
+        ("mlp/up", "mlp.up_proj.weight", _SAME),
+        ("mlp/down", "mlp.down_proj.weight", _SAME),
     )
 }  # fmt: skip
 

@@ -7,13 +7,14 @@ that one `jax.lax.scan` runs (and compiles) them all.
 
 from collections.abc import Callable
 import dataclasses
-import functools
 from typing import Any
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from prefix_distill.models import attention
+from prefix_distill.models import kv_cache
 from prefix_distill.models import layers
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.kv_cache import KVCache
@@ -33,11 +34,13 @@ class Model:
       cast as they are used.
     remat: whether the backward pass recomputes each layer instead of keeping
       its activations.
+    mesh: the devices that whole sequences are computed on; None for one.
   """
 
   config: ModelConfig
   compute_dtype: str = "float32"
   remat: bool = False
+  mesh: jax.sharding.Mesh | None = None
 
   @property
   def dtype(self) -> jnp.dtype:
@@ -70,74 +73,148 @@ class Model:
     return jax.eval_shape(self.init, jax.random.key(0))
 
   def apply(
-      self,
-      params: Params,
-      tokens: jax.Array,
-      mask: jax.Array,
-      cache: KVCache | None = None,
-  ) -> tuple[jax.Array, KVCache | None]:
-    """Runs the layers over tokens, after those in the cache if there is one.
+      self, params: Params, tokens: jax.Array, mask: jax.Array
+  ) -> jax.Array:
+    """Runs the layers over whole sequences.
 
     Args:
       params: as `init` returns them.
       tokens: int32 [B, T].
-      mask: bool [B, T], false on padding, on whichever side it is. A token's
-        position is the number of real tokens before it.
-      cache: what came before, with at least T free columns.
+      mask: bool [B, T], false on padding, wherever it is. A token's position
+        is the number of real tokens before it.
 
     Returns:
       The hidden states after the final norm, [B, T, D], from which `logits`
-      predicts the *next* token; and the cache with the T new columns.
+      predicts the *next* token.
+    """
+    packed, _, _ = self._scan(params, _pack(tokens, mask), keep=False)
+    place = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    return jnp.take_along_axis(packed, place[..., None], axis=1)
+
+  def prefill(
+      self, params: Params, tokens: jax.Array, mask: jax.Array, columns: int
+  ) -> tuple[jax.Array, KVCache]:
+    """Runs the layers over prompts and keeps their keys and values.
+
+    Args:
+      params: as `init` returns them.
+      tokens: int32 [B, S], padded on the left.
+      mask: bool [B, S].
+      columns: of the cache, at least S.
+
+    Returns:
+      The hidden states [B, D] that predict each prompt's next token, and the
+      cache.
+    """
+    packed, keys, values = self._scan(params, _pack(tokens, mask), keep=True)
+    last = jnp.maximum(mask.sum(axis=1) - 1, 0)
+    hidden = jnp.take_along_axis(packed, last[:, None, None], axis=1)[:, 0]
+    return hidden, kv_cache.from_prefill(keys, values, mask, columns)
+
+  def _scan(
+      self, params: Params, tokens: jax.Array, keep: bool
+  ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Runs the stacked layers over rows whose padding is on the right.
+
+    Returns:
+      Hidden states [B, T, D]; and, if they are to be kept, keys and values
+      [L, B, T, K, H].
+    """
+    c = self.config
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.float32)[None, :, None]
+    angles = positions * layers.rope_frequencies(c.rope, c.head_dim)
+
+    def body(x, layer):
+      block = self._block(layer)
+      queries, keys, values = block.attention.project(
+          block.attention_norm(x), angles
+      )
+      attended = attention.causal(queries, keys, values, self.mesh)
+      x = x + block.attention.merge(attended)
+      x = x + block.mlp(block.mlp_norm(x))
+      return x, (keys, values) if keep else (None, None)
+
+    if self.remat:
+      body = jax.checkpoint(body)
+    x = self._embed(params, tokens)
+    x, (keys, values) = jax.lax.scan(body, x, params["layers"])
+    return self._final_norm(params, x), keys, values
+
+  def decode_layout(self, params: Params) -> Params:
+    """Returns weights as decoding wants them, in the compute dtype.
+
+    The layers are apart, a tuple instead of a stack: in a loop over tokens a
+    stack would be cut up, and its layers copied, for every token.
+    """
+    c = self.config
+    params = jax.tree.map(lambda x: x.astype(self.dtype), params)
+    apart = tuple(
+        jax.tree.map(lambda x, i=i: x[i], params["layers"])
+        for i in range(c.num_layers)
+    )
+    return params | {"layers": apart}
+
+  def decode(
+      self,
+      params: Params,
+      tokens: jax.Array,
+      mask: jax.Array,
+      cache: KVCache,
+  ) -> tuple[jax.Array, KVCache]:
+    """Runs the layers over tokens that come after those in the cache.
+
+    Args:
+      params: as `decode_layout` returns them.
+      tokens: int32 [B, T]; more than one a row must not go past the ring's
+        end.
+      mask: bool [B, T], false on padding.
+      cache: what came before.
+
+    Returns:
+      The hidden states [B, T, D] after the final norm, and the cache with T
+      more columns.
     """
     c = self.config
     length = tokens.shape[1]
-    if cache is None:
-      start, key_mask = 0, mask
-    else:
-      start = cache.length
-      key_mask = jax.lax.dynamic_update_slice(cache.mask, mask, (0, start))
-    before = jnp.cumsum(key_mask, axis=1)
-    positions = jax.lax.dynamic_slice_in_dim(before, start, length, axis=1) - 1
+    start = cache.written % cache.columns
+    before = jnp.sum(cache.mask, axis=1, keepdims=True)
+    positions = (before + jnp.cumsum(mask, axis=1) - 1).astype(jnp.float32)
     freqs = layers.rope_frequencies(c.rope, c.head_dim)
-    angles = positions[:, :, None].astype(jnp.float32) * freqs
-    columns = jnp.arange(key_mask.shape[1])
-    causal = columns <= start + jnp.arange(length)[:, None]
-    look = causal & key_mask[:, None]
+    angles = positions[:, :, None] * freqs
+    key_mask = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, start, 1)
+    # Of the new columns, a query sees its own and those before it.
+    new = jnp.arange(cache.columns) - start
+    ahead = (new > jnp.arange(length)[:, None]) & (new < length)
+    look = key_mask[:, None] & ~ahead
 
-    x = params["embed"]["weight"].astype(self.dtype)[tokens]
-    body = functools.partial(self._layer, angles=angles, look=look, start=start)
-    if self.remat:
-      body = jax.checkpoint(body)
-    carry = (x, None, None) if cache is None else (x, cache.keys, cache.values)
-    xs = (params["layers"], jnp.arange(c.num_layers))
-    (x, keys, values), _ = jax.lax.scan(body, carry, xs)
-    norm = _module(lambda: layers.RMSNorm(c.dim, c.norm_eps))
-    hidden = norm(params["final_norm"])(x)
-    if cache is None:
-      return hidden, None
-    return hidden, KVCache(keys, values, key_mask, start + length)
-
-  def _layer(self, carry, scanned, *, angles, look, start):
-    """One layer, as the body of a scan; reads and writes its cache slice."""
-    x, all_keys, all_values = carry
-    params, layer = scanned
-    block = _module(lambda: layers.Block(self.config, nnx.Rngs(0)))(
-        jax.tree.map(lambda p: p.astype(self.dtype), params)
-    )
-    queries, keys, values = block.attention.project(
-        block.attention_norm(x), angles
-    )
-    if all_keys is not None:
-      # The caches stay in the carry: XLA then updates them in place.
-      place = (layer, 0, start, 0, 0)
-      all_keys = jax.lax.dynamic_update_slice(all_keys, keys[None], place)
-      all_values = jax.lax.dynamic_update_slice(
-          all_values, values[None], place
+    x = self._embed(params, tokens)
+    all_keys, all_values = [], []
+    for i, layer in enumerate(params["layers"]):
+      block = self._block(layer)
+      queries, keys, values = block.attention.project(
+          block.attention_norm(x), angles
       )
-      keys, values = all_keys[layer], all_values[layer]
-    x = x + block.attention.merge(layers.attend(queries, keys, values, look))
-    x = x + block.mlp(block.mlp_norm(x))
-    return (x, all_keys, all_values), None
+      all_keys.append(kv_cache.write(cache.keys[i], keys, start, 3))
+      all_values.append(kv_cache.write(cache.values[i], values, start, 2))
+      attended = attention.cached(queries, all_keys[i], all_values[i], look)
+      x = x + block.attention.merge(attended)
+      x = x + block.mlp(block.mlp_norm(x))
+    written = cache.written + length
+    cache = KVCache(tuple(all_keys), tuple(all_values), key_mask, written)
+    return self._final_norm(params, x), cache
+
+  def _embed(self, params: Params, tokens: jax.Array) -> jax.Array:
+    return params["embed"]["weight"].astype(self.dtype)[tokens]
+
+  def _block(self, params: Params) -> layers.Block:
+    """Fills the described layer with parameters in the compute dtype."""
+    fill = _module(lambda: layers.Block(self.config, nnx.Rngs(0)))
+    return fill(jax.tree.map(lambda p: p.astype(self.dtype), params))
+
+  def _final_norm(self, params: Params, x: jax.Array) -> jax.Array:
+    c = self.config
+    fill = _module(lambda: layers.RMSNorm(c.dim, c.norm_eps))
+    return fill(params["final_norm"])(x)
 
   def head(self, params: Params) -> jax.Array:
     """Returns the output matrix [V, D]; the embedding table if tied."""
@@ -157,16 +234,19 @@ class Model:
     """
     tokens = jnp.concatenate([batch.tokens, rollout.tokens[:, :-1]], axis=1)
     mask = jnp.concatenate([batch.mask, rollout.mask[:, :-1]], axis=1)
-    hidden, _ = self.apply(params, tokens, mask)
+    hidden = self.apply(params, tokens, mask)
     return hidden[:, batch.tokens.shape[1] - 1 :]
 
 
 def head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
   """Multiplies hidden states [..., D] by a head [V, D] into float32 logits."""
-  return jnp.einsum(
-      "...d,vd->...v", hidden, head.astype(hidden.dtype),
-      preferred_element_type=jnp.float32,
-  )  # fmt: skip
+  return layers.linear(hidden, head.astype(hidden.dtype), jnp.float32)
+
+
+def _pack(tokens: jax.Array, mask: jax.Array) -> jax.Array:
+  """Moves each row's padding to the right, where causality hides it."""
+  order = jnp.argsort(~mask, axis=1, stable=True)
+  return jnp.take_along_axis(tokens, order, axis=1)
 
 
 def _module(make: Callable[[], nnx.Module]) -> Callable[[Params], nnx.Module]:

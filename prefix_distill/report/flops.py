@@ -37,37 +37,48 @@ def backward(config: ModelConfig, lengths: np.ndarray) -> float:
 class StepFlops:
   """One update, by phase."""
 
-  sample: float
+  prefill: float
+  decode: float
   score: float
   update: float
 
   @property
   def total(self) -> float:
-    return self.sample + self.score + self.update
+    return self.prefill + self.decode + self.score + self.update
 
 
 def distillation(
-    student: ModelConfig, teacher: ModelConfig, lengths: np.ndarray
+    student: ModelConfig,
+    teacher: ModelConfig,
+    prompts: np.ndarray,
+    lengths: np.ndarray,
 ) -> StepFlops:
   """FLOPs of an on-policy update over rollouts of the given lengths.
 
-  The phases that this package runs: the student samples, the teacher scores,
-  the student is trained (its own log-probabilities come out of that pass). The
-  paper's formula adds one more student forward for those log-probabilities.
+  The phases that this package runs: the student reads each prompt once and
+  samples its rollouts, the teacher scores them, the student is trained (its own
+  log-probabilities come out of that pass). The paper's formula reads the prompt
+  again for every rollout, and adds one more student forward for those
+  log-probabilities.
 
   Args:
     student: its architecture.
     teacher: its architecture.
-    lengths: prompt + prefix of each rollout, as sampled and not as capped.
+    prompts: [prompts], tokens of each prompt.
+    lengths: [prompts * n], prefix tokens of each rollout, as sampled and not
+      as capped; those of one prompt next to each other.
   """
+  read = np.repeat(prompts, len(lengths) // len(prompts))
+  prefill, whole = forward(student, prompts), read + lengths
   return StepFlops(
-      sample=forward(student, lengths),
-      score=forward(teacher, lengths),
-      update=forward(student, lengths) + backward(student, lengths),
+      prefill=prefill,
+      decode=forward(student, whole) - forward(student, read),
+      score=forward(teacher, whole),
+      update=forward(student, whole) + backward(student, whole),
   )
 
 
 def supervised(student: ModelConfig, lengths: np.ndarray) -> StepFlops:
   """FLOPs of a supervised update."""
   update = forward(student, lengths) + backward(student, lengths)
-  return StepFlops(0.0, 0.0, update)
+  return StepFlops(0.0, 0.0, 0.0, update)

@@ -113,10 +113,13 @@ def spent(lines: Sequence[Line]) -> str:
   if not updates:
     return "No updates were made."
   last = updates[-1]
+  compiled = sum(
+      last[f"compilations_{phase}"] for phase in ("sample", "score", "update")
+  )
   text = (
       f"{last['flops']:.3g} FLOPs in {len(updates)} updates"
       f" ({last['seconds']:.0f} s, {last['tokens']:,} tokens,"
-      f" {last['compilations']} compilations)"
+      f" {compiled} compilations)"
   )
   full = last.get("flops_full_estimate")
   if not full:

@@ -1,7 +1,27 @@
 """How the next token is drawn from logits."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Truncation:
+  """Which tokens may be drawn; hashable. All of them by default.
+
+  Attributes:
+    top_k: only so many of the most probable ones; 0 for all.
+    top_p: only the most probable ones that together reach this probability
+      (nucleus sampling, arXiv 1904.09751); 1 for all.
+  """
+
+  top_k: int = 0
+  top_p: float = 1.0
+
+  @property
+  def is_off(self) -> bool:
+    return self.top_k == 0 and self.top_p == 1.0
 
 
 def mask_padding(logits: jax.Array, num_tokens: int) -> jax.Array:
@@ -17,11 +37,40 @@ def mask_padding(logits: jax.Array, num_tokens: int) -> jax.Array:
 
 
 def log_probs(
-    logits: jax.Array, temperature: float, num_tokens: int
+    logits: jax.Array, temperature: jax.Array | float, num_tokens: int
 ) -> jax.Array:
   """Returns log softmax(logits / temperature) over the real ids: [..., V]."""
   scaled = mask_padding(logits.astype(jnp.float32), num_tokens) / temperature
   return jax.nn.log_softmax(scaled, axis=-1)
+
+
+def truncate(distribution: jax.Array, truncation: Truncation) -> jax.Array:
+  """Keeps the most probable tokens and renormalises: [..., V] to [..., V].
+
+  A token is kept if it is among the `top_k`, and if the tokens that are more
+  probable have less than `top_p` together; so at least one is kept. Tokens as
+  probable as the last one kept are kept as well.
+
+  Args:
+    distribution: log-probabilities.
+    truncation: what to keep.
+
+  Returns:
+    Log-probabilities; -inf for the tokens left out.
+  """
+  if truncation.is_off:
+    return distribution
+  size = distribution.shape[-1]
+  k = min(truncation.top_k or size, size)
+  ordered, _ = jax.lax.top_k(distribution, k)
+  above = jnp.cumsum(jnp.exp(ordered), axis=-1) - jnp.exp(ordered)
+  # The first is always kept, whatever rounding makes of a top_p near 0.
+  kept = (above < truncation.top_p).at[..., 0].set(True)
+  least = jnp.min(
+      jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True
+  )
+  left = jnp.where(distribution >= least, distribution, -jnp.inf)
+  return jax.nn.log_softmax(left, axis=-1)
 
 
 def row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
@@ -43,22 +92,25 @@ def row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def choose(
-    keys: jax.Array, distribution: jax.Array, greedy: bool
-) -> tuple[jax.Array, jax.Array]:
-  """Draws a token a row.
+    keys: jax.Array, distribution: jax.Array, greedy: jax.Array | bool
+) -> jax.Array:
+  """Draws a token a row: int32 [B].
 
   Args:
     keys: [B], one key a row.
     distribution: [B, V], log-probabilities.
-    greedy: take the most probable token instead of a random one.
-
-  Returns:
-    Tokens int32 [B] and their log-probabilities [B].
+    greedy: take the most probable token instead of a random one; may be
+      traced.
   """
-  if greedy:
-    tokens = jnp.argmax(distribution, axis=-1)
-  else:
-    tokens = jax.vmap(jax.random.categorical)(keys, distribution)
-  tokens = tokens.astype(jnp.int32)
+  tokens = jax.lax.cond(
+      greedy,
+      lambda: jnp.argmax(distribution, axis=-1),
+      lambda: jax.vmap(jax.random.categorical)(keys, distribution),
+  )
+  return tokens.astype(jnp.int32)
+
+
+def log_prob_of(tokens: jax.Array, distribution: jax.Array) -> jax.Array:
+  """Picks the tokens' log-probabilities: [B] and [B, V] to [B]."""
   chosen = jnp.take_along_axis(distribution, tokens[:, None], axis=-1)
-  return tokens, chosen[:, 0]
+  return chosen[:, 0]

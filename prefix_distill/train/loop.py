@@ -28,6 +28,7 @@ from prefix_distill.models.transformer import Params
 from prefix_distill.report import flops
 from prefix_distill.report import metrics as metrics_lib
 from prefix_distill.report import report
+from prefix_distill.rollout import slots
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 from prefix_distill.train import setup as setup_lib
@@ -100,11 +101,11 @@ class Run:
         "seconds": 0.0,
         "answer_len": 0.0,
     }
-    self.buckets = prefix_length.buckets(config)
     self.key = jax.random.key(config.seed)
     self.teacher_params: Params | None = None
     self.writes = jax.process_index() == 0
     self.state = self._start()
+    self.programs.compile_ahead(self.key, self.teacher_params)
 
   def _start(self) -> TrainState:
     """Restores the latest checkpoint, or loads the student."""
@@ -178,8 +179,8 @@ class Run:
     else:
       batch, rollout, scores = self._roll_out(step, cap, prompts, clock)
     with clock.phase("update"):
-      mask = evaluator.to_host(rollout.mask, self.setup.mesh)
-      prompt_mask = evaluator.to_host(batch.mask, self.setup.mesh)
+      mask = slots.to_host(rollout.mask, self.setup.mesh)
+      prompt_mask = slots.to_host(prompts.mask, self.setup.mesh)
       self.state, metrics = self.programs.update(
           self.state, self.teacher_params, batch, rollout, scores
       )
@@ -190,7 +191,7 @@ class Run:
     self.totals["seconds"] += time.perf_counter() - begin
     line |= {
         "dropped": self.setup.data.dropped,
-        "compilations": self.programs.compilations(),
+        **self.programs.compilations(),
         "seconds": self.totals["seconds"],
         **clock.seconds,
         "tokens_per_second": float(mask.sum())
@@ -202,18 +203,23 @@ class Run:
       self, step: int, cap: int, prompts: PromptBatch, clock: _Clock
   ) -> tuple[PromptBatch, Rollout, Any]:
     """Samples prefixes and has the teacher score them."""
-    bucket = prefix_length.bucket(self.buckets, cap)
     with clock.phase("sample"):
       key = jax.random.fold_in(self.key, step)
-      rollout = self.programs.sample(
-          self.state.params, prompts, key, cap, bucket
-      )
+      rollout = self.programs.sample(self.state.params, prompts, key, cap)
       batch = self.programs.repeat(prompts)
       jax.block_until_ready(rollout)
     with clock.phase("score"):
       scores = self.programs.score(self.teacher_params, batch, rollout)
       jax.block_until_ready(scores)
     return batch, rollout, scores
+
+  def _cost(
+      self, prompts: np.ndarray, lengths: np.ndarray
+  ) -> flops.StepFlops:
+    setup = self.setup
+    return flops.distillation(
+        setup.student.config, setup.teacher.config, prompts, lengths
+    )
 
   def _ledger(self, prompts: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
     """Adds up FLOPs and tokens from actual lengths."""
@@ -222,25 +228,21 @@ class Run:
     if self.setup.teacher is None:
       cost = flops.supervised(student, prompts + lengths)
     else:
-      cost = flops.distillation(
-          student, self.setup.teacher.config, prompts + lengths
-      )
+      cost = self._cost(prompts, lengths)
     self.totals["flops"] += cost.total
     self.totals["tokens"] += int(lengths.sum())
     line = {}
     if self.config.method == "prefix":
-      full = flops.distillation(
-          student,
-          self.setup.teacher.config,
-          prompts + self.totals["answer_len"],
-      )
+      answers = np.full(len(lengths), self.totals["answer_len"])
+      full = self._cost(prompts, answers)
       self.totals["flops_full"] += full.total
       line["flops_full_estimate"] = self.totals["flops_full"]
     return line | {
         "rollout_len": float(lengths.mean()),
         "tokens": self.totals["tokens"],
         "flops": self.totals["flops"],
-        "flops_sample": cost.sample,
+        "flops_prefill": cost.prefill,
+        "flops_decode": cost.decode,
         "flops_score": cost.score,
         "flops_update": cost.update,
     }
@@ -321,6 +323,7 @@ def train(config: Config, workdir: pathlib.Path) -> None:
       _steps(run, stop)
     if setup.teacher is not None and config.evaluation.teacher:
       run.evaluate(config.steps, "teacher")
+    run.programs.close()
     run.checkpointer.close()
     hf_export.export(
         run.state.params, config.student.path, config.student.tokenizer_path,

@@ -110,7 +110,7 @@ def distillation_loss(
         hidden, head, rollout.tokens, dist
     )
     kl = _masked(events - scores.log_probs, mask)
-    sampled = _masked(rollout.log_probs, mask)
+    sampled = _masked(rollout.choice_log_probs, mask)
     loss = divergence.policy_gradient(log_probs, sampled, kl)
   total = _masked_sum(kl, mask)
   tokens = jnp.sum(mask)

@@ -2,12 +2,14 @@
 
 Each directory is a tiny random model that transformers saved, with what torch
 computed from it: `expected.npz` holds a batch padded on the left, its float32
-logits and its greedy continuation. Needs torch.
+logits, last hidden states and greedy continuation, and `gradients.safetensors`
+what a loss on its logits gives for every parameter. Needs torch.
 """
 
 import pathlib
 
 import numpy as np
+import safetensors.torch
 import torch
 import transformers
 
@@ -70,7 +72,7 @@ def _randomise(model: torch.nn.Module, generator: torch.Generator) -> None:
 def expected(
     model: transformers.PreTrainedModel, tokens: np.ndarray, mask: np.ndarray
 ) -> dict[str, np.ndarray]:
-  """Returns torch's logits and greedy continuation of a batch.
+  """Returns torch's logits, hidden states and greedy text of a batch.
 
   Args:
     model: in float32.
@@ -80,9 +82,10 @@ def expected(
   inputs = torch.from_numpy(tokens).long()
   attention = torch.from_numpy(mask).long()
   positions = (attention.cumsum(1) - 1).clamp(min=0)
-  logits = model(
-      input_ids=inputs, attention_mask=attention, position_ids=positions
-  ).logits
+  out = model(
+      input_ids=inputs, attention_mask=attention, position_ids=positions,
+      output_hidden_states=True,
+  )  # fmt: skip
   greedy = model.generate(
       inputs, attention_mask=attention, do_sample=False,
       max_new_tokens=NEW_TOKENS,
@@ -90,9 +93,34 @@ def expected(
   return {
       "tokens": tokens,
       "mask": mask,
-      "logits": logits.numpy(),
+      "logits": out.logits.float().numpy(),
+      "hidden": out.hidden_states[-1].float().numpy(),
       "greedy": greedy[:, tokens.shape[1] :].numpy().astype(np.int32),
   }
+
+
+def gradients(
+    model: transformers.PreTrainedModel, tokens: np.ndarray, mask: np.ndarray
+) -> dict[str, torch.Tensor]:
+  """Returns the gradients of the summed cross-entropy of the next tokens.
+
+  Args:
+    model: in float32.
+    tokens: [B, S], padded on the left.
+    mask: bool [B, S].
+  """
+  inputs = torch.from_numpy(tokens).long()
+  attention = torch.from_numpy(mask).long()
+  positions = (attention.cumsum(1) - 1).clamp(min=0)
+  model.zero_grad()
+  logits = model(
+      input_ids=inputs, attention_mask=attention, position_ids=positions
+  ).logits
+  losses = torch.nn.functional.cross_entropy(
+      logits[:, :-1].flatten(0, 1), inputs[:, 1:].flatten(), reduction="none"
+  )
+  torch.sum(losses * attention[:, :-1].flatten()).backward()
+  return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
 def make(name: str, directory: pathlib.Path, seed: int) -> None:
@@ -110,6 +138,9 @@ def make(name: str, directory: pathlib.Path, seed: int) -> None:
   tokens = np.where(mask, tokens, 0).astype(np.int32)
   np.savez_compressed(
       directory / "expected.npz", **expected(model, tokens, mask)
+  )
+  safetensors.torch.save_file(
+      gradients(model, tokens, mask), directory / "gradients.safetensors"
   )
 
 

@@ -26,7 +26,7 @@ STEPS = 5
 
 
 def load(path: str, mesh: jax.sharding.Mesh):
-  model = Model(hf.read_config(path))
+  model = Model(hf.read_config(path), mesh=mesh)
   shardings = sharding.param_shardings(model.abstract_params(), mesh)
   return model, hf.load_params(path, model, shardings)
 
@@ -59,9 +59,8 @@ def run(config, devices, mesh_spec) -> dict:
   for step in range(STEPS):
     prompts = sharding.global_batch(next(data)[0], mesh)
     rollout = programs.sample(
-        state.params, prompts, jax.random.key(step), config.prefix.length,
-        config.prefix.length,
-    )  # fmt: skip
+        state.params, prompts, jax.random.key(step), config.prefix.length
+    )
     batch = programs.repeat(prompts)
     scores = programs.score(teacher_params, batch, rollout)
     state, metrics = programs.update(

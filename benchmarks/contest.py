@@ -1,0 +1,84 @@
+"""Contestants in processes of their own, that take turns.
+
+A contestant is a script of `benchmarks/contestants`. It gets the model's
+directory, loads it, and then answers each line of JSON that it reads with one.
+Each may have an interpreter of its own, since not all packages live together.
+"""
+
+from collections.abc import Callable
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from typing import Any
+
+_SCRIPTS = pathlib.Path(__file__).parent / "contestants"
+_MARK = "#answer "
+
+
+class Contestant:
+  """A process that holds a model."""
+
+  def __init__(self, name: str, python: str, *args: str):
+    self.name = name
+    root = pathlib.Path(__file__).parent.parent
+    paths = [str(root), str(root / "benchmarks")]
+    self._process = subprocess.Popen(
+        [python, str(_SCRIPTS / f"{name}.py"), *args],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+  def ask(self, **question: Any) -> dict[str, Any]:
+    """Sends a question and waits for the answer.
+
+    Raises:
+      RuntimeError: the contestant ended; with the end of what it said.
+    """
+    try:
+      self._process.stdin.write(json.dumps(question) + "\n")
+      self._process.stdin.flush()
+    except BrokenPipeError:
+      pass
+    for line in self._process.stdout:
+      if line.startswith(_MARK):
+        return json.loads(line.removeprefix(_MARK))
+    error = self._process.stderr.read().strip().splitlines()
+    raise RuntimeError(error[-1] if error else "it ended without a word")
+
+  def close(self) -> None:
+    self._process.kill()
+    self._process.wait()
+
+
+def serve(answer: Callable[..., Any]) -> None:
+  """Answers questions until there are no more; for a contestant's script.
+
+  Args:
+    answer: does the work; called once more than is timed, to warm up.
+  """
+  seen = set()
+  for line in sys.stdin:
+    if line not in seen:
+      answer(**json.loads(line))
+      seen.add(line)
+    start = time.perf_counter()
+    extra = answer(**json.loads(line)) or {}
+    seconds = time.perf_counter() - start
+    print(_MARK + json.dumps({"seconds": seconds} | extra), flush=True)
+
+
+def start(
+    names: list[str], pythons: dict[str, str], *args: str
+) -> list[Contestant]:
+  """Starts contestants; one that cannot run is named, with the reason."""
+  ready = []
+  for name in names:
+    contestant = Contestant(name, pythons.get(name, sys.executable), *args)
+    ready.append(contestant)
+  return ready

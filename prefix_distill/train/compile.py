@@ -1,0 +1,86 @@
+"""Programs that are compiled once, and ahead of time in the background."""
+
+from collections.abc import Callable
+from concurrent import futures
+import threading
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def abstract(tree: Any) -> Any:
+  """Replaces arrays by their shapes, dtypes and shardings."""
+
+  def shape(x: Any) -> Any:
+    if isinstance(x, jax.Array):
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    if isinstance(x, jax.ShapeDtypeStruct):
+      return x
+    x = np.asarray(x)  # Wherever the program wants it.
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+  return jax.tree.map(shape, tree)
+
+
+class Program:
+  """A jitted function that says when it compiles.
+
+  Unlike a call of `jax.jit`, `compile` works on shapes alone and tells the
+  shapes of the results, so that a chain of programs can be compiled in another
+  thread before there is anything to run them on.
+  """
+
+  def __init__(
+      self, function: Callable, static: int = 0, **options: Any
+  ):
+    """Describes the program.
+
+    Args:
+      function: a pure function.
+      static: how many of its first arguments are static.
+      **options: for `jax.jit`.
+    """
+    numbers = tuple(range(static))
+    self._jitted = jax.jit(function, static_argnums=numbers, **options)
+    self._static = static
+    self._lock = threading.Lock()
+    self._compiled: dict[Any, futures.Future] = {}
+    self._used: set[Any] = set()
+
+  def __call__(self, *args: Any) -> Any:
+    key, compiled = self._get(args)
+    self._used.add(key)
+    return compiled(*args[self._static :])
+
+  def compile(self, *args: Any) -> Any:
+    """Compiles for arguments of these shapes; returns the results' shapes."""
+    _, compiled = self._get(args)
+    return jax.tree.map(
+        lambda info, place: jax.ShapeDtypeStruct(
+            info.shape, info.dtype, sharding=place
+        ),
+        compiled.out_info,
+        compiled.output_shardings,
+    )
+
+  @property
+  def used(self) -> int:
+    """How many compiled versions have been called."""
+    return len(self._used)
+
+  def _get(self, args: tuple[Any, ...]) -> tuple[Any, Any]:
+    static, shapes = args[: self._static], abstract(args[self._static :])
+    leaves, structure = jax.tree.flatten(shapes)
+    signature = tuple((x.shape, x.dtype, x.sharding) for x in leaves)
+    key = (static, structure, signature)
+    with self._lock:
+      mine = key not in self._compiled
+      future = self._compiled.setdefault(key, futures.Future())
+    if mine:
+      try:
+        future.set_result(self._jitted.lower(*static, *shapes).compile())
+      except BaseException as error:
+        future.set_exception(error)
+        raise
+    return key, future.result()
