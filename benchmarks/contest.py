@@ -6,9 +6,12 @@ Each may have an interpreter of its own, since not all packages live together.
 """
 
 from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
 import json
 import os
 import pathlib
+import statistics
 import subprocess
 import sys
 import time
@@ -74,11 +77,30 @@ def serve(answer: Callable[..., Any]) -> None:
 
 
 def start(
-    names: list[str], pythons: dict[str, str], *args: str
+    names: Sequence[str], pythons: Mapping[str, str], *args: str
 ) -> list[Contestant]:
-  """Starts contestants; one that cannot run is named, with the reason."""
-  ready = []
-  for name in names:
-    contestant = Contestant(name, pythons.get(name, sys.executable), *args)
-    ready.append(contestant)
-  return ready
+  """Starts contestants, each with its interpreter or with this one."""
+  return [
+      Contestant(name, pythons.get(name, sys.executable), *args)
+      for name in names
+  ]
+
+
+def take_turns(
+    contestants: list[Contestant], repeats: int, **question: Any
+) -> dict[str, float]:
+  """Asks everybody in turn; returns the median seconds of each.
+
+  A contestant that cannot answer is taken off the list, with a word on why.
+  """
+  seconds = {contestant.name: [] for contestant in contestants}
+  for _ in range(repeats):
+    for contestant in list(contestants):
+      try:
+        answer = contestant.ask(**question)
+      except RuntimeError as error:
+        print(f"{contestant.name} is left out: {error}", file=sys.stderr)
+        contestants.remove(contestant)
+        continue
+      seconds[contestant.name].append(answer["seconds"])
+  return {n: statistics.median(s) for n, s in seconds.items() if s}

@@ -13,8 +13,6 @@ multiplications made, as measured here on a long vector and a square matrix.
 """
 
 import argparse
-import statistics
-import sys
 
 import contest
 import machine
@@ -81,35 +79,23 @@ def main() -> None:
   width = 2 if args.dtype == "bfloat16" else 4
   for case in cases:
     tokens = rng.integers(10, config.vocab_size - 10, case[:2]).tolist()
-    seconds = {c.name: [] for c in contestants}
-    for _ in range(args.repeats):
-      for contestant in list(contestants):
-        try:
-          answer = contestant.ask(tokens=tokens, new=case[2])
-        except RuntimeError as error:
-          print(f"{contestant.name} is left out: {error}", file=sys.stderr)
-          contestants.remove(contestant)
-          continue
-        seconds[contestant.name].append(answer["seconds"])
-    row = _row(case, seconds, args.names)
+    medians = contest.take_turns(
+        contestants, args.repeats, tokens=tokens, new=case[2]
+    )
     least = limit(config, here, case, width)
-    share = least / statistics.median(seconds["ours"])
-    table.add_row(*row, f"{share:.0%}")
+    share = least / medians["ours"]
+    table.add_row(*_row(case, medians, args.names), f"{share:.0%}")
   for contestant in contestants:
     contestant.close()
   rich.console.Console(width=100).print(table)
 
 
 def _row(
-    case: tuple[int, int, int], seconds: dict[str, list[float]],
+    case: tuple[int, int, int],
+    medians: dict[str, float],
     names: tuple[str, ...],
-) -> list[str]:  # fmt: skip
-  made = case[0] * case[2]
-  rate = {
-      name: made / statistics.median(times)
-      for name, times in seconds.items()
-      if times
-  }
+) -> list[str]:
+  rate = {name: case[0] * case[2] / s for name, s in medians.items()}
   others = [r for name, r in rate.items() if name != "ours"]
   ratio = f"{rate['ours'] / max(others):.2f}" if others else "-"
   cells = [f"{rate[name]:.1f}" if name in rate else "-" for name in names]

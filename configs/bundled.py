@@ -40,7 +40,7 @@ class _Stage:
 _STAGES = {
     "teacher": _Stage("bundled:teacher", True, "clean", 2000, 2.5e-3, 100),
     "capable": _Stage(
-        "runs/bundled-teacher/export", False, "capable", 200, 5e-4,
+        "runs/bundled-teacher/export", False, "capable", 1600, 7e-4,
         tokenizer="bundled:capable",
     ),  # fmt: skip
     "weak": _Stage(

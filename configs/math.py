@@ -42,6 +42,12 @@ _METHODS = ("prefix", "full")
 def _tiny(student: str) -> config_lib.Config:
   task = DatasetSpec(source="math_task", answer="answer", size=100_000)
   heldout = dataclasses.replace(task, split="test", size=480)
+  # Half of the answers for the student that goes wrong in the opening; all of
+  # them for the one that goes wrong everywhere.
+  prefix = {
+      "capable": specs.PrefixSpec(start=1, increment=2, buckets=(32, 64, 100)),
+      "weak": specs.PrefixSpec(start=1, increment=4, buckets=(64, 128, 200)),
+  }[student]
   return config_lib.Config(
       method="prefix",
       steps=50,
@@ -49,9 +55,7 @@ def _tiny(student: str) -> config_lib.Config:
       teacher=specs.ModelSpec("bundled:teacher"),
       data=specs.DataSpec(task, batch_size=32, max_prompt_len=52),
       rollout=specs.RolloutSpec(per_prompt=1, max_len=256),
-      prefix=specs.PrefixSpec(
-          start=1, increment=4, buckets=(64, 128, 200)
-      ),
+      prefix=prefix,
       optimizer=specs.OptimizerSpec(learning_rate=3e-4, warmup_steps=2),
       evaluation=specs.EvaluationSpec(
           sets={"heldout": heldout}, every=25, max_len=256, batch_size=240

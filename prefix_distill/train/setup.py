@@ -65,7 +65,8 @@ class Setup:
     )
 
 
-def _model(spec: ModelSpec, mesh: jax.sharding.Mesh) -> Model:
+def read_model(spec: ModelSpec, mesh: jax.sharding.Mesh) -> Model:
+  """Reads a model's architecture and checks that its weights are there."""
   architecture = hf.read_config(spec.path)
   if not spec.random_init:
     hf.check_weights(spec.path, architecture)
@@ -141,11 +142,11 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
     sharding.check_batch(
         f"evaluation.batch_size / evaluation.sets.{name}.samples", rows, mesh
     )
-  student = _model(config.student, mesh)
+  student = read_model(config.student, mesh)
   chat = chat_lib.load(config.student.tokenizer_path)
   stop_ids, teacher = chat.stop_ids, None
   if config.method != "sft":
-    teacher = _model(config.teacher, mesh)
+    teacher = read_model(config.teacher, mesh)
     teacher_chat = chat_lib.load(config.teacher.tokenizer_path)
     chat_lib.check_same(chat, teacher_chat)
     stop_ids = tuple(sorted({*stop_ids, *teacher_chat.stop_ids}))

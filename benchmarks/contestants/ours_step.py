@@ -1,0 +1,87 @@
+"""This package's update: sample, score, train."""
+
+import functools
+import sys
+
+import contest
+import jax
+import numpy as np
+
+from prefix_distill import config as config_lib
+from prefix_distill import sharding
+from prefix_distill import specs
+from prefix_distill.data import chat as chat_lib
+from prefix_distill.structs import PromptBatch
+from prefix_distill.train import setup as setup_lib
+from prefix_distill.train.programs import Programs
+
+
+class _Trainer:
+  """A student and its teacher, for rollouts of one length."""
+
+  def __init__(self, teacher: str, student: str, shape: tuple[int, int, int]):
+    batch, prompt, new = shape
+    # Prompts are made here; the config wants to know of some all the same.
+    problems = specs.DatasetSpec("math_task", answer="answer", size=1)
+    self._config = config = config_lib.Config(
+        method="prefix",
+        steps=1000,
+        student=specs.ModelSpec(student),
+        teacher=specs.ModelSpec(teacher),
+        data=specs.DataSpec(problems, batch, prompt),
+        rollout=specs.RolloutSpec(per_prompt=1, max_len=new),
+        prefix=specs.PrefixSpec("fixed", length=new, buckets=(new,)),
+        optimizer=specs.OptimizerSpec(1e-5, warmup_steps=2),
+        evaluation=specs.EvaluationSpec({"none": problems}),
+    )
+    mesh = sharding.make_mesh(config.mesh)
+    models = [
+        setup_lib.read_model(spec, mesh)
+        for spec in (config.student, config.teacher)
+    ]
+    setup = setup_lib.Setup(
+        config, mesh, *models, chat_lib.load(student), (), None, {}
+    )
+    self._programs = Programs(setup)
+    params, self._teacher = (
+        setup_lib.load_model(spec, model, mesh, 0)
+        for spec, model in zip(
+            (config.student, config.teacher), models, strict=True
+        )
+    )
+    self._state = self._programs.init(params)
+    self._mesh = mesh
+
+  def step(self, tokens: np.ndarray) -> None:
+    rows = np.arange(len(tokens), dtype=np.int32)
+    batch = PromptBatch(tokens, np.ones(tokens.shape, bool), rows)
+    batch = sharding.global_batch(batch, self._mesh)
+    rollout = self._programs.sample(
+        self._state.params, batch, jax.random.key(0),
+        self._config.prefix.length,
+    )  # fmt: skip
+    batch = self._programs.repeat(batch)
+    scores = self._programs.score(self._teacher, batch, rollout)
+    self._state, metrics = self._programs.update(
+        self._state, self._teacher, batch, rollout, scores
+    )
+    assert np.isfinite(float(metrics["kl"]))
+    assert np.asarray(rollout.mask).all()
+
+
+def main() -> None:
+  teacher, student = sys.argv[1:]
+
+  @functools.lru_cache(maxsize=1)
+  def trainer(*shape):
+    return _Trainer(teacher, student, shape)
+
+  def answer(tokens, new):
+    tokens = np.array(tokens, np.int32)
+    trainer(*tokens.shape, new).step(tokens)
+
+  contest.serve(answer)
+
+
+if __name__ == "__main__":
+  main()
