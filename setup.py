@@ -18,7 +18,7 @@ setuptools.setup(
         "huggingface_hub>=1.0",
         "jax>=0.10.2",
         "jinja2>=3.1",
-        "math-verify[antlr4_13_2]>=0.8",
+        "math-verify>=0.9",
         "matplotlib>=3.9",
         "ml-collections>=1.1",
         "numpy>=2.0",

@@ -95,25 +95,28 @@ def _our_logits(dtype, tokens, mask):
 
 
 def _their_logits(dtype, tokens, mask):
+  """Row by row, without padding."""
   import torch
 
-  attention = torch.from_numpy(mask).long()
+  rows = [
+      torch.from_numpy(row[real]).long()
+      for row, real in zip(tokens, mask, strict=True)
+  ]
   with torch.inference_mode():
-    logits = _theirs(dtype)(
-        input_ids=torch.from_numpy(tokens).long(),
-        attention_mask=attention,
-        position_ids=(attention.cumsum(1) - 1).clamp(min=0),
-    ).logits
-  return logits.float().numpy()[mask]
+    logits = [_theirs(dtype)(input_ids=row[None]).logits[0] for row in rows]
+  return torch.cat(logits).double().numpy()
 
 
 def test_float32_logits_equal_torchs():
+  """Within 1e-4 of torch in float64, as torch in float32 is, too."""
   _, tokens, mask = _prompts()
   tokens, mask = tokens[:8], mask[:8]
-  wanted = _their_logits("float32", tokens, mask)
-  ours = _our_logits("float32", tokens, mask)
-  print(f"largest difference {np.abs(ours - wanted).max():.1e}")
-  np.testing.assert_allclose(ours, wanted, atol=1e-4, rtol=0)
+  exact = _their_logits("float64", tokens, mask)
+  ours = np.abs(_our_logits("float32", tokens, mask) - exact).max()
+  theirs = np.abs(_their_logits("float32", tokens, mask) - exact).max()
+  print(f"largest error, ours {ours:.2e}, torch's {theirs:.2e}")
+  assert ours < 1e-4
+  assert ours < 1.3 * theirs
 
 
 def test_bfloat16_errs_no_more_than_torch_in_bfloat16():

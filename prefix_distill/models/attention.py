@@ -69,15 +69,17 @@ def causal(
 def _kernel(platform: str, queries: jax.Array) -> Callable[..., jax.Array]:
   """Returns the platform's way to compute `causal` on one device."""
   if platform == "tpu":
-    return _splash
+    return splash_kernel
   fits = queries.shape[-1] <= _CUDNN_HEAD_DIM
   if platform in ("gpu", "cuda") and queries.dtype == jnp.bfloat16 and fits:
     return _cudnn
   return blocked
 
 
-def _splash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """JAX's own kernel for TPU (splash attention)."""
+def splash_kernel(
+    q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False
+) -> jax.Array:
+  """JAX's own kernel for TPU; `interpret` runs it anywhere, slowly."""
   length, num_heads, head_dim = q.shape[1:]
   block = min(_SPLASH_BLOCK, _round_up(length))
   padded = math.ceil(length / block) * block
@@ -104,6 +106,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
       block_sizes=splash.BlockSizes(**sizes),
       head_shards=1,
       q_seq_shards=1,
+      interpret=interpret,
   )
   q = q * jnp.asarray(head_dim**-0.5, q.dtype)
   out = jax.vmap(kernel)(lay_out(q), lay_out(k), lay_out(v))

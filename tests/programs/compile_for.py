@@ -1,0 +1,94 @@
+"""Compiles for a machine that is elsewhere: compile_for.py tpu|gpu.
+
+Prints a JSON object of what the compiled programs call: for each program, the
+kernels' names and how often they appear.
+"""
+
+import json
+import pathlib
+import re
+import sys
+
+import jax
+from jax.experimental import topologies
+import jax.numpy as jnp
+import numpy as np
+
+from prefix_distill import sharding
+from prefix_distill.models.config import ModelConfig
+from prefix_distill.models.config import RopeConfig
+from prefix_distill.models.transformer import Model
+from prefix_distill.rollout import decode_state
+from prefix_distill.rollout import sampler
+from prefix_distill.structs import PromptBatch
+
+_HERE = pathlib.Path(__file__).parent
+_KERNEL = re.compile(r'custom_call_target="([^"]+)"')
+_ROWS, _PROMPT, _LENGTH = 8, 256, 256
+
+
+def _devices(platform: str) -> list[jax.Device]:
+  if platform == "tpu":
+    return topologies.get_topology_desc(
+        platform="tpu", topology_name="v5e:2x2"
+    ).devices
+  return topologies.get_topology_desc(
+      "compile_only",
+      "cuda",
+      topology="1x1x4",
+      target_config=(_HERE / "h100.txtpb").read_text(),
+  ).devices
+
+
+def main() -> None:
+  devices = np.array(_devices(sys.argv[1])).reshape(2, 1, 2)
+  mesh = jax.sharding.Mesh(
+      devices,
+      ("data", "fsdp", "tensor"),
+      axis_types=(jax.sharding.AxisType.Auto,) * 3,
+  )
+  config = ModelConfig(
+      family="qwen3", vocab_size=1024, dim=256, mlp_dim=512, num_layers=2,
+      num_heads=4, num_kv_heads=2, head_dim=128, norm_eps=1e-6,
+      rope=RopeConfig(1e6), tied=True, max_length=4096,
+  )  # fmt: skip
+  model = Model(config, "bfloat16", remat=True, mesh=mesh)
+  params = sharding.with_shardings(model.abstract_params(), mesh)
+  rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+
+  def array(shape, dtype, place=rows):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+  def loss(params, tokens, mask):
+    hidden = model.apply(params, tokens, mask)
+    return jnp.sum(hidden.astype(jnp.float32) ** 2)
+
+  batch = PromptBatch(
+      array((_ROWS, _PROMPT), jnp.int32),
+      array((_ROWS, _PROMPT), bool),
+      array((_ROWS,), jnp.int32),
+  )
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
+  draw = jax.tree.map(
+      lambda x: array(x.shape, x.dtype, whole), decode_state.Draw.of(_LENGTH)
+  )
+  settings = decode_state.SamplerConfig((1,), 0, config.vocab_size)
+  programs = {
+      "forward": (model.apply, (params, batch.tokens, batch.mask)),
+      "backward": (jax.grad(loss), (params, batch.tokens, batch.mask)),
+      "rollout": (
+          lambda *x: sampler.sample(model, settings, _LENGTH, *x),
+          (params, batch, key, draw),
+      ),
+  }
+  found = {}
+  for name, (function, args) in programs.items():
+    text = jax.jit(function).trace(*args).lower().compile().as_text()
+    names = _KERNEL.findall(text)
+    found[name] = {n: names.count(n) for n in sorted(set(names))}
+  print(json.dumps(found))
+
+
+if __name__ == "__main__":
+  main()
