@@ -56,12 +56,19 @@ def linear(
   features = weight.shape[:-1]
   weight = weight.reshape(-1, weight.shape[-1])
   rows = x.reshape(-1, x.shape[-1])
+
+  def plain(rows, weight):
+    return jnp.einsum("td,fd->tf", rows, weight, preferred_element_type=dtype)
+
+  def turned(rows, weight):
+    out = jnp.einsum("fd,td->ft", weight, rows, preferred_element_type=dtype)
+    # Or XLA would turn the product back.
+    return jax.lax.optimization_barrier(out).T
+
   if rows.shape[0] <= _FEW_ROWS:
-    out = jnp.einsum(
-        "fd,td->ft", weight, rows, preferred_element_type=dtype
-    ).T
+    out = jax.lax.platform_dependent(rows, weight, cpu=turned, default=plain)
   else:
-    out = jnp.einsum("td,fd->tf", rows, weight, preferred_element_type=dtype)
+    out = plain(rows, weight)
   return out.reshape(*x.shape[:-1], *features)
 
 

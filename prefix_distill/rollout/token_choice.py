@@ -6,6 +6,10 @@ import jax
 import jax.numpy as jnp
 
 
+# Tokens of a block, near the square root of large vocabularies.
+_BLOCK = 256
+
+
 @dataclasses.dataclass(frozen=True)
 class Truncation:
   """Which tokens may be drawn; hashable. All of them by default.
@@ -105,9 +109,39 @@ def choose(
   tokens = jax.lax.cond(
       greedy,
       lambda: jnp.argmax(distribution, axis=-1),
-      lambda: jax.vmap(jax.random.categorical)(keys, distribution),
+      lambda: _invert_cdf(jax.vmap(jax.random.uniform)(keys), distribution),
   )
   return tokens.astype(jnp.int32)
+
+
+def _invert_cdf(uniform: jax.Array, distribution: jax.Array) -> jax.Array:
+  """Returns the tokens at which the cumulated probabilities pass `uniform`.
+
+  First the block of tokens, then the token in it: one random number a row,
+  where Gumbel noise takes one for each token of the vocabulary, and no
+  cumulated sum over all of that.
+  """
+  batch, size = distribution.shape
+  count = -(-size // _BLOCK)
+  padding = ((0, 0), (0, count * _BLOCK - size))
+  blocks = jnp.pad(jnp.exp(distribution), padding)
+  blocks = blocks.reshape(batch, count, _BLOCK)
+  before = jnp.cumsum(blocks.sum(axis=-1), axis=-1)
+  goal = uniform[:, None] * before[:, -1:]
+  block = jnp.sum(before[:, :-1] <= goal, axis=-1)
+  inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+  start = jnp.where(
+      block[:, None] > 0,
+      jnp.take_along_axis(before, block[:, None] - 1, axis=1),
+      0,
+  )
+  passed = start + jnp.cumsum(inside, axis=-1) > goal
+  # Rounding may leave the goal just past the block's end: then it is the last
+  # token that can be drawn.
+  last = _BLOCK - 1 - jnp.argmax((inside > 0)[:, ::-1], axis=-1)
+  found = jnp.argmax(passed & (inside > 0), axis=-1)
+  token = jnp.where(jnp.any(passed & (inside > 0), axis=-1), found, last)
+  return block * _BLOCK + token
 
 
 def log_prob_of(tokens: jax.Array, distribution: jax.Array) -> jax.Array:
