@@ -6,11 +6,19 @@ values and the mend.
 
 from collections.abc import Mapping
 import dataclasses
+import itertools
 
 from prefix_distill import errors
 
 SCHEDULES = ("linear", "fixed")
 LOSSES = ("exact", "sampled")
+DTYPES = ("float32", "bfloat16")
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+  errors.check(
+      value in choices, f"{name} is {value!r}; use one of {choices}."
+  )
 
 
 def _check_truncation(group: str, top_k: int, top_p: float) -> None:
@@ -47,11 +55,7 @@ class ModelSpec:
 
   def __post_init__(self):
     for name in ("compute_dtype", "param_dtype"):
-      value = getattr(self, name)
-      errors.check(
-          value in ("float32", "bfloat16"),
-          f"A model's {name} is {value!r}; use 'float32' or 'bfloat16'.",
-      )
+      _one_of(f"A model's {name}", getattr(self, name), DTYPES)
 
   @property
   def tokenizer_path(self) -> str:
@@ -101,6 +105,9 @@ class DataSpec:
     train: the records.
     batch_size: prompts per update, over all devices.
     max_prompt_len: S; longer prompts are dropped and counted.
+    prompt_buckets: shorter static lengths; a batch takes the smallest that
+      holds its prompts, and each compiles programs of its own. Empty for
+      `max_prompt_len` alone.
     suffix: text after the chat template's generation prompt. The paper
       appends `<think>`, since the loss can hardly teach a base model to emit
       a special token (section 4).
@@ -109,6 +116,7 @@ class DataSpec:
   train: DatasetSpec
   batch_size: int
   max_prompt_len: int
+  prompt_buckets: tuple[int, ...] = ()
   suffix: str = "<think>"
 
   def __post_init__(self):
@@ -116,6 +124,13 @@ class DataSpec:
         "data",
         {"batch_size": self.batch_size, "max_prompt_len": self.max_prompt_len},
         1,
+    )
+    lengths = (0, *self.prompt_buckets, self.max_prompt_len)
+    errors.check(
+        all(a < b for a, b in itertools.pairwise(lengths)),
+        f"data.prompt_buckets {self.prompt_buckets} do not increase up to"
+        f" data.max_prompt_len {self.max_prompt_len}; sort them, and leave out"
+        " those that are too long.",
     )
 
 
@@ -140,10 +155,7 @@ class PrefixSpec:
   buckets: tuple[int, ...] = ()
 
   def __post_init__(self):
-    errors.check(
-        self.schedule in SCHEDULES,
-        f"prefix.schedule is {self.schedule!r}; use one of {SCHEDULES}.",
-    )
+    _one_of("prefix.schedule", self.schedule, SCHEDULES)
     errors.at_least("prefix", {"start": self.start, "length": self.length}, 1)
     errors.at_least("prefix", {"increment": self.increment}, 0)
     errors.check(
@@ -161,6 +173,8 @@ class RolloutSpec:
     max_len: the longest answer: the cap of full distillation, of the schedule
       and of supervised answers.
     temperature: of sampling *and* of both models in the loss.
+    cache_dtype: what the keys and values of sampling are kept in, "float32"
+      or "bfloat16"; empty for the student's compute dtype.
     top_k: draw only from so many of the most probable tokens; 0 for all.
     top_p: draw only from the most probable tokens that together reach this
       probability; 1 for all. The loss compares the whole distributions.
@@ -169,10 +183,12 @@ class RolloutSpec:
   per_prompt: int
   max_len: int
   temperature: float = 1.0
+  cache_dtype: str = ""
   top_k: int = 0
   top_p: float = 1.0
 
   def __post_init__(self):
+    _one_of("rollout.cache_dtype", self.cache_dtype, ("", *DTYPES))
     errors.at_least(
         "rollout", {"per_prompt": self.per_prompt, "max_len": self.max_len}, 1
     )
@@ -201,10 +217,7 @@ class LossSpec:
   chunk: int = 128
 
   def __post_init__(self):
-    errors.check(
-        self.form in LOSSES,
-        f"loss.form is {self.form!r}; use one of {LOSSES}.",
-    )
+    _one_of("loss.form", self.form, LOSSES)
     errors.at_least("loss", {"chunk": self.chunk}, 1)
 
 
@@ -234,10 +247,7 @@ class OptimizerSpec:
   accumulation: int = 1
 
   def __post_init__(self):
-    errors.check(
-        self.decay in ("constant", "cosine"),
-        f"optimizer.decay is {self.decay!r}; use 'constant' or 'cosine'.",
-    )
+    _one_of("optimizer.decay", self.decay, ("constant", "cosine"))
     errors.check(
         self.learning_rate > 0,
         f"optimizer.learning_rate is {self.learning_rate}; set it above 0.",

@@ -21,6 +21,7 @@ from prefix_distill.data.records import DataError
 from prefix_distill.errors import ConfigError
 from prefix_distill.specs import DatasetSpec
 from prefix_distill.specs import DataSpec
+from prefix_distill.structs import PromptBatch
 
 _RECORDS = [
     {"question": f"Ann has {n} pens?", "answer": str(n), "turns": [{"text": n}]}
@@ -552,3 +553,17 @@ def test_encode_prompt_gives_nothing_rather_than_a_part(chat):
   assert row.tolist() == wanted
   assert mask.all()
   assert prompts.encode_prompt(chat, "Ann", len(wanted) - 1, "") is None
+
+
+def test_a_batch_is_cut_to_the_smallest_bucket_that_holds_its_prompts():
+  lengths = (3, 9, 5)
+  mask = np.arange(20) >= 20 - np.array(lengths)[:, None]
+  tokens = np.where(mask, np.arange(20), 0)
+  batch = PromptBatch(tokens, mask, np.arange(3))
+  task = DatasetSpec("math_task", size=1)
+  for buckets, wanted in (((), 20), ((8, 9), 9), ((10, 12), 10), ((8,), 20)):
+    spec = DataSpec(task, 3, 20, prompt_buckets=buckets)
+    cut = prompts.trim(batch, spec)
+    assert cut.tokens.shape == cut.mask.shape == (3, wanted)
+    assert cut.mask.sum(axis=1).tolist() == list(lengths)
+    np.testing.assert_array_equal(cut.tokens[cut.mask], tokens[mask])

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import toys
 
 from prefix_distill import assets
 from prefix_distill.data import chat as chat_lib
@@ -509,3 +510,37 @@ def test_unknown_bundled_names_are_refused():
   assert str(error.value).startswith("bundled:giant: ")
   assert "capable, teacher, weak" in str(error.value)
   assert hf.resolve("bundled:weak") == assets.path("weak")
+
+
+def test_loading_needs_one_shard_above_the_models_size(tmp_path, monkeypatch):
+  """Of 218 MB in several files."""
+  source = tmp_path / "source"
+  source.mkdir()
+  settings = json.loads((assets.path("teacher") / "config.json").read_text())
+  settings |= {
+      "hidden_size": 512,
+      "intermediate_size": 1536,
+      "num_hidden_layers": 16,
+      "layer_types": ["full_attention"] * 16,
+      "max_window_layers": 16,
+      "vocab_size": 8192,
+      "head_dim": 64,
+      "num_attention_heads": 8,
+      "num_key_value_heads": 4,
+  }
+  (source / "config.json").write_text(json.dumps(settings))
+  model = Model(hf.read_config(str(source)))
+  params = jax.tree.map(
+      lambda x: np.full(x.shape, 0.01, np.float32), model.abstract_params()
+  )
+  monkeypatch.setattr(hf_export, "_SHARD_BYTES", 2**26)
+  directory = tmp_path / "model"
+  hf_export.export(
+      params, str(source), "bundled:teacher", directory, "float32"
+  )
+  process = toys.start("load_memory.py", str(directory), devices=1)
+  (printed,) = toys.finish([process], seconds=120)
+  found = json.loads(printed)
+  assert found["weights"] > 3 * found["largest_file"] > 2**27
+  assert found["weights"] * 0.9 < found["peak"]
+  assert found["peak"] < found["weights"] + found["largest_file"]

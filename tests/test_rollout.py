@@ -291,3 +291,22 @@ def test_the_engine_answers_as_a_batch_of_its_own_does(rows, cap):
     assert stopped == (tokens[-1] in toys.STOPS)
     lengths.add(len(tokens))
   assert cap < 90 or max(lengths) > 5 * min(lengths)
+
+
+def test_a_bfloat16_cache_changes_log_probs_a_little():
+  config = dataclasses.replace(CONFIG, cache_dtype="bfloat16")
+  state = jax.eval_shape(
+      lambda: sampler.prefill(
+          MODEL, config, 20, PARAMS, PROMPTS, KEY, Draw.of(LENGTH)
+      )
+  )
+  assert {x.dtype for x in (*state.cache.keys, *state.cache.values)} == {
+      jnp.dtype("bfloat16")
+  }
+  ours, wanted = sample(config), sample()
+  # Up to the first token that it turns.
+  same = np.cumprod(ours.tokens == wanted.tokens, axis=1).astype(bool)
+  same &= wanted.mask
+  assert same.mean() > 0.5 * wanted.mask.mean()
+  error = np.abs(ours.log_probs - wanted.log_probs)[same]
+  assert 1e-6 < error.max() < 0.1

@@ -102,11 +102,20 @@ def test_a_run_leaves_what_the_readme_promises(whole):
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(
     whole, cache, tmp_path
 ):
+  compiled = _programs(cache)
   for seed, same in ((0, True), (1, False)):
     workdir = tmp_path / str(seed)
     code, _, err = _finish(_start(workdir, cache, f"--config.seed={seed}"))
     assert code == 0, err
     assert (_metrics(workdir) == _metrics(whole[0])) is same
+  # And every program was found in the cache.
+  assert len(compiled) > 10
+  assert _programs(cache) == compiled
+
+
+def _programs(cache):
+  return {file.name for file in cache.iterdir() if file.suffix != ".lock"
+          and not file.name.endswith("-atime")}
 
 
 @pytest.mark.parametrize("updates", [1, 4])

@@ -12,6 +12,8 @@ import json
 from typing import Any
 
 import grain
+import jax
+from jax.experimental import multihost_utils
 import numpy as np
 
 from prefix_distill.data import records
@@ -216,3 +218,24 @@ class _Numbered(Sequence):
 
   def __getitem__(self, index: int) -> tuple[int, Mapping[str, Any]]:
     return index, self._source[index]
+
+
+def trim(batch: PromptBatch, spec: DataSpec) -> PromptBatch:
+  """Cuts padding off, down to the smallest bucket that holds the prompts.
+
+  Every process must call it: all take the same bucket.
+
+  Args:
+    batch: NumPy prompts [B, max_prompt_len] of this process.
+    spec: with `prompt_buckets`.
+  """
+  if not spec.prompt_buckets:
+    return batch
+  longest = batch.mask.sum(axis=1).max()
+  if jax.process_count() > 1:
+    longest = multihost_utils.process_allgather(longest).max()
+  lengths = (*spec.prompt_buckets, spec.max_prompt_len)
+  length = min(n for n in lengths if n >= longest)
+  return dataclasses.replace(
+      batch, tokens=batch.tokens[:, -length:], mask=batch.mask[:, -length:]
+  )

@@ -165,11 +165,12 @@ def cached(
     mask: bool [B or 1, T, M], true where a query may look.
 
   Returns:
-    [B, T, N, H]. A query that may look nowhere (padding) gets a mean of the
-    values; nothing reads it.
+    [B, T, N, H], as the queries. A query that may look nowhere (padding) gets
+    a mean of the values; nothing reads it.
   """
   batch, length, num_heads, head_dim = queries.shape
-  num_kv_heads = keys.shape[1]
+  num_kv_heads, dtype = keys.shape[1], queries.dtype
+  queries = queries.astype(keys.dtype)
   groups = num_heads // num_kv_heads
   # One matrix product for each key/value head, its G queries stacked.
   queries = queries.reshape(batch, length, num_kv_heads, groups, head_dim)
@@ -185,6 +186,5 @@ def cached(
   weights = weights.reshape(batch, num_kv_heads, groups * length, -1)
   out = jnp.matmul(weights, values)
   out = out.reshape(batch, num_kv_heads, groups, length, head_dim)
-  return out.transpose(0, 3, 1, 2, 4).reshape(
-      batch, length, num_heads, head_dim
-  )
+  out = out.transpose(0, 3, 1, 2, 4)
+  return out.reshape(batch, length, num_heads, head_dim).astype(dtype)

@@ -34,7 +34,11 @@ class KVCache:
 
 
 def from_prefill(
-    keys: jax.Array, values: jax.Array, mask: jax.Array, columns: int
+    keys: jax.Array,
+    values: jax.Array,
+    mask: jax.Array,
+    columns: int,
+    dtype: jnp.dtype,
 ) -> KVCache:
   """Builds a cache from the keys and values of whole prompts.
 
@@ -44,6 +48,7 @@ def from_prefill(
     mask: bool [B, S], true on the last S' columns: the prompts as they are
       padded, on the left.
     columns: M, at least S.
+    dtype: what the cache is kept in.
 
   Returns:
     A cache whose first S columns are the prompts, padded on the left.
@@ -54,6 +59,7 @@ def from_prefill(
   room = columns - length
 
   def lay_out(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    x = x.astype(dtype)
     x = jnp.take_along_axis(x, source[None, :, :, None, None], axis=2)
     x = x.transpose(0, *(axis + 1 for axis in axes))
     padding = [(0, room if axis == 1 else 0) for axis in axes]
@@ -129,5 +135,5 @@ def write(
   """Writes [B, T, K, H] to a layer's keys (axis 3) or values (axis 2)."""
   order = (0, 2, 3, 1) if axis == 3 else (0, 2, 1, 3)
   return jax.lax.dynamic_update_slice_in_dim(
-      cache, block.transpose(order), column, axis
+      cache, block.astype(cache.dtype).transpose(order), column, axis
   )

@@ -92,7 +92,12 @@ class Model:
     return jnp.take_along_axis(packed, place[..., None], axis=1)
 
   def prefill(
-      self, params: Params, tokens: jax.Array, mask: jax.Array, columns: int
+      self,
+      params: Params,
+      tokens: jax.Array,
+      mask: jax.Array,
+      columns: int,
+      cache_dtype: str = "",
   ) -> tuple[jax.Array, KVCache]:
     """Runs the layers over prompts and keeps their keys and values.
 
@@ -101,6 +106,7 @@ class Model:
       tokens: int32 [B, S], padded on the left.
       mask: bool [B, S].
       columns: of the cache, at least S.
+      cache_dtype: what the cache is kept in; empty for the compute dtype.
 
     Returns:
       The hidden states [B, D] that predict each prompt's next token, and the
@@ -109,7 +115,8 @@ class Model:
     packed, keys, values = self._scan(params, _pack(tokens, mask), keep=True)
     last = jnp.maximum(mask.sum(axis=1) - 1, 0)
     hidden = jnp.take_along_axis(packed, last[:, None, None], axis=1)[:, 0]
-    return hidden, kv_cache.from_prefill(keys, values, mask, columns)
+    dtype = jnp.dtype(cache_dtype or self.dtype)
+    return hidden, kv_cache.from_prefill(keys, values, mask, columns, dtype)
 
   def _scan(
       self, params: Params, tokens: jax.Array, keep: bool

@@ -27,6 +27,8 @@ class SamplerConfig:
     num_tokens: real token ids; padded rows of the vocabulary are never drawn.
     per_prompt: rollouts for each prompt.
     truncation: which tokens may be drawn.
+    cache_dtype: what keys and values are kept in; empty for the model's
+      compute dtype.
   """
 
   stop_ids: tuple[int, ...]
@@ -34,6 +36,7 @@ class SamplerConfig:
   num_tokens: int
   per_prompt: int = 1
   truncation: Truncation = Truncation()
+  cache_dtype: str = ""
 
 
 @jax.tree_util.register_dataclass

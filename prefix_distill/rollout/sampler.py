@@ -55,7 +55,9 @@ def prefill(
     B * per_prompt rows, those of one prompt next to each other.
   """
   rows, n = batch.tokens.shape[0], config.per_prompt
-  hidden, cache = model.prefill(params, batch.tokens, batch.mask, columns)
+  hidden, cache = model.prefill(
+      params, batch.tokens, batch.mask, columns, config.cache_dtype
+  )
   numbers = jnp.concatenate(
       [
           jnp.repeat(batch.index.reshape(rows, -1), n, axis=0),

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+import jax.numpy as jnp
 import numpy as np
 
 from prefix_distill import sharding
@@ -209,7 +210,8 @@ def _programs(
 
   def empty(rows, prompt, columns, key):
     shape = (rows, columns)
-    return decode_state.empty(model.config, model.dtype, shape, prompt, key)
+    dtype = jnp.dtype(config.cache_dtype or model.dtype)
+    return decode_state.empty(model.config, dtype, shape, prompt, key)
 
   def read(state, first):
     return decode_state.read(state, first, SEGMENT + 1)

@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-
 # Tokens of a block, near the square root of large vocabularies.
 _BLOCK = 256
 

@@ -21,6 +21,7 @@ import tqdm
 
 from prefix_distill import sharding
 from prefix_distill.config import Config
+from prefix_distill.data import prompts as prompts_lib
 from prefix_distill.distill import prefix_length
 from prefix_distill.evaluate import evaluator
 from prefix_distill.models import hf_export
@@ -172,6 +173,7 @@ class Run:
     clock = _Clock()
     cap = prefix_length.cap(self.config, step)
     prompts, completions = next(self.setup.data)
+    prompts = prompts_lib.trim(prompts, self.config.data)
     prompts = sharding.global_batch(prompts, self.setup.mesh)
     if self.config.method == "sft":
       batch, scores = prompts, None

@@ -48,9 +48,12 @@ class Programs:
         out_shardings=sharding.decode_params(layout, setup.mesh),
     )
     self._prefill = Program(sampler.prefill, 3, out_shardings=rollout_state)
+    # The cache of the prefill is written on; a longer one takes its place for
+    # each bucket after the first.
     self._decode = Program(
         sampler.decode, 3, out_shardings=rollout_state, donate_argnums=4
     )
+    self._grow = Program(sampler.decode, 3, out_shardings=rollout_state)
     self._any_live = jax.jit(
         lambda state: jnp.any(state.live), out_shardings=self._replicated
     )
@@ -117,7 +120,15 @@ class Programs:
     Returns:
       Rollouts [B * per_prompt, P], P the smallest bucket that holds the cap,
       or all answers if they have ended before.
+
+    Raises:
+      ValueError: no bucket of the run holds the cap.
     """
+    if cap > self._buckets[-1]:
+      raise ValueError(
+          f"The cap is {cap}, but the run's longest prefix is"
+          f" {self._buckets[-1]}; sample with that at most."
+      )
     setup, config = self._setup, self._sampler_config()
     prompt = batch.tokens.shape[1]
     draw = decode_state.Draw.of(cap, setup.config.rollout.temperature)
@@ -130,7 +141,7 @@ class Programs:
     for bucket in self._buckets:
       until = min(cap, bucket)
       if until > drawn:
-        state = self._decode(
+        state = self._decoder(bucket)(
             setup.student, config, prompt + bucket, layout, state, draw,
             decode_state.count(until - drawn),
         )  # fmt: skip
@@ -147,7 +158,11 @@ class Programs:
         num_tokens=setup.chat.num_tokens,
         per_prompt=spec.per_prompt,
         truncation=Truncation(spec.top_k, spec.top_p),
+        cache_dtype=spec.cache_dtype,
     )
+
+  def _decoder(self, bucket: int) -> Program:
+    return self._decode if bucket == self._buckets[0] else self._grow
 
   def repeat(self, batch: PromptBatch) -> PromptBatch:
     """Repeats each prompt for its rollouts."""
@@ -244,7 +259,7 @@ class Programs:
     layout = self._layout.compile(train_state.params)
     batch = self._repeat.compile(config.per_prompt, batch)
     for bucket in self._buckets:
-      state = self._decode.compile(
+      state = self._decoder(bucket).compile(
           setup.student, config, prompt + bucket, layout, state, draw,
           decode_state.count(1),
       )  # fmt: skip
@@ -262,7 +277,9 @@ class Programs:
   def compilations(self) -> dict[str, int]:
     """How many compiled programs each phase has used so far."""
     return {
-        "compilations_sample": self._prefill.used + self._decode.used,
+        "compilations_sample": sum(
+            p.used for p in (self._prefill, self._decode, self._grow)
+        ),
         "compilations_score": self._score.used,
         "compilations_update": self._update.used,
     }

@@ -1,0 +1,56 @@
+"""Loads a model and prints the peak of its own memory: load_memory.py DIR.
+
+Prints a JSON object: bytes of the weights, of the largest file, and by how
+much anonymous memory grew at its highest. Files that are mapped do not count,
+for the system takes their pages back when it wants to.
+"""
+
+import json
+import pathlib
+import sys
+import threading
+import time
+
+import jax
+
+from prefix_distill import sharding
+from prefix_distill.models import hf
+from prefix_distill.models.transformer import Model
+from prefix_distill.specs import MeshSpec
+
+
+def _anonymous() -> int:
+  for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+    if line.startswith("RssAnon:"):
+      return int(line.split()[1]) * 1024
+  raise RuntimeError("no RssAnon in /proc/self/status")
+
+
+def main() -> None:
+  directory = sys.argv[1]
+  mesh = sharding.make_mesh(MeshSpec())
+  model = Model(hf.read_config(directory), mesh=mesh)
+  shardings = sharding.param_shardings(model.abstract_params(), mesh)
+  jax.block_until_ready(jax.numpy.ones(1))
+  before, peak, done = _anonymous(), [0], threading.Event()
+
+  def watch() -> None:
+    while not done.is_set():
+      peak[0] = max(peak[0], _anonymous())
+      time.sleep(0.001)
+
+  thread = threading.Thread(target=watch)
+  thread.start()
+  params = jax.block_until_ready(hf.load_params(directory, model, shardings))
+  done.set()
+  thread.join()
+  files = pathlib.Path(directory).glob("*.safetensors")
+  print(json.dumps({
+      "weights": sum(x.nbytes for x in jax.tree.leaves(params)),
+      "largest_file": max(file.stat().st_size for file in files),
+      "peak": peak[0] - before,
+  }))
+
+
+if __name__ == "__main__":
+  main()

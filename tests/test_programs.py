@@ -1,0 +1,121 @@
+"""The compiled phases of a run: how many there are, and when they compile."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+import toys
+
+from prefix_distill import sharding
+from prefix_distill.distill import prefix_length
+from prefix_distill.models.transformer import Model
+from prefix_distill.specs import DatasetSpec
+from prefix_distill.specs import DataSpec
+from prefix_distill.specs import MeshSpec
+from prefix_distill.specs import PrefixSpec
+from prefix_distill.specs import RolloutSpec
+from prefix_distill.train import setup as setup_lib
+from prefix_distill.train.programs import Programs
+
+_ROWS, _PROMPT = 4, 5
+
+
+def _make(**changes):
+  """Programs of toy models, with a student's state and a batch."""
+  mesh = sharding.make_mesh(MeshSpec(), jax.devices()[:1])
+  task = DatasetSpec("math_task", answer="answer", size=1)
+  config = toys.run_config(
+      "student", "teacher", data=DataSpec(task, _ROWS, _PROMPT), **changes
+  )
+  student, teacher = (
+      Model(toys.model_config(num_layers=1), mesh=mesh) for _ in range(2)
+  )
+  chat = types.SimpleNamespace(num_tokens=toys.NUM_TOKENS, pad_id=toys.PAD)
+  setup = setup_lib.Setup(config, mesh, student, teacher, chat, (), None, {})
+  programs = Programs(setup)
+  shardings = sharding.param_shardings(student.abstract_params(), mesh)
+  params, teacher_params = (
+      jax.device_put(student.init(jax.random.key(seed)), shardings)
+      for seed in (0, 1)
+  )
+  batch = jax.tree.map(np.asarray, toys.prompts(_ROWS, _PROMPT))
+  batch = sharding.global_batch(batch, mesh)
+  return config, programs, programs.init(params), teacher_params, batch
+
+
+def _update(programs, state, teacher_params, prompts, cap):
+  rollout = programs.sample(state.params, prompts, jax.random.key(cap), cap)
+  batch = programs.repeat(prompts)
+  scores = programs.score(teacher_params, batch, rollout)
+  state, metrics = programs.update(
+      state, teacher_params, batch, rollout, scores
+  )
+  assert np.isfinite(metrics["kl"])
+  return state, rollout
+
+
+@pytest.fixture(scope="module")
+def schedule():
+  """Sixty updates of the paper's schedule, at a sixty-fourth of its length."""
+  config, programs, state, teacher_params, batch = _make(
+      steps=60,
+      prefix=PrefixSpec(
+          start=1, increment=4, buckets=(4, 8, 16, 32, 64, 128, 256)
+      ),
+      rollout=RolloutSpec(per_prompt=1, max_len=256),
+  )
+  programs.compile_ahead(jax.random.key(0), teacher_params)
+  programs._thread.join()
+  ahead = _compiled(programs)
+  caps = []
+  for step in range(config.steps):
+    cap = prefix_length.cap(config, step)
+    state, rollout = _update(programs, state, teacher_params, batch, cap)
+    assert rollout.mask.sum(axis=1).max() == cap
+    caps.append(cap)
+  assert caps[-1] == 237
+  return programs, ahead
+
+
+def _compiled(programs):
+  parts = (programs._prefill, programs._decode, programs._grow,
+           programs._score, programs._update, programs._cut, programs._layout)  # fmt: skip
+  return [len(part._compiled) for part in parts]
+
+
+def test_the_papers_schedule_compiles_at_most_eight_programs_a_phase(schedule):
+  programs, _ = schedule
+  assert programs.compilations() == {
+      "compilations_sample": 8,
+      "compilations_score": 7,
+      "compilations_update": 7,
+  }
+
+
+def test_what_was_compiled_ahead_is_what_runs(schedule):
+  programs, ahead = schedule
+  assert ahead == [1, 1, 6, 7, 7, 7, 1] == _compiled(programs)
+
+
+def test_a_cap_above_the_runs_longest_prefix_is_refused(schedule):
+  programs, _ = schedule
+  with pytest.raises(ValueError, match="cap is 257, .* longest prefix is 256"):
+    programs.sample(None, None, None, 257)
+
+
+def test_rollouts_that_end_early_are_cut_to_a_shorter_bucket():
+  config, programs, state, teacher_params, batch = _make(
+      method="full",
+      prefix=PrefixSpec(buckets=(4, 16)),
+      rollout=RolloutSpec(per_prompt=2, max_len=16),
+  )
+  state, rollout = _update(programs, state, teacher_params, batch, 16)
+  assert rollout.tokens.shape == (2 * _ROWS, 16)
+  # Every token ends an answer.
+  programs._setup = types.SimpleNamespace(
+      **vars(programs._setup) | {"stop_ids": tuple(range(toys.NUM_TOKENS))}
+  )
+  rollout = programs.sample(state.params, batch, jax.random.key(0), 16)
+  assert rollout.tokens.shape == (2 * _ROWS, 4)
+  assert rollout.mask.sum() == 2 * _ROWS
