@@ -538,6 +538,8 @@ def test_loading_needs_one_shard_above_the_models_size(tmp_path, monkeypatch):
   hf_export.export(
       params, str(source), "bundled:teacher", directory, "float32"
   )
+  # Or malloc would keep freed blocks of up to 32 MB, much at this size.
+  monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**20))
   process = toys.start("load_memory.py", str(directory), devices=1)
   (printed,) = toys.finish([process], seconds=120)
   found = json.loads(printed)

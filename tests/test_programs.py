@@ -79,8 +79,10 @@ def schedule():
 
 
 def _compiled(programs):
-  parts = (programs._prefill, programs._decode, programs._grow,
-           programs._score, programs._update, programs._cut, programs._layout)  # fmt: skip
+  parts = (
+      programs._prefill, programs._decode, programs._grow, programs._score,
+      programs._update, programs._cut, programs._layout,
+  )  # fmt: skip
   return [len(part._compiled) for part in parts]
 
 

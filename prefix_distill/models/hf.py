@@ -236,7 +236,10 @@ def load_params(
         out[i] = read(name, index[1:])
       return out
 
-    return jax.make_array_from_callback(leaf.shape, sharding, block)
+    # One parameter at a time, or several blocks would wait in host memory.
+    return jax.block_until_ready(
+        jax.make_array_from_callback(leaf.shape, sharding, block)
+    )
 
   return jax.tree_util.tree_map_with_path(
       load, model.abstract_params(), shardings
