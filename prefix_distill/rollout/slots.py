@@ -97,8 +97,8 @@ class Engine:
         self._rows, prompts.tokens.shape[1], table.columns, key
     )
     while waiting or table.busy:
-      while waiting and (table.num_free >= self._refill or not table.busy):
-        size = min(self._refill, len(waiting), table.num_free)
+      while waiting and table.num_free >= min(self._refill, len(waiting)):
+        size = min(self._refill, len(waiting))
         numbers = [waiting.pop() for _ in range(size)]
         state = self._insert(state, prompts, numbers, table, key, draw)
       columns = table.next_columns()

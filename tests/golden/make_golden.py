@@ -68,6 +68,15 @@ def _randomise(model: torch.nn.Module, generator: torch.Generator) -> None:
         parameter.copy_(1.5 * noise * parameter.shape[-1] ** -0.5)
 
 
+def _inputs(tokens: np.ndarray, mask: np.ndarray) -> dict[str, torch.Tensor]:
+  attention = torch.from_numpy(mask).long()
+  return {
+      "input_ids": torch.from_numpy(tokens).long(),
+      "attention_mask": attention,
+      "position_ids": (attention.cumsum(1) - 1).clamp(min=0),
+  }
+
+
 @torch.no_grad()
 def expected(
     model: transformers.PreTrainedModel, tokens: np.ndarray, mask: np.ndarray
@@ -79,16 +88,11 @@ def expected(
     tokens: [B, S], padded on the left.
     mask: bool [B, S].
   """
-  inputs = torch.from_numpy(tokens).long()
-  attention = torch.from_numpy(mask).long()
-  positions = (attention.cumsum(1) - 1).clamp(min=0)
-  out = model(
-      input_ids=inputs, attention_mask=attention, position_ids=positions,
-      output_hidden_states=True,
-  )  # fmt: skip
+  inputs = _inputs(tokens, mask)
+  out = model(**inputs, output_hidden_states=True)
   greedy = model.generate(
-      inputs, attention_mask=attention, do_sample=False,
-      max_new_tokens=NEW_TOKENS,
+      inputs["input_ids"], attention_mask=inputs["attention_mask"],
+      do_sample=False, max_new_tokens=NEW_TOKENS,
   )  # fmt: skip
   return {
       "tokens": tokens,
@@ -109,17 +113,15 @@ def gradients(
     tokens: [B, S], padded on the left.
     mask: bool [B, S].
   """
-  inputs = torch.from_numpy(tokens).long()
-  attention = torch.from_numpy(mask).long()
-  positions = (attention.cumsum(1) - 1).clamp(min=0)
+  inputs = _inputs(tokens, mask)
   model.zero_grad()
-  logits = model(
-      input_ids=inputs, attention_mask=attention, position_ids=positions
-  ).logits
+  logits = model(**inputs).logits
   losses = torch.nn.functional.cross_entropy(
-      logits[:, :-1].flatten(0, 1), inputs[:, 1:].flatten(), reduction="none"
+      logits[:, :-1].flatten(0, 1),
+      inputs["input_ids"][:, 1:].flatten(),
+      reduction="none",
   )
-  torch.sum(losses * attention[:, :-1].flatten()).backward()
+  torch.sum(losses * inputs["attention_mask"][:, :-1].flatten()).backward()
   return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
