@@ -22,7 +22,7 @@ from prefix_distill.rollout import sampler
 from prefix_distill.structs import PromptBatch
 
 # Tokens between two looks at the rows.
-SEGMENT = 32
+SEGMENT = 16
 # Of the rows, that are given to new prompts at a time: with few, rows wait
 # less for each other to end; with many, prompts are read faster.
 _REFILL = 1 / 8

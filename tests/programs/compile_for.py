@@ -5,22 +5,33 @@ kernels' names and how often they appear.
 """
 
 import json
+import os
 import pathlib
 import re
 import sys
 
-import jax
-from jax.experimental import topologies
-import jax.numpy as jnp
-import numpy as np
+# As on a host of the machine; read when jax is imported.
+os.environ |= {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
+os.environ.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
 
-from prefix_distill import sharding
-from prefix_distill.models.config import ModelConfig
-from prefix_distill.models.config import RopeConfig
-from prefix_distill.models.transformer import Model
-from prefix_distill.rollout import decode_state
-from prefix_distill.rollout import sampler
-from prefix_distill.structs import PromptBatch
+import jax  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from prefix_distill import sharding  # noqa: E402
+from prefix_distill.models.config import ModelConfig  # noqa: E402
+from prefix_distill.models.config import RopeConfig  # noqa: E402
+from prefix_distill.models.transformer import Model  # noqa: E402
+from prefix_distill.rollout import decode_state  # noqa: E402
+from prefix_distill.rollout import sampler  # noqa: E402
+from prefix_distill.structs import PromptBatch  # noqa: E402
 
 _HERE = pathlib.Path(__file__).parent
 _KERNEL = re.compile(r'custom_call_target="([^"]+)"')
