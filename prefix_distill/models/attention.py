@@ -155,7 +155,7 @@ def cached(
   """Attends over a cache, with a float32 softmax.
 
   The cache's layout makes both products plain matrix products over contiguous
-  memory: on a CPU a decoded token costs a fifth of what it does with keys and
+  memory: on a CPU it takes a fifth of the time that it does with keys and
   values as they are projected.
 
   Args:

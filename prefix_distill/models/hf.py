@@ -16,6 +16,7 @@ import safetensors.numpy
 import transformers
 
 from prefix_distill import assets
+from prefix_distill import sharding
 from prefix_distill.errors import UserError
 from prefix_distill.models import config as model_config
 from prefix_distill.models import hf_names
@@ -214,8 +215,8 @@ def load_params(
   target = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
   head_dim = model.config.head_dim
 
-  def load(tree_path, leaf, sharding):
-    ours = jax.tree_util.keystr(tree_path, simple=True, separator="/")
+  def load(tree_path, leaf, placement):
+    ours = sharding.path_name(tree_path)
     layout = hf_names.NAMES[ours][1]
     names = hf_names.hf_names(ours, model.config.num_layers)
     stacked = ours.startswith("layers/")
@@ -238,7 +239,7 @@ def load_params(
 
     # One parameter at a time, or several blocks would wait in host memory.
     return jax.block_until_ready(
-        jax.make_array_from_callback(leaf.shape, sharding, block)
+        jax.make_array_from_callback(leaf.shape, placement, block)
     )
 
   return jax.tree_util.tree_map_with_path(

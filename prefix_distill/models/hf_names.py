@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from prefix_distill import sharding
+
 Index = tuple[slice, ...]
 
 
@@ -88,4 +90,4 @@ def hf_names(ours: str, num_layers: int) -> list[str]:
 def leaves(tree: Any) -> Iterator[tuple[str, Any]]:
   """Yields "layers/mlp/up" and the like, with the leaf."""
   for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-    yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
+    yield sharding.path_name(path), leaf

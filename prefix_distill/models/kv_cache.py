@@ -82,17 +82,24 @@ def repeat(cache: KVCache, times: int) -> KVCache:
   )
 
 
+def newest_numbers(newest: jax.Array, columns: int) -> jax.Array:
+  """Returns which column, counted without wrapping, each place of a ring holds.
+
+  Args:
+    newest: int32 [], the number of the newest column.
+    columns: M, of the ring.
+  """
+  return newest - (newest - jnp.arange(columns)) % columns
+
+
 def resize(cache: KVCache, columns: int) -> KVCache:
   """Moves the newest columns into a ring of another size.
 
   Every row's tokens must fit into the smaller of the two.
   """
-  # Column j of the new ring is the newest one that was written with that
-  # remainder.
-  age = (cache.written - 1 - jnp.arange(columns)) % columns
-  number = cache.written - 1 - age
+  number = newest_numbers(cache.written - 1, columns)
   source = number % cache.columns
-  kept = (age < cache.columns) & (number >= 0)
+  kept = (number >= cache.written - cache.columns) & (number >= 0)
   return KVCache(
       keys=tuple(jnp.take(x, source, axis=3) for x in cache.keys),
       values=tuple(jnp.take(x, source, axis=2) for x in cache.values),
@@ -110,10 +117,10 @@ def insert(cache: KVCache, prompts: KVCache, slots: jax.Array) -> KVCache:
     slots: int32 [R], the rows to replace; B or more for a prompt that is not
       to be inserted.
   """
-  # Which column of the prompt lies in column j of the ring, if any.
-  length = prompts.columns
-  age = (cache.written - 1 - jnp.arange(cache.columns)) % cache.columns
-  source = jnp.clip(length - 1 - age, 0)
+  # Which column of the prompt lies in each place of the ring; below 0, none.
+  start = cache.written - prompts.columns
+  number = newest_numbers(cache.written - 1, cache.columns) - start
+  source = jnp.maximum(number, 0)
 
   def place(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
     rows = jnp.take(new, source, axis=axis)
@@ -123,7 +130,7 @@ def insert(cache: KVCache, prompts: KVCache, slots: jax.Array) -> KVCache:
   keys = tuple(place(old, new, 3) for old, new in pairs)
   pairs = zip(cache.values, prompts.values, strict=True)
   values = tuple(place(old, new, 2) for old, new in pairs)
-  mask = jnp.take(prompts.mask, source, axis=1) & (age < length)
+  mask = jnp.take(prompts.mask, source, axis=1) & (number >= 0)
   return KVCache(
       keys, values, cache.mask.at[slots].set(mask, mode="drop"), cache.written
   )

@@ -1,6 +1,6 @@
 """One decoder-only transformer for the Qwen3, Qwen2 and Llama families.
 
-NNX modules describe a layer; `build` turns the description into pure functions
+NNX modules describe a layer; `Model` turns the description into pure functions
 over nested dicts of arrays, with the layers stacked along a leading axis so
 that one `jax.lax.scan` runs (and compiles) them all.
 """

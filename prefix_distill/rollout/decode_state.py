@@ -186,8 +186,7 @@ def resize(state: DecodeState, columns: int) -> DecodeState:
   ring = state.cache.columns
   if ring == columns:
     return state
-  newest = state.cache.written
-  source = (newest - (newest - jnp.arange(columns)) % columns) % ring
+  source = kv_cache.newest_numbers(state.cache.written, columns) % ring
   tokens, log_probs, choices = (
       jnp.take(x, source, axis=1)
       for x in (state.tokens, state.log_probs, state.choice_log_probs)
