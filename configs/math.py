@@ -145,20 +145,22 @@ def _qwen3(size: str) -> config_lib.Config:
       method="prefix",
       steps=60,
       student=specs.ModelSpec(
-          f"Qwen/Qwen3-{size}-Base", compute_dtype="bfloat16", remat=True
+          f"Qwen/Qwen3-{size}-Base", compute_dtype="bfloat16", remat="full"
       ),
       teacher=specs.ModelSpec(
           "Qwen/Qwen3-8B", compute_dtype="bfloat16", param_dtype="bfloat16"
       ),
       data=specs.DataSpec(questions, batch_size=512, max_prompt_len=512),
-      rollout=recipe.RolloutSpec(per_prompt=4, max_len=16_384),
+      rollout=recipe.RolloutSpec(
+          per_prompt=4, max_len=16_384, batch_tokens=2**21
+      ),
       prefix=recipe.PrefixSpec(
           start=1,
           increment=256,
           buckets=(256, 512, 1024, 2048, 4096, 8192, 16_384),
       ),
       optimizer=specs.OptimizerSpec(
-          learning_rate=5e-5, warmup_steps=2, accumulation=32
+          learning_rate=5e-5, warmup_steps=2, batch_tokens=2**19
       ),
       evaluation=specs.EvaluationSpec(
           sets=dict(benchmarks.SETS),

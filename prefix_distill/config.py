@@ -84,12 +84,10 @@ class Config:
         f" {self.rollout.max_len}; lower the first or raise the second.",
     )
     self._check_source()
-    rows = self.rollouts_per_step
     errors.check(
-        self.data.batch_size % self.optimizer.accumulation == 0,
-        f"data.batch_size is {self.data.batch_size}, not divisible by"
-        f" optimizer.accumulation {self.optimizer.accumulation}; change one so"
-        f" that the {rows} rollouts split evenly.",
+        not self.student.offload,
+        "student.offload is True, but the student is never idle; set it to"
+        " False (optimizer.offload keeps its moments in the host's memory).",
     )
 
   def _check_source(self) -> None:

@@ -14,6 +14,7 @@ FORMS = ("exact", "policy_gradient", "direct")
 SOURCES = ("student", "teacher", "data")
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 DTYPES = ("float32", "bfloat16")
+REMATS = ("none", "full", "dots")
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -123,6 +124,8 @@ class RolloutSpec:
     top_k: draw only from so many of the most probable tokens; 0 for all.
     top_p: draw only from the most probable tokens that together reach this
       probability; 1 for all. The loss compares the whole distributions.
+    batch_tokens: tokens of prompts and prefixes that are sampled at a time,
+      over all devices: what bounds the memory of keys and values. 0: all.
   """
 
   per_prompt: int
@@ -133,6 +136,7 @@ class RolloutSpec:
   cache_dtype: str = ""
   top_k: int = 0
   top_p: float = 1.0
+  batch_tokens: int = 0
 
   def __post_init__(self):
     one_of("rollout.cache_dtype", self.cache_dtype, ("", *DTYPES))
@@ -145,6 +149,7 @@ class RolloutSpec:
     errors.at_least(
         "rollout", {"per_prompt": self.per_prompt, "max_len": self.max_len}, 1
     )
+    errors.at_least("rollout", {"batch_tokens": self.batch_tokens}, 0)
     errors.check(
         self.temperature > 0,
         f"rollout.temperature is {self.temperature}; training samples, so set"

@@ -1,11 +1,14 @@
 """The device mesh, and the one table that says how parameters lie on it."""
 
+from collections.abc import Callable
 from collections.abc import Sequence
+import functools
 import math
 import re
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 import numpy as np
 
 from prefix_distill.errors import ConfigError
@@ -35,8 +38,13 @@ def make_mesh(
 ) -> jax.sharding.Mesh:
   """Builds the `(data, fsdp, tensor)` mesh over all devices.
 
+  Of a pod of several slices, each holds whole rows of the data axis: weights
+  and heads are split within a slice alone, for the network between slices is
+  slow and what the data axis sends is little.
+
   Raises:
-    ConfigError: the sizes do not multiply to the number of devices.
+    ConfigError: the sizes do not multiply to the number of devices, or the
+      data axis does not split over the slices.
   """
   devices = jax.devices() if devices is None else devices
   count, rest = len(devices), spec.fsdp * spec.tensor
@@ -47,26 +55,43 @@ def make_mesh(
         f" {spec.tensor}, which does not fill the {count} devices here; change"
         " mesh so that the product is the number of devices."
     )
+  names, kinds = ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3
+  # GPUs have the index as well, one for each host, but there the order of the
+  # devices says it all.
+  slices = {getattr(d, "slice_index", 0) for d in devices}
+  if len(slices) > 1:
+    grid = _over_slices((data, spec.fsdp, spec.tensor), len(slices), devices)
+    return jax.sharding.Mesh(grid, names, axis_types=kinds)
   return jax.make_mesh(
-      (data, spec.fsdp, spec.tensor),
-      ("data", "fsdp", "tensor"),
-      axis_types=(jax.sharding.AxisType.Auto,) * 3,
-      devices=devices,
+      (data, spec.fsdp, spec.tensor), names, axis_types=kinds, devices=devices
   )
 
 
-def check_batch(
-    name: str, rows: int, mesh: jax.sharding.Mesh, accumulation: int = 1
-) -> None:
-  """Raises ConfigError unless a batch splits evenly over the mesh."""
-  shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * accumulation
-  if rows % shards:
-    parts = f"mesh data x fsdp = {shards // accumulation}"
-    if accumulation > 1:
-      parts += f" times optimizer.accumulation = {accumulation}"
+def _over_slices(
+    shape: tuple[int, int, int], slices: int, devices: Sequence[jax.Device]
+) -> np.ndarray:
+  """Returns the devices, with slice after slice along the data axis."""
+  data, fsdp, tensor = shape
+  if data % slices:
     raise ConfigError(
-        f"{name} is {rows}, which is not divisible by {shards} ({parts});"
-        f" set it to {math.ceil(rows / shards) * shards}."
+        f"mesh data x fsdp x tensor is {data} x {fsdp} x {tensor} on {slices}"
+        " slices, and the data axis has to split evenly over them; make"
+        f" mesh.data a multiple of {slices}, so that mesh.fsdp x mesh.tensor"
+        f" fits into the {len(devices) // slices} devices of a slice."
+    )
+  return mesh_utils.create_hybrid_device_mesh(
+      (data // slices, fsdp, tensor), (slices, 1, 1), devices,
+      allow_split_physical_axes=True,
+  )  # fmt: skip
+
+
+def check_batch(name: str, rows: int, mesh: jax.sharding.Mesh) -> None:
+  """Raises ConfigError unless a batch splits evenly over the mesh."""
+  shards = batch_shards(mesh)
+  if rows % shards:
+    raise ConfigError(
+        f"{name} is {rows}, which is not divisible by {shards} (mesh data x"
+        f" fsdp); set it to {math.ceil(rows / shards) * shards}."
     )
 
 
@@ -128,6 +153,51 @@ def with_shardings(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
   )
 
 
+def _without_fsdp(spec: PartitionSpec) -> PartitionSpec:
+  return PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather(
+    mesh: jax.sharding.Mesh, spec: PartitionSpec, x: jax.Array
+) -> jax.Array:
+  """Gathers a weight over `fsdp`; its gradient is scattered again.
+
+  Said outright, for left to itself the partitioner gathers the weight twice in
+  the backward pass, for the layer that is computed again and for its
+  derivative, and may sum up whole gradients before it cuts them.
+  """
+  place = jax.sharding.NamedSharding(mesh, _without_fsdp(spec))
+  return jax.lax.with_sharding_constraint(x, place)
+
+
+def _scatter(
+    mesh: jax.sharding.Mesh, spec: PartitionSpec, _: None, gradient: jax.Array
+) -> tuple[jax.Array]:
+  place = jax.sharding.NamedSharding(mesh, spec)
+  return (jax.lax.with_sharding_constraint(gradient, place),)
+
+
+_gather.defvjp(lambda mesh, spec, x: (_gather(mesh, spec, x), None), _scatter)
+
+
+def gather_layer(layer: Any, mesh: jax.sharding.Mesh | None) -> Any:
+  """Gathers one layer's weights over `fsdp`, to be used on all rows.
+
+  Args:
+    layer: parameters without the stack's axis, in the dtype to send.
+    mesh: the device mesh; None for one device.
+  """
+  if mesh is None or mesh.shape["fsdp"] == 1:
+    return layer
+
+  def gather(path, x):
+    spec = partition(path_name(path), x.shape, mesh)
+    return _gather(mesh, spec, x) if "fsdp" in spec else x
+
+  return jax.tree_util.tree_map_with_path(gather, layer)
+
+
 def decode_params(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
   """Returns where weights lie while decoding: not split over `fsdp`.
 
@@ -136,10 +206,42 @@ def decode_params(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
   """
 
   def gathered(sharding: jax.sharding.NamedSharding):
-    axes = (None if axis == "fsdp" else axis for axis in sharding.spec)
-    return jax.sharding.NamedSharding(mesh, PartitionSpec(*axes))
+    return jax.sharding.NamedSharding(mesh, _without_fsdp(sharding.spec))
 
   return jax.tree.map(gathered, param_shardings(abstract, mesh))
+
+
+def batch_shards(mesh: jax.sharding.Mesh) -> int:
+  """Returns how many parts a batch is split into."""
+  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def on_host(shardings: Any) -> Any:
+  """Returns the same places in the memory of the devices' hosts."""
+  return jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), shardings)
+
+
+def on_device(shardings: Any) -> Any:
+  """Returns the same places in the devices' own memory."""
+  return jax.tree.map(
+      lambda s: jax.sharding.NamedSharding(s.mesh, s.spec), shardings
+  )
+
+
+def moved(move: Callable[[Any], Any], abstract: Any) -> Any:
+  """Applies `on_host` or `on_device` to a tree of shapes with shardings."""
+  return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(
+          x.shape, x.dtype, sharding=move(x.sharding)
+      ),
+      abstract,
+  )
+
+
+def abstract_key(mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
+  """Returns the shape of what `replicate_key` returns."""
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
 
 
 def replicate_key(key: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:

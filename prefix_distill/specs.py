@@ -26,7 +26,10 @@ class ModelSpec:
     compute_dtype: "float32" or "bfloat16"; activations and caches.
     param_dtype: what the weights are kept in. The student's are the master
       weights that the optimizer updates.
-    remat: recompute each layer in the backward pass.
+    remat: what the backward pass computes again instead of keeping it: "none",
+      "full" (each layer) or "dots" (all but the products with weights).
+    offload: keep the weights in the host's memory while the student samples;
+      for a teacher.
     random_init: take only the architecture and the tokenizer from `path`.
     tokenizer: a model whose tokenizer, template and stop tokens to use
       instead of those of `path`.
@@ -35,13 +38,15 @@ class ModelSpec:
   path: str
   compute_dtype: str = "float32"
   param_dtype: str = "float32"
-  remat: bool = False
+  remat: str = "none"
+  offload: bool = False
   random_init: bool = False
   tokenizer: str = ""
 
   def __post_init__(self):
     for name in ("compute_dtype", "param_dtype"):
       recipe.one_of(f"A model's {name}", getattr(self, name), recipe.DTYPES)
+    recipe.one_of("A model's remat", self.remat, recipe.REMATS)
 
   @property
   def tokenizer_path(self) -> str:
@@ -204,7 +209,11 @@ class OptimizerSpec:
     weight_decay: on matrices only.
     clip_norm: of the whole gradient; 0 for none.
     b1, b2: moments.
-    accumulation: micro-batches per update.
+    batch_tokens: tokens of prompts and prefixes that are scored and
+      differentiated at a time, over all devices; an update with more goes
+      through the memory in parts. 0: all at a time. `python -m
+      prefix_distill.plan` finds what fits.
+    offload: keep the moments in the host's memory between updates.
   """
 
   learning_rate: float
@@ -215,7 +224,8 @@ class OptimizerSpec:
   clip_norm: float = 1.0
   b1: float = 0.9
   b2: float = 0.999
-  accumulation: int = 1
+  batch_tokens: int = 0
+  offload: bool = False
 
   def __post_init__(self):
     recipe.one_of("optimizer.decay", self.decay, ("constant", "cosine"))
@@ -223,11 +233,11 @@ class OptimizerSpec:
         self.learning_rate > 0,
         f"optimizer.learning_rate is {self.learning_rate}; set it above 0.",
     )
-    errors.at_least("optimizer", {"accumulation": self.accumulation}, 1)
     errors.at_least(
         "optimizer",
         {
             "warmup_steps": self.warmup_steps,
+            "batch_tokens": self.batch_tokens,
             "clip_norm": self.clip_norm,
             "weight_decay": self.weight_decay,
         },

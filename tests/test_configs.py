@@ -104,7 +104,8 @@ def test_the_qwen3_config_updates_toy_directories(tmp_path):
   settings.rollout.max_len = settings.evaluation.max_len = 24
   settings.prefix.increment = 16
   settings.prefix.buckets = (24,)
-  settings.optimizer.accumulation = 2
+  settings.optimizer.batch_tokens = 1024
+  settings.rollout.batch_tokens = 1024
   settings.mesh.fsdp = 1
   settings.evaluation.batch_size = 16
   for name, spec in settings.evaluation.sets.items():

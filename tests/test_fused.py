@@ -187,10 +187,10 @@ def test_logits_exist_for_one_chunk_at_a_time():
 
 
 def test_chunks_are_even_and_keep_to_the_memory():
-  assert fused._chunks(100, 1000, 10 * 16_000) == (10, 10)
-  assert fused._chunks(100, 1000, 40 * 16_000) == (3, 34)
-  assert fused._chunks(100, 1000, 1) == (100, 1)
-  assert fused._chunks(7, 1000, 2**40) == (1, 7)
+  assert fused.chunks(100, 1000, 10 * 16_000) == (10, 10)
+  assert fused.chunks(100, 1000, 40 * 16_000) == (3, 34)
+  assert fused.chunks(100, 1000, 1) == (100, 1)
+  assert fused.chunks(7, 1000, 2**40) == (1, 7)
 
 
 def test_positions_that_are_padding_in_all_rows_are_left_out():

@@ -19,14 +19,14 @@ ORDER = (
     {"recipe"},
     {"specs"},
     {"config", "sharding"},
-    {"config_dict"},
+    {"config_dict", "processes"},
     {"models"},
     {"data", "rollout", "report"},
     {"distill"},
     {"evaluate"},
-    {"train", "preflight"},
+    {"train", "preflight", "distributed"},
     {"command_line"},
-    {"main", "analyze"},
+    {"main", "analyze", "plan"},
     {"reproduce"},
 )
 RANK = {part: i for i, parts in enumerate(ORDER) for part in parts}

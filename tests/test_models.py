@@ -250,7 +250,8 @@ def test_no_gradient_reaches_later_positions(family):
   assert (reached[np.tril_indices(_LENGTH)] > 1e-4).all()
 
 
-def test_remat_changes_no_gradient():
+@pytest.mark.parametrize("policy", ["full", "dots"])
+def test_remat_changes_no_gradient(policy):
   params = _params("llama")
 
   def gradient(model):
@@ -261,7 +262,7 @@ def test_remat_changes_no_gradient():
     return jax.jit(jax.grad(loss))
 
   plain = gradient(_MODELS["llama"])
-  remat = gradient(dataclasses.replace(_MODELS["llama"], remat=True))
+  remat = gradient(dataclasses.replace(_MODELS["llama"], remat=policy))
   assert "remat" not in str(jax.make_jaxpr(plain)(params))
   assert "remat" in str(jax.make_jaxpr(remat)(params))
   wanted, found = plain(params), remat(params)

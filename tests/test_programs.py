@@ -65,7 +65,7 @@ def _make(stop_ids=(), own=0, **changes):
 
 def _update(programs, state, teacher_params, prompts, cap):
   rollout = programs.sample(state.params, prompts, jax.random.key(cap), cap)
-  batch = programs.repeat(prompts)
+  batch = programs.rows.repeat(prompts)
   scores = programs.score(teacher_params, batch, rollout)
   state, metrics = programs.update(
       state, teacher_params, batch, rollout, scores
@@ -84,7 +84,7 @@ def schedule():
       ),
       rollout=RolloutSpec(per_prompt=1, max_len=256),
   )
-  programs.compile_ahead(jax.random.key(0), teacher_params)
+  programs.compile_ahead(teacher_params)
   programs._thread.join()
   ahead = _compiled(programs)
   caps = []
@@ -101,7 +101,7 @@ def _compiled(programs):
   sampling = programs._sampling["student"]
   parts = (
       sampling._prefill, sampling._decode, sampling._grow, programs._score,
-      programs._update, sampling._cut, sampling._layout,
+      programs._gradient, sampling._cut, sampling._layout,
   )  # fmt: skip
   return [len(part._compiled) for part in parts]
 
@@ -127,7 +127,7 @@ def test_what_was_compiled_ahead_runs_with_prompts_of_the_teachers_own():
       prefix=PrefixSpec(start=1, increment=4, buckets=(4, 16)),
       rollout=RolloutSpec(per_prompt=2, max_len=16),
   )
-  programs.compile_ahead(jax.random.key(0), teacher_params)
+  programs.compile_ahead(teacher_params)
   programs._thread.join()
   ahead = _compiled(programs)
   for step in range(config.steps):

@@ -20,6 +20,7 @@ from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 from prefix_distill.structs import TeacherScores
 from prefix_distill.train import optimizer
+from prefix_distill.train import rows
 from prefix_distill.train import step as step_lib
 
 LENGTHS = [1, 3, 8, 8, 2, 5, 8, 1]
@@ -66,12 +67,18 @@ LOSS = LOSSES["exact"]
 def train_step(
     loss: step_lib.LossFn,
     normalize: str = "rollouts",
-    accumulation: int = 1,
+    parts: int = 1,
     tx: optax.GradientTransformation = SGD,
 ):
-  step = functools.partial(
-      step_lib.train_step, loss, tx, normalize, accumulation, MESH
-  )
+  """Returns an update that takes its rows in so many parts."""
+
+  def step(state, teacher_head, inputs):
+    total = None
+    for i in range(parts):
+      part = rows.take(parts, MESH, inputs, i)
+      total = step_lib.gradient(loss, state.params, teacher_head, part, total)
+    return step_lib.apply(tx, normalize, state, total)
+
   return jax.jit(step)
 
 
@@ -281,9 +288,9 @@ def test_the_sampled_form_has_the_exact_gradient_in_expectation():
 
 
 @pytest.mark.parametrize(
-    "normalize, accumulations", [("rollouts", (1, 2, 4)), ("tokens", (2, 4))]
+    "normalize, counts", [("rollouts", (1, 2, 4)), ("tokens", (2, 4))]
 )
-def test_accumulation_does_not_change_the_update(normalize, accumulations):
+def test_parts_do_not_change_the_update(normalize, counts):
   if normalize == "rollouts":
     loss, count, scores = LOSS, len(LENGTHS), score("exact", ROLLOUT)
     _, sums, grads = loss_and_gradients(ROLLOUT, scores)
@@ -299,8 +306,8 @@ def test_accumulation_does_not_change_the_update(normalize, accumulations):
   wanted = jax.tree.map(lambda p, g: p - g / count, PARAMS, grads)
   norm = optax.global_norm(grads) / count
   state = step_lib.init_state(PARAMS, SGD)
-  for accumulation in accumulations:
-    after, metrics = train_step(loss, normalize, accumulation)(
+  for parts in counts:
+    after, metrics = train_step(loss, normalize, parts)(
         state, TEACHER_HEAD, (PROMPTS, ROLLOUT, scores)
     )
     assert int(after.step) == 1

@@ -61,7 +61,7 @@ class _Trainer:
         self._state.params, batch, jax.random.key(0),
         self._config.prefix.length,
     )  # fmt: skip
-    batch = self._programs.repeat(batch)
+    batch = self._programs.rows.repeat(batch)
     scores = self._programs.score(self._teacher, batch, rollout)
     self._state, metrics = self._programs.update(
         self._state, self._teacher, batch, rollout, scores

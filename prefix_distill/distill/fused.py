@@ -201,7 +201,7 @@ def _local(
   """One device's part: its rows, and its rows of the heads."""
   rows, length = weights.shape
   states = (hidden, other_hidden)
-  count, size = _chunks(rows * length, head.shape[0], memory)
+  count, size = chunks(rows * length, head.shape[0], memory)
 
   def split(x: jax.Array) -> jax.Array:
     # Positions first: the last ones are padding in all rows, and left out.
@@ -233,7 +233,7 @@ def _local(
   return value, metrics, (d_hidden, d_head.astype(head.dtype))
 
 
-def _chunks(tokens: int, vocabulary: int, memory: int) -> tuple[int, int]:
+def chunks(tokens: int, vocabulary: int, memory: int) -> tuple[int, int]:
   """Returns how many chunks of how many tokens keep to the memory."""
   most = max(memory // (4 * _COPIES * vocabulary), 1)
   count = math.ceil(tokens / most)

@@ -25,6 +25,7 @@ _LANES = 128
 _SPLASH_BLOCK = 512
 # The widest head of cuDNN's kernel on every GPU that has it.
 _CUDNN_HEAD_DIM = 128
+_CUDNN_BLOCK = 64
 
 
 def causal(
@@ -119,9 +120,17 @@ def _round_up(size: int) -> int:
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   """CuDNN's fused attention."""
-  return jax.nn.dot_product_attention(
+  length = q.shape[1]
+  # It takes no odd lengths; what is added on the right, no position looks at.
+  padded = math.ceil(length / _CUDNN_BLOCK) * _CUDNN_BLOCK
+  q, k, v = (
+      jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0)))
+      for x in (q, k, v)
+  )
+  out = jax.nn.dot_product_attention(
       q, k, v, is_causal=True, implementation="cudnn"
   )
+  return out[:, :length]
 
 
 def blocked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

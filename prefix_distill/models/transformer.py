@@ -13,7 +13,9 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from prefix_distill import sharding
 from prefix_distill.models import attention
+from prefix_distill.models import embedding
 from prefix_distill.models import kv_cache
 from prefix_distill.models import layers
 from prefix_distill.models.config import ModelConfig
@@ -22,6 +24,10 @@ from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 
 Params = dict[str, Any]
+_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +38,14 @@ class Model:
     config: the architecture.
     compute_dtype: what activations and the cache are kept in; parameters are
       cast as they are used.
-    remat: whether the backward pass recomputes each layer instead of keeping
-      its activations.
+    remat: what the backward pass computes again instead of keeping it, see
+      `ModelSpec`.
     mesh: the devices that whole sequences are computed on; None for one.
   """
 
   config: ModelConfig
   compute_dtype: str = "float32"
-  remat: bool = False
+  remat: str = "none"
   mesh: jax.sharding.Mesh | None = None
 
   @property
@@ -132,7 +138,8 @@ class Model:
     angles = positions * layers.rope_frequencies(c.rope, c.head_dim)
 
     def body(x, layer):
-      block = self._block(layer)
+      layer = jax.tree.map(lambda p: p.astype(self.dtype), layer)
+      block = self._block(sharding.gather_layer(layer, self.mesh))
       queries, keys, values = block.attention.project(
           block.attention_norm(x), angles
       )
@@ -141,9 +148,10 @@ class Model:
       x = x + block.mlp(block.mlp_norm(x))
       return x, (keys, values) if keep else (None, None)
 
-    if self.remat:
-      body = jax.checkpoint(body)
-    x = self._embed(params, tokens)
+    if self.remat != "none":
+      body = jax.checkpoint(body, policy=_POLICIES[self.remat])
+    table = params["embed"]["weight"]
+    x = embedding.look_up(table, tokens, self.dtype, self.mesh)
     x, (keys, values) = jax.lax.scan(body, x, params["layers"])
     return self._final_norm(params, x), keys, values
 
@@ -194,7 +202,7 @@ class Model:
     ahead = (new > jnp.arange(length)[:, None]) & (new < length)
     look = key_mask[:, None] & ~ahead
 
-    x = self._embed(params, tokens)
+    x = params["embed"]["weight"].astype(self.dtype)[tokens]
     all_keys, all_values = [], []
     for i, layer in enumerate(params["layers"]):
       block = self._block(layer)
@@ -209,9 +217,6 @@ class Model:
     written = cache.written + length
     cache = KVCache(tuple(all_keys), tuple(all_values), key_mask, written)
     return self._final_norm(params, x), cache
-
-  def _embed(self, params: Params, tokens: jax.Array) -> jax.Array:
-    return params["embed"]["weight"].astype(self.dtype)[tokens]
 
   def _block(self, params: Params) -> layers.Block:
     """Fills the described layer with parameters in the compute dtype."""

@@ -166,23 +166,29 @@ def forward(config: ModelConfig, prompts: Array, predicted: Array) -> float:
   return layers(config, prompts + fed) + head(config, predicted)
 
 
-def _recomputed(config: ModelConfig, lengths: Array) -> float:
-  """FLOPs of what `remat` computes again: the layers, but for one product.
+def _recomputed(config: ModelConfig, lengths: Array, remat: str) -> float:
+  """FLOPs of what `remat` computes again.
 
-  The last product of a layer, from mlp_dim to dim, gives what only the next
-  layer needs, and that kept it.
+  "full": the layers, but for one product. The last one of a layer, from
+  mlp_dim to dim, gives what only the next layer needs, and that kept it.
+  "dots": the two products of attention.
   """
+  if remat == "none":
+    return 0.0
+  products = 2.0 * _matrices(config) * float(np.sum(lengths))
+  if remat == "dots":
+    return layers(config, lengths) - products
   last = 2.0 * config.num_layers * config.dim * config.mlp_dim
   return layers(config, lengths) - last * float(np.sum(lengths))
 
 
 def _training(
-    student: ModelConfig, read: Array, learned: Array, remat: bool
+    student: ModelConfig, read: Array, learned: Array, remat: str
 ) -> dict[str, float]:
   """FLOPs of the update; a product's backward pass is two like it."""
   once = forward(student, read, learned)
   fed = np.asarray(read, float) + np.maximum(np.asarray(learned) - 1, 0)
-  again = _recomputed(student, fed) if remat else 0.0
+  again = _recomputed(student, fed, remat)
   return {
       "forward": once,
       "backward": 2 * once + again,
@@ -202,7 +208,7 @@ def distillation(
     teacher: ModelConfig,
     lengths: Lengths,
     source: str = "student",
-    remat: bool = False,
+    remat: str = "none",
 ) -> StepFlops:
   """FLOPs of a distillation update, as this package computes it.
 
@@ -215,7 +221,7 @@ def distillation(
     teacher: its architecture.
     lengths: of the sequences.
     source: who sampled the answers: "student", "teacher" or, for none, "data".
-    remat: whether the backward pass computes layers again.
+    remat: what the backward pass computes again, see `ModelSpec`.
   """
   cost = StepFlops(
       score=forward(teacher, lengths.teacher_read, lengths.sampled),
@@ -235,7 +241,7 @@ def distillation(
 
 
 def supervised(
-    student: ModelConfig, lengths: Lengths, remat: bool = False
+    student: ModelConfig, lengths: Lengths, remat: str = "none"
 ) -> StepFlops:
   """FLOPs of a supervised update on given answers."""
   return StepFlops(**_training(student, lengths.read, lengths.learned, remat))

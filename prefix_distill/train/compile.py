@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent import futures
+import dataclasses
 import threading
 from typing import Any
 
@@ -42,6 +43,8 @@ class Program:
       **options: for `jax.jit`.
     """
     numbers = tuple(range(static))
+    self._function, self._options = function, options
+    self._out_shardings = options.get("out_shardings")
     self._jitted = jax.jit(function, static_argnums=numbers, **options)
     self._static = static
     self._lock = threading.Lock()
@@ -64,6 +67,46 @@ class Program:
         compiled.output_shardings,
     )
 
+  def lower(self, *args: Any) -> jax.stages.Lowered:
+    """Traces and lowers, for whoever wants to look at the program."""
+    return self.trace(*args).lower()
+
+  def trace(self, *args: Any) -> jax.stages.Traced:
+    """Traces for arguments of these shapes; the jaxpr is in the result."""
+    shapes = abstract(args[self._static :])
+    return self._jitted.trace(*args[: self._static], *shapes)
+
+  def beside(self, *args: Any, tree: Any) -> jax.stages.Traced:
+    """Traces with arrays lying by, so that the compiler leaves them room."""
+    options = dict(self._options)
+    donated = options.pop("donate_argnums", None)
+    if donated is not None:
+      options["donate_argnums"] = donated + 1
+
+    def function(_, *args):
+      return self._function(*args)
+
+    jitted = jax.jit(
+        function,
+        static_argnums=tuple(range(1, self._static + 1)),
+        keep_unused=True,
+        **options,
+    )
+    shapes = abstract(args[self._static :])
+    return jitted.trace(abstract(tree), *args[: self._static], *shapes)
+
+  def shapes(self, *args: Any) -> Any:
+    """Returns the results' shapes and places without compiling."""
+    shapes = self.trace(*args).out_info
+    place = self._out_shardings
+    return jax.tree.map(
+        lambda s, tree: jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree
+        ),
+        place,
+        shapes,
+    )
+
   @property
   def used(self) -> int:
     """How many compiled versions have been called."""
@@ -84,3 +127,22 @@ class Program:
         future.set_exception(error)
         raise
     return key, future.result()
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """A program of an update, and what it is called with.
+
+  Attributes:
+    name: "prefill", "layout", "decode", "score", "gradient" or "apply".
+    program: to be compiled.
+    args: its arguments, as shapes.
+    times: how often it runs in an update.
+    trips: how often a loop in it runs whose end depends on data, at most.
+  """
+
+  name: str
+  program: Program
+  args: tuple[Any, ...]
+  times: int = 1
+  trips: int = 1

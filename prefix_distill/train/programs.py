@@ -1,28 +1,31 @@
-"""The compiled programs of an update: sample, score, update."""
+"""The compiled programs of an update: sample, score, gradient, apply."""
 
 from collections.abc import Iterator
+import dataclasses
 import functools
 import threading
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from prefix_distill import sharding
-from prefix_distill.distill import agreement
+from prefix_distill.distill import fused
 from prefix_distill.distill import prefix_length
 from prefix_distill.distill import teacher as teacher_lib
 from prefix_distill.models.transformer import Params
-from prefix_distill.rollout import sampler
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 from prefix_distill.structs import TeacherScores
 from prefix_distill.train import optimizer
 from prefix_distill.train import setup as setup_lib
 from prefix_distill.train import step as step_lib
+from prefix_distill.train.compile import abstract
 from prefix_distill.train.compile import Program
+from prefix_distill.train.compile import Stage
+from prefix_distill.train.rows import Rows
 from prefix_distill.train.sampling import Sampling
+from prefix_distill.train.step import Gradient
 from prefix_distill.train.step import TrainState
 
 
@@ -34,12 +37,14 @@ class Programs:
     self._setup = setup
     self._tx = optimizer.make(config.optimizer, config.steps)
     self._buckets = prefix_length.buckets(config)
+    self.rows = Rows(setup, self._buckets)
     self._thread: threading.Thread | None = None
     self._closed = threading.Event()
     rows = sharding.batch_sharding(setup.mesh)
     self._replicated = sharding.replicated(setup.mesh)
     state = self.abstract_state()
-    shardings = jax.tree.map(lambda x: x.sharding, state)
+    self._resting = jax.tree.map(lambda x: x.sharding, state)
+    working = sharding.on_device(self._resting)
     self._sampling = {
         "student": Sampling(setup, setup.student, self._buckets)
     }
@@ -47,25 +52,22 @@ class Programs:
       self._sampling["teacher"] = Sampling(
           setup, setup.teacher, self._buckets
       )
-    self._repeat = Program(sampler.repeat_prompts, 1, out_shardings=rows)
     self._score = Program(teacher_lib.score, 2, out_shardings=rows)
-    self._shorten = Program(_shorten, 1, out_shardings=rows)
-    self._agree = Program(agreement.cut, 2, out_shardings=rows)
     self._init = jax.jit(
         functools.partial(step_lib.init_state, tx=self._tx),
-        out_shardings=shardings,
+        out_shardings=working,
         donate_argnums=0,
     )
-    self._update = Program(
-        functools.partial(
-            step_lib.train_step,
-            self._loss(),
-            self._tx,
-            "tokens" if config.is_supervised else config.loss.normalize,
-            config.optimizer.accumulation,
-            setup.mesh,
-        ),
-        out_shardings=(shardings, self._replicated),
+    totals = Gradient(working.params, self._replicated, self._replicated)
+    gradient = functools.partial(step_lib.gradient, self._loss())
+    self._gradient = Program(gradient, out_shardings=totals, donate_argnums=3)
+    self._zeros = Program(
+        functools.partial(_zeros_of, gradient), out_shardings=totals
+    )
+    normalize = "tokens" if config.is_supervised else config.loss.normalize
+    self._apply = Program(
+        functools.partial(step_lib.apply, self._tx, normalize),
+        out_shardings=(working, self._replicated),
         donate_argnums=0,
     )
 
@@ -94,11 +96,29 @@ class Programs:
         functools.partial(step_lib.init_state, tx=self._tx),
         self._setup.student.abstract_params(),
     )
-    return sharding.with_shardings(shapes, self._setup.mesh)
+    state = sharding.with_shardings(shapes, self._setup.mesh)
+    if not self._setup.config.optimizer.offload:
+      return state
+    return dataclasses.replace(
+        state, opt_state=sharding.moved(sharding.on_host, state.opt_state)
+    )
 
   def init(self, params: Params) -> TrainState:
     """Builds the first state; the parameters are donated."""
-    return self._init(params)
+    return self._rest(self._init(params))
+
+  def _rest(self, state: TrainState) -> TrainState:
+    """Moves to the host what waits there for the next update."""
+    if not self._setup.config.optimizer.offload:
+      return state
+    return jax.device_put(state, self._resting, donate=True)
+
+  def on_device(self, params: Params) -> Params:
+    """Brings weights that rest on the host, as the teacher's may."""
+    places = jax.tree.map(lambda x: x.sharding, params)
+    if all(s.memory_kind != "pinned_host" for s in jax.tree.leaves(places)):
+      return params
+    return jax.device_put(params, sharding.on_device(places))
 
   def sample(
       self,
@@ -111,15 +131,6 @@ class Programs:
     """Samples prefixes; see `Sampling`, of which `source` has one."""
     return self._sampling[source].sample(params, batch, key, cap)
 
-  def shorten(self, given: Rollout, cap: int) -> Rollout:
-    """Cuts given answers [B, C] at the cap: [B, P], P the bucket of the cap."""
-    length = min(b for b in self._buckets if b >= cap)
-    return self._shorten(length, given, np.int32(cap))
-
-  def repeat(self, batch: PromptBatch) -> PromptBatch:
-    """Repeats each prompt for its rollouts."""
-    return self._repeat(self._setup.config.rollout.per_prompt, batch)
-
   def score(
       self, params: Params, batch: PromptBatch, rollout: Rollout
   ) -> TeacherScores:
@@ -129,15 +140,37 @@ class Programs:
         setup.teacher, setup.objective, params, batch, rollout
     )
 
-  def agree(
-      self, rollout: Rollout, scores: TeacherScores, threshold: float
-  ) -> tuple[Rollout, jax.Array]:
-    """Cuts rollouts short; see `agreement.cut`."""
-    spec = self._setup.config.prefix
-    return self._agree(
-        spec.window, agreement.PATIENCE, rollout, scores,
-        np.float32(threshold),
-    )  # fmt: skip
+  def gradient(
+      self,
+      params: Params,
+      teacher_params: Params | None,
+      batch: PromptBatch,
+      rollout: Rollout,
+      scores: TeacherScores | None,
+      before: Gradient | None = None,
+  ) -> Gradient:
+    """Adds a micro-batch's gradient to `before`, which is donated."""
+    head = self._teacher_head(teacher_params, scores)
+    inputs = (batch, rollout, scores)
+    return self._gradient(params, head, inputs, before)
+
+  def zeros(self, *args: Any) -> Gradient:
+    """What `gradient(*args)` is to be added to if it is the first of many.
+
+    So that one program adds up all of them.
+    """
+    params, teacher_params, *inputs = args
+    head = self._teacher_head(teacher_params, inputs[-1])
+    return self._zeros(params, head, tuple(inputs))
+
+  def apply(
+      self, state: TrainState, total: Gradient
+  ) -> tuple[TrainState, dict[str, Any]]:
+    """Takes one optimizer step; the state is donated."""
+    if self._setup.config.optimizer.offload:
+      state = jax.device_put(state, sharding.on_device(self._resting))
+    state, metrics = self._apply(state, total)
+    return self._rest(state), metrics
 
   def update(
       self,
@@ -147,9 +180,11 @@ class Programs:
       rollout: Rollout,
       scores: TeacherScores | None,
   ) -> tuple[TrainState, dict[str, Any]]:
-    """Takes one optimizer step; the state is donated."""
-    head = self._teacher_head(teacher_params, scores)
-    return self._update(state, head, (batch, rollout, scores))
+    """Takes one step with all rollouts at a time; the state is donated."""
+    total = self.gradient(
+        state.params, teacher_params, batch, rollout, scores
+    )
+    return self.apply(state, total)
 
   def _teacher_head(
       self, params: Params | None, scores: TeacherScores | None
@@ -158,22 +193,20 @@ class Programs:
       return None
     return self._setup.teacher.head(params)
 
-  def compile_ahead(
-      self, key: jax.Array, teacher_params: Params | None
-  ) -> None:
+  def compile_ahead(self, teacher_params: Params | None) -> None:
     """Compiles the programs of all buckets in another thread, in order.
 
     Args:
-      key: any key.
       teacher_params: None for supervised training.
     """
     if self._setup.teacher is None:
       return
-    work = self._all_buckets(key, teacher_params)
+    stages = self._all_stages(teacher_params)
 
     def compile_all() -> None:
       try:
-        for _ in work:
+        for stage in stages:
+          stage.program.compile(*stage.args)
           if self._closed.is_set():
             return
       except Exception:  # pylint: disable=broad-except
@@ -188,39 +221,67 @@ class Programs:
     if self._thread is not None:
       self._thread.join()
 
-  def _abstract_batch(self) -> PromptBatch:
+  def _abstract_batch(self, rows: int) -> PromptBatch:
     spec = self._setup.config.data
-    rows = sharding.batch_sharding(self._setup.mesh)
-    count = spec.batch_size
+    place = sharding.batch_sharding(self._setup.mesh)
 
     def array(size: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-      return jax.ShapeDtypeStruct(size, dtype, sharding=rows)
+      return jax.ShapeDtypeStruct(size, dtype, sharding=place)
 
     def prompts(length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-      return array((count, length), jnp.int32), array((count, length), bool)
+      return array((rows, length), jnp.int32), array((rows, length), bool)
 
     own = prompts(spec.teacher_prompt_len) if spec.teacher_prompt else ()
     return PromptBatch(
-        *prompts(spec.max_prompt_len), array((count,), jnp.int32), *own
+        *prompts(spec.max_prompt_len), array((rows,), jnp.int32), *own
     )
 
-  def _all_buckets(
-      self, key: jax.Array, teacher_params: Params
-  ) -> Iterator[None]:
-    """Compiles a bucket's programs at each step."""
-    setup, batch = self._setup, self._abstract_batch()
-    train_state = self.abstract_state()
-    repeated = self._repeat.compile(setup.config.rollout.per_prompt, batch)
-    rollouts = self._sampling["student"].compile(
-        train_state.params, batch, key, prefix_length.needed(setup.config)
-    )
-    for rollout in rollouts:
-      scores = self._score.compile(
-          setup.teacher, setup.objective, teacher_params, repeated, rollout
-      )
-      head = self._teacher_head(teacher_params, scores)
-      self._update.compile(train_state, head, (repeated, rollout, scores))
-      yield
+  def stages(self, bucket: int, teacher_params: Params) -> Iterator[Stage]:
+    """Yields the programs of an update whose cap ends in a bucket, in order.
+
+    All arguments are shapes; nothing is compiled, and the programs that only
+    move rows about are left out.
+
+    Args:
+      bucket: P.
+      teacher_params: shapes, on the device.
+    """
+    setup, config = self._setup, self._setup.config
+    state = self.abstract_state()
+    working = sharding.moved(sharding.on_device, state)
+    whole = self._abstract_batch(config.data.batch_size)
+    groups = self.rows.group_count(whole, bucket)
+    prompts = self._abstract_batch(config.data.batch_size // groups)
+    for stage in self._sampling["student"].stages(
+        working.params, prompts, bucket
+    ):
+      yield dataclasses.replace(stage, times=groups)
+    rollout = stage.program.shapes(*stage.args)
+    batch, rollout, parts = self.rows.part_shapes(prompts, rollout)
+    args = (setup.teacher, setup.objective, teacher_params, batch, rollout)
+    parts, chunks = groups * parts, self._chunks(rollout)
+    yield Stage("score", self._score, args, parts, chunks)
+    scores = self._score.shapes(*args)
+    head = self._teacher_head(teacher_params, scores)
+    args = (working.params, head, (batch, rollout, scores))
+    total = self._zeros.shapes(*args)
+    before = total if parts > 1 else None
+    yield Stage("gradient", self._gradient, (*args, before), parts, chunks)
+    yield Stage("apply", self._apply, (working, total), 1)
+
+  def _chunks(self, rollout: Rollout) -> int:
+    """Returns in how many chunks the output head takes a part's tokens."""
+    mesh, student = self._setup.mesh, self._setup.student.config
+    split = mesh.shape["tensor"]
+    rows = student.vocab_size // (1 if student.vocab_size % split else split)
+    tokens = rollout.tokens.size // sharding.batch_shards(mesh)
+    return fused.chunks(tokens, rows, self._setup.objective.memory)[0]
+
+  def _all_stages(self, teacher_params: Params) -> Iterator[Stage]:
+    """The programs of all buckets that caps end in."""
+    shapes = sharding.moved(sharding.on_device, abstract(teacher_params))
+    for bucket in prefix_length.needed(self._setup.config):
+      yield from self.stages(bucket, shapes)
 
   def compilations(self) -> dict[str, int]:
     """How many compiled programs each phase has used so far."""
@@ -229,10 +290,12 @@ class Programs:
             sampling.used for sampling in self._sampling.values()
         ),
         "compilations_score": self._score.used,
-        "compilations_update": self._update.used,
+        "compilations_update": self._gradient.used,
     }
 
 
-def _shorten(length: int, given: Rollout, cap: jax.Array) -> Rollout:
-  mask = given.mask[:, :length] & (jnp.arange(length) < cap)
-  return Rollout(given.tokens[:, :length], mask)
+def _zeros_of(function: Any, *args: Any) -> Any:
+  """Zeros of the shapes that a function returns; it is not run."""
+  return jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *args)
+  )

@@ -15,6 +15,7 @@ from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 from prefix_distill.train import setup as setup_lib
 from prefix_distill.train.compile import Program
+from prefix_distill.train.compile import Stage
 
 
 class Sampling:
@@ -104,35 +105,35 @@ class Sampling:
         break
     return self._cut(prompt, bucket, state)
 
-  def compile(
-      self,
-      params: Params,
-      batch: PromptBatch,
-      key: jax.Array,
-      needed: tuple[int, ...],
-  ) -> Iterator[Rollout]:
-    """Compiles bucket after bucket; yields the shapes of those needed.
+  def stages(
+      self, params: Params, batch: PromptBatch, bucket: int
+  ) -> Iterator[Stage]:
+    """Yields the programs up to a bucket, the cut last.
 
     Args:
       params: shapes of the model's.
       batch: shapes of the prompts.
-      key: any key.
-      needed: buckets that some cap ends in.
+      bucket: the last one.
     """
     model, config = self._model, self._config
     prompt, draw = batch.tokens.shape[1], decode_state.Draw.of(1)
-    key = sharding.replicate_key(key, self._mesh)
-    state = self._prefill.compile(
-        model, config, prompt + self._buckets[0], params, batch, key, draw
-    )
-    layout = self._layout.compile(params)
-    for bucket in self._buckets:
-      state = self._decoder(bucket).compile(
-          model, config, prompt + bucket, layout, state, draw,
-          decode_state.count(1),
-      )  # fmt: skip
-      if bucket in needed:
-        yield self._cut.compile(prompt, bucket, state)
+    key = sharding.abstract_key(self._mesh)
+    args = (model, config, prompt + self._buckets[0], params, batch, key, draw)
+    yield Stage("prefill", self._prefill, args)
+    state = self._prefill.shapes(*args)
+    yield Stage("layout", self._layout, (params,))
+    layout = self._layout.shapes(params)
+    drawn = 1
+    for size in self._buckets:
+      program = self._decoder(size)
+      args = (model, config, prompt + size, layout, state, draw,
+              decode_state.count(1))  # fmt: skip
+      yield Stage("decode", program, args, trips=size - drawn)
+      drawn = size
+      state = program.shapes(*args)
+      if size == bucket:
+        yield Stage("cut", self._cut, (prompt, bucket, state))
+        return
 
   def _decoder(self, bucket: int) -> Program:
     return self._decode if bucket == self._buckets[0] else self._grow

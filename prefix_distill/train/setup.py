@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import pathlib
+import time
 from typing import Any
 
 import jax
 
 from prefix_distill import config_dict
+from prefix_distill import processes
 from prefix_distill import sharding
 from prefix_distill.config import Config
 from prefix_distill.data import chat as chat_lib
@@ -28,6 +30,8 @@ from prefix_distill.specs import ModelSpec
 # Most probable tokens of student and teacher whose overlap is the drift, as in
 # Prune-OPD (arXiv 2605.07804).
 _OVERLAP_OF = 16
+# Seconds that a shared file system may take to show a new file.
+_SHARING = 30
 
 
 class WorkdirError(UserError):
@@ -47,7 +51,7 @@ class Setup:
     stop_ids: tokens that end the student's answers: those of both models, or
       with `loss.merge_stop_tokens` off its own.
     teacher_stop_ids: tokens that end the teacher's.
-    data: batches of this process's rows.
+    data: whole batches, the same in all processes.
     problems: the evaluation sets.
   """
 
@@ -149,7 +153,7 @@ def claim_workdir(config: Config, workdir: pathlib.Path) -> None:
     WorkdirError: the workdir holds another run's config.
   """
   file = workdir / "config.json"
-  mine = json.loads(json.dumps(config_dict.to_dict(config)))
+  mine = _plain(config)
   if not file.is_file():
     if jax.process_index() == 0:
       workdir.mkdir(parents=True, exist_ok=True)
@@ -172,6 +176,42 @@ def claim_workdir(config: Config, workdir: pathlib.Path) -> None:
     )
 
 
+def _plain(config: Config) -> dict[str, Any]:
+  return json.loads(json.dumps(config_dict.to_dict(config)))
+
+
+def _check_same_everywhere(config: Config, workdir: pathlib.Path) -> None:
+  """Checks that all processes were started alike.
+
+  Raises:
+    ConfigError: this one differs from process 0.
+  """
+  mine = _plain(config) | {"workdir": str(workdir), "jax": jax.__version__}
+  first = processes.from_first("config", mine)
+  if first != mine:
+    name, theirs, ours = _first_difference(first, mine)
+    raise ConfigError(
+        f"{name} is {ours!r} in this process, and {theirs!r} in process 0;"
+        " start all with the same command, but for --process_id."
+    )
+
+
+def _check_shared(workdir: pathlib.Path) -> None:
+  """Checks that what process 0 writes is seen here.
+
+  Raises:
+    WorkdirError: it is not.
+  """
+  deadline = time.monotonic() + _SHARING
+  while not (workdir / "config.json").is_file():
+    if time.monotonic() > deadline:
+      raise WorkdirError(
+          f"--workdir {workdir} lacks here what process 0 has written there;"
+          " put it on a file system that all hosts share."
+      )
+    time.sleep(0.5)
+
+
 def _first_difference(old: Any, new: Any, name: str = "") -> tuple:
   if isinstance(old, dict) and isinstance(new, dict):
     for key in [*new, *(k for k in old if k not in new)]:
@@ -187,11 +227,9 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
   Raises:
     ValueError: one sentence that names what does not fit, and the mend.
   """
+  _check_same_everywhere(config, workdir)
   mesh = sharding.make_mesh(config.mesh)
-  sharding.check_batch(
-      "data.batch_size", config.data.batch_size, mesh,
-      config.optimizer.accumulation,
-  )  # fmt: skip
+  sharding.check_batch("data.batch_size", config.data.batch_size, mesh)
   for name, spec in config.evaluation.sets.items():
     rows = max(config.evaluation.batch_size // spec.samples, 1)
     sharding.check_batch(
@@ -218,7 +256,6 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
       chat,
       seed=config.seed,
       completion_len=config.rollout.max_len if config.reads_completions else 0,
-      process=(jax.process_index(), jax.process_count()),
       teacher_chat=teacher_chat,
   )
   prompt_checks.check(
@@ -231,7 +268,10 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
       for name, spec in config.evaluation.sets.items()
   }
   _check_problems(config, student, problems)
+  processes.wait("setup")  # Nothing is written unless all could get so far.
   claim_workdir(config, workdir)
+  _check_shared(workdir)
+  processes.wait("workdir")
   return Setup(
       config, mesh, student, teacher, chat, stop_ids, teacher_stop_ids, data,
       problems,
@@ -243,6 +283,8 @@ def load_model(
 ) -> Params:
   """Loads weights into their shards, or draws random ones there."""
   shardings = sharding.param_shardings(model.abstract_params(), mesh)
+  if spec.offload:
+    shardings = sharding.on_host(shardings)
   if spec.random_init:
     init = jax.jit(model.init, out_shardings=shardings)
     return init(jax.random.key(seed))

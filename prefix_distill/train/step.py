@@ -1,4 +1,7 @@
-"""The update: the student is scored again, with gradient, and stepped."""
+"""The update: the student is scored again, with gradient, and stepped.
+
+In two functions: `gradient` for each micro-batch, and `apply` once.
+"""
 
 from collections.abc import Callable
 import dataclasses
@@ -8,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from prefix_distill import sharding
 from prefix_distill.distill import objective as objective_lib
 from prefix_distill.distill.divergence import Distribution
 from prefix_distill.distill.objective import Objective
@@ -43,6 +45,22 @@ class TrainState:
   step: jax.Array
   params: Params
   opt_state: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Gradient:
+  """What the micro-batches of an update add up to: sums, not means.
+
+  Attributes:
+    grads: of the summed loss, like the parameters.
+    sums: the metrics.
+    rows: int32 [], rollouts.
+  """
+
+  grads: Params
+  sums: Sums
+  rows: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,82 +217,58 @@ def supervised_loss(
   return loss, {"cross_entropy": (loss, count), "loss": (loss, count)}
 
 
-def _micro_batches(tree: Any, count: int, mesh: jax.sharding.Mesh) -> Any:
-  """Splits [B, ...] into [count, B / count, ...], each over all devices.
-
-  Rows are dealt out like cards, so every device keeps its own rows and nothing
-  moves.
-  """
-  spec = jax.sharding.PartitionSpec(None, sharding.BATCH_AXES)
-  place = jax.sharding.NamedSharding(mesh, spec)
-
-  def split(x):
-    x = x.reshape(x.shape[0] // count, count, *x.shape[1:])
-    return jax.lax.with_sharding_constraint(jnp.swapaxes(x, 0, 1), place)
-
-  return jax.tree.map(split, tree)
-
-
-def train_step(
+def gradient(
     loss_fn: LossFn,
-    tx: optax.GradientTransformation,
-    normalize: str,
-    accumulation: int,
-    mesh: jax.sharding.Mesh,
-    state: TrainState,
+    params: Params,
     teacher_head: jax.Array | None,
     inputs: Inputs,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-  """One update; to be jitted with the state donated.
-
-  Gradients of *sums* are added over micro-batches and divided once by the
-  global count, so accumulation and sharding do not change the update.
+    before: Gradient | None = None,
+) -> Gradient:
+  """Adds a micro-batch's gradient and metrics; to be jitted, `before` donated.
 
   Args:
     loss_fn: returns a sum and metrics as (sum, count).
-    tx: the optimizer.
-    normalize: "rollouts" or "tokens", what the loss is divided by.
-    accumulation: number of micro-batches.
-    mesh: the device mesh.
-    state: before.
+    params: the student's.
     teacher_head: [V, D of the teacher]; None if the loss does not need it.
     inputs: prompts [B, S], one row for each rollout; rollouts [B, P]; the
       teacher's scores of them, None for supervised training.
+    before: of the micro-batches so far; None for none.
+  """
+  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+  (_, sums), grads = grad_fn(params, teacher_head, inputs)
+  rows = jnp.int32(inputs[1].mask.shape[0])
+  total = Gradient(grads, sums, rows)
+  return total if before is None else jax.tree.map(jnp.add, before, total)
+
+
+def apply(
+    tx: optax.GradientTransformation,
+    normalize: str,
+    state: TrainState,
+    total: Gradient,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """Takes the optimizer's step; to be jitted with the state donated.
+
+  Gradients of *sums* were added over micro-batches and are divided once by the
+  global count, so neither micro-batches nor sharding change the update.
+
+  Args:
+    tx: the optimizer.
+    normalize: "rollouts" or "tokens", what the loss is divided by.
+    state: before.
+    total: of all micro-batches.
 
   Returns:
     The state after, and metrics as means.
   """
-
-  def gradient(part):
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    (_, sums), grads = grad_fn(state.params, teacher_head, part)
-    return grads, sums
-
-  if accumulation == 1:
-    grads, sums = gradient(inputs)
-  else:
-    parts = _micro_batches(inputs, accumulation, mesh)
-    first = jax.tree.map(lambda x: x[0], parts)
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, first)
-    )
-    (grads, sums), _ = jax.lax.scan(
-        lambda total, part: (
-            jax.tree.map(jnp.add, total, gradient(part)),
-            None,
-        ),
-        zeros,
-        parts,
-    )
-  mask = inputs[1].mask
   # Of all micro-batches and devices, or it would be a mean of means.
-  count = mask.shape[0] if normalize == "rollouts" else sums["loss"][1]
-  grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1), grads)
+  count = total.rows if normalize == "rollouts" else total.sums["loss"][1]
+  grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1), total.grads)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   metrics = {
-      name: total / number  # NaN in a bin without tokens.
-      for name, (total, number) in sums.items()
+      name: summed / number  # NaN in a bin without tokens.
+      for name, (summed, number) in total.sums.items()
   }
   metrics["grad_norm"] = optax.global_norm(grads)
   return TrainState(state.step + 1, params, opt_state), metrics

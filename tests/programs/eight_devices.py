@@ -17,9 +17,11 @@ from prefix_distill.data import chat as chat_lib
 from prefix_distill.data.prompts import PromptIterator
 from prefix_distill.models import hf
 from prefix_distill.models.transformer import Model
+from prefix_distill.recipe import RolloutSpec
 from prefix_distill.specs import MeshSpec
 from prefix_distill.specs import OptimizerSpec
 from prefix_distill.train import setup as setup_lib
+from prefix_distill.train import update
 from prefix_distill.train.programs import Programs
 
 STEPS = 5
@@ -58,18 +60,15 @@ def run(config, devices, mesh_spec) -> dict:
   losses, norms, tokens, lengths = [], [], [], []
   for step in range(STEPS):
     prompts = sharding.global_batch(next(data)[0], mesh)
-    rollout = programs.sample(
-        state.params, prompts, jax.random.key(step), config.prefix.length
-    )
-    batch = programs.repeat(prompts)
-    scores = programs.score(teacher_params, batch, rollout)
-    state, metrics = programs.update(
-        state, teacher_params, batch, rollout, scores
-    )
-    losses.append(float(metrics["kl_rollout"]))
-    norms.append(float(metrics["grad_norm"]))
-    tokens.append(np.asarray(rollout.tokens).tolist())
-    lengths += np.asarray(rollout.mask).sum(1).tolist()
+    request = update.Request(config.prefix.length, jax.random.key(step))
+    state, shown = update.run(
+        programs, state, teacher_params, prompts, None, request,
+        update.Clock(),
+    )  # fmt: skip
+    losses.append(float(shown.metrics["kl_rollout"]))
+    norms.append(float(shown.metrics["grad_norm"]))
+    tokens.append(shown.tokens.tolist())
+    lengths += shown.mask.sum(1).tolist()
   return {
       "losses": losses,
       "norms": norms,
@@ -87,11 +86,17 @@ def main() -> None:
   teacher = toys.write_model(directory / "teacher", 1, "teacher")
   devices, cube = jax.devices(), MeshSpec(2, 2, 2)
   assert len(devices) == 8
-  for accumulation, used, mesh in (
-      (1, devices[:1], MeshSpec()), (1, devices, cube), (2, devices, cube),
+  for at_once, used, mesh in (
+      (0, devices[:1], MeshSpec()), (0, devices, cube), (416, devices, cube),
   ):  # fmt: skip
-    optimizer = OptimizerSpec(learning_rate=1e-2, accumulation=accumulation)
-    config = toys.run_config(student, teacher, optimizer=optimizer)
+    # At 416, two groups of prompts are sampled and two parts of each scored.
+    config = toys.run_config(
+        student, teacher,
+        optimizer=OptimizerSpec(learning_rate=1e-2, batch_tokens=at_once),
+        rollout=RolloutSpec(
+            per_prompt=2, max_len=16, batch_tokens=2 * at_once
+        ),
+    )  # fmt: skip
     print(json.dumps(run(config, used, mesh)), flush=True)
 
 

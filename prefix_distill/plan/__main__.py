@@ -1,0 +1,93 @@
+r"""Says what a run takes on a machine before it is paid for.
+
+  python -m prefix_distill.plan --config=configs/math.py:qwen3-1.7b \
+    --topology=v5e:4x4
+
+Compiles the run's own programs for the machine without touching one, and prints
+whether they fit, what they send, and how long they take at least. The exit
+status is 0 if all fits, 1 if not, 2 if the question is wrong.
+"""
+
+import json
+import os
+import pathlib
+import sys
+
+from prefix_distill.plan import machines
+
+# Before JAX is imported.
+os.environ.update(machines.ENVIRONMENT)
+os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "1")
+
+from absl import app  # noqa: E402
+from absl import flags  # noqa: E402
+from absl import logging  # noqa: E402
+import rich.console  # noqa: E402
+
+from prefix_distill import command_line  # noqa: E402
+from prefix_distill.errors import UserError  # noqa: E402
+from prefix_distill.plan import planner  # noqa: E402
+from prefix_distill.plan import show  # noqa: E402
+from prefix_distill.plan.estimate import Assumptions  # noqa: E402
+
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "The machine: v5e:4x4, v5p:2x2x2, v6e:4x4, h100:8, ..."
+)
+_PREFIX = flags.DEFINE_list(
+    "prefix", [],
+    "Lengths to compile for, rounded up to the config's buckets. Default: the"
+    " first, the one nearest to 2048, and the last.",
+)  # fmt: skip
+_MESH = flags.DEFINE_string(
+    "mesh", "", "data x fsdp x tensor, as 1x16x1. Default: the config's, if it"
+    " fills the machine, or one that is chosen.",
+)  # fmt: skip
+_UTILIZATION = flags.DEFINE_float(
+    "utilization", 0.5, "Share of the peak FLOPs that products reach."
+)
+_PRICE = flags.DEFINE_float(
+    "price", 0.0, "Of a device and hour, in any currency; 0 for none."
+)
+_SEARCH = flags.DEFINE_bool(
+    "search", False,
+    "Whether to look for the largest batches that fit; it is done anyway if"
+    " those of the config do not.",
+)  # fmt: skip
+_JSON = flags.DEFINE_string("json", "", "A file for the results.")
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  logging.set_verbosity(logging.ERROR)
+  if not _TOPOLOGY.value:
+    sys.exit(f"error: --topology is missing; there are {machines.known()}.")
+  console = rich.console.Console()
+  try:
+    question = planner.Question(
+        command_line.config(),
+        machines.parse(_TOPOLOGY.value),
+        planner.read_lengths(_PREFIX.value),
+        _MESH.value,
+        Assumptions(_UTILIZATION.value, price=_PRICE.value),
+        _SEARCH.value,
+    )
+    # What the compilers log meanwhile goes elsewhere.
+    with os.fdopen(os.dup(2), "w") as progress:
+      result = planner.plan(question, rich.console.Console(file=progress))
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  show.show(result, console)
+  if _JSON.value:
+    text = json.dumps(show.as_json(result), indent=2)
+    pathlib.Path(_JSON.value).write_text(text + "\n")
+  if not result.fits:
+    print(
+        f"error: {show.short(result.programs, result.machine)}.",
+        file=sys.stderr,
+    )
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=command_line.parse)

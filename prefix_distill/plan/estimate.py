@@ -1,0 +1,194 @@
+"""What an update moves at least, how long it takes at least, which mesh."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+
+from prefix_distill import sharding
+from prefix_distill.config import Config
+from prefix_distill.distill import prefix_length
+from prefix_distill.models.config import ModelConfig
+from prefix_distill.models.config import num_params
+from prefix_distill.plan import build
+from prefix_distill.plan import count
+from prefix_distill.plan.collectives import Planned
+from prefix_distill.plan.machines import Machine
+from prefix_distill.plan.measure import Measured
+from prefix_distill.specs import MeshSpec
+
+_FLOAT32 = 4
+# Of a device's memory, what weights, moments and gradients may take, and of
+# that the weights that are gathered for decoding.
+_HELD = 0.6
+_GATHERED = 0.35
+
+
+@dataclasses.dataclass(frozen=True)
+class Assumptions:
+  """What seconds are reckoned with.
+
+  Attributes:
+    utilization: of the peak FLOPs, in what is limited by them.
+    reach: of the bandwidths of memory and links.
+    price: of a device and hour, in any currency; 0 for none.
+  """
+
+  utilization: float = 0.5
+  reach: float = 0.8
+  price: float = 0.0
+
+
+def planned(plan: build.Plan) -> list[Planned]:
+  """Returns the collectives that a run is meant to have.
+
+  Weights of a layer are gathered over fsdp where they are used, and their
+  gradients scattered back; over data gradients are summed; over tensor sums
+  of activations travel, once for the attention and once for the MLP.
+  """
+  setup = plan.setup
+  every = ("data", "fsdp")
+  sizes = {"layer": 0, "table": 0}
+  for model in (setup.student, setup.teacher):
+    c = model.config
+    layer = (num_params(c, False) - c.vocab_size * c.dim) // c.num_layers
+    sizes["layer"] = max(sizes["layer"], layer)
+    sizes["table"] = max(sizes["table"], c.vocab_size * c.dim)
+  largest = _FLOAT32 * max(sizes.values())
+  activations = 2**40  # They depend on the batch, and on nothing else.
+  return [
+      Planned("all-gather", ("fsdp",), largest, "weights where they are used"),
+      Planned("collective-permute", every, largest, "the same, in steps"),
+      Planned("reduce-scatter", every, largest, "gradients of weights"),
+      Planned("all-reduce", ("data",), largest, "gradients over replicas"),
+      Planned("all-reduce", ("tensor",), activations, "sums over the heads"),
+      Planned("reduce-scatter", ("tensor",), activations, "the same, cut"),
+      Planned("all-gather", ("tensor",), activations, "the same, whole"),
+      # A TPU's compiler adds a tied table's two gradients up first, and then
+      # sums the whole instead of scattering it: the same bytes.
+      Planned("all-reduce", every, _FLOAT32 * sizes["table"], "the table's"),
+      Planned("all-reduce", (*every, "tensor"), 2**22, "metrics, norms"),
+  ]  # fmt: skip
+
+
+def least_sent(plan: build.Plan) -> float:
+  """Returns the bytes that a device has to send in one run of `gradient`.
+
+  Layers are gathered over fsdp twice, forward and backward, in the compute
+  dtype, and tables once for each use; gradients are scattered once, those of
+  the layers in the same dtype, those of tables in float32, in which they are
+  summed up; and summed over data. An exact loss wants the teacher's output head
+  as well, once.
+  """
+  setup, mesh = plan.setup, plan.setup.mesh
+  n, data = mesh.shape["fsdp"], mesh.shape["data"]
+  held = mesh.shape["tensor"]
+  width = setup.student.dtype.itemsize
+  c = setup.student.config
+  tables = c.vocab_size * c.dim * (1 if c.tied else 2)
+  weights = num_params(c) - tables
+  gathered = 2 * width * (weights + c.vocab_size * c.dim)
+  scattered = width * weights + _FLOAT32 * tables
+  teacher = setup.teacher
+  if setup.objective.sampled is None:
+    gathered += teacher.dtype.itemsize * (
+        teacher.config.vocab_size * teacher.config.dim
+    )
+  around = (n - 1) / n * (gathered + scattered) / held
+  return around + 2 * (data - 1) / data * scattered / held / n
+
+
+def seconds(
+    one: Measured, machine: Machine, assumptions: Assumptions, devices: int
+) -> tuple[float, str]:
+  """Returns how long all runs of a program in an update take, and why.
+
+  The longest of what the products, the memory and the links take.
+  """
+  chip = machine.chip
+  links = {}
+  for name, total in one.sent.items():
+    links[name] = total / (chip.link * assumptions.reach)
+  parts = {
+      "FLOPs": one.flops / devices / (chip.flops * assumptions.utilization),
+      "memory": one.moved / (chip.bandwidth * assumptions.reach),
+      "links": sum(links.values()),
+  }
+  why = max(parts, key=parts.__getitem__)
+  return one.times * parts[why], why
+
+
+def run_seconds(
+    config: Config, per_update: Mapping[int, float]
+) -> float:
+  """Adds an update's seconds up over the caps of the whole run.
+
+  Args:
+    config: of the run.
+    per_update: bucket -> seconds.
+  """
+  buckets = sorted(per_update)
+  total = 0.0
+  for step in range(config.steps):
+    cap = prefix_length.cap(config, step)
+    total += per_update[min(b for b in buckets if b >= cap)]
+  return total
+
+
+def suggest_mesh(
+    config: Config, student: ModelConfig, teacher: ModelConfig,
+    machine: Machine,
+) -> MeshSpec:  # fmt: skip
+  """Chooses a mesh: as little tensor parallelism as the memory allows.
+
+  Weights, moments and gradients are split over fsdp and tensor; the weights
+  that decode are split over tensor alone. Slices, and GPUs of more hosts if
+  one host holds the weights, are replicas.
+  """
+  budget = machine.chip.memory
+  inside = machine.size // machine.slices
+  held = 16 * num_params(student)
+  held += (2 if config.teacher.param_dtype == "bfloat16" else 4) * num_params(
+      teacher
+  )
+  width = 2 if config.student.compute_dtype == "bfloat16" else 4
+  if machine.chip.platform == "gpu":
+    host = min(machine.chip.host, inside)
+    if held / host <= _HELD * budget:
+      inside = host
+  tensor = 1
+  while (
+      tensor < min(inside, student.num_kv_heads)
+      and width * num_params(student) / tensor > _GATHERED * budget
+  ):
+    tensor *= 2
+  return MeshSpec(
+      data=machine.size // inside, fsdp=inside // tensor, tensor=tensor
+  )
+
+
+def choose_buckets(config: Config) -> tuple[int, ...]:
+  """Returns the lengths to compile for: the first, one near 2048, the last."""
+  needed = prefix_length.needed(config)
+  middle = min(needed, key=lambda b: abs(b - 2048))
+  return tuple(sorted({needed[0], middle, needed[-1]}))
+
+
+def held(plan: build.Plan) -> dict[str, float]:
+  """Returns bytes on a device of what a run keeps throughout."""
+  state = plan.programs.abstract_state()
+  parts = {
+      "student": state.params,
+      "moments": state.opt_state,
+      "teacher": plan.teacher_params,
+  }
+  return {name: count.bytes_per_device(tree) for name, tree in parts.items()}
+
+
+def shards(plan: build.Plan) -> int:
+  """Returns how many parts a batch is split into."""
+  return sharding.batch_shards(plan.setup.mesh)
+
+
+def worst(found: Sequence[Measured]) -> Measured:
+  """Returns the compiled program that takes most memory."""
+  return max(found, key=lambda x: (bool(x.refused), x.memory))

@@ -1,0 +1,189 @@
+"""Machines to plan for: what a device has, and how to get its compiler.
+
+Numbers are the makers' data sheets': dense bfloat16 FLOPs, memory, and what a
+device can send to others at a time, in one direction, over all its links.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import math
+import os
+import pathlib
+import re
+
+from prefix_distill.errors import UserError
+
+# As on a host of the machine; read when libtpu is loaded. Two compilers may
+# then run side by side, and none looks for a machine's metadata.
+ENVIRONMENT = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
+_TARGETS = pathlib.Path(__file__).parent / "targets"
+
+
+class MachineError(UserError):
+  """A machine that is not known, or whose compiler is not installed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """A device's data sheet.
+
+  Attributes:
+    platform: "tpu" or "gpu".
+    flops: a second, dense bfloat16.
+    memory: bytes that programs may use. TPU: what the compiler allows. GPU:
+      nine tenths of all, for XLA's allocator and the libraries need some.
+    bandwidth: of the memory, bytes a second.
+    link: bytes a second that it sends to others, one way, over all links.
+    accelerator: TPU: the name of the accelerator type, without the size.
+    host: devices of a host; GPUs of more hosts are linked by the network.
+    network: GPU: bytes a second between hosts, for each device.
+  """
+
+  platform: str
+  flops: float
+  memory: float
+  bandwidth: float
+  link: float
+  accelerator: str = ""
+  host: int = 4
+  network: float = 0.0
+
+
+_GIB = 2**30
+CHIPS: Mapping[str, Chip] = {
+    "v5e": Chip("tpu", 197e12, 15.75 * _GIB, 819e9, 180e9, "v5litepod"),
+    "v5p": Chip("tpu", 459e12, 95.73 * _GIB, 2765e9, 540e9, "v5p"),
+    "v6e": Chip("tpu", 918e12, 31.24 * _GIB, 1640e9, 360e9, "v6e"),
+    "a100": Chip(
+        "gpu", 312e12, 0.9 * 79.15 * _GIB, 2039e9, 300e9, host=8, network=25e9
+    ),
+    "h100": Chip(
+        "gpu", 989e12, 0.9 * 79.1 * _GIB, 3352e9, 450e9, host=8, network=50e9
+    ),
+    "h200": Chip(
+        "gpu", 989e12, 0.9 * 140.4 * _GIB, 4800e9, 450e9, host=8, network=50e9
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+  """So many devices of a kind.
+
+  Attributes:
+    name: as it was asked for.
+    chip: of each device.
+    shape: TPU: devices along each dimension of a slice; GPU: their number.
+    slices: of a TPU.
+  """
+
+  name: str
+  chip: Chip
+  shape: tuple[int, ...]
+  slices: int = 1
+
+  @property
+  def size(self) -> int:
+    return math.prod(self.shape) * self.slices
+
+
+def known() -> str:
+  """Returns a sentence's part that names what can be asked for."""
+  tpus = [k for k, chip in CHIPS.items() if chip.platform == "tpu"]
+  gpus = [k for k, chip in CHIPS.items() if chip.platform == "gpu"]
+  return (
+      f"TPUs {', '.join(tpus)} with the shape of a slice, as v5e:4x4 or"
+      " v5p:2x2x2 (two such slices: v5e:4x4*2), and GPUs"
+      f" {', '.join(gpus)} with their number, as h100:8"
+  )
+
+
+def parse(name: str) -> Machine:
+  """Reads "v5e:4x4", "v5e:4x4*2" (two slices) or "h100:8".
+
+  Raises:
+    MachineError: it is none of those.
+  """
+  found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?", name)
+  kind = found and CHIPS.get(found[1])
+  if not kind:
+    raise MachineError(
+        f"--topology={name} is not known; there are {known()}."
+    )
+  shape = tuple(map(int, found[2].split("x")))
+  slices = int(found[3] or 1)
+  if min(*shape, slices) < 1:
+    raise MachineError(f"--topology={name} has a size of 0; use 1 or more.")
+  if kind.platform == "gpu":
+    if len(shape) > 1 or slices > 1:
+      raise MachineError(
+          f"--topology={name}: GPUs have a number and no shape; use"
+          f" {found[1]}:{math.prod(shape) * slices}."
+      )
+    if shape[0] > kind.host and shape[0] % kind.host:
+      raise MachineError(
+          f"--topology={name}: {shape[0]} GPUs do not fill hosts of"
+          f" {kind.host}; use a multiple of {kind.host}."
+      )
+  wanted = 3 if found[1] == "v5p" else 2
+  if kind.platform == "tpu" and len(shape) != wanted:
+    raise MachineError(
+        f"--topology={name}: slices of {found[1]} have {wanted} dimensions;"
+        f" use {found[1]}:{'x'.join(['2'] * wanted)} or the like."
+    )
+  return Machine(name, kind, shape, slices)
+
+
+def devices(machine: Machine) -> list:
+  """Returns devices to compile for, none of which is there.
+
+  Raises:
+    MachineError: the compiler is not installed, or knows no such slice.
+  """
+  # Imported late: the environment must be set before JAX is.
+  from jax.experimental import topologies  # noqa: PLC0415
+
+  chip = machine.chip
+  kind, extra = ("cuda", "cuda13") if chip.platform == "gpu" else ("tpu",) * 2
+  try:
+    if chip.platform == "tpu":
+      shape = "x".join(map(str, machine.shape))
+      # The compiler wants some accelerator type; the shape counts.
+      os.environ.setdefault(
+          "TPU_ACCELERATOR_TYPE",
+          f"{chip.accelerator}-{math.prod(machine.shape)}",
+      )
+      options = {"num_slices": machine.slices} if machine.slices > 1 else {}
+      return topologies.get_topology_desc(
+          platform="tpu",
+          topology_name=f"{machine.name.partition(':')[0]}:{shape}",
+          **options,
+      ).devices
+    name = machine.name.partition(":")[0]
+    hosts = max(machine.size // chip.host, 1)
+    return topologies.get_topology_desc(
+        "compile_only", "cuda",
+        topology=f"1x{hosts}x{machine.size // hosts}",
+        target_config=(_TARGETS / f"{name}.txtpb").read_text(),
+    ).devices  # fmt: skip
+  except Exception as error:  # libtpu and the plugins raise many kinds.
+    reason = " ".join(str(error).split())[:300]
+    missing = "not found" in reason or "no module" in reason.lower()
+    missing |= "plugin" in reason.lower() or "libtpu" in reason.lower()
+    missing |= "unknown backend" in reason.lower()
+    if missing:
+      raise MachineError(
+          f"--topology={machine.name} needs the compiler for {kind}, which"
+          f" is not installed here; run: pip install 'jax[{extra}]'."
+          f" ({reason})"
+      ) from error
+    raise MachineError(
+        f"--topology={machine.name} is refused by the compiler ({reason});"
+        f" there are {known()}."
+    ) from error

@@ -1,0 +1,201 @@
+"""Compiles the programs, and keeps what was found.
+
+What a compiler says of a program is kept in a file named by a hash of the
+program's text, the machine and the versions: a second look costs the tracing.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import re
+import time
+from typing import Any
+
+import jax
+
+from prefix_distill.plan import build
+from prefix_distill.plan import collectives
+from prefix_distill.plan import count
+from prefix_distill.plan.machines import Machine
+from prefix_distill.train.compile import Stage
+
+_GIB = 2**30
+# Collectives of less than this in a program are counters and the like.
+_NEGLIGIBLE = 2**20
+# "Used 26.90G of 15.75G hbm": what the TPU's compiler says.
+_USED = re.compile(r"[Uu]sed ([\d.]+)([KMG])i?B? of ([\d.]+)([KMG])i?B? hbm")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+  """What is known of a program before it ever runs.
+
+  Attributes:
+    name: of the stage.
+    bucket: P.
+    times: how often it runs in an update.
+    rows: of one run, over all devices.
+    flops: of one run, over all devices, loops multiplied out.
+    moved: bytes that a device at least reads and writes in one run.
+    memory: bytes on a device, everything that lies beside included; on TPU at
+      most, for the compiler shares some. 0 if it was not compiled.
+    refused: by the TPU's compiler, with its sentence; empty if it fits.
+    sent: bytes that a device sends in one run, by kind of collective and axes.
+    exact: false if a loop's trip count had to be guessed.
+    unplanned: sentences on collectives that nothing plans.
+    seconds: that compiling took.
+  """
+
+  name: str
+  bucket: int
+  times: int
+  rows: int
+  flops: float
+  moved: float
+  memory: float = 0.0
+  refused: str = ""
+  sent: dict[str, float] = dataclasses.field(default_factory=dict)
+  exact: bool = True
+  unplanned: list[str] = dataclasses.field(default_factory=list)
+  seconds: float = 0.0
+
+  @property
+  def compiled(self) -> bool:
+    return bool(self.memory or self.refused)
+
+  def verdict(self, machine: Machine) -> bool:
+    """Whether it fits: the compiler's word on TPU, a budget on GPU."""
+    if machine.chip.platform == "tpu":
+      return not self.refused
+    return self.memory <= machine.chip.memory
+
+
+def directory() -> pathlib.Path:
+  """Returns where results are kept."""
+  home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+  return pathlib.Path(home).expanduser() / "prefix_distill" / "plan"
+
+
+def rows_of(stage: Stage) -> int:
+  """Returns the rows that a stage works on; 0 if it has none."""
+  sizes = {
+      "prefill": lambda args: args[4].tokens.shape[0],
+      "decode": lambda args: args[4].tokens.shape[0],
+      "score": lambda args: args[4].tokens.shape[0],
+      "gradient": lambda args: args[2][1].tokens.shape[0],
+  }
+  return sizes[stage.name](stage.args) if stage.name in sizes else 0
+
+
+def reckon(plan: build.Plan, stage: Stage, bucket: int) -> Measured:
+  """Says what follows from a program's trace alone."""
+  traced = stage.program.trace(*stage.args)
+  flops = count.flops(traced.jaxpr, stage.trips)
+  arrays = [a for a in stage.args if _has_shapes(a)]
+  moved = count.bytes_per_device(arrays)
+  if stage.name == "decode":
+    moved *= stage.trips
+  else:
+    moved += count.bytes_per_device(stage.program.shapes(*stage.args))
+  del plan
+  return Measured(
+      stage.name, bucket, stage.times, rows_of(stage), flops.flops,
+      float(moved),
+  )  # fmt: skip
+
+
+def _has_shapes(argument: Any) -> bool:
+  leaves = jax.tree.leaves(argument)
+  return bool(leaves) and all(
+      isinstance(x, jax.ShapeDtypeStruct) for x in leaves
+  )
+
+
+def compile_stage(
+    plan: build.Plan,
+    stage: Stage,
+    bucket: int,
+    machine: Machine,
+    planned: Sequence[collectives.Planned],
+) -> Measured:
+  """Compiles a program, or recalls what was found when it was."""
+  known = reckon(plan, stage, bucket)
+  beside = plan.beside(stage.name, stage.times > 1)
+  lowered = stage.program.beside(*stage.args, tree=beside).lower()
+  mesh = dict(plan.setup.mesh.shape)
+  file = directory() / f"{_key(lowered, machine, mesh, stage.trips)}.json"
+  if file.is_file():
+    found = json.loads(file.read_text())
+  else:
+    found = _compile(lowered, mesh, stage, planned)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(found))
+    partial.rename(file)
+  return dataclasses.replace(known, **found)
+
+
+def _key(lowered: Any, machine: Machine, mesh: dict, trips: int) -> str:
+  versions = [jax.__version__, jax.lib.__version__]
+  try:
+    import libtpu  # noqa: PLC0415
+
+    versions.append(libtpu.__version__)
+  except ImportError:
+    pass
+  text = f"{lowered.as_text()}{machine}{mesh}{trips}{versions}"
+  text += pathlib.Path(collectives.__file__).read_text()
+  return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _compile(
+    lowered: Any,
+    mesh: dict[str, int],
+    stage: Stage,
+    planned: Sequence[collectives.Planned],
+) -> dict[str, Any]:
+  start = time.monotonic()
+  try:
+    with collectives.rematerializations(keep=False) as warnings:
+      compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    return {
+        "refused": _refusal(str(error)), "seconds": time.monotonic() - start
+    }  # fmt: skip
+  sizes = compiled.memory_analysis()
+  memory = getattr(sizes, "total_allocation_bytes", 0) or (
+      sizes.argument_size_in_bytes + sizes.output_size_in_bytes
+      - sizes.alias_size_in_bytes + sizes.temp_size_in_bytes
+  )  # fmt: skip
+  trips = {"": stage.trips}
+  found = collectives.read(compiled.as_text(), mesh, trips)
+  sent = {}
+  for one in found:
+    name = f"{one.kind} over {' x '.join(one.axes)}"
+    sent[name] = sent.get(name, 0.0) + one.total
+  return {
+      "memory": float(memory),
+      "sent": {name: total for name, total in sent.items() if total},
+      "exact": all(one.exact for one in found),
+      "unplanned": [
+          *collectives.audit(found, planned, _NEGLIGIBLE), *warnings
+      ],
+      "seconds": time.monotonic() - start,
+  }  # fmt: skip
+
+
+def _refusal(text: str) -> str:
+  """Returns the numbers of a TPU compiler's refusal."""
+  found = _USED.search(text)
+  if not found:
+    return " ".join(text.split())[:300]
+  used, limit = (
+      float(found[i]) * _UNITS[found[i + 1]] / _GIB for i in (1, 3)
+  )
+  return f"needs {used:.1f} of {limit:.2f} GiB"

@@ -1,0 +1,212 @@
+"""What the plan says, as tables; and as JSON for scripts."""
+
+from collections.abc import Sequence
+import dataclasses
+from typing import Any
+
+import rich.box
+import rich.console
+import rich.table
+from rich.text import Text
+
+from prefix_distill.plan.estimate import Assumptions
+from prefix_distill.plan.machines import Machine
+from prefix_distill.plan.measure import Measured
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+  """An update whose cap ends in a bucket.
+
+  Attributes:
+    bucket: P.
+    seconds: at least, by program.
+    limits: what each is limited by.
+    flops: in all.
+  """
+
+  bucket: int
+  seconds: dict[str, float]
+  limits: dict[str, str]
+  flops: float
+
+  @property
+  def total(self) -> float:
+    return sum(self.seconds.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """All of it.
+
+  Attributes:
+    machine: planned for.
+    mesh: sizes of the axes.
+    notes: what was assumed, in sentences.
+    held: bytes on a device that a run keeps throughout.
+    programs: those that were compiled.
+    updates: one for each bucket.
+    hours: of the run, and of full distillation, at least.
+    least_sent: bytes of one run of `gradient` by the analytic minimum.
+    advice: what to change, in sentences; empty if it fits.
+    assumptions: behind the seconds.
+  """
+
+  machine: Machine
+  mesh: dict[str, int]
+  notes: list[str]
+  held: dict[str, float]
+  programs: list[Measured]
+  updates: list[Update]
+  hours: dict[str, float]
+  least_sent: float
+  advice: list[str]
+  assumptions: Assumptions
+
+  @property
+  def fits(self) -> bool:
+    return all(one.verdict(self.machine) for one in self.programs)
+
+
+def as_json(result: Result) -> dict[str, Any]:
+  """Returns the result for a file."""
+  return dataclasses.asdict(result) | {"fits": result.fits}
+
+
+def _table(*columns: str) -> rich.table.Table:
+  table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+  for i, column in enumerate(columns):
+    table.add_column(column, justify="right" if i else "left", no_wrap=True)
+  return table
+
+
+def _memory(one: Measured) -> str:
+  if one.refused:
+    return one.refused
+  return f"{one.memory / _GIB:.1f}"
+
+
+def _programs(result: Result) -> rich.table.Table:
+  table = _table(
+      "program", "P", "rows", "times", "GiB", "fits", "FLOPs", "GB sent",
+      "compiled in",
+  )  # fmt: skip
+  for one in result.programs:
+    fits = one.verdict(result.machine)
+    sent = sum(one.sent.values()) / 1e9
+    table.add_row(
+        one.name,
+        f"{one.bucket:,}",
+        f"{one.rows:,}" if one.rows else "-",
+        f"{one.times:,}",
+        _memory(one),
+        Text("yes" if fits else "no", style="green" if fits else "bold red"),
+        f"{one.flops:.2e}",
+        f"{'' if one.exact else '>= '}{sent:.2f}",
+        f"{one.seconds:.0f} s",
+    )
+  return table
+
+
+def _traffic(result: Result) -> rich.table.Table:
+  table = _table("collectives of one run", "P", "GB sent by a device")
+  for one in result.programs:
+    for name, total in sorted(one.sent.items(), key=lambda x: -x[1]):
+      if total >= 1e7:
+        table.add_row(
+            f"{one.name}: {name}", f"{one.bucket:,}", f"{total / 1e9:.2f}"
+        )
+  return table
+
+
+def _updates(result: Result) -> rich.table.Table:
+  names = list(result.updates[0].seconds)
+  table = _table("s an update", *names, "sum", "mostly", "FLOPs")
+  for one in result.updates:
+    longest = max(one.seconds, key=one.seconds.__getitem__)
+    table.add_row(
+        f"{one.bucket:,}",
+        *(f"{one.seconds[name]:.1f}" for name in names),
+        f"{one.total:.1f}",
+        f"{longest}, {one.limits[longest]}",
+        f"{one.flops:.2e}",
+    )
+  return table
+
+
+def show(result: Result, console: rich.console.Console) -> None:
+  """Prints the plan."""
+  machine, chip = result.machine, result.machine.chip
+  mesh = " x ".join(f"{name} {size}" for name, size in result.mesh.items())
+  console.print(
+      Text(f"Plan for {machine.name}: {machine.size} devices, mesh {mesh}"),
+      style="bold",
+  )
+  for note in result.notes:
+    console.print(Text(note))
+  held = ", ".join(f"{n} {b / _GIB:.2f}" for n, b in result.held.items())
+  console.print(Text(f"A device keeps, in GiB: {held}."))
+  kind = "the compiler's word" if chip.platform == "tpu" else (
+      "an estimate against nine tenths of the memory; the libraries'"
+      " workspaces are not known"
+  )  # fmt: skip
+  limit = f"{chip.memory / _GIB:.1f} GiB a device"
+  console.print(Text(f"Memory: of {limit}, {kind}."))
+  console.print(_programs(result), _traffic(result))
+  gradients = [p for p in result.programs if p.name == "gradient" and p.sent]
+  for one in gradients:
+    sent = sum(one.sent.values())
+    if not result.least_sent:
+      break
+    console.print(Text(
+        f"gradient at P = {one.bucket:,} sends {sent / 1e9:.2f} GB, the least"
+        f" for this mesh is {result.least_sent / 1e9:.2f}:"
+        f" {sent / result.least_sent:.2f} times."
+    ))  # fmt: skip
+  unplanned = [s for one in result.programs for s in one.unplanned]
+  for sentence in unplanned[:8]:
+    console.print(Text(f"Unplanned: {sentence}", style="yellow"))
+  if not unplanned:
+    console.print(Text("No collective that is not planned."))
+  console.print(_updates(result))
+  console.print(Text(_assumed(result)))
+  for name, hours in result.hours.items():
+    price = result.assumptions.price * machine.size * hours
+    cost = f", {price:,.0f} at {result.assumptions.price:g}" if price else ""
+    console.print(Text(f"{name}: at least {hours:.1f} hours{cost}."))
+  _verdict(result, console)
+
+
+def _assumed(result: Result) -> str:
+  chip, a = result.machine.chip, result.assumptions
+  return (
+      "Seconds are a bound from below: every rollout reaches its cap, products"
+      f" run at {a.utilization:.0%} of {chip.flops / 1e12:.0f} TFLOP/s, memory"
+      f" at {a.reach:.0%} of {chip.bandwidth / 1e9:.0f} GB/s, links at"
+      f" {a.reach:.0%} of {chip.link / 1e9:.0f} GB/s a device, one way; nothing"
+      " overlaps but these three; evaluation, checkpoints and compiling are"
+      " left out."
+  )
+
+
+def _verdict(result: Result, console: rich.console.Console) -> None:
+  if result.fits:
+    console.print(Text("It fits.", style="bold green"))
+  else:
+    console.print(Text("It does not fit.", style="bold red"))
+  for sentence in result.advice:
+    console.print(Text(sentence))
+
+
+def short(programs: Sequence[Measured], machine: Machine) -> str:
+  """Returns a sentence with the numbers of what does not fit."""
+  limit = f"{machine.chip.memory / _GIB:.2f} GiB"
+  out = [
+      f"{one.name} at P = {one.bucket:,}"
+      f" {one.refused or f'takes {one.memory / _GIB:.1f} of {limit}'}"
+      for one in programs
+      if not one.verdict(machine)
+  ]
+  return "; ".join(out)

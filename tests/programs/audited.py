@@ -1,0 +1,57 @@
+"""The programs of an update on meshes of eight devices: audited.py.
+
+Prints a JSON object for each mesh: for each program, what a device sends, the
+sentences on what nothing plans, and the least that the gradient has to send.
+"""
+
+import json
+import pathlib
+import sys
+import tempfile
+
+import jax
+import toys
+
+from prefix_distill import sharding
+from prefix_distill.models import embedding
+from prefix_distill.plan import build
+from prefix_distill.plan import estimate
+from prefix_distill.plan import machines
+from prefix_distill.plan import measure
+from prefix_distill.specs import MeshSpec
+
+_MESHES = (MeshSpec(8, 1, 1), MeshSpec(1, 8, 1), MeshSpec(2, 2, 2))
+
+
+def look(config, name: str) -> dict:
+  plan = build.build(config, jax.devices())
+  machine = machines.Machine(name, machines.CHIPS["v5e"], (8,))
+  found = {}
+  for stage in plan.stages(8):
+    if stage.name == "cut":
+      continue
+    one = measure.compile_stage(
+        plan, stage, 8, machine, estimate.planned(plan)
+    )
+    found[stage.name] = {"sent": one.sent, "unplanned": one.unplanned}
+  return found | {"least": estimate.least_sent(plan)}
+
+
+def main() -> None:
+  directory = pathlib.Path(tempfile.mkdtemp())
+  student = toys.write_model(directory / "student", 0, "capable")
+  teacher = toys.write_model(directory / "teacher", 1, "teacher")
+  for mesh in _MESHES:
+    config = toys.run_config(student, teacher, mesh=mesh)
+    print(json.dumps(look(config, str(mesh))), flush=True)
+  # The faults that the audit is for: weights that nobody gathers outright, and
+  # a table whose gradient is left to the partitioner.
+  sharding.gather_layer = lambda layer, mesh: layer
+  embedding.look_up = lambda table, tokens, dtype, mesh: table.astype(dtype)[
+      tokens
+  ]
+  print(json.dumps(look(config, "faulty")), flush=True)
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,361 @@
+"""FLOPs of jaxprs, against products by hand and against the ledger."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toys
+
+from prefix_distill import sharding
+from prefix_distill.distill import teacher as teacher_lib
+from prefix_distill.distill.estimators import Sampled
+from prefix_distill.distill.objective import Objective
+from prefix_distill.models import attention
+from prefix_distill.models.transformer import Model
+from prefix_distill.plan import count
+from prefix_distill.report import flops
+from prefix_distill.rollout import decode_state
+from prefix_distill.rollout import sampler
+from prefix_distill.specs import MeshSpec
+from prefix_distill.structs import PromptBatch
+from prefix_distill.structs import Rollout
+from prefix_distill.train import step as step_lib
+
+M, K, N = 6, 10, 14
+PRODUCT = 2 * M * K * N
+
+
+def array(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def counted(function, *args, **settings) -> count.Count:
+  return count.flops(jax.jit(function).trace(*args).jaxpr, **settings)
+
+
+def known(number: float) -> count.Count:
+  return count.Count(number, exact=True)
+
+
+def test_a_product_is_two_flops_for_each_pair():
+  a, b = array(M, K), array(K, N)
+  assert counted(jnp.matmul, a, b) == known(PRODUCT)
+  batch = array(3, 2, M, K), array(3, 2, K, N)
+  assert counted(jnp.matmul, *batch) == known(6 * PRODUCT)
+  whole = functools.partial(jnp.tensordot, axes=2)
+  assert counted(whole, a, array(M, K)) == known(2 * M * K)
+  assert counted(lambda a, b: jnp.sin(a) * b[0, 0], a, b) == known(0)
+
+
+def test_a_convolution_is_a_product_for_each_place_of_its_window():
+  image, kernel = array(2, 8, 9, 4), array(3, 5, 2, 6)
+  conv = functools.partial(
+      jax.lax.conv_general_dilated, window_strides=(1, 1), padding="SAME",
+      dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2,
+  )  # fmt: skip
+  wanted = 2 * (2 * 8 * 9 * 6) * (3 * 5 * 2)
+  assert counted(conv, image, kernel) == known(wanted)
+
+
+def abstract_mesh(**sizes: int) -> jax.sharding.AbstractMesh:
+  types = (jax.sharding.AxisType.Auto,) * len(sizes)
+  return jax.sharding.AbstractMesh(
+      tuple(sizes.values()), tuple(sizes), axis_types=types
+  )
+
+
+def layers(x, weights):
+  return jax.lax.scan(lambda x, w: (x @ w, None), x, weights)[0]
+
+
+def test_loops_are_multiplied_out():
+  x, w = array(M, K), array(5, K, K)
+  once = 2 * M * K * K
+  assert counted(layers, x, w) == known(5 * once)
+  nested = lambda x, w: jax.lax.fori_loop(  # noqa: E731
+      0, 3, lambda _, x: layers(x, w), x
+  )
+  assert counted(nested, x, w) == known(15 * once)
+
+
+@pytest.mark.parametrize(
+    ("first", "end", "step", "trips"),
+    [(0, 7, 1, 7), (2, 7, 2, 3), (9, 0, -4, 3), (5, 5, 1, 0), (6, 5, 1, 0)],
+)
+def test_a_while_loop_between_constants(first, end, step, trips):
+  def loop(x, w):
+    def go_on(carry):
+      return carry[1] < end if step > 0 else carry[1] > end
+
+    def body(carry):
+      return carry[0] @ w, carry[1] + step
+
+    return jax.lax.while_loop(go_on, body, (x, first))[0]
+
+  args = array(M, K), array(K, K)
+  assert counted(loop, *args) == known(trips * 2 * M * K * K)
+  # What the caller knows is for loops that do not say.
+  assert counted(loop, *args, trips=100) == counted(loop, *args)
+
+
+def test_a_loop_that_depends_on_data():
+  def loop(x, w, end):
+    return jax.lax.fori_loop(0, end, lambda _, x: x @ w, x)
+
+  args, once = (array(M, K), array(K, K), array(dtype=jnp.int32)), 2 * M * K * K
+  assert counted(loop, *args) == count.Count(once, exact=False)
+  assert counted(loop, *args, trips=11) == known(11 * once)
+
+
+def test_a_conditional_costs_its_dearest_branch():
+  def choose(flag, x, w):
+    return jax.lax.cond(flag, lambda: x @ w[0], lambda: layers(x, w))
+
+  args = array(dtype=bool), array(M, K), array(4, K, K)
+  assert counted(choose, *args) == known(4 * 2 * M * K * K)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_the_backward_pass_and_what_it_does_again(remat):
+  def layer(x, w):
+    return jnp.sin(jnp.sin(x @ w[0]) @ w[1]), None
+
+  def loss(x, w):
+    body = jax.checkpoint(layer) if remat else layer
+    return jax.lax.scan(body, x, w)[0].sum()
+
+  args = array(M, K), array(5, 2, K, K)
+  once = 5 * 2 * 2 * M * K * K
+  assert counted(loss, *args) == known(once)
+  wanted = (4 if remat else 3) * once
+  assert counted(jax.grad(loss, (0, 1)), *args) == known(wanted)
+
+
+@jax.custom_vjp
+def doubled(x, w):
+  return 2 * (x @ w)
+
+
+doubled.defvjp(
+    lambda x, w: (doubled(x, w), (x, w)),
+    lambda kept, g: (2 * g @ kept[1].T, 2 * kept[0].T @ g),
+)
+
+
+@jax.custom_jvp
+def softened(x, w):
+  return jax.nn.relu(x @ w)
+
+
+softened.defjvp(lambda primals, tangents: (softened(*primals), tangents[0]))
+
+
+def test_functions_in_functions():
+  args = array(M, K), array(K, K)
+  once = 2 * M * K * K
+  inner = jax.jit(lambda x, w: doubled(softened(x, w), w))
+  assert counted(inner, *args) == known(2 * once)
+  loss = lambda x, w: doubled(x, w).sum()  # noqa: E731
+  assert counted(jax.grad(loss, (0, 1)), *args) == known(3 * once)
+
+
+def test_shards_are_counted_on_all_devices():
+  mesh = abstract_mesh(data=2, fsdp=3, tensor=5)
+  spec = jax.sharding.PartitionSpec
+
+  def shards(axes, rows):
+    product = jax.shard_map(
+        lambda x, w: jnp.matmul(x, w), mesh=mesh, in_specs=(rows, spec()),
+        out_specs=rows, axis_names=axes, check_vma=False,
+    )  # fmt: skip
+    return counted(product, array(30 * M, K), array(K, N))
+
+  every = {"data", "fsdp", "tensor"}
+  whole = 30 * PRODUCT
+  assert shards(every, spec(("data", "fsdp", "tensor"))) == known(whole)
+  # Along an axis that does not split the work all do the same.
+  assert shards(every, spec("data")) == known(15 * whole)
+  assert shards({"data"}, spec("data")) == known(whole)
+
+
+def test_elementwise_work_counts_on_demand():
+  def function(x, w):
+    return jnp.sum(jnp.exp(x @ w) * 2)
+
+  args = array(M, K), array(K, N)
+  assert counted(function, *args) == known(PRODUCT)
+  wanted = PRODUCT + 3 * M * N
+  assert counted(function, *args, elementwise=True) == known(wanted)
+
+
+def test_the_kernel_for_tpus_counts_half_of_the_pairs():
+  rows, length, heads, dim = 2, 512, 4, 128
+  q, kv = array(rows, length, heads, dim), array(rows, length, 2, dim)
+
+  def loss(q, k, v):
+    return jnp.sum(attention.splash_kernel(q, k, v))
+
+  product = 2 * rows * heads * dim * length * (length + 1) / 2
+  assert counted(loss, q, kv, kv) == known(2 * product)
+  # Scores again twice, and four products; and what the row sums of output and
+  # its gradient take, which JAX forms as a product.
+  found = counted(jax.grad(loss, (0, 1, 2)), q, kv, kv)
+  sums = 2 * rows * heads * length * dim
+  assert found == known(9 * product + sums)
+
+
+@pytest.mark.aot
+def test_the_kernel_for_gpus_counts_half_of_the_pairs():
+  rows, length, heads, dim = 2, 512, 4, 128
+  q, kv = (
+      array(rows, length, n, dim, dtype=jnp.bfloat16) for n in (heads, 2)
+  )
+
+  def loss(q, k, v):
+    return jnp.sum(attention._cudnn(q, k, v).astype(jnp.float32))
+
+  product = 2 * rows * heads * dim * length * (length + 1) / 2
+  assert counted(loss, q, kv, kv) == known(2 * product)
+  # Scores once more, and four products.
+  found = counted(jax.grad(loss, (0, 1, 2)), q, kv, kv)
+  assert found == known(7 * product)
+
+
+def test_another_kernel_counts_by_its_grid():
+  from jax.experimental import pallas as pl
+
+  def kernel(x, w, out):
+    out[...] = x[...] @ w[...]
+
+  def function(x, w):
+    return pl.pallas_call(
+        kernel, grid=(4,), out_shape=array(4 * M, N),
+        in_specs=[
+            pl.BlockSpec((M, K), lambda i: (i, 0)),
+            pl.BlockSpec((K, N), lambda i: (0, 0)),
+        ],
+        out_specs=pl.BlockSpec((M, N), lambda i: (i, 0)),
+    )(x, w)  # fmt: skip
+
+  assert counted(function, array(4 * M, K), array(K, N)) == known(4 * PRODUCT)
+
+
+def test_bytes_of_arrays_as_they_are_split():
+  mesh = sharding.make_mesh(MeshSpec(), jax.devices()[:1])
+  split = jax.sharding.NamedSharding(
+      abstract_mesh(data=4, tensor=2), jax.sharding.PartitionSpec("tensor")
+  )
+  tree = {
+      "half": jax.ShapeDtypeStruct((6, 5), jnp.bfloat16, sharding=split),
+      "whole": array(3, dtype=jnp.int8),
+      "array": jax.device_put(
+          np.zeros(7, np.float32), sharding.replicated(mesh)
+      ),
+  }
+  assert count.bytes_per_device(tree) == 3 * 5 * 2 + 3 + 7 * 4
+
+
+# The phases of an update, with the ledger's numbers for them.
+PROMPT, SAMPLED, ROWS = 16, 33, 4
+WHOLE = PROMPT + SAMPLED - 1
+STUDENT = toys.model_config(
+    dim=64, mlp_dim=128, num_heads=4, num_kv_heads=2, head_dim=16,
+    num_layers=3, vocab_size=128,
+)  # fmt: skip
+TEACHER = dataclasses.replace(STUDENT, dim=96, num_kv_heads=4)
+LENGTHS = flops.Lengths(np.full(ROWS, PROMPT), np.full(ROWS, SAMPLED))
+BATCH = PromptBatch(
+    array(ROWS, PROMPT, dtype=jnp.int32),
+    array(ROWS, PROMPT, dtype=bool),
+    array(ROWS, dtype=jnp.int32),
+)
+ROLLOUT = Rollout(
+    array(ROWS, SAMPLED, dtype=jnp.int32),
+    array(ROWS, SAMPLED, dtype=bool),
+    array(ROWS, SAMPLED),
+    array(ROWS, SAMPLED),
+)
+
+
+def width(config) -> int:
+  return config.num_layers * config.num_heads * config.head_dim
+
+
+def hidden_pairs(config, tokens: int) -> float:
+  """FLOPs of pairs that causality hides, computed without a kernel."""
+  return ROWS * 4 * width(config) * tokens * (tokens - 1) / 2
+
+
+def check(found: count.Count, wanted: float) -> None:
+  assert found.exact
+  # To the product: nothing is left out on either side.
+  assert found.flops == pytest.approx(wanted, rel=1e-9)
+
+
+def test_a_rollout_costs_what_the_ledger_says():
+  model, settings = Model(STUDENT), decode_state.SamplerConfig((), 0, 13)
+  draw = decode_state.Draw.of(SAMPLED)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+
+  def rollout(params, batch, key):
+    return sampler.sample(model, settings, SAMPLED, params, batch, key, draw)
+
+  args = model.abstract_params(), BATCH, key
+  found = counted(rollout, *args, trips=SAMPLED - 1)
+  phases = flops.distillation(STUDENT, STUDENT, LENGTHS)
+  # A step attends to all columns of the cache, which are one more than the
+  # tokens that are fed: to W instead of PROMPT + 1 to W - 1.
+  columns = PROMPT + SAMPLED
+  masked = sum(columns - t for t in range(PROMPT + 1, columns))
+  masked *= ROWS * 4 * width(STUDENT)
+  wanted = phases.prefill + phases.decode
+  check(found, wanted + hidden_pairs(STUDENT, PROMPT) + masked)
+  assert not counted(rollout, *args).exact
+
+
+def objective(form: str) -> Objective:
+  sampled = None if form == "exact" else Sampled(form)
+  return Objective(toys.distribution(), sampled=sampled)
+
+
+def score(objective: Objective, *args):
+  return teacher_lib.score(Model(TEACHER), objective, *args)
+
+
+def test_scoring_costs_what_the_ledger_says():
+  found = counted(
+      functools.partial(score, objective("policy_gradient")),
+      Model(TEACHER).abstract_params(), BATCH, ROLLOUT, trips=1,
+  )  # fmt: skip
+  wanted = flops.distillation(STUDENT, TEACHER, LENGTHS).score
+  check(found, wanted + hidden_pairs(TEACHER, WHOLE))
+
+
+@pytest.mark.parametrize("form", ["exact", "policy_gradient"])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_an_update_costs_what_the_ledger_says(form, remat):
+  chosen = objective(form)
+  model = Model(STUDENT, remat=remat)
+  teacher = Model(TEACHER).abstract_params()
+  scores = jax.eval_shape(
+      functools.partial(score, chosen), teacher, BATCH, ROLLOUT
+  )
+  loss = functools.partial(
+      step_lib.distillation_loss, model, chosen, step_lib.Watch(SAMPLED, ()),
+      step_lib.Window(),
+  )  # fmt: skip
+  head = Model(TEACHER).head(teacher) if form == "exact" else None
+  found = counted(
+      jax.value_and_grad(loss, has_aux=True), model.abstract_params(), head,
+      (BATCH, ROLLOUT, scores), trips=1,
+  )  # fmt: skip
+  cost = flops.distillation(STUDENT, TEACHER, LENGTHS, remat=remat)
+  wanted = cost.forward + cost.backward
+  if form == "exact":  # Which forms the teacher's logits in the update.
+    wanted += flops.head(TEACHER, ROWS * SAMPLED)
+  # Scores and what is summed with them, in each pass over the layers.
+  passes = 3 + (remat != "none")
+  check(found, wanted + passes * hidden_pairs(STUDENT, WHOLE))

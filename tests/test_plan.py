@@ -1,0 +1,201 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import toys
+
+from prefix_distill.errors import UserError
+from prefix_distill.plan import estimate
+from prefix_distill.plan import machines
+from prefix_distill.plan import measure
+from prefix_distill.plan import planner
+from prefix_distill.plan.estimate import Assumptions
+from prefix_distill.plan.measure import Measured
+from prefix_distill.report import paper_tables
+from prefix_distill.specs import MeshSpec
+from prefix_distill.specs import ModelSpec
+
+SMALL, LARGE = paper_tables.QWEN3_1_7B, paper_tables.QWEN3_8B
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("v5e:4x4", 16), ("v5p:2x2x2", 8), ("v6e:4x4", 16), ("h100:8", 8),
+     ("v5e:4x4*2", 32), ("a100:1", 1), ("h200:16", 16)],
+)  # fmt: skip
+def test_a_machine_has_so_many_devices(name, size):
+  assert machines.parse(name).size == size
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("v5e-16", "v5e:4x4"),
+        ("v7x:2x2", "v6e"),
+        ("h100", "h100:8"),
+        ("h100:2x4", "use h100:8"),
+        ("h100:12", "multiple of 8"),
+        ("v5p:4x4", "3 dimensions; use v5p:2x2x2"),
+        ("v5e:2x2x2", "2 dimensions"),
+        ("v5e:0x4", "1 or more"),
+    ],
+)
+def test_another_machine_is_refused_with_what_there_is(name, text):
+  with pytest.raises(machines.MachineError) as error:
+    machines.parse(name)
+  assert name in str(error.value)
+  assert text in str(error.value)
+
+
+def ask(*flags: str) -> subprocess.CompletedProcess:
+  return subprocess.run(
+      [sys.executable, "-m", "prefix_distill.plan", *flags],
+      text=True, capture_output=True, timeout=120, check=False,
+      env=os.environ | {"HF_HUB_OFFLINE": "1"},
+  )  # fmt: skip
+
+
+def test_a_missing_compiler_ends_in_the_line_that_installs_it():
+  for module in ("libtpu", "jax_cuda13_plugin"):
+    if _has(module):
+      pytest.skip(f"{module} is installed here")
+  for topology, extra in (("v5e:2x2", "tpu"), ("h100:8", "cuda13")):
+    asked = ask("--config=configs/math.py", f"--topology={topology}")
+    assert asked.returncode == 2
+    assert f"pip install 'jax[{extra}]'" in asked.stderr
+    assert len(asked.stderr.strip().splitlines()) == 1
+
+
+def _has(module: str) -> bool:
+  code = f"import {module}"
+  return not subprocess.run(
+      [sys.executable, "-c", code], capture_output=True, check=False
+  ).returncode
+
+
+def test_a_wrong_question_ends_in_one_sentence():
+  asked = ask("--config=configs/math.py")
+  assert asked.returncode != 0
+  assert "--topology is missing" in asked.stderr
+  assert "v5e:4x4" in asked.stderr
+
+
+@pytest.mark.parametrize("given", [["x"], ["0"], ["-3"], [""]])
+def test_lengths_are_numbers(given):
+  with pytest.raises(UserError, match="no list of lengths"):
+    planner.read_lengths(given)
+
+
+def config(**changes):
+  made = toys.run_config("student", "teacher", **changes)
+  return dataclasses.replace(
+      made,
+      student=ModelSpec("a", "bfloat16"),
+      teacher=ModelSpec("b", "bfloat16", "bfloat16"),
+  )
+
+
+@pytest.mark.parametrize(
+    ("machine", "student", "mesh"),
+    [
+        # 3.4 GB of weights fit whole into 15.75 GiB while decoding ...
+        ("v5e:4x4", SMALL, (1, 16, 1)),
+        # ... and 16.4 GB do not.
+        ("v5e:4x4", LARGE, (1, 4, 4)),
+        ("v5p:2x2x2", LARGE, (1, 8, 1)),
+        ("v6e:4x4", LARGE, (1, 8, 2)),
+        ("h100:8", LARGE, (1, 8, 1)),
+        # Replicas on every slice and host.
+        ("v5e:4x4*2", SMALL, (2, 16, 1)),
+        ("h100:16", LARGE, (2, 8, 1)),
+    ],
+)
+def test_the_mesh_has_as_few_tensor_shards_as_the_memory_allows(
+    machine, student, mesh
+):
+  found = estimate.suggest_mesh(
+      config(), student, LARGE, machines.parse(machine)
+  )
+  assert found == MeshSpec(*mesh)
+
+
+def measured(**changes) -> Measured:
+  return dataclasses.replace(
+      Measured("gradient", 256, 1, 8, flops=0.0, moved=0.0), **changes
+  )
+
+
+def test_a_program_takes_as_long_as_its_slowest_part():
+  machine = machines.parse("h100:8")
+  half = Assumptions(utilization=0.5, reach=0.5)
+  flops = measured(flops=8 * 989e12, moved=3352e9 / 4, times=3)
+  assert estimate.seconds(flops, machine, half, 8) == (6.0, "FLOPs")
+  memory = measured(flops=989e12, moved=3352e9)
+  assert estimate.seconds(memory, machine, half, 8) == (2.0, "memory")
+  links = measured(sent={"all-gather over fsdp": 450e9, "x": 450e9})
+  assert estimate.seconds(links, machine, half, 8) == (4.0, "links")
+
+
+def test_a_run_is_the_sum_of_its_updates():
+  made = config(steps=3)  # At a cap of 8 throughout.
+  assert estimate.run_seconds(made, {8: 2.0}) == 6.0
+
+
+def test_the_compilers_refusal_is_read():
+  text = (
+      "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory"
+      " in memory space hbm. Used 26.90G of 15.75G hbm. Exceeded hbm capacity"
+  )
+  assert measure._refusal(text) == "needs 26.9 of 15.75 GiB"
+  assert measure._refusal("something\n  else") == "something else"
+
+
+def test_a_gpus_verdict_is_a_budget_and_a_tpus_the_compilers():
+  gib = 2**30
+  gpu, tpu = machines.parse("h100:8"), machines.parse("v5e:4x4")
+  assert measured(memory=71 * gib).verdict(gpu)
+  assert not measured(memory=72 * gib).verdict(gpu)
+  assert measured(memory=17 * gib).verdict(tpu)
+  assert not measured(refused="needs 17 of 15.75 GiB").verdict(tpu)
+
+
+@pytest.fixture(scope="module")
+def audits():
+  process = toys.start("audited.py", devices=8)
+  (printed,) = toys.finish([process], seconds=400)
+  lines = map(json.loads, printed.strip().splitlines())
+  names = ("8x1x1", "1x8x1", "2x2x2", "faulty")
+  return dict(zip(names, lines, strict=True))
+
+
+@pytest.mark.parametrize("mesh", ["8x1x1", "1x8x1", "2x2x2"])
+def test_no_collective_is_unplanned_and_nothing_is_rematerialized(
+    audits, mesh
+):
+  programs = {k: v for k, v in audits[mesh].items() if k != "least"}
+  assert set(programs) == {
+      "prefill", "layout", "decode", "score", "gradient", "apply",
+  }  # fmt: skip
+  assert [one["unplanned"] for one in programs.values()] == [[]] * 6
+
+
+def test_the_audit_finds_a_program_that_is_left_to_the_partitioner(audits):
+  (sentence,) = audits["faulty"]["gradient"]["unplanned"]
+  assert "full rematerialization" in sentence
+
+
+@pytest.mark.parametrize("mesh", ["8x1x1", "1x8x1"])
+def test_a_gradient_sends_the_least_that_its_sharding_allows(audits, mesh):
+  # Layers gathered twice, tables once for each use, gradients scattered once.
+  sent = sum(audits[mesh]["gradient"]["sent"].values())
+  assert sent == pytest.approx(audits[mesh]["least"], rel=0.01)
+
+
+def test_weights_are_gathered_once_a_rollout(audits):
+  # Not once a token: what a decode sends are counters.
+  found = audits["1x8x1"]
+  assert found["layout"]["sent"]["all-gather over fsdp"] > 50_000
+  assert sum(found["decode"]["sent"].values()) < 100
