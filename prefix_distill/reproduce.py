@@ -87,10 +87,6 @@ CELLS = {
     ),
     "audited": Cell(
         "audited (ours)",
-        _prefix("audited", start=8, share=0.9, audit_every=8),
-    ),
-    "audited-stop": Cell(
-        "audited, stops when nothing is left (ours)",
         _prefix("audited", start=8, share=0.9, audit_every=8, tolerance=0.3),
     ),
     "first-32": Cell("full rollouts, loss on the first 32", _window(0, 32)),

@@ -177,43 +177,38 @@ class Plateau:
 
 @dataclasses.dataclass(frozen=True)
 class Audited:
-  """Where the divergence sits, looked up now and then.
+  """Where the divergence sits, looked up when a prefix has been learned.
 
-  An audit is an update at full length. It shows the divergence at every
-  position; the cap until the next audit is the shortest prefix that holds
-  `share` of all of it, so it moves past what has been learned, and back if
-  something was forgotten. The audits' distance doubles, up to `audit_every`,
-  for much changes at first. An audit that finds less than `tolerance` nats in
-  a whole rollout ends the training: there is nothing left to distil.
+  An audit is an update at full length. It is due when less than `tolerance`
+  nats are left in a prefix, and after `audit_every` updates at the latest. It
+  shows the divergence at every position; the cap is then the shortest prefix
+  that holds `share` of all of it, so it moves past what has been learned, and
+  back if something was forgotten. An audit that finds less than `tolerance`
+  nats in a whole rollout ends the training: there is nothing left to distil.
   """
 
   spec: PrefixSpec
   longest: int
 
   def start(self) -> State:
-    return {"cap": self.longest, "wait": 0, "distance": 1, "audits": 0}
+    least = min(self.spec.start, self.longest)
+    return {"cap": least, "wait": self.spec.audit_every}
 
   def cap(self, state: State) -> int:
     return state["cap"]
 
   def next(self, state: State, stats: Stats) -> State:
-    state = dict(state)
-    if state["wait"]:
-      state["wait"] -= 1
-      if not state["wait"]:
-        state["cap"] = self.longest
-      return state
+    spec, wait = self.spec, state["wait"]
     mass = np.nan_to_num(stats.kl) * stats.count / len(stats.lengths)
-    if mass.sum() < self.spec.tolerance:
-      return state | {"cap": 0, "audits": state["audits"] + 1}
-    covered = np.cumsum(mass) >= self.spec.share * mass.sum()
-    return {
-        "cap": min(max(int(np.argmax(covered)) + 1, self.spec.start),
-                   self.longest),
-        "wait": state["distance"],
-        "distance": min(2 * state["distance"], self.spec.audit_every),
-        "audits": state["audits"] + 1,
-    }  # fmt: skip
+    learned = mass.sum() < spec.tolerance
+    if wait:
+      wait = 0 if learned else wait - 1
+      return {"cap": state["cap"] if wait else self.longest, "wait": wait}
+    if learned:
+      return {"cap": 0, "wait": 0}
+    covered = np.cumsum(mass) >= spec.share * mass.sum()
+    cap = max(int(np.argmax(covered)) + 1, spec.start)
+    return {"cap": min(cap, self.longest), "wait": spec.audit_every}
 
 
 @dataclasses.dataclass(frozen=True)
