@@ -56,7 +56,8 @@ class PrefixSpec:
     window, quantile, memory: agreement: tokens that are averaged, which
       quantile of past rollouts' minima is the threshold, and of how many.
     audit_every: audited: updates between two audits at most.
-    tolerance: audited: nats in a whole rollout below which training ends.
+    tolerance: audited: nats; with less left in a prefix it is audited, and
+      with less in a whole rollout training ends. 0 for neither.
     buckets: the static lengths that programs are compiled for; the exact cap
       inside a bucket is traced. The run's longest cap is added if it needs
       to be. Empty: the longest cap and its halves, seven at most.

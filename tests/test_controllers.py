@@ -136,43 +136,51 @@ def test_plateau_looks_at_the_band_before_the_cap_only():
 
 
 def test_an_audit_puts_the_cap_where_the_divergence_is():
-  controller = make("audited", start=4, share=0.9, audit_every=4)
+  controller = make("audited", start=4, share=0.9, audit_every=3)
   opening, later = np.zeros(LONGEST), np.zeros(LONGEST)
   opening[:10], later[50:60] = 1.0, 1.0
-  # The first update is an audit: nine of ten tokens hold nine tenths.
-  shown = [stats(opening)]
-  assert drive(controller, shown) == [LONGEST, 9]
-  # One update, then the next audit; then two, then four, then four again.
-  caps = drive(controller, [stats(opening)] * 18)
-  assert [i for i, cap in enumerate(caps) if cap == LONGEST] == [
-      0, 2, 5, 10, 15,
-  ]  # fmt: skip
+  # Three updates, then an audit: nine of ten tokens hold nine tenths.
+  shown = [stats(opening)] * 4
+  assert drive(controller, shown) == [4, 4, 4, LONGEST, 9]
   # It moves on when the opening is learned, and back when it is forgotten.
-  shown = [stats(opening)] * 2 + [stats(later)] * 3 + [stats(opening)] * 3
-  assert drive(controller, shown) == [100, 9, 100, 59, 59, 100, 9, 9, 9]
+  shown = [stats(opening)] * 3 + [stats(later)] * 4 + [stats(opening)] * 4
+  assert drive(controller, shown) == [
+      4, 4, 4, 100, 59, 59, 59, 100, 9, 9, 9, 100,
+  ]  # fmt: skip
   # Never below the start.
   first = np.zeros(LONGEST)
   first[0] = 1.0
-  assert drive(controller, [stats(first)]) == [LONGEST, 4]
+  assert drive(controller, [stats(first)] * 4)[-1] == 4
 
 
 def test_an_audit_weighs_positions_by_the_rollouts_that_reach_them():
   kl = np.zeros(LONGEST)
   kl[5], kl[80] = 1.0, 1.0
   many = stats(kl, [10] * 19 + [100])
-  controller = make("audited", share=0.9)
-  assert drive(controller, [many]) == [LONGEST, 6]
+  controller = make("audited", share=0.9, audit_every=1)
+  assert drive(controller, [many] * 2) == [1, LONGEST, 6]
+
+
+def test_a_prefix_that_is_learned_is_audited_at_once():
+  controller = make("audited", start=4, audit_every=8, tolerance=0.5)
+  # 0.8 nats are left in four tokens, then 0.4; in a hundred there are 12.5.
+  much, little = (stats(np.full(4, kl), [4] * 8) for kl in (0.2, 0.1))
+  audit = stats(np.full(LONGEST, 0.125))
+  shown = [much, much, little, audit]
+  assert drive(controller, shown) == [4, 4, 4, LONGEST, 50]
+  # Not before, but after so many updates at the latest.
+  assert drive(controller, [much] * 7) == [4] * 8
+  assert drive(controller, [much] * 8)[-1] == LONGEST
 
 
 def test_training_ends_when_an_audit_finds_nothing():
   controller = make("audited", tolerance=0.5)
   little, much = stats(np.full(LONGEST, 0.004)), stats(np.full(LONGEST, 0.006))
-  assert drive(controller, [little]) == [LONGEST, 0]
-  assert drive(controller, [much])[1] > 0
-  # Only audits see whole rollouts.
-  assert 0 not in drive(controller, [much, little])
-  assert drive(controller, [much, little, little])[-1] == 0
-  assert 0 not in drive(make("audited"), [stats(np.zeros(LONGEST))] * 9)
+  # Any prefix has so little; an audit of the whole says whether all has.
+  assert drive(controller, [little, little]) == [1, LONGEST, 0]
+  assert drive(controller, [little, much])[-1] > 0
+  never = make("audited", audit_every=2)
+  assert 0 not in drive(never, [stats(np.zeros(LONGEST))] * 9)
 
 
 def test_agreement_cuts_below_a_quantile_of_past_minima():

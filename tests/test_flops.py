@@ -258,7 +258,8 @@ def test_forward_and_backward_agree_with_the_compiler(form, remat):
   ledger = cost.forward + cost.backward
   if form == "exact":  # Which forms the teacher's logits in the update.
     ledger += flops.head(TEACHER, ROWS * SAMPLED)
-  check(ledger, (3 if remat == "none" else 4) * hidden_pairs(STUDENT, WHOLE), xla)
+  passes = 3 if remat == "none" else 4
+  check(ledger, passes * hidden_pairs(STUDENT, WHOLE), xla)
 
 
 def test_the_optimizer_agrees_with_the_compiler():

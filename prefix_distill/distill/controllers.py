@@ -16,9 +16,9 @@ with the cap that it would have had.
              rollouts reach it
   agreement  KAT (arXiv 2606.09471): full rollouts, each cut where student and
              teacher have agreed for a while; see `agreement.py`
-  audited    this package's: now and then an update at full length shows where
-             the divergence sits; the cap goes where the first so much of it
-             ends, and training stops when nothing is left
+  audited    this package's: when a prefix has been learned, an update at full
+             length shows where the divergence sits; the cap goes where the
+             first so much of it ends, and training stops when nothing is left
 """
 
 import dataclasses
