@@ -16,7 +16,9 @@ from prefix_distill.recipe import RolloutSpec
 from prefix_distill.specs import DatasetSpec
 from prefix_distill.specs import DataSpec
 from prefix_distill.specs import MeshSpec
+from prefix_distill.specs import OptimizerSpec
 from prefix_distill.train import setup as setup_lib
+from prefix_distill.train import update
 from prefix_distill.train.programs import Programs
 
 _ROWS, _PROMPT = 4, 5
@@ -155,3 +157,54 @@ def test_rollouts_that_end_early_are_cut_to_a_shorter_bucket():
     rollout = programs.sample(state.params, batch, jax.random.key(0), 16)
     assert rollout.tokens.shape == (2 * _ROWS, columns)
     assert (rollout.mask.sum(axis=1) == length).all()
+
+
+def _kinds(tree) -> set[str]:
+  return {x.sharding.memory_kind for x in jax.tree.leaves(tree)}
+
+
+def test_what_is_offloaded_rests_on_the_host_and_changes_nothing():
+  caps, found = (3, 8), []
+  for offload in (False, True):
+    _, programs, state, teacher_params, batch = _make(
+        optimizer=OptimizerSpec(learning_rate=1e-2, offload=offload)
+    )
+    resting = {"pinned_host"} if offload else {"device"}
+    if offload:
+      places = jax.tree.map(lambda x: x.sharding, teacher_params)
+      teacher_params = jax.device_put(
+          teacher_params, sharding.on_host(places)
+      )
+    for cap in caps:
+      assert _kinds(state.opt_state) == resting
+      assert _kinds(state.params) == {"device"}
+      teacher = programs.on_device(teacher_params)
+      assert _kinds(teacher) == {"device"}
+      state, _ = _update(programs, state, teacher, batch, cap)
+    assert _kinds(state.opt_state) == resting
+    assert programs.compilations()["compilations_update"] == 1
+    found.append(jax.tree.map(np.asarray, state.params))
+  jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+def test_batches_that_go_through_in_parts_are_compiled_ahead_too():
+  # At a cap of 8 a row has 13 tokens: two groups of two prompts are sampled,
+  # and each is scored in two parts. At 4 there are 9, and one group of all.
+  _, programs, state, teacher_params, batch = _make(
+      prefix=PrefixSpec("linear", start=4, increment=4, buckets=(4, 8)),
+      steps=2,
+      rollout=RolloutSpec(per_prompt=1, max_len=8, batch_tokens=36),
+      optimizer=OptimizerSpec(learning_rate=1e-2, batch_tokens=13),
+  )
+  programs.compile_ahead(teacher_params)
+  programs._thread.join()
+  ahead = _compiled(programs)
+  for cap, groups in ((4, 1), (8, 2)):
+    state, shown = update.run(
+        programs, state, teacher_params, batch, None,
+        update.Request(cap, jax.random.key(cap)), update.Clock(),
+    )  # fmt: skip
+    assert len(programs.rows.groups(batch, cap)) == groups
+    assert shown.mask.shape[0] == _ROWS
+    assert np.isfinite(shown.metrics["kl"])
+  assert _compiled(programs) == ahead

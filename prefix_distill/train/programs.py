@@ -108,10 +108,14 @@ class Programs:
     return self._rest(self._init(params))
 
   def _rest(self, state: TrainState) -> TrainState:
-    """Moves to the host what waits there for the next update."""
+    """Moves the moments to where they wait for the next update."""
+    return self._move_moments(state, self._resting.opt_state)
+
+  def _move_moments(self, state: TrainState, places: Any) -> TrainState:
     if not self._setup.config.optimizer.offload:
       return state
-    return jax.device_put(state, self._resting, donate=True)
+    moved = jax.device_put(state.opt_state, places)
+    return dataclasses.replace(state, opt_state=moved)
 
   def on_device(self, params: Params) -> Params:
     """Brings weights that rest on the host, as the teacher's may."""
@@ -167,8 +171,8 @@ class Programs:
       self, state: TrainState, total: Gradient
   ) -> tuple[TrainState, dict[str, Any]]:
     """Takes one optimizer step; the state is donated."""
-    if self._setup.config.optimizer.offload:
-      state = jax.device_put(state, sharding.on_device(self._resting))
+    working = sharding.on_device(self._resting.opt_state)
+    state = self._move_moments(state, working)
     state, metrics = self._apply(state, total)
     return self._rest(state), metrics
 
