@@ -20,6 +20,9 @@ _KEPT = ("step", "flops", "accuracy", "finish_rate", "mean_length",
 # The figure of the README: cells that are methods, and not ablations.
 _MAIN = ("full", "seqkd", "fixed-16", "fixed-64", "linear", "plateau",
          "random", "audited")  # fmt: skip
+# Accuracies on the figure's axis, and the smallest error that it shows.
+_TICKS = (0.2, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
+_LEAST = 0.005
 
 
 def read(workdir: pathlib.Path, cells: Sequence[str]) -> list[Row]:
@@ -66,6 +69,30 @@ def last(rows: Sequence[Row], student: str, cell: str) -> list[Row]:
   ]
 
 
+def curve(
+    rows: Sequence[Row], student: str, cell: str
+) -> list[list[Row]]:
+  """Returns the seeds' evaluations along the run.
+
+  At each update at which some seed was evaluated, every seed's latest: one
+  that ended before stays where it ended.
+  """
+  mine = [r for r in rows if (r["student"], r["cell"]) == (student, cell)]
+  seeds = {
+      seed: sorted(
+          (r for r in mine if r["seed"] == seed), key=lambda r: r["step"]
+      )
+      for seed in sorted({r["seed"] for r in mine})
+  }
+  return [
+      [
+          max((r for r in runs if r["step"] <= step), key=lambda r: r["step"])
+          for runs in seeds.values()
+      ]
+      for step in sorted({r["step"] for r in mine})
+  ]
+
+
 def reached(rows: Sequence[Row], student: str, cell: str) -> float | None:
   """Returns the FLOPs at which the mean accuracy enters full's interval.
 
@@ -73,12 +100,10 @@ def reached(rows: Sequence[Row], student: str, cell: str) -> float | None:
   what has to be reached; None if it never is.
   """
   full = last(rows, student, "full")
-  mine = [r for r in rows if (r["student"], r["cell"]) == (student, cell)]
-  if not full or not mine:
+  if not full:
     return None
   goal = interval(full)[1]
-  for step in sorted({r["step"] for r in mine}):
-    at = [r for r in mine if r["step"] == step]
+  for at in curve(rows, student, cell):
     if np.mean([r["accuracy"] for r in at]) >= goal:
       return float(np.mean([r["flops"] for r in at]))
   return None
@@ -130,7 +155,11 @@ def table(rows: Sequence[Row], student: str, cells: Mapping[str, str]) -> str:
 
 
 def draw(rows: Sequence[Row], cells: Sequence[str], path: pathlib.Path) -> None:
-  """Draws accuracy against cumulative FLOPs, a panel for each student."""
+  """Draws accuracy against cumulative FLOPs, a panel for each student.
+
+  The axis is logarithmic in what is wrong, or all methods would lie on one
+  line at the top.
+  """
   students = [s for s in ("capable", "weak")
               if any(r["student"] == s for r in rows)]  # fmt: skip
   figure, panels = plt.subplots(
@@ -140,24 +169,30 @@ def draw(rows: Sequence[Row], cells: Sequence[str], path: pathlib.Path) -> None:
   colors = plt.get_cmap("tab10")
   for axes, student in zip(panels[0], students, strict=True):
     for i, cell in enumerate(cells):
-      mine = [r for r in rows if (r["student"], r["cell"]) == (student, cell)]
-      points = []
-      for step in sorted({r["step"] for r in mine if r["flops"]}):
-        at = [r for r in mine if r["step"] == step]
-        points.append((np.mean([r["flops"] for r in at]), *interval(at)))
+      points = [
+          (np.mean([r["flops"] for r in at]), *interval(at))
+          for at in curve(rows, student, cell)
+          if all(r["flops"] for r in at)
+      ]
       if not points:
         continue
       x, mean, low, high = np.array(points).T
+      mean, low, high = (np.maximum(1 - y, _LEAST) for y in (mean, low, high))
+      # The end of a run is what its table says; the way there needs no bars.
+      axes.plot(x, mean, marker="o", markersize=3, linewidth=1.2, label=cell,
+                color=colors(i % 10))  # fmt: skip
       axes.errorbar(
-          x, 100 * mean, (100 * (mean - low), 100 * (high - mean)),
-          marker="o", markersize=3, linewidth=1.2, elinewidth=0.6, label=cell,
-          color=colors(i % 10),
+          x[-1:], mean[-1:], (mean[-1:] - high[-1:], low[-1:] - mean[-1:]),
+          fmt="o", markersize=6, elinewidth=1, capsize=3, color=colors(i % 10),
       )  # fmt: skip
     axes.set(title=f"{student} student", xlabel="cumulative FLOPs",
              xscale="log")  # fmt: skip
+    axes.set(yscale="log", ylim=(0.95, _LEAST * 0.9))
+    axes.set_yticks([1 - y for y in _TICKS], [f"{y:.0%}" for y in _TICKS])
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-  panels[0][0].set_ylabel("accuracy, sampled (%)")
+  panels[0][0].set_ylabel("accuracy, sampled (log scale of errors)")
   panels[0][-1].legend(frameon=False, fontsize=8, loc="center left",
                        bbox_to_anchor=(1, 0.5))  # fmt: skip
   figure.tight_layout()
