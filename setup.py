@@ -9,7 +9,7 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["prefix_distill*"]),
-    package_data={"prefix_distill": ["assets/*/*"]},
+    package_data={"prefix_distill": ["assets/*/*", "plan/targets/*.txtpb"]},
     install_requires=[
         "absl-py>=2.1",
         "datasets>=4.0",

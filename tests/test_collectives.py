@@ -6,8 +6,8 @@ import os
 import pytest
 import toys
 
-from prefix_distill.plan import hlo
 from prefix_distill.plan import collectives
+from prefix_distill.plan import hlo
 from prefix_distill.plan.collectives import Planned
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}

@@ -150,6 +150,11 @@ def test_the_compilers_refusal_is_read():
       " in memory space hbm. Used 26.90G of 15.75G hbm. Exceeded hbm capacity"
   )
   assert measure._refusal(text) == "needs 26.9 of 15.75 GiB"
+  text = (
+      "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required"
+      " for HLO temporaries (16.17G) exceeds available HBM (15.75G)."
+  )
+  assert measure._refusal(text) == "needs 16.2 of 15.75 GiB"
   assert measure._refusal("something\n  else") == "something else"
 
 

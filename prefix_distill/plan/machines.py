@@ -22,6 +22,11 @@ ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
 }
+# What JAX says when a compiler is not installed.
+_MISSING = (
+    "not installed", "not found", "plugin", "unknown backend",
+    "not implemented for cuda",
+)  # fmt: skip
 _TARGETS = pathlib.Path(__file__).parent / "targets"
 
 
@@ -174,10 +179,7 @@ def devices(machine: Machine) -> list:
     ).devices  # fmt: skip
   except Exception as error:  # libtpu and the plugins raise many kinds.
     reason = " ".join(str(error).split())[:300]
-    missing = "not found" in reason or "no module" in reason.lower()
-    missing |= "plugin" in reason.lower() or "libtpu" in reason.lower()
-    missing |= "unknown backend" in reason.lower()
-    if missing:
+    if any(words in reason.lower() for words in _MISSING):
       raise MachineError(
           f"--topology={machine.name} needs the compiler for {kind}, which"
           f" is not installed here; run: pip install 'jax[{extra}]'."

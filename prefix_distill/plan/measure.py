@@ -25,8 +25,12 @@ from prefix_distill.train.compile import Stage
 _GIB = 2**30
 # Collectives of less than this in a program are counters and the like.
 _NEGLIGIBLE = 2**20
-# "Used 26.90G of 15.75G hbm": what the TPU's compiler says.
-_USED = re.compile(r"[Uu]sed ([\d.]+)([KMG])i?B? of ([\d.]+)([KMG])i?B? hbm")
+# What the TPU's compiler says: "Used 26.90G of 15.75G hbm", or "... required
+# for HLO temporaries (16.17G) exceeds available HBM (15.75G)".
+_USED = re.compile(
+    r"(?:[Uu]sed |required[^(]*\()([\d.]+)([KMG])i?B?"
+    r"(?: of |\) exceeds available HBM \()([\d.]+)([KMG])"
+)
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 

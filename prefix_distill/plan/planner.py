@@ -25,6 +25,8 @@ from prefix_distill.train.compile import Stage
 _ORDER = ("layout", "apply", "score", "prefill", "decode", "gradient")
 # Halvings or doublings of a batch that are tried.
 _TRIES = 6
+# Searches, each at the longest length at which something does not fit.
+_ROUNDS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,6 +263,19 @@ def _fit(
   )
 
 
+def _settings(
+    asked: Config, found: Config, said: Sequence[str]
+) -> list[str]:
+  """Returns the settings that were found, and what could not be."""
+  flags = [
+      f"--config.{name}.batch_tokens={getattr(found, name).batch_tokens}"
+      for name in ("rollout", "optimizer")
+      if getattr(found, name) != getattr(asked, name)
+  ]
+  failed = [sentence for sentence in said if "does not fit" in sentence]
+  return ([" ".join(flags)] if flags else []) + failed
+
+
 def plan(question: Question, console: rich.console.Console) -> show.Result:
   """Answers a question.
 
@@ -280,20 +295,28 @@ def plan(question: Question, console: rich.console.Console) -> show.Result:
   compiled = _measure(
       list(_jobs(built, buckets)), question.machine, console
   )
-  advice = []
-  broken = [c.bucket for c in compiled if not c.verdict(question.machine)]
-  if broken or question.search:
-    at = max(broken) if broken else buckets[-1]
-    config, advice = _search(question, config, devices, at, console)
-    built = build.build(config, devices)
+  advice, mended = [], []
+  latest, tried = compiled, config
+  for _ in range(_ROUNDS):
+    broken = [c.bucket for c in latest if not c.verdict(question.machine)]
+    if not broken and not (question.search and not mended):
+      break
+    at = max(broken, default=buckets[-1])
+    tried, advice = _search(question, config, devices, at, console)
+    if tried == config:
+      break
+    config, built = tried, build.build(tried, devices)
+    jobs = list(_jobs(built, buckets))
+    latest = mended = _measure(jobs, question.machine, console)
   needed = prefix_length.needed(config)
-  updates = _updates(built, needed, compiled, question)
+  compiled_best = mended or compiled
+  updates = _updates(built, needed, compiled_best, question)
   seconds = {update.bucket: update.total for update in updates}
   whole = dataclasses.replace(config, method="full")
   if config.longest_prefix < whole.longest_prefix:
     full_plan = build.build(whole, devices)
     lengths = prefix_length.needed(whole)
-    (full,) = _updates(full_plan, lengths[-1:], compiled, question)
+    (full,) = _updates(full_plan, lengths[-1:], compiled_best, question)
   else:
     full = updates[-1]
   hours = {
@@ -303,6 +326,7 @@ def plan(question: Question, console: rich.console.Console) -> show.Result:
   }  # fmt: skip
   return show.Result(
       question.machine, dict(built.setup.mesh.shape), notes,
-      estimate.held(built), compiled, updates, hours,
-      estimate.least_sent(built), advice, question.assumptions,
+      estimate.held(built), compiled, mended, updates, hours,
+      estimate.least_sent(built), _settings(question.config, config, advice),
+      question.assumptions,
   )  # fmt: skip

@@ -47,10 +47,12 @@ class Result:
     notes: what was assumed, in sentences.
     held: bytes on a device that a run keeps throughout.
     programs: those that were compiled.
+    mended: the same with other settings, if `programs` do not fit or larger
+      batches were looked for.
     updates: one for each bucket.
     hours: of the run, and of full distillation, at least.
     least_sent: bytes of one run of `gradient` by the analytic minimum.
-    advice: what to change, in sentences; empty if it fits.
+    advice: the settings of `mended`, or what cannot be made to fit.
     assumptions: behind the seconds.
   """
 
@@ -59,6 +61,7 @@ class Result:
   notes: list[str]
   held: dict[str, float]
   programs: list[Measured]
+  mended: list[Measured]
   updates: list[Update]
   hours: dict[str, float]
   least_sent: float
@@ -88,13 +91,15 @@ def _memory(one: Measured) -> str:
   return f"{one.memory / _GIB:.1f}"
 
 
-def _programs(result: Result) -> rich.table.Table:
+def _programs(
+    programs: Sequence[Measured], machine: Machine
+) -> rich.table.Table:
   table = _table(
       "program", "P", "rows", "times", "GiB", "fits", "FLOPs", "GB sent",
       "compiled in",
   )  # fmt: skip
-  for one in result.programs:
-    fits = one.verdict(result.machine)
+  for one in programs:
+    fits = one.verdict(machine)
     sent = sum(one.sent.values()) / 1e9
     table.add_row(
         one.name,
@@ -110,9 +115,9 @@ def _programs(result: Result) -> rich.table.Table:
   return table
 
 
-def _traffic(result: Result) -> rich.table.Table:
+def _traffic(programs: Sequence[Measured]) -> rich.table.Table:
   table = _table("collectives of one run", "P", "GB sent by a device")
-  for one in result.programs:
+  for one in programs:
     for name, total in sorted(one.sent.items(), key=lambda x: -x[1]):
       if total >= 1e7:
         table.add_row(
@@ -154,8 +159,13 @@ def show(result: Result, console: rich.console.Console) -> None:
   )  # fmt: skip
   limit = f"{chip.memory / _GIB:.1f} GiB a device"
   console.print(Text(f"Memory: of {limit}, {kind}."))
-  console.print(_programs(result), _traffic(result))
-  gradients = [p for p in result.programs if p.name == "gradient" and p.sent]
+  console.print(_programs(result.programs, machine))
+  if result.mended:
+    console.print(Text(f"With {result.advice[0]}:"), style="bold")
+    console.print(_programs(result.mended, machine))
+  programs = result.mended or result.programs
+  console.print(_traffic(programs))
+  gradients = [p for p in programs if p.name == "gradient" and p.sent]
   for one in gradients:
     sent = sum(one.sent.values())
     if not result.least_sent:
@@ -165,7 +175,7 @@ def show(result: Result, console: rich.console.Console) -> None:
         f" for this mesh is {result.least_sent / 1e9:.2f}:"
         f" {sent / result.least_sent:.2f} times."
     ))  # fmt: skip
-  unplanned = [s for one in result.programs for s in one.unplanned]
+  unplanned = [s for one in programs for s in one.unplanned]
   for sentence in unplanned[:8]:
     console.print(Text(f"Unplanned: {sentence}", style="yellow"))
   if not unplanned:
@@ -194,10 +204,12 @@ def _assumed(result: Result) -> str:
 def _verdict(result: Result, console: rich.console.Console) -> None:
   if result.fits:
     console.print(Text("It fits.", style="bold green"))
-  else:
-    console.print(Text("It does not fit.", style="bold red"))
-  for sentence in result.advice:
-    console.print(Text(sentence))
+    return
+  console.print(Text("It does not fit.", style="bold red"))
+  mended = all(one.verdict(result.machine) for one in result.mended)
+  for i, sentence in enumerate(result.advice):
+    starts = "It fits with " if result.mended and mended and not i else ""
+    console.print(Text(starts + sentence))
 
 
 def short(programs: Sequence[Measured], machine: Machine) -> str:

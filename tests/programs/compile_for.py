@@ -6,22 +6,16 @@ kernels' names and how often they appear.
 
 import json
 import os
-import pathlib
 import re
 import sys
 
-# As on a host of the machine; read when jax is imported.
-os.environ |= {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-}
+from prefix_distill.plan import machines
+
+# Read when jax is imported.
+os.environ |= machines.ENVIRONMENT | {"TPU_STDERR_LOG_LEVEL": "1"}
 os.environ.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
 
 import jax  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
@@ -33,7 +27,6 @@ from prefix_distill.rollout import decode_state  # noqa: E402
 from prefix_distill.rollout import sampler  # noqa: E402
 from prefix_distill.structs import PromptBatch  # noqa: E402
 
-_HERE = pathlib.Path(__file__).parent
 _KERNEL = re.compile(r'custom_call_target="([^"]+)"')
 # An odd length, for a kernel that takes none.
 _ROWS, _PROMPT, _LENGTH = 8, 255, 256
@@ -41,15 +34,8 @@ _ROWS, _PROMPT, _LENGTH = 8, 255, 256
 
 def _devices(platform: str) -> list[jax.Device]:
   if platform == "tpu":
-    return topologies.get_topology_desc(
-        platform="tpu", topology_name="v5e:2x2"
-    ).devices
-  return topologies.get_topology_desc(
-      "compile_only",
-      "cuda",
-      topology="1x1x4",
-      target_config=(_HERE / "h100.txtpb").read_text(),
-  ).devices
+    return machines.devices(machines.parse("v5e:2x2"))
+  return machines.devices(machines.parse("h100:4"))
 
 
 def main() -> None:

@@ -6,29 +6,21 @@ data x fsdp x tensor = 2 x 2 x 2.
 
 import collections
 import os
-import pathlib
 import sys
 
-# As on a host of the machine; read when jax is imported.
-os.environ |= {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_STDERR_LOG_LEVEL": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-}
+from prefix_distill.plan import machines
+
+# Read when jax is imported.
+os.environ |= machines.ENVIRONMENT | {"TPU_STDERR_LOG_LEVEL": "1"}
 os.environ.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
 
 import jax  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from prefix_distill.plan import collectives  # noqa: E402
 
 PLATFORM = sys.argv[1]
-HERE = pathlib.Path(__file__).parent
 P = jax.sharding.PartitionSpec
 ROWS = ("data", "fsdp")
 SUMS = ("reduce-scatter", "all-reduce")
@@ -42,15 +34,8 @@ def devices() -> list[jax.Device]:
   if PLATFORM == "cpu":
     return jax.devices()
   if PLATFORM == "tpu":
-    return topologies.get_topology_desc(
-        platform="tpu", topology_name="v5e:2x4"
-    ).devices
-  return topologies.get_topology_desc(
-      "compile_only",
-      "cuda",
-      topology="1x1x8",
-      target_config=(HERE / "h100.txtpb").read_text(),
-  ).devices
+    return machines.devices(machines.parse("v5e:2x4"))
+  return machines.devices(machines.parse("h100:8"))
 
 
 MESH = jax.sharding.Mesh(
