@@ -106,7 +106,7 @@ def config(**changes):
         # ... and 16.4 GB do not.
         ("v5e:4x4", LARGE, (1, 4, 4)),
         ("v5p:2x2x2", LARGE, (1, 8, 1)),
-        ("v6e:4x4", LARGE, (1, 8, 2)),
+        ("v6e:4x4", LARGE, (1, 16, 1)),
         ("h100:8", LARGE, (1, 8, 1)),
         # Replicas on every slice and host.
         ("v5e:4x4*2", SMALL, (2, 16, 1)),
@@ -120,6 +120,20 @@ def test_the_mesh_has_as_few_tensor_shards_as_the_memory_allows(
       config(), student, LARGE, machines.parse(machine)
   )
   assert found == MeshSpec(*mesh)
+
+
+def test_long_answers_need_more_shards_to_lie_on():
+  made = config()
+  made = dataclasses.replace(
+      made, method="full",
+      rollout=dataclasses.replace(
+          made.rollout, per_prompt=4, max_len=16_384
+      ),
+  )  # fmt: skip
+  # Keys and values of one prompt's four rollouts take 7.2 GiB.
+  tight, ample = map(machines.parse, ("v5e:4x4", "v6e:4x4"))
+  assert estimate.suggest_mesh(made, SMALL, LARGE, tight).tensor == 2
+  assert estimate.suggest_mesh(made, SMALL, LARGE, ample).tensor == 1
 
 
 def measured(**changes) -> Measured:

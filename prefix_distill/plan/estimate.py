@@ -17,10 +17,12 @@ from prefix_distill.plan.measure import Measured
 from prefix_distill.specs import MeshSpec
 
 _FLOAT32 = 4
-# Of a device's memory, what weights, moments and gradients may take, and of
-# that the weights that are gathered for decoding.
+# Of a device's memory: what weights, moments and gradients may take on one
+# host, and what the longest decoding may, with all that lies beside it.
 _HELD = 0.6
-_GATHERED = 0.35
+_DECODING = 0.85
+# A cache that grows lies there twice for a moment, the shorter one at half.
+_GROWING = 1.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +143,9 @@ def suggest_mesh(
   """Chooses a mesh: as little tensor parallelism as the memory allows.
 
   Weights, moments and gradients are split over fsdp and tensor; the weights
-  that decode are split over tensor alone. Slices, and GPUs of more hosts if
-  one host holds the weights, are replicas.
+  that decode are split over tensor alone, and so are the keys and values of
+  one prompt's rollouts, of which a device has some at least. Slices, and GPUs
+  of more hosts if one host holds the weights, are replicas.
   """
   budget = machine.chip.memory
   inside = machine.size // machine.slices
@@ -155,10 +158,16 @@ def suggest_mesh(
     host = min(machine.chip.host, inside)
     if held / host <= _HELD * budget:
       inside = host
+  longest = config.data.max_prompt_len + config.longest_prefix
+  tokens = config.rollout.per_prompt * longest
+  pair = 2 * student.num_layers * student.num_kv_heads * student.head_dim
+  cache = _GROWING * width * pair * tokens
+  resting = held - _FLOAT32 * num_params(student)  # Gradients come later.
   tensor = 1
   while (
       tensor < min(inside, student.num_kv_heads)
-      and width * num_params(student) / tensor > _GATHERED * budget
+      and resting / inside + (width * num_params(student) + cache) / tensor
+      > _DECODING * budget
   ):
     tensor *= 2
   return MeshSpec(

@@ -134,6 +134,8 @@ def compile_stage(
   file = directory() / f"{_key(lowered, machine, mesh, stage.trips)}.json"
   if file.is_file():
     found = json.loads(file.read_text())
+    if "refused" in found:
+      found["refused"] = _refusal(found["refused"])
   else:
     found = _compile(lowered, mesh, stage, planned)
     file.parent.mkdir(parents=True, exist_ok=True)

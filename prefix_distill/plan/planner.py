@@ -253,8 +253,9 @@ def _fit(
   if not best:
     return config, (
         f"{name} at P = {bucket:,} does not fit with {rows} rows at a time"
-        " either; use more devices, a mesh with more tensor shards,"
-        " student.remat='full', or offload=True."
+        " either, a prompt's rollouts for each shard of the batch; use more"
+        " devices, --mesh with more tensor shards, fewer rollouts a prompt,"
+        " student.remat='full', or offload."
     )
   if best == start and not question.search:
     return config, ""
