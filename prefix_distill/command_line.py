@@ -8,6 +8,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from prefix_distill import config_dict
+from prefix_distill import distributed
 from prefix_distill.config import Config
 from prefix_distill.errors import UserError
 
@@ -26,8 +27,27 @@ PREFLIGHT = flags.DEFINE_bool(
     "Whether to check and show what the models would be fed, and stop there:"
     " no weights are read, nothing is written.",
 )
-DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Whether this is one of several processes (a pod)."
+_DISTRIBUTED = flags.DEFINE_string(
+    "distributed",
+    "",
+    "How this process finds the others of its run: auto (a TPU pod's metadata,"
+    " and what else JAX knows), slurm, or HOST:PORT of process 0. Default: it"
+    " is the only one; off, even where it looks like one of several.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "With --distributed=HOST:PORT, how many there are."
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "With --distributed=HOST:PORT, this one's, from 0."
+)
+_TIMEOUT = flags.DEFINE_integer(
+    "distributed_timeout", 300, "Seconds for all processes to come together."
+)
+_HEARTBEAT = flags.DEFINE_integer(
+    "distributed_heartbeat",
+    100,
+    "Seconds after which a process that is not heard of counts as dead, and"
+    " the others end.",
 )
 
 
@@ -35,6 +55,7 @@ def parse(argv: list[str]) -> list[str]:
   """Parses flags, or exits with one sentence; for `absl.app.run`."""
   try:
     rest = flags.FLAGS(argv)
+    processes()
     if _CONFIG.value is None:
       sys.exit("error: --config is missing; try --config=configs/math.py.")
     _CONFIG.value.to_dict()  # Fails now if the file could not be loaded.
@@ -56,6 +77,18 @@ def _explain_override(argv: list[str]) -> None:
         config_dict.check_field(re.split("[=:]", argument[9:])[0])
       except UserError as unknown:
         sys.exit(f"error: {unknown}")
+
+
+def processes() -> distributed.Spec:
+  """Returns how this process finds the others.
+
+  Raises:
+    ConfigError: the flags do not fit together.
+  """
+  return distributed.Spec(
+      _DISTRIBUTED.value, _NUM_PROCESSES.value, _PROCESS_ID.value,
+      _TIMEOUT.value, _HEARTBEAT.value,
+  )  # fmt: skip
 
 
 def config() -> Config:

@@ -10,6 +10,7 @@ import jax
 import rich.console
 
 from prefix_distill import command_line
+from prefix_distill import distributed
 from prefix_distill import preflight
 from prefix_distill.errors import UserError
 from prefix_distill.train import loop
@@ -24,29 +25,35 @@ def _keep_compiled_programs() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def _train() -> None:
+def _train() -> str:
+  """Trains; returns why it stopped before the end, if it did."""
   _keep_compiled_programs()
-  if command_line.DISTRIBUTED.value:
-    jax.distributed.initialize()
-  loop.train(command_line.config(), command_line.workdir(sys.argv))
+  config = command_line.config()
+  with distributed.joined(command_line.processes()):
+    try:
+      loop.train(config, command_line.workdir(sys.argv))
+    except loop.Stopped as stopped:  # All processes stop together.
+      return str(stopped)
+  return ""
 
 
 def main(argv: list[str]) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)
+  stopped = ""
   try:
     if command_line.PREFLIGHT.value:
       preflight.run(command_line.config(), rich.console.Console())
     else:
-      _train()
+      stopped = _train()
   except UserError as error:
     sys.exit(f"error: {error}")
-  except (loop.Stopped, KeyboardInterrupt) as stopped:
-    print(
-        str(stopped)
-        or "Interrupted; the same command goes on from the last checkpoint.",
-        file=sys.stderr,
+  except KeyboardInterrupt:
+    stopped = (
+        "Interrupted; the same command goes on from the last checkpoint."
     )
+  if stopped:
+    print(stopped, file=sys.stderr)
     sys.exit(130)
 
 

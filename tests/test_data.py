@@ -405,19 +405,6 @@ def test_the_seed_decides_the_order(chat, questions):
   assert first != other
 
 
-def test_processes_share_out_every_batch(chat, questions):
-  spec = questions()
-  whole, *parts = (
-      PromptIterator(spec, chat, seed=0, process=process)
-      for process in ((0, 1), (0, 2), (1, 2))
-  )
-  for _ in range(5):
-    wanted = next(whole)[0].index.tolist()
-    shares = [next(part)[0].index.tolist() for part in parts]
-    assert [len(s) for s in shares] == [2, 2]
-    assert sorted(shares[0] + shares[1]) == sorted(wanted)
-
-
 def test_prompts_that_are_too_long_are_dropped_and_counted(chat, questions):
   iterator = PromptIterator(questions((2, 5, 7)), chat, seed=0)
   order = _order(iterator, 9)
@@ -522,10 +509,9 @@ def test_records_that_are_all_too_long_are_refused(chat, questions):
   assert "rollout.max_len" in str(error.value)
 
 
-@pytest.mark.parametrize("process", ((0, 1), (0, 2), (1, 2)))
-def test_one_record_that_fits_is_enough(process, chat, questions):
+def test_one_record_that_fits_is_enough(chat, questions):
   spec = questions(range(1, _COUNT))
-  iterator = PromptIterator(spec, chat, seed=0, process=process)
+  iterator = PromptIterator(spec, chat, seed=0)
   assert set(_order(iterator, 6)) == {0}
 
 

@@ -152,12 +152,13 @@ def test_one_sample_a_problem_gives_wilsons_interval(successes, trials):
   assert ours == pytest.approx(wilson(successes, trials), abs=1e-6)
 
 
-@pytest.mark.parametrize("trials", [1, 7, 400])
+@pytest.mark.parametrize("trials", [1, 6, 7, 400])
 def test_none_or_all_right_give_wilsons_interval(trials):
   for successes in (0, trials):
     correct = np.full((trials, 3), bool(successes))
     low, high = grading.interval(correct)
     assert 0 <= low < high <= 1
+    assert low <= correct.mean() <= high  # Not off by a rounding error.
     assert (low, high) == pytest.approx(wilson(successes, trials), abs=1e-6)
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import time
@@ -134,32 +135,92 @@ def run_config(student: str, teacher: str, **changes) -> config_lib.Config:
   return dataclasses.replace(config, **changes)
 
 
-def start(program: str, *args: str, devices: int) -> subprocess.Popen:
-  """Starts a script of tests/programs with so many devices."""
-  environment = os.environ | {
+def _environment(devices: int) -> dict[str, str]:
+  return os.environ | {
       "JAX_PLATFORMS": "cpu",
       "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
       "PYTHONPATH": os.pathsep.join([str(_TESTS.parent), str(_TESTS)]),
       "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
   }
+
+
+def start(program: str, *args: str, devices: int) -> subprocess.Popen:
+  """Starts a script of tests/programs with so many devices."""
   return subprocess.Popen(
       [sys.executable, _TESTS / "programs" / program, *args],
-      env=environment,
+      env=_environment(devices),
       text=True,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
   )
 
 
-def finish(processes: Sequence[subprocess.Popen], seconds: float) -> list[str]:
-  """Returns what each printed; kills all if one fails or hangs."""
-  deadline, printed = time.monotonic() + seconds, []
+def free_port() -> int:
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    return probe.getsockname()[1]
+
+
+def start_run(
+    *flags: str,
+    devices: int,
+    cache: pathlib.Path,
+    processes: int = 1,
+    own: Sequence[Sequence[str]] | None = None,
+    folders: Sequence[pathlib.Path] | None = None,
+) -> list[subprocess.Popen]:
+  """Starts a run of the command line, in one process or several.
+
+  Args:
+    *flags: of all processes.
+    devices: of each process.
+    cache: where compiled programs are kept.
+    processes: how many.
+    own: flags of each process.
+    folders: which process starts where; the repository for all if None.
+  """
+  address = f"--distributed=localhost:{free_port()}"
+  started = []
+  for i in range(processes):
+    more = [*own[i]] if own else []
+    if processes > 1:
+      more += [
+          address, f"--num_processes={processes}", f"--process_id={i}"
+      ]  # fmt: skip
+    started.append(
+        subprocess.Popen(
+            [sys.executable, "-m", "prefix_distill.main", *flags, *more],
+            cwd=folders[i] if folders else _TESTS.parent,
+            env=_environment(devices) | {
+                "JAX_COMPILATION_CACHE_DIR": str(cache),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            },
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+    )
+  return started
+
+
+def end(
+    processes: Sequence[subprocess.Popen], seconds: float
+) -> list[tuple[int, str, str]]:
+  """Returns exit status, output and errors of each; kills all if one hangs."""
+  deadline, ends = time.monotonic() + seconds, []
   try:
     for process in processes:
       out, err = process.communicate(timeout=deadline - time.monotonic())
-      assert process.returncode == 0, err[-5000:]
-      printed.append(out)
+      ends.append((process.returncode, out, err))
   finally:
     for process in processes:
       process.kill()
-  return printed
+  return ends
+
+
+def finish(processes: Sequence[subprocess.Popen], seconds: float) -> list[str]:
+  """Returns what each printed; kills all if one fails or hangs."""
+  ends = end(processes, seconds)
+  for code, _, err in ends:
+    assert code == 0, err[-5000:]
+  return [out for _, out, _ in ends]

@@ -1,8 +1,12 @@
 """Batches of prompts, and of completions for supervised training.
 
-Grain shuffles, repeats, shards and reads ahead; what is here turns a record
-into token rows. Prompts are padded on the left to one static length; those of
-the teacher, where it has its own, to another.
+Grain shuffles, repeats and reads ahead; what is here turns a record into token
+rows. Prompts are padded on the left to one static length; those of the teacher,
+where it has its own, to another.
+
+Every process reads whole batches and its devices take their rows of them. To
+encode prompts costs next to nothing, and so which records are too long, where
+the stream is, and what a batch holds do not depend on the number of processes.
 """
 
 from collections.abc import Iterator
@@ -13,8 +17,6 @@ import json
 from typing import Any
 
 import grain
-import jax
-from jax.experimental import multihost_utils
 import numpy as np
 
 from prefix_distill.data import records
@@ -140,7 +142,7 @@ def check_teacher_room(chat: Chat, spec: DataSpec, question: str) -> None:
 
 
 class PromptIterator:
-  """An endless, seeded stream of batches of one process's own rows.
+  """An endless, seeded stream of whole batches, the same in all processes.
 
   Attributes:
     question: the first record's.
@@ -155,7 +157,6 @@ class PromptIterator:
       *,
       seed: int,
       completion_len: int = 0,
-      process: tuple[int, int] = (0, 1),
       teacher_chat: Chat | None = None,
   ):
     """Opens the records.
@@ -165,7 +166,6 @@ class PromptIterator:
       chat: the student's tokenizer.
       seed: of the shuffle; each epoch has an order of its own.
       completion_len: with completions of up to this length; 0 for none.
-      process: this process's number and how many there are.
       teacher_chat: the teacher's tokenizer; needed for a prompt of its own.
 
     Raises:
@@ -179,12 +179,10 @@ class PromptIterator:
     check_room(chat, spec, self.question)
     if self.teacher_question is not None:
       check_teacher_room(teacher_chat, spec, self.teacher_question)
-    index, count = process
-    self._rows = spec.batch_size // count
     self._epoch = len(source)
     self._numbered = _Numbered(source)
     stream = grain.MapDataset.source(self._numbered).seed(seed).shuffle()
-    stream = stream.repeat()[index::count].map(self._encode)
+    stream = stream.repeat().map(self._encode)
     # Records that are too long come out as None, so that they are counted.
     self._iterator = iter(
         stream.to_iter_dataset(
@@ -217,7 +215,7 @@ class PromptIterator:
 
   def _take(self) -> list[Example]:
     examples, missed = [], 0
-    while len(examples) < self._rows:
+    while len(examples) < self._spec.batch_size:
       example = next(self._iterator)
       if example is None:
         self.dropped += 1
@@ -296,18 +294,15 @@ class _Numbered(Sequence):
 def trim(batch: PromptBatch, spec: DataSpec) -> PromptBatch:
   """Cuts padding off, down to the smallest bucket that holds the prompts.
 
-  Every process must call it: all take the same bucket. A prompt of the
-  teacher's own stays as it is.
+  A prompt of the teacher's own stays as it is.
 
   Args:
-    batch: NumPy prompts [B, max_prompt_len] of this process.
+    batch: NumPy prompts [B, max_prompt_len], the whole batch.
     spec: with `prompt_buckets`.
   """
   if not spec.prompt_buckets:
     return batch
   longest = batch.mask.sum(axis=1).max()
-  if jax.process_count() > 1:
-    longest = multihost_utils.process_allgather(longest).max()
   lengths = (*spec.prompt_buckets, spec.max_prompt_len)
   length = min(n for n in lengths if n >= longest)
   return dataclasses.replace(

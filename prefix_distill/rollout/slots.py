@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
+from prefix_distill import processes
 from prefix_distill import sharding
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
@@ -42,12 +43,6 @@ def to_host(tree: Any, mesh: jax.sharding.Mesh) -> Any:
       ),
       tree,
   )
-
-
-def _local_rows(batch: PromptBatch) -> PromptBatch:
-  index, count = jax.process_index(), jax.process_count()
-  size = len(batch.tokens) // count
-  return jax.tree.map(lambda x: x[index * size : (index + 1) * size], batch)
 
 
 class Engine:
@@ -115,7 +110,7 @@ class Engine:
     slots = table.claim(numbers, self._refill)
     padded = np.resize(numbers, self._refill)
     batch = jax.tree.map(lambda x: x[padded], prompts)
-    batch = sharding.global_batch(_local_rows(batch), self._mesh)
+    batch = processes.place(batch, self._mesh)
     new = self._programs.prefill(
         batch.tokens.shape[1] + 1, self._params, batch, key, draw
     )

@@ -6,12 +6,12 @@ import pathlib
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tqdm
 
+from prefix_distill import processes
 from prefix_distill.config import Config
 from prefix_distill.data import prompts as prompts_lib
 from prefix_distill.data import records
@@ -39,7 +39,7 @@ def with_answers(
     DataError: no answer ended within `rollout.max_len` tokens.
   """
   path = workdir / FILE
-  if not path.is_file():
+  if not processes.from_first("answers", path.is_file()):
     rows = list(_answers(setup))
     if not rows:
       raise records.DataError(
@@ -50,8 +50,7 @@ def with_answers(
       partial = path.with_suffix(".partial")
       pq.write_table(pa.Table.from_pylist(rows), partial)
       partial.rename(path)
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices("answers")
+  processes.wait("answers")
   spec = DatasetSpec(
       str(path), question="question", completion="completion"
   )
@@ -61,7 +60,6 @@ def with_answers(
       setup.chat,
       seed=config.seed,
       completion_len=config.rollout.max_len,
-      process=(jax.process_index(), jax.process_count()),
   )
   table = pq.read_table(path, columns=["prompt_tokens", "tokens"])
   prompts, answers = (np.asarray(table[n]) for n in table.column_names)

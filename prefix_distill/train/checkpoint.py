@@ -3,35 +3,16 @@
 import pathlib
 from typing import Any
 
-import jax
-from jax.experimental import multihost_utils
-import numpy as np
 import orbax.checkpoint as ocp
 
+from prefix_distill import processes
 from prefix_distill.errors import UserError
 from prefix_distill.specs import CheckpointSpec
 from prefix_distill.train.step import TrainState
 
-# Each process's data position is gathered in a row of this many bytes.
-_ROW = 4096
-
 
 class CheckpointError(UserError):
   """A checkpoint that cannot be restored."""
-
-
-def _gather(text: str) -> list[str]:
-  """Returns every process's text, in order."""
-  if jax.process_count() == 1:
-    return [text]
-  data = text.encode()
-  if len(data) > _ROW:
-    raise CheckpointError(
-        f"The data position takes {len(data)} bytes, more than {_ROW}."
-    )
-  row = np.frombuffer(data.ljust(_ROW), np.uint8)
-  rows = multihost_utils.process_allgather(row)
-  return [bytes(r).decode().rstrip() for r in rows]
 
 
 class Checkpointer:
@@ -46,14 +27,15 @@ class Checkpointer:
     )
 
   def latest_step(self) -> int | None:
-    return self._manager.latest_step()
+    """Returns the last saved step, the one that process 0 sees."""
+    return processes.from_first("step", self._manager.latest_step())
 
   def save(self, state: TrainState, data: str, totals: dict[str, Any]) -> None:
     """Saves after an update; every process must call it.
 
     Args:
       state: what the next update starts from.
-      data: the position of this process's data stream.
+      data: the position of the data stream, the same in all processes.
       totals: running sums of the metrics, JSON.
     """
     step = int(state.step)
@@ -63,7 +45,7 @@ class Checkpointer:
         step,
         args=ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            host=ocp.args.JsonSave({"data": _gather(data), "totals": totals}),
+            host=ocp.args.JsonSave({"data": data, "totals": totals}),
         ),
     )
 
@@ -74,10 +56,9 @@ class Checkpointer:
       abstract: shapes, dtypes and shardings of the state.
 
     Raises:
-      CheckpointError: it is damaged, or was written by another number of
-        processes.
+      CheckpointError: it is damaged.
     """
-    step = self._manager.latest_step()
+    step = self.latest_step()
     try:
       restored = self._manager.restore(
           step,
@@ -89,20 +70,10 @@ class Checkpointer:
     except Exception as error:
       raise CheckpointError(
           f"The checkpoint of step {step} in {self._manager.directory} cannot"
-          f" be restored ({str(error).splitlines()[0]}); delete that step's"
+          f" be restored ({processes.first_line(error)}); delete that step's"
           " directory to go back to the one before."
       ) from error
-    data = restored.host["data"]
-    if len(data) != jax.process_count():
-      raise CheckpointError(
-          f"The checkpoint of step {step} was written by {len(data)} processes"
-          f" and this run has {jax.process_count()}; start as many as before."
-      )
-    return (
-        restored.state,
-        data[jax.process_index()],
-        restored.host["totals"],
-    )
+    return restored.state, restored.host["data"], restored.host["totals"]
 
   def close(self) -> None:
     self._manager.close()

@@ -6,8 +6,6 @@ anywhere goes on from its last checkpoint, after cutting what was written past
 it, and so ends with the numbers of a run that was never stopped.
 """
 
-from collections.abc import Iterator
-import contextlib
 import pathlib
 import sys
 import time
@@ -18,7 +16,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 import tqdm
 
-from prefix_distill import sharding
+from prefix_distill import processes
 from prefix_distill.config import Config
 from prefix_distill.data import prompts as prompts_lib
 from prefix_distill.evaluate import evaluator
@@ -29,14 +27,12 @@ from prefix_distill.report import metrics as metrics_lib
 from prefix_distill.report import report
 from prefix_distill.report import termination
 from prefix_distill.report.flops import Lengths
-from prefix_distill.rollout import slots
-from prefix_distill.structs import PromptBatch
-from prefix_distill.structs import Rollout
 from prefix_distill.train import answers
 from prefix_distill.train import control
 from prefix_distill.train import setup as setup_lib
 from prefix_distill.train import signals
 from prefix_distill.train import step as step_lib
+from prefix_distill.train import update as update_lib
 from prefix_distill.train.checkpoint import Checkpointer
 from prefix_distill.train.ledger import Ledger
 from prefix_distill.train.programs import Programs
@@ -47,19 +43,6 @@ _NOTHING = flops.StepFlops()
 
 class Stopped(Exception):
   """The user stopped the run; the same command goes on with it."""
-
-
-class _Clock:
-  """Seconds of the phases of one update."""
-
-  def __init__(self):
-    self.seconds: dict[str, float] = {}
-
-  @contextlib.contextmanager
-  def phase(self, name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    self.seconds[f"seconds_{name}"] = time.perf_counter() - start
 
 
 class Run:
@@ -86,7 +69,7 @@ class Run:
     self.state = self._start()
     self.control = control.Control(config, self.totals)
     self.ledger = Ledger(setup, self.totals, spent)
-    self.programs.compile_ahead(self.key, self.teacher_params)
+    self.programs.compile_ahead(self.teacher_params)
 
   def _start(self) -> TrainState:
     """Restores the latest checkpoint, or loads the student."""
@@ -126,7 +109,8 @@ class Run:
     model, params = setup.student, self.state.params
     stop_ids = setup.stop_ids
     if which == "teacher":
-      model, params = setup.teacher, self.teacher_params
+      model = setup.teacher
+      params = self.programs.on_device(self.teacher_params)
       stop_ids = setup.teacher_stop_ids
     start = time.perf_counter()
 
@@ -150,47 +134,34 @@ class Run:
 
   def update(self, step: int) -> dict[str, Any]:
     """Does update number `step` (from 0) and returns its metrics line."""
-    begin = time.perf_counter()
-    clock = _Clock()
-    cap = self.control.cap
+    begin, clock = time.perf_counter(), update_lib.Clock()
+    cap, source = self.control.cap, self.control.source(step)
     prompts, completions = next(self.setup.data)
     prompts = prompts_lib.trim(prompts, self.config.data)
-    prompts = sharding.global_batch(prompts, self.setup.mesh)
-    given = sharding.global_batch(completions, self.setup.mesh)
-    source, minima = self.control.source(step), None
-    if self.config.is_supervised:
-      batch, rollout, scores = prompts, given, None
-    else:
-      batch, rollout, scores = self._roll_out(
-          step, cap, source, prompts, given, clock
-      )
-    sampled, threshold = rollout, self.control.threshold
-    if threshold is not None:
-      rollout, minima = self.programs.agree(rollout, scores, threshold)
-    with clock.phase("update"):
-      tokens, mask, trained, minima = slots.to_host(
-          (sampled.tokens, sampled.mask, rollout.mask, minima),
-          self.setup.mesh,
-      )
-      read = (prompts.mask, prompts.for_teacher().mask)
-      read, teacher_read = slots.to_host(read, self.setup.mesh)
-      self.state, metrics = self.programs.update(
-          self.state, self.teacher_params, batch, rollout, scores
-      )
-      metrics = jax.device_get(metrics)
-    self.control.observe(metrics, mask, minima)
+    read = prompts.mask.sum(1), prompts.for_teacher().mask.sum(1)
+    self.state, done = update_lib.run(
+        self.programs, self.state, self.teacher_params,
+        *processes.place((prompts, completions), self.setup.mesh),
+        update_lib.Request(
+            cap,
+            jax.random.fold_in(self.key, step),
+            None if self.config.is_supervised else source,
+            self.control.threshold,
+        ),
+        clock,
+    )  # fmt: skip
+    metrics, mask = done.metrics, done.mask
+    self.control.observe(metrics, mask, done.minima)
     line = {"step": step + 1, "prefix_len": cap}
     line |= _flatten(metrics, self.config)
-    line |= self.ledger.add(
-        Lengths(*(x.sum(1) for x in (read, mask, teacher_read, trained))),
-        source,
-    )
+    lengths = (read[0], mask.sum(1), read[1], done.trained.sum(1))
+    line |= self.ledger.add(Lengths(*lengths), source)
     if self.config.rollout.source != "student":
       line["source"] = source
-    if threshold is not None:
-      line["trained_len"] = float(trained.sum(1).mean())
+    if done.minima is not None:
+      line["trained_len"] = float(done.trained.sum(1).mean())
     if not self.config.is_supervised:
-      line |= termination.of_rollouts(tokens, mask, self.setup.stop_ids)
+      line |= termination.of_rollouts(done.tokens, mask, self.setup.stop_ids)
     self.totals["seconds"] += time.perf_counter() - begin
     line |= {
         "dropped": self.setup.data.dropped,
@@ -201,32 +172,6 @@ class Run:
         / (time.perf_counter() - begin),
     }
     return line
-
-  def _roll_out(
-      self,
-      step: int,
-      cap: int,
-      source: str,
-      prompts: PromptBatch,
-      given: Rollout | None,
-      clock: _Clock,
-  ) -> tuple[PromptBatch, Rollout, Any]:
-    """Samples or takes prefixes, and has the teacher score them."""
-    with clock.phase("sample"):
-      key = jax.random.fold_in(self.key, step)
-      if source == "data":
-        batch, rollout = prompts, self.programs.shorten(given, cap)
-      else:
-        params, read = self.state.params, prompts
-        if source == "teacher":
-          params, read = self.teacher_params, prompts.for_teacher()
-        rollout = self.programs.sample(params, read, key, cap, source)
-        batch = self.programs.repeat(prompts)
-      jax.block_until_ready(rollout)
-    with clock.phase("score"):
-      scores = self.programs.score(self.teacher_params, batch, rollout)
-      jax.block_until_ready(scores)
-    return batch, rollout, scores
 
 
 def _flatten(metrics: dict[str, Any], config: Config) -> dict[str, float]:
@@ -303,7 +248,8 @@ def train(config: Config, workdir: pathlib.Path) -> None:
   setup = setup_lib.prepare(config, workdir)
   writes = jax.process_index() == 0
   # The export comes last and appears whole, so it marks a finished run.
-  if not (workdir / "export").is_dir():
+  finished = (workdir / "export").is_dir()
+  if not processes.from_first("finished", finished):
     if writes:
       print(report.headline(config, setup.mesh.shape, workdir), flush=True)
     spent = _NOTHING
