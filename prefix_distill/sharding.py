@@ -91,7 +91,7 @@ def check_batch(name: str, rows: int, mesh: jax.sharding.Mesh) -> None:
   if rows % shards:
     raise ConfigError(
         f"{name} is {rows}, which is not divisible by {shards} (mesh data x"
-        f" fsdp); set it to {math.ceil(rows / shards) * shards}."
+        f" fsdp = {shards}); set it to {math.ceil(rows / shards) * shards}."
     )
 
 

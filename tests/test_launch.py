@@ -539,7 +539,7 @@ def _batch(job, training: str, signalled: bool) -> int:
   if signalled:
     _wait_for(job.root / "ready")
     process.send_signal(signal.SIGUSR1)
-  return process.wait(60)
+  return process.wait(240)
 
 
 _UNTIL_TERM = (
@@ -624,7 +624,7 @@ while [[ ! -s pid0 || ! -s pid1 || ! -s pid2 ]]; do sleep 0.05; done
 trap '' TERM INT
 sleep 100
 """)
-  _, err = process.communicate(timeout=60)
+  _, err = process.communicate(timeout=240)
   assert process.returncode == 3
   assert "Process 1 ended with status 3; the others end as well." in err
   pids = [(place.root / f"pid{i}").read_text() for i in range(3)]
@@ -643,7 +643,7 @@ for i in {1..1000}; do sleep 0.1; done
   for i in range(3):
     _wait_for(place.root / f"pid{i}")
   process.send_signal(signal.SIGINT)
-  process.communicate(timeout=60)
+  process.communicate(timeout=240)
   assert process.returncode == 130
   assert all((place.root / f"saved{i}").is_file() for i in range(3))
 

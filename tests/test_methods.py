@@ -61,7 +61,7 @@ def run(models, workdir, **changes) -> list[dict]:
     "prefix",
     [
         PrefixSpec("drift", start=2, increment=3, share=0.0),
-        PrefixSpec("audited", start=2, share=0.5),
+        PrefixSpec("audited", start=2, share=0.5, audit_every=1),
         PrefixSpec("agreement", window=2, patience=1, quantile=1.0),
         # Nothing but their rules sets these apart; see test_controllers.
         pytest.param(
@@ -85,8 +85,9 @@ def test_a_schedule_runs_and_is_resumed_where_it_was(
   if prefix.schedule in wanted:
     assert caps == wanted[prefix.schedule]
   if prefix.schedule == "audited":
-    assert caps[0] == 16 > caps[1]
-    assert caps[2] == 16
+    # One update, an audit, and again.
+    assert (caps[0], caps[1], caps[3]) == (2, 16, 16)
+    assert 2 <= caps[2] < 16
   if prefix.schedule == "agreement":
     # From the second update on, rollouts that agree are cut.
     assert whole[0]["trained_len"] == whole[0]["rollout_len"]
@@ -116,10 +117,11 @@ def test_a_schedule_runs_and_is_resumed_where_it_was(
 def test_a_run_whose_audit_finds_nothing_ends_early(models, tmp_path):
   prefix = PrefixSpec("audited", start=2, tolerance=1e9)
   lines = run(models, tmp_path / "run", prefix=prefix, steps=5)
-  assert len(lines) == 1
+  # A prefix in which so little is left, and the audit.
+  assert [x["prefix_len"] for x in lines] == [2, 16]
   assert (tmp_path / "run" / "export" / "config.json").is_file()
   metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
-  assert [json.loads(x)["step"] for x in metrics.splitlines()] == [0, 1, 1]
+  assert [json.loads(x)["step"] for x in metrics.splitlines()] == [0, 1, 2, 2]
 
 
 def test_seqkd_asks_the_teacher_once_and_charges_it(
