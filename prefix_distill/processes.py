@@ -24,7 +24,6 @@ from typing import NoReturn
 import jax
 from jax._src import distributed as jax_distributed
 
-from prefix_distill import sharding
 from prefix_distill.errors import UserError
 
 # Seconds between two looks at whether another process has failed.
@@ -158,20 +157,3 @@ def from_first(name: str, value: Any, seconds: int = _PATIENCE) -> Any:
         f"Process 0 did not say {name!r} within {seconds} s"
         f" ({first_line(error)}); see what it does."
     ) from error
-
-
-def place(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Makes global arrays of batches that every process has whole.
-
-  Devices take their rows of it, so it does not matter how many processes there
-  are, nor whether an axis of the mesh runs through several of them.
-
-  Args:
-    tree: NumPy arrays [B, ...], the same in all processes.
-    mesh: the device mesh; rows lie over its data and fsdp axes.
-  """
-  rows = sharding.batch_sharding(mesh)
-  return jax.tree.map(
-      lambda x: jax.make_array_from_callback(x.shape, rows, lambda i: x[i]),
-      tree,
-  )

@@ -58,7 +58,9 @@ def make_mesh(
   names, kinds = ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3
   # GPUs have the index as well, one for each host, but there the order of the
   # devices says it all.
-  slices = {getattr(d, "slice_index", 0) for d in devices}
+  slices = {
+      getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"
+  }
   if len(slices) > 1:
     grid = _over_slices((data, spec.fsdp, spec.tensor), len(slices), devices)
     return jax.sharding.Mesh(grid, names, axis_types=kinds)
@@ -254,11 +256,19 @@ def replicate_key(key: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
 
 
 def global_batch(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Makes global arrays of each process's own rows, in process order."""
-  sharding = batch_sharding(mesh)
-  return jax.tree.map(
-      lambda x: jax.make_array_from_process_local_data(
-          sharding, np.asarray(x)
-      ),
-      tree,
-  )
+  """Makes global arrays of batches that every process has whole.
+
+  Devices take their rows of it, so it does not matter how many processes there
+  are, nor whether an axis of the mesh runs through several of them.
+
+  Args:
+    tree: arrays [B, ...], the same in all processes.
+    mesh: the device mesh; rows lie over its data and fsdp axes.
+  """
+  rows = batch_sharding(mesh)
+
+  def spread(x: Any) -> jax.Array:
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, rows, lambda i: x[i])
+
+  return jax.tree.map(spread, tree)

@@ -1,10 +1,8 @@
 """What an update moves at least, how long it takes at least, which mesh."""
 
 from collections.abc import Mapping
-from collections.abc import Sequence
 import dataclasses
 
-from prefix_distill import sharding
 from prefix_distill.config import Config
 from prefix_distill.distill import prefix_length
 from prefix_distill.models.config import ModelConfig
@@ -191,13 +189,3 @@ def held(plan: build.Plan) -> dict[str, float]:
       "teacher": plan.teacher_params,
   }
   return {name: count.bytes_per_device(tree) for name, tree in parts.items()}
-
-
-def shards(plan: build.Plan) -> int:
-  """Returns how many parts a batch is split into."""
-  return sharding.batch_shards(plan.setup.mesh)
-
-
-def worst(found: Sequence[Measured]) -> Measured:
-  """Returns the compiled program that takes most memory."""
-  return max(found, key=lambda x: (bool(x.refused), x.memory))

@@ -95,7 +95,7 @@ def rows_of(stage: Stage) -> int:
   return sizes[stage.name](stage.args) if stage.name in sizes else 0
 
 
-def reckon(plan: build.Plan, stage: Stage, bucket: int) -> Measured:
+def reckon(stage: Stage, bucket: int) -> Measured:
   """Says what follows from a program's trace alone."""
   traced = stage.program.trace(*stage.args)
   flops = count.flops(traced.jaxpr, stage.trips)
@@ -105,7 +105,6 @@ def reckon(plan: build.Plan, stage: Stage, bucket: int) -> Measured:
     moved *= stage.trips
   else:
     moved += count.bytes_per_device(stage.program.shapes(*stage.args))
-  del plan
   return Measured(
       stage.name, bucket, stage.times, rows_of(stage), flops.flops,
       float(moved),
@@ -127,7 +126,7 @@ def compile_stage(
     planned: Sequence[collectives.Planned],
 ) -> Measured:
   """Compiles a program, or recalls what was found when it was."""
-  known = reckon(plan, stage, bucket)
+  known = reckon(stage, bucket)
   beside = plan.beside(stage.name, stage.times > 1)
   lowered = stage.program.beside(*stage.args, tree=beside).lower()
   mesh = dict(plan.setup.mesh.shape)

@@ -174,7 +174,7 @@ def _updates(
     for stage in plan.stages(bucket):
       if stage.name not in _ORDER:
         continue
-      one = measure.reckon(plan, stage, bucket)
+      one = measure.reckon(stage, bucket)
       like = [c for c in compiled if c.name == stage.name and not c.refused]
       if like:
         near = min(like, key=lambda c: abs(c.bucket - bucket))

@@ -14,7 +14,6 @@ from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
-from prefix_distill import processes
 from prefix_distill import sharding
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
@@ -110,7 +109,7 @@ class Engine:
     slots = table.claim(numbers, self._refill)
     padded = np.resize(numbers, self._refill)
     batch = jax.tree.map(lambda x: x[padded], prompts)
-    batch = processes.place(batch, self._mesh)
+    batch = sharding.global_batch(batch, self._mesh)
     new = self._programs.prefill(
         batch.tokens.shape[1] + 1, self._params, batch, key, draw
     )

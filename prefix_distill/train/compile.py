@@ -67,10 +67,6 @@ class Program:
         compiled.output_shardings,
     )
 
-  def lower(self, *args: Any) -> jax.stages.Lowered:
-    """Traces and lowers, for whoever wants to look at the program."""
-    return self.trace(*args).lower()
-
   def trace(self, *args: Any) -> jax.stages.Traced:
     """Traces for arguments of these shapes; the jaxpr is in the result."""
     shapes = abstract(args[self._static :])
@@ -134,7 +130,7 @@ class Stage:
   """A program of an update, and what it is called with.
 
   Attributes:
-    name: "prefill", "layout", "decode", "score", "gradient" or "apply".
+    name: "prefill", "layout", "decode", "cut", "score", "gradient" or "apply".
     program: to be compiled.
     args: its arguments, as shapes.
     times: how often it runs in an update.

@@ -17,6 +17,7 @@ import numpy as np
 import tqdm
 
 from prefix_distill import processes
+from prefix_distill import sharding
 from prefix_distill.config import Config
 from prefix_distill.data import prompts as prompts_lib
 from prefix_distill.evaluate import evaluator
@@ -141,7 +142,7 @@ class Run:
     read = prompts.mask.sum(1), prompts.for_teacher().mask.sum(1)
     self.state, done = update_lib.run(
         self.programs, self.state, self.teacher_params,
-        *processes.place((prompts, completions), self.setup.mesh),
+        *sharding.global_batch((prompts, completions), self.setup.mesh),
         update_lib.Request(
             cap,
             jax.random.fold_in(self.key, step),

@@ -44,7 +44,7 @@ class Programs:
     self._replicated = sharding.replicated(setup.mesh)
     state = self.abstract_state()
     self._resting = jax.tree.map(lambda x: x.sharding, state)
-    working = sharding.on_device(self._resting)
+    self._working = working = sharding.on_device(self._resting)
     self._sampling = {
         "student": Sampling(setup, setup.student, self._buckets)
     }
@@ -171,8 +171,7 @@ class Programs:
       self, state: TrainState, total: Gradient
   ) -> tuple[TrainState, dict[str, Any]]:
     """Takes one optimizer step; the state is donated."""
-    working = sharding.on_device(self._resting.opt_state)
-    state = self._move_moments(state, working)
+    state = self._move_moments(state, self._working.opt_state)
     state, metrics = self._apply(state, total)
     return self._rest(state), metrics
 
