@@ -5,7 +5,7 @@
 Compiles the program that scores and differentiates the student, with the same
 rows a device, for slices of growing size, and prints what a device computes,
 holds and sends. Weights are split over 8 devices and copied beyond that. Needs
-jax[tpu], and no TPU; some three minutes of one core for each slice.
+jax[tpu], and no TPU; minutes for each slice.
 """
 
 import argparse
