@@ -186,7 +186,7 @@ def audits():
   process = toys.start("audited.py", devices=8)
   (printed,) = toys.finish([process], seconds=400)
   lines = map(json.loads, printed.strip().splitlines())
-  names = ("8x1x1", "1x8x1", "2x2x2", "faulty")
+  names = ("8x1x1", "1x8x1", "2x2x2", "faulty", "draw")
   return dict(zip(names, lines, strict=True))
 
 
@@ -204,6 +204,11 @@ def test_no_collective_is_unplanned_and_nothing_is_rematerialized(
 def test_the_audit_finds_a_program_that_is_left_to_the_partitioner(audits):
   (sentence,) = audits["faulty"]["gradient"]["unplanned"]
   assert "full rematerialization" in sentence
+
+
+def test_a_draw_gathers_sums_of_a_split_vocabulary_and_reads_one_block(audits):
+  # Once each: these wait for the network at every token.
+  assert audits["draw"] == ["all-gather", "all-reduce"]
 
 
 @pytest.mark.parametrize("mesh", ["8x1x1", "1x8x1"])

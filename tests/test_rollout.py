@@ -221,6 +221,18 @@ def test_draws_follow_the_distribution():
   np.testing.assert_allclose(np.exp(chosen), probs[tokens], rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [471, 512, 4800, 8 * 263, 16 * 512])
+def test_draws_invert_the_cumulated_probabilities(size):
+  probs = np.random.default_rng(size).dirichlet(np.full(size, 0.1))
+  keys = token_choice.row_keys(KEY, jnp.arange(1000))
+  whole = jnp.broadcast_to(jnp.log(probs), (1000, size))
+  tokens = np.asarray(token_choice.choose(keys, whole, greedy=False))
+  uniform = np.asarray(jax.vmap(jax.random.uniform)(keys))
+  after = np.cumsum(probs)[tokens]
+  assert (after > uniform - 1e-5).all()
+  assert (after - probs[tokens] < uniform + 1e-5).all()
+
+
 @pytest.mark.parametrize("first", [1, 4])
 def test_decoding_in_parts_is_decoding_at_once(first):
   assert_same(sample(first=first), sample())

@@ -77,7 +77,7 @@ def prefill(
   )
   distribution = _distribution(model, config, params, hidden, draw)
   distribution = jnp.repeat(distribution, n, axis=0)
-  return _append(config, state, distribution, draw)
+  return _append(model, config, state, distribution, draw)
 
 
 def decode(
@@ -117,7 +117,7 @@ def decode(
     )
     distribution = _distribution(model, config, params, hidden[:, 0], draw)
     state = dataclasses.replace(state, cache=cache)
-    return done + 1, _append(config, state, distribution, draw)
+    return done + 1, _append(model, config, state, distribution, draw)
 
   start = (jnp.zeros((), jnp.int32), state)
   return jax.lax.while_loop(go_on, step, start)[1]
@@ -159,6 +159,7 @@ def _distribution(
 
 
 def _append(
+    model: Model,
     config: SamplerConfig,
     state: DecodeState,
     distribution: jax.Array,
@@ -167,7 +168,7 @@ def _append(
   """Draws each live row's next token and writes it down."""
   keys = jax.vmap(jax.random.fold_in)(state.keys, state.count)
   allowed = token_choice.truncate(distribution, config.truncation)
-  token = token_choice.choose(keys, allowed, draw.greedy)
+  token = token_choice.choose(keys, allowed, draw.greedy, model.mesh)
   live, column = state.live, state.cache.written % state.cache.columns
 
   def put(array: jax.Array, values: jax.Array) -> jax.Array:

@@ -1,12 +1,18 @@
 """How the next token is drawn from logits."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
+from prefix_distill import sharding
+
 # Tokens of a block, near the square root of large vocabularies.
 _BLOCK = 256
+# No block crosses the border of a sixteenth of the vocabulary, so that those of
+# a vocabulary that is split over as many devices, or fewer, are made in place.
+_PARTS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +101,10 @@ def row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def choose(
-    keys: jax.Array, distribution: jax.Array, greedy: jax.Array | bool
+    keys: jax.Array,
+    distribution: jax.Array,
+    greedy: jax.Array | bool,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> jax.Array:
   """Draws a token a row: int32 [B].
 
@@ -104,16 +113,23 @@ def choose(
     distribution: [B, V], log-probabilities.
     greedy: take the most probable token instead of a random one; may be
       traced.
+    mesh: whose `tensor` axis may split the vocabulary; None for one device.
   """
   tokens = jax.lax.cond(
       greedy,
       lambda: jnp.argmax(distribution, axis=-1),
-      lambda: _invert_cdf(jax.vmap(jax.random.uniform)(keys), distribution),
+      lambda: _invert_cdf(
+          jax.vmap(jax.random.uniform)(keys), distribution, mesh
+      ),
   )
   return tokens.astype(jnp.int32)
 
 
-def _invert_cdf(uniform: jax.Array, distribution: jax.Array) -> jax.Array:
+def _invert_cdf(
+    uniform: jax.Array,
+    distribution: jax.Array,
+    mesh: jax.sharding.Mesh | None,
+) -> jax.Array:
   """Returns the tokens at which the cumulated probabilities pass `uniform`.
 
   First the block of tokens, then the token in it: one random number a row,
@@ -121,26 +137,45 @@ def _invert_cdf(uniform: jax.Array, distribution: jax.Array) -> jax.Array:
   cumulated sum over all of that.
   """
   batch, size = distribution.shape
-  count = -(-size // _BLOCK)
-  padding = ((0, 0), (0, count * _BLOCK - size))
-  blocks = jnp.pad(jnp.exp(distribution), padding)
-  blocks = blocks.reshape(batch, count, _BLOCK)
-  before = jnp.cumsum(blocks.sum(axis=-1), axis=-1)
+  parts = math.gcd(size, _PARTS)
+  width = min(_BLOCK, size // parts)
+  count = -(-size // parts // width)
+  blocks = jnp.exp(distribution).reshape(batch, parts, size // parts)
+  padding = ((0, 0), (0, 0), (0, count * width - size // parts))
+  blocks = jnp.pad(blocks, padding).reshape(batch, parts * count, width)
+  mass = blocks.sum(axis=-1)
+  if mesh is not None:
+    # Gathered outright, or each step of the search crosses the devices.
+    mass = jax.lax.with_sharding_constraint(
+        mass, sharding.batch_sharding(mesh)
+    )
+  before = jnp.cumsum(mass, axis=-1)
   goal = uniform[:, None] * before[:, -1:]
-  block = jnp.sum(before[:, :-1] <= goal, axis=-1)
+  block = _first_past(goal, before, mass)
   inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
   start = jnp.where(
       block[:, None] > 0,
       jnp.take_along_axis(before, block[:, None] - 1, axis=1),
       0,
   )
-  passed = start + jnp.cumsum(inside, axis=-1) > goal
-  # Rounding may leave the goal just past the block's end: then it is the last
-  # token that can be drawn.
-  last = _BLOCK - 1 - jnp.argmax((inside > 0)[:, ::-1], axis=-1)
-  found = jnp.argmax(passed & (inside > 0), axis=-1)
-  token = jnp.where(jnp.any(passed & (inside > 0), axis=-1), found, last)
-  return block * _BLOCK + token
+  token = _first_past(goal, start + jnp.cumsum(inside, axis=-1), inside)
+  return block // count * (size // parts) + block % count * width + token
+
+
+def _first_past(
+    goal: jax.Array, cumulated: jax.Array, mass: jax.Array
+) -> jax.Array:
+  """Returns where sums first exceed the goal [B, 1]: [B] of [B, N] each.
+
+  Sums are rounded, each in its own way. So the goal may fall on an entry
+  without mass, which must not be drawn, or just past the last one: then it is
+  the last entry that has mass.
+  """
+  drawn = (cumulated > goal) & (mass > 0)
+  last = mass.shape[-1] - 1 - jnp.argmax((mass > 0)[:, ::-1], axis=-1)
+  return jnp.where(
+      jnp.any(drawn, axis=-1), jnp.argmax(drawn, axis=-1), last
+  )
 
 
 def log_prob_of(tokens: jax.Array, distribution: jax.Array) -> jax.Array:

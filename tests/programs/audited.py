@@ -2,8 +2,10 @@
 
 Prints a JSON object for each mesh: for each program, what a device sends, the
 sentences on what nothing plans, and the least that the gradient has to send.
+At last the kinds of collectives that a draw takes on a split vocabulary.
 """
 
+import functools
 import json
 import pathlib
 import sys
@@ -15,9 +17,11 @@ import toys
 from prefix_distill import sharding
 from prefix_distill.models import embedding
 from prefix_distill.plan import build
+from prefix_distill.plan import collectives
 from prefix_distill.plan import estimate
 from prefix_distill.plan import machines
 from prefix_distill.plan import measure
+from prefix_distill.rollout import token_choice
 from prefix_distill.specs import MeshSpec
 
 _MESHES = (MeshSpec(8, 1, 1), MeshSpec(1, 8, 1), MeshSpec(2, 2, 2))
@@ -37,6 +41,21 @@ def look(config, name: str) -> dict:
   return found | {"least": estimate.least_sent(plan)}
 
 
+def draw() -> list[str]:
+  mesh = sharding.make_mesh(MeshSpec(1, 2, 4))
+  rows = sharding.batch_sharding(mesh)
+  vocabulary = sharding.PartitionSpec(sharding.BATCH_AXES, "tensor")
+  place = jax.sharding.NamedSharding(mesh, vocabulary)
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
+  choose = functools.partial(token_choice.choose, greedy=False, mesh=mesh)
+  compiled = jax.jit(choose, in_shardings=(rows, place)).lower(
+      keys, jax.ShapeDtypeStruct((8, 16 * 300), "float32")
+  ).compile()  # fmt: skip
+  return [
+      one.kind for one in collectives.read(compiled.as_text(), mesh.shape)
+  ]
+
+
 def main() -> None:
   directory = pathlib.Path(tempfile.mkdtemp())
   student = toys.write_model(directory / "student", 0, "capable")
@@ -44,6 +63,7 @@ def main() -> None:
   for mesh in _MESHES:
     config = toys.run_config(student, teacher, mesh=mesh)
     print(json.dumps(look(config, str(mesh))), flush=True)
+  found = draw()
   # The faults that the audit is for: weights that nobody gathers outright, and
   # a table whose gradient is left to the partitioner.
   sharding.gather_layer = lambda layer, mesh: layer
@@ -51,6 +71,7 @@ def main() -> None:
       tokens
   ]
   print(json.dumps(look(config, "faulty")), flush=True)
+  print(json.dumps(found))
 
 
 if __name__ == "__main__":
