@@ -53,7 +53,7 @@ def test_another_machine_is_refused_with_what_there_is(name, text):
 def ask(*flags: str) -> subprocess.CompletedProcess:
   return subprocess.run(
       [sys.executable, "-m", "prefix_distill.plan", *flags],
-      text=True, capture_output=True, timeout=120, check=False,
+      text=True, capture_output=True, timeout=400, check=False,
       env=os.environ | {"HF_HUB_OFFLINE": "1"},
   )  # fmt: skip
 
@@ -81,6 +81,32 @@ def test_a_wrong_question_ends_in_one_sentence():
   assert asked.returncode != 0
   assert "--topology is missing" in asked.stderr
   assert "v5e:4x4" in asked.stderr
+
+
+@pytest.mark.aot
+def test_weights_that_do_not_fit_are_refused_before_anything_is_compiled():
+  asked = ask("--config=configs/math.py:qwen3-8b", "--topology=v5e:2x4")
+  assert asked.returncode == 1
+  (sentence,) = asked.stderr.strip().splitlines()
+  # 8.2e9 parameters: float32 weights, gradient, two moments; bfloat16 teacher.
+  assert "17.2 of 15.75 GiB" in sentence
+  assert "use 9 devices or more" in sentence
+
+
+@pytest.mark.aot
+def test_what_the_compiler_refuses_gets_a_setting_that_it_takes(tmp_path):
+  asked = ask(
+      "--config=configs/math.py:tiny", "--topology=v5e:2x2", "--prefix=64",
+      "--config.data.batch_size=524288",
+      "--config.optimizer.batch_tokens=65536",
+      f"--json={tmp_path / 'plan.json'}",
+  )  # fmt: skip
+  assert asked.returncode == 1
+  assert "of 15.75 GiB" in asked.stderr.splitlines()[-1]
+  plan = json.loads((tmp_path / "plan.json").read_text())
+  assert not plan["fits"]
+  assert all(not one["refused"] for one in plan["mended"])
+  assert f"It fits with {plan['advice'][0]}" in asked.stdout
 
 
 @pytest.mark.parametrize("given", [["x"], ["0"], ["-3"], [""]])
@@ -163,13 +189,17 @@ def test_the_compilers_refusal_is_read():
       "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory"
       " in memory space hbm. Used 26.90G of 15.75G hbm. Exceeded hbm capacity"
   )
-  assert measure._refusal(text) == "needs 26.9 of 15.75 GiB"
+  assert measure._refusal(text) == {
+      "refused": "needs 26.9 of 15.75 GiB", "memory": 26.9 * 2**30
+  }  # fmt: skip
   text = (
       "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required"
-      " for HLO temporaries (16.17G) exceeds available HBM (15.75G)."
+      " for HLO temporaries (2.45T) exceeds available HBM (15.75G)."
   )
-  assert measure._refusal(text) == "needs 16.2 of 15.75 GiB"
-  assert measure._refusal("something\n  else") == "something else"
+  assert measure._refusal(text)["refused"] == "needs 2508.8 of 15.75 GiB"
+  assert measure._refusal("something\n  else") == {
+      "refused": "something else"
+  }
 
 
 def test_a_gpus_verdict_is_a_budget_and_a_tpus_the_compilers():

@@ -29,6 +29,7 @@ from prefix_distill.errors import UserError  # noqa: E402
 from prefix_distill.plan import planner  # noqa: E402
 from prefix_distill.plan import show  # noqa: E402
 from prefix_distill.plan.estimate import Assumptions  # noqa: E402
+from prefix_distill.plan.estimate import TooLargeError  # noqa: E402
 
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "The machine: v5e:4x4, v5p:2x2x2, v6e:4x4, h100:8, ..."
@@ -76,7 +77,7 @@ def main(argv: list[str]) -> None:
       result = planner.plan(question, rich.console.Console(file=progress))
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(1 if isinstance(error, TooLargeError) else 2)
   show.show(result, console)
   if _JSON.value:
     text = json.dumps(show.as_json(result), indent=2)

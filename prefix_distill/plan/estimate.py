@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 import dataclasses
+import math
 
 from prefix_distill.config import Config
 from prefix_distill.distill import prefix_length
+from prefix_distill.errors import UserError
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.config import num_params
 from prefix_distill.plan import build
@@ -14,6 +16,7 @@ from prefix_distill.plan.machines import Machine
 from prefix_distill.plan.measure import Measured
 from prefix_distill.specs import MeshSpec
 
+_GIB = 2**30
 _FLOAT32 = 4
 # Of a device's memory: what weights, moments and gradients may take on one
 # host, and what the longest decoding may, with all that lies beside it.
@@ -21,6 +24,10 @@ _HELD = 0.6
 _DECODING = 0.85
 # A cache that grows lies there twice for a moment, the shorter one at half.
 _GROWING = 1.5
+
+
+class TooLargeError(UserError):
+  """A run whose weights alone do not fit the machine."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +185,32 @@ def choose_buckets(config: Config) -> tuple[int, ...]:
   needed = prefix_length.needed(config)
   middle = min(needed, key=lambda b: abs(b - 2048))
   return tuple(sorted({needed[0], middle, needed[-1]}))
+
+
+def check_weights(plan: build.Plan, machine: Machine) -> None:
+  """Raises TooLargeError if not even weights and the like fit.
+
+  While the student is differentiated its weights, their gradient and the
+  teacher's weights lie side by side, and the moments unless they are offloaded.
+  To say so takes no compiler.
+  """
+  parts = held(plan)
+  parts["gradient"] = parts["student"]
+  config = plan.setup.config
+  if config.optimizer.offload:
+    del parts["moments"]
+  total, limit = sum(parts.values()), machine.chip.memory
+  if total <= limit:
+    return
+  listed = ", ".join(f"{k} {v / _GIB:.1f}" for k, v in parts.items())
+  replicas = plan.setup.mesh.shape["data"]
+  least = math.ceil(total / limit * machine.size / replicas)
+  offload = "" if config.optimizer.offload else ", or optimizer.offload=True"
+  raise TooLargeError(
+      f"a device of {machine.name} would hold {total / _GIB:.1f} of"
+      f" {limit / _GIB:.2f} GiB before the first activation ({listed}); use"
+      f" {least} devices or more with mesh.data=1{offload}."
+  )
 
 
 def held(plan: build.Plan) -> dict[str, float]:

@@ -28,10 +28,10 @@ _NEGLIGIBLE = 2**20
 # What the TPU's compiler says: "Used 26.90G of 15.75G hbm", or "... required
 # for HLO temporaries (16.17G) exceeds available HBM (15.75G)".
 _USED = re.compile(
-    r"(?:[Uu]sed |required[^(]*\()([\d.]+)([KMG])i?B?"
-    r"(?: of |\) exceeds available HBM \()([\d.]+)([KMG])"
+    r"(?:[Uu]sed |required[^(]*\()([\d.]+)([KMGT])i?B?"
+    r"(?: of |\) exceeds available HBM \()([\d.]+)([KMGT])"
 )
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Measured:
     flops: of one run, over all devices, loops multiplied out.
     moved: bytes that a device at least reads and writes in one run.
     memory: bytes on a device, everything that lies beside included; on TPU at
-      most, for the compiler shares some. 0 if it was not compiled.
+      most, for the compiler shares some; of a refused program what it wants,
+      if the compiler says so. 0 if it was not compiled.
     refused: by the TPU's compiler, with its sentence; empty if it fits.
     sent: bytes that a device sends in one run, by kind of collective and axes.
     exact: false if a loop's trip count had to be guessed.
@@ -133,8 +134,6 @@ def compile_stage(
   file = directory() / f"{_key(lowered, machine, mesh, stage.trips)}.json"
   if file.is_file():
     found = json.loads(file.read_text())
-    if "refused" in found:
-      found["refused"] = _refusal(found["refused"])
   else:
     found = _compile(lowered, mesh, stage, planned)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -170,9 +169,7 @@ def _compile(
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    return {
-        "refused": _refusal(str(error)), "seconds": time.monotonic() - start
-    }  # fmt: skip
+    return _refusal(str(error)) | {"seconds": time.monotonic() - start}
   sizes = compiled.memory_analysis()
   memory = getattr(sizes, "total_allocation_bytes", 0) or (
       sizes.argument_size_in_bytes + sizes.output_size_in_bytes
@@ -195,12 +192,11 @@ def _compile(
   }  # fmt: skip
 
 
-def _refusal(text: str) -> str:
-  """Returns the numbers of a TPU compiler's refusal."""
+def _refusal(text: str) -> dict[str, Any]:
+  """Returns the numbers of a TPU compiler's refusal, and a sentence's part."""
   found = _USED.search(text)
   if not found:
-    return " ".join(text.split())[:300]
-  used, limit = (
-      float(found[i]) * _UNITS[found[i + 1]] / _GIB for i in (1, 3)
-  )
-  return f"needs {used:.1f} of {limit:.2f} GiB"
+    return {"refused": " ".join(text.split())[:300]}
+  used, limit = (float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3))
+  sentence = f"needs {used / _GIB:.1f} of {limit / _GIB:.2f} GiB"
+  return {"refused": sentence, "memory": used}

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from collections.abc import Sequence
 import dataclasses
+import math
 import re
 
 import rich.console
@@ -23,7 +24,7 @@ from prefix_distill.train.compile import Stage
 
 # Cheap programs first; the cut moves a few tokens.
 _ORDER = ("layout", "apply", "score", "prefill", "decode", "gradient")
-# Halvings or doublings of a batch that are tried.
+# Batches that are tried, each half, double, or what the last one's memory says.
 _TRIES = 6
 # Searches, each at the longest length at which something does not fit.
 _ROUNDS = 3
@@ -227,7 +228,7 @@ def _fit(
     name: str,
     console: rich.console.Console,
 ) -> tuple[Config, str]:
-  """Changes one limit until one program fits, and no further."""
+  """Lowers one limit until one program fits; raises it if asked to search."""
   length = config.data.max_prompt_len + bucket
   start = getattr(config, field).batch_tokens
   if not start:
@@ -249,7 +250,9 @@ def _fit(
     elif best:
       break
     else:
-      tokens //= 2
+      # Memory grows with the rows at most.
+      excess = found.memory / question.machine.chip.memory
+      tokens //= 2 ** max(1, math.floor(math.log2(max(excess, 1))))
   if not best:
     return config, (
         f"{name} at P = {bucket:,} does not fit with {rows} rows at a time"
@@ -282,11 +285,13 @@ def plan(question: Question, console: rich.console.Console) -> show.Result:
 
   Raises:
     UserError: the config, the machine or the question is wrong.
+    TooLargeError: not even the weights fit.
   """
   config, note = _choose_mesh(question)
   buckets = _lengths(question)
   devices = machines.devices(question.machine)
   built = build.build(config, devices)
+  estimate.check_weights(built, question.machine)
   notes = [note]
   for spec in (config.student, config.teacher):
     if not build.architecture(spec.path)[1]:
