@@ -161,13 +161,11 @@ def _on_mesh(
       # Each part of the vocabulary has its own share in the states' gradient.
       if tensor:
         states = jax.lax.psum(states, tensor)
-      weight = jax.lax.psum(weight, "data")
-      if fsdp:
+      if fsdp:  # First, so that the replicas add a part up and not the whole.
         weight = jax.lax.psum_scatter(
             weight, fsdp, scatter_dimension=1, tiled=True
         )
-      else:
-        weight = jax.lax.psum(weight, "fsdp")
+      weight = jax.lax.psum(weight, "data" if fsdp else sharding.BATCH_AXES)
       gradients = states, weight
     return value, metrics, gradients
 

@@ -16,11 +16,13 @@ def look_up(
 ) -> jax.Array:
   """Returns the rows of a table.
 
-  On a mesh the table is gathered over `fsdp`, and each device looks up its own
-  tokens; over `tensor` it stays split, and the rows found are added up. The
-  gradient is formed where the tokens are, in float32, and scattered. Left to
-  itself the partitioner looks up every device's tokens in each part of the
-  table, sends the parts of the rows to and fro, and sums whole gradients.
+  On a mesh each device has some columns of the table, and rows of its own to
+  look up. So it finds its columns of all its neighbours' tokens over `fsdp`, and
+  they exchange what they found; the gradient goes the same way back. Over
+  `tensor`, which splits the table's rows, what is found is added up. That sends
+  activations, a small part of the table, and forms a gradient in float32 that
+  is as small as the weight that a device keeps. Left to itself the partitioner
+  sends parts of the rows to and fro, and sums whole gradients.
 
   Args:
     table: [V, D].
@@ -40,27 +42,17 @@ def look_up(
   split = _PartitionSpec(tensor, fsdp)
 
   def find(part, tokens):
-    part = part.astype(dtype)
+    found = _take(part.astype(dtype), _every(tokens, fsdp), tensor)
     if fsdp:
-      part = jax.lax.all_gather(part, fsdp, axis=1, tiled=True)
-    if not tensor:
-      return part[tokens]
-    here, mine = _here(tokens, part.shape[0])
-    found = jnp.where(mine[..., None], part[here], jnp.zeros((), dtype))
-    return jax.lax.psum(found, tensor)
+      found = jax.lax.all_to_all(found, fsdp, 0, 2, tiled=True)
+    return jax.lax.psum(found, tensor) if tensor else found
 
   def gradient(found, tokens):
-    shape = (rows // (mesh.shape["tensor"] if tensor else 1), width)
-    found = found.astype(jnp.float32)
-    here, mine = tokens, None
-    if tensor:
-      here, mine = _here(tokens, shape[0])
-      found = jnp.where(mine[..., None], found, 0.0)
-    part = jnp.zeros(shape, jnp.float32).at[here].add(found)
-    part = jax.lax.psum(part, "data")
     if fsdp:
-      return jax.lax.psum_scatter(part, fsdp, scatter_dimension=1, tiled=True)
-    return jax.lax.psum(part, "fsdp")
+      found = jax.lax.all_to_all(found, fsdp, 2, 0, tiled=True)
+    part = _add(found, _every(tokens, fsdp), rows, tensor, mesh)
+    # All of them, where the width is not split.
+    return jax.lax.psum(part, "data" if fsdp else sharding.BATCH_AXES)
 
   def on_mesh(function, in_specs, out_specs):
     return jax.shard_map(
@@ -82,6 +74,38 @@ def look_up(
 
   run.defvjp(forward, backward)
   return run(table, tokens)
+
+
+def _every(tokens: jax.Array, fsdp: str | None) -> jax.Array:
+  """Returns the neighbours' tokens as well, in the order of an exchange."""
+  if not fsdp:
+    return tokens
+  return jax.lax.all_gather(tokens, fsdp, axis=0, tiled=True)
+
+
+def _take(part: jax.Array, tokens: jax.Array, tensor: str | None) -> jax.Array:
+  """Looks tokens up in a part of the table; 0 for those of other parts."""
+  if not tensor:
+    return part[tokens]
+  here, mine = _here(tokens, part.shape[0])
+  return jnp.where(mine[..., None], part[here], jnp.zeros((), part.dtype))
+
+
+def _add(
+    found: jax.Array,
+    tokens: jax.Array,
+    rows: int,
+    tensor: str | None,
+    mesh: jax.sharding.Mesh,
+) -> jax.Array:
+  """Adds gradients up in a part of the table, in float32."""
+  found, here = found.astype(jnp.float32), tokens
+  if tensor:
+    rows //= mesh.shape["tensor"]
+    here, mine = _here(tokens, rows)
+    found = jnp.where(mine[..., None], found, 0.0)
+  part = jnp.zeros((rows, found.shape[-1]), jnp.float32)
+  return part.at[here].add(found)
 
 
 def _here(tokens: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:

@@ -70,9 +70,7 @@ def planned(plan: build.Plan) -> list[Planned]:
       Planned("all-reduce", ("tensor",), activations, "sums over the heads"),
       Planned("reduce-scatter", ("tensor",), activations, "the same, cut"),
       Planned("all-gather", ("tensor",), activations, "the same, whole"),
-      # A TPU's compiler adds a tied table's two gradients up first, and then
-      # sums the whole instead of scattering it: the same bytes.
-      Planned("all-reduce", every, _FLOAT32 * sizes["table"], "the table's"),
+      Planned("all-to-all", ("fsdp",), activations, "columns of embeddings"),
       Planned("all-reduce", (*every, "tensor"), 2**22, "metrics, norms"),
   ]  # fmt: skip
 
@@ -81,27 +79,29 @@ def least_sent(plan: build.Plan) -> float:
   """Returns the bytes that a device has to send in one run of `gradient`.
 
   Layers are gathered over fsdp twice, forward and backward, in the compute
-  dtype, and tables once for each use; gradients are scattered once, those of
-  the layers in the same dtype, those of tables in float32, in which they are
-  summed up; and summed over data. An exact loss wants the teacher's output head
-  as well, once.
+  dtype, and the output head once; gradients are scattered once, those of the
+  layers in the same dtype, the head's in float32, in which it is summed up; and
+  summed over data. An exact loss wants the teacher's output head as well, once.
+  Of the embeddings only what is looked up travels, which is not counted here.
   """
   setup, mesh = plan.setup, plan.setup.mesh
   n, data = mesh.shape["fsdp"], mesh.shape["data"]
   held = mesh.shape["tensor"]
   width = setup.student.dtype.itemsize
   c = setup.student.config
-  tables = c.vocab_size * c.dim * (1 if c.tied else 2)
-  weights = num_params(c) - tables
-  gathered = 2 * width * (weights + c.vocab_size * c.dim)
-  scattered = width * weights + _FLOAT32 * tables
+  table = c.vocab_size * c.dim
+  weights = num_params(c) - table * (1 if c.tied else 2)
+  gathered = width * (2 * weights + table)
+  scattered = width * weights + _FLOAT32 * table
   teacher = setup.teacher
   if setup.objective.sampled is None:
     gathered += teacher.dtype.itemsize * (
         teacher.config.vocab_size * teacher.config.dim
     )
   around = (n - 1) / n * (gathered + scattered) / held
-  return around + 2 * (data - 1) / data * scattered / held / n
+  # An embedding table of its own has its gradient in parts from the start.
+  summed = scattered + (0 if c.tied else _FLOAT32 * table)
+  return around + 2 * (data - 1) / data * summed / held / n
 
 
 def seconds(
