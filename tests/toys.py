@@ -138,7 +138,6 @@ def run_config(student: str, teacher: str, **changes) -> config_lib.Config:
 def _environment(devices: int) -> dict[str, str]:
   return os.environ | {
       "JAX_PLATFORMS": "cpu",
-      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
       "PYTHONPATH": os.pathsep.join([str(_TESTS.parent), str(_TESTS)]),
       "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
   }
