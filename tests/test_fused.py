@@ -187,8 +187,10 @@ def test_logits_exist_for_one_chunk_at_a_time():
 
 
 def test_chunks_are_even_and_keep_to_the_memory():
-  assert fused.chunks(100, 1000, 10 * 16_000) == (10, 10)
-  assert fused.chunks(100, 1000, 40 * 16_000) == (3, 34)
+  assert fused.chunks(100, 1000, 10 * 16_000) == (13, 8)
+  assert fused.chunks(100, 1000, 40 * 16_000) == (3, 40)
+  assert fused.chunks(2048, 1000, 300 * 16_000) == (8, 256)
+  assert fused.chunks(2048, 1000, 110 * 16_000) == (20, 104)
   assert fused.chunks(100, 1000, 1) == (100, 1)
   assert fused.chunks(7, 1000, 2**40) == (1, 7)
 

@@ -232,10 +232,17 @@ def _local(
 
 
 def chunks(tokens: int, vocabulary: int, memory: int) -> tuple[int, int]:
-  """Returns how many chunks of how many tokens keep to the memory."""
+  """Returns how many chunks of how many tokens keep to the memory.
+
+  Chunks are whole tiles of a TPU, if the memory allows.
+  """
   most = max(memory // (4 * _COPIES * vocabulary), 1)
-  count = math.ceil(tokens / most)
-  return count, math.ceil(tokens / count)
+  if tokens <= most:
+    return 1, tokens
+  tile = next(size for size in (128, 8, 1) if size <= most)
+  most -= most % tile
+  size = math.ceil(tokens / math.ceil(tokens / most) / tile) * tile
+  return math.ceil(tokens / size), size
 
 
 def _chunk(

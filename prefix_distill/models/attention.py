@@ -39,7 +39,7 @@ def causal(
   Padding belongs on the right, where no real position looks.
 
   Args:
-    queries: [B, T, N, H].
+    queries: [B, T, N, H]; T best as `aligned` says.
     keys: [B, T, K, H]; query head n reads head n // (N / K).
     values: [B, T, K, H].
     mesh: whose batch axes split B and whose `tensor` splits the heads, if it
@@ -48,11 +48,8 @@ def causal(
   Returns:
     [B, T, N, H].
   """
-  # The platform is that of the mesh, which may be compiled for from afar.
-  if mesh is None:
-    return _kernel(jax.default_backend(), queries)(queries, keys, values)
-  kernel = _kernel(mesh.devices.flat[0].platform, queries)
-  if mesh.size == 1:
+  kernel = _kernel(_platform(mesh), queries)
+  if mesh is None or mesh.size == 1:
     return kernel(queries, keys, values)
   split = mesh.shape["tensor"]
   heads = "tensor" if keys.shape[2] % split == 0 else None
@@ -65,6 +62,25 @@ def causal(
       # The kernels do not say how their results vary over the mesh.
       check_vma=False,
   )(queries, keys, values)
+
+
+def aligned(length: int, mesh: jax.sharding.Mesh | None) -> int:
+  """Returns the length that the platform's kernel wants, at least `length`.
+
+  A sequence of another one would be padded and cut in every layer, and on a TPU
+  each [B, T, D] moved to be a matrix. CuDNN's kernel takes no odd lengths.
+  """
+  unit = {"tpu": _LANES, "gpu": _CUDNN_BLOCK, "cuda": _CUDNN_BLOCK}.get(
+      _platform(mesh), 1
+  )
+  return math.ceil(length / unit) * unit
+
+
+def _platform(mesh: jax.sharding.Mesh | None) -> str:
+  # That of the mesh, which may be compiled for from afar.
+  if mesh is None:
+    return jax.default_backend()
+  return mesh.devices.flat[0].platform
 
 
 def _kernel(platform: str, queries: jax.Array) -> Callable[..., jax.Array]:
@@ -82,8 +98,12 @@ def splash_kernel(
 ) -> jax.Array:
   """JAX's own kernel for TPU; `interpret` runs it anywhere, slowly."""
   length, num_heads, head_dim = q.shape[1:]
-  block = min(_SPLASH_BLOCK, _round_up(length))
-  padded = math.ceil(length / block) * block
+  padded = _round_up(length)
+  block = max(
+      size
+      for size in range(_LANES, _SPLASH_BLOCK + 1, _LANES)
+      if padded % size == 0
+  )
 
   def lay_out(x):
     x = x.transpose(0, 2, 1, 3)
@@ -121,7 +141,7 @@ def _round_up(size: int) -> int:
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   """CuDNN's fused attention."""
   length = q.shape[1]
-  # It takes no odd lengths; what is added on the right, no position looks at.
+  # What is added on the right, no position looks at.
   padded = math.ceil(length / _CUDNN_BLOCK) * _CUDNN_BLOCK
   q, k, v = (
       jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0)))

@@ -17,8 +17,8 @@ def look_up(
   """Returns the rows of a table.
 
   On a mesh each device has some columns of the table, and rows of its own to
-  look up. So it finds its columns of all its neighbours' tokens over `fsdp`, and
-  they exchange what they found; the gradient goes the same way back. Over
+  look up. So it finds its columns of the tokens of all neighbours over `fsdp`,
+  and they exchange what they found; the gradient goes the same way back. Over
   `tensor`, which splits the table's rows, what is found is added up. That sends
   activations, a small part of the table, and forms a gradient in float32 that
   is as small as the weight that a device keeps. Left to itself the partitioner

@@ -133,8 +133,10 @@ class Model:
       Hidden states [B, T, D]; and, if they are to be kept, keys and values
       [L, B, T, K, H].
     """
-    c = self.config
-    positions = jnp.arange(tokens.shape[1], dtype=jnp.float32)[None, :, None]
+    c, length = self.config, tokens.shape[1]
+    more = attention.aligned(length, self.mesh) - length
+    tokens = jnp.pad(tokens, ((0, 0), (0, more)))
+    positions = jnp.arange(length + more, dtype=jnp.float32)[None, :, None]
     angles = positions * layers.rope_frequencies(c.rope, c.head_dim)
 
     def body(x, layer):
@@ -152,8 +154,9 @@ class Model:
       body = jax.checkpoint(body, policy=_POLICIES[self.remat])
     table = params["embed"]["weight"]
     x = embedding.look_up(table, tokens, self.dtype, self.mesh)
-    x, (keys, values) = jax.lax.scan(body, x, params["layers"])
-    return self._final_norm(params, x), keys, values
+    x, kept = jax.lax.scan(body, x, params["layers"])
+    keys, values = jax.tree.map(lambda kv: kv[:, :, :length], kept)
+    return self._final_norm(params, x[:, :length]), keys, values
 
   def decode_layout(self, params: Params) -> Params:
     """Returns weights as decoding wants them, in the compute dtype.
