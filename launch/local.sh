@@ -79,8 +79,11 @@ if [[ $dry_run ]]; then
 fi
 
 status=0 deadline=0
+# Of a pipe that nobody writes to, to wait without a child: a SIGINT just when
+# one starts or ends may be lost to the trap.
+exec {never}<> <(:)
 while (( ${#pids[@]} )); do
-  sleep 0.2 || true
+  read -rt 0.2 -u "$never" || true
   for i in "${!pids[@]}"; do
     ! kill -0 "${pids[i]}" 2>/dev/null || continue
     code=0
