@@ -73,7 +73,7 @@ def aligned(length: int, mesh: jax.sharding.Mesh | None) -> int:
   unit = {"tpu": _LANES, "gpu": _CUDNN_BLOCK, "cuda": _CUDNN_BLOCK}.get(
       _platform(mesh), 1
   )
-  return math.ceil(length / unit) * unit
+  return _round_up(length, unit)
 
 
 def _platform(mesh: jax.sharding.Mesh | None) -> str:
@@ -134,15 +134,15 @@ def splash_kernel(
   return out[:, :, :length, :head_dim].transpose(0, 2, 1, 3)
 
 
-def _round_up(size: int) -> int:
-  return math.ceil(size / _LANES) * _LANES
+def _round_up(size: int, unit: int = _LANES) -> int:
+  return math.ceil(size / unit) * unit
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   """CuDNN's fused attention."""
   length = q.shape[1]
   # What is added on the right, no position looks at.
-  padded = math.ceil(length / _CUDNN_BLOCK) * _CUDNN_BLOCK
+  padded = _round_up(length, _CUDNN_BLOCK)
   q, k, v = (
       jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0)))
       for x in (q, k, v)
