@@ -100,7 +100,7 @@ def position(
     sampling = Sampling(setup, setup.student, (length,))
     sums = np.zeros((3, length))
     for number, prompts in enumerate(data):
-      batch = sharding.global_batch(prompts, setup.mesh)
+      batch = sharding.global_batch(prompts, sampling.mesh)
       rollout = sampling.sample(
           params, batch, jax.random.key(number), length
       )
@@ -163,8 +163,8 @@ def teacher_prefix(
 
   def engine(which: Any, model: Any) -> slots.Engine:
     return slots.Engine(
-        model, sampler_config, _load(which, setup, model), spec.batch_size,
-        setup.mesh,
+        setup.for_sampling(model), sampler_config, _load(which, setup, model),
+        spec.batch_size, setup.sampling_mesh,
     )  # fmt: skip
 
   teacher = engine(config.teacher, setup.teacher)

@@ -87,6 +87,19 @@ def _over_slices(
   )  # fmt: skip
 
 
+def sampling_mesh(
+    mesh: jax.sharding.Mesh, spec: MeshSpec
+) -> jax.sharding.Mesh:
+  """Returns the same devices, in the same order, as sampling wants them.
+
+  Of the shards of a replica, `mesh.sampling_tensor` neighbours split heads and
+  columns, instead of `mesh.tensor`.
+  """
+  tensor = spec.sampling_tensor or mesh.shape["tensor"]
+  grid = mesh.devices.reshape(mesh.shape["data"], -1, tensor)
+  return jax.sharding.Mesh(grid, mesh.axis_names, axis_types=mesh.axis_types)
+
+
 def check_batch(name: str, rows: int, mesh: jax.sharding.Mesh) -> None:
   """Raises ConfigError unless a batch splits evenly over the mesh."""
   shards = batch_shards(mesh)

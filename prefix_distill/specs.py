@@ -253,11 +253,16 @@ class MeshSpec:
     data: replicas of the weights; -1 takes the devices that are left.
     fsdp: shards of the weights and of the batch.
     tensor: shards of heads, MLP columns and vocabulary.
+    sampling_tensor: the same while answers are sampled, in training and in
+      evaluation, where weights are not split over fsdp and a prompt's keys and
+      values lie on one batch shard; as many times fewer batch shards are
+      left. 0 for `tensor`.
   """
 
   data: int = -1
   fsdp: int = 1
   tensor: int = 1
+  sampling_tensor: int = 0
 
   def __post_init__(self):
     errors.check(
@@ -266,6 +271,14 @@ class MeshSpec:
         " devices that are left.",
     )
     errors.at_least("mesh", {"fsdp": self.fsdp, "tensor": self.tensor}, 1)
+    errors.at_least("mesh", {"sampling_tensor": self.sampling_tensor}, 0)
+    shards = self.fsdp * self.tensor
+    errors.check(
+        not self.sampling_tensor or shards % self.sampling_tensor == 0,
+        f"mesh.sampling_tensor is {self.sampling_tensor}, which does not divide"
+        f" mesh.fsdp x mesh.tensor = {shards}; set it to a divisor of that, or"
+        " to 0 for mesh.tensor.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -133,7 +133,8 @@ def test_unknown_fields_come_with_a_suggestion(name, suggestion):
 def test_unknown_fields_without_a_likeness_list_the_fields():
   message = _refusal({"mesh.zzz": 1})
   assert message == (
-      "mesh.zzz is not a field; the fields here are data, fsdp, tensor."
+      "mesh.zzz is not a field; the fields here are data, fsdp, tensor,"
+      " sampling_tensor."
   )
 
 
@@ -250,6 +251,7 @@ def test_missing_fields_are_named(name):
         ("mesh.data", -2),
         ("mesh.fsdp", 0),
         ("mesh.tensor", -1),
+        ("mesh.sampling_tensor", -1),
         ("evaluation.max_len", 0),
         ("evaluation.batch_size", 0),
         ("evaluation.every", -1),
@@ -294,6 +296,11 @@ _SFT = {"method": "sft", "teacher": None, "rollout.per_prompt": 1}
             {"prefix.schedule": "fixed", "prefix.length": 300},
             ("prefix.length is 300", "rollout.max_len is 128"),
             {"prefix.length": 128},
+        ),
+        (
+            {"mesh.fsdp": 4, "mesh.sampling_tensor": 3},
+            ("mesh.sampling_tensor is 3", "mesh.fsdp x mesh.tensor = 4"),
+            {"mesh.sampling_tensor": 2},
         ),
         (
             {"student.offload": True},

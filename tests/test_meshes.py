@@ -22,17 +22,20 @@ _FLAGS = (
     "--config.evaluation.greedy=False",
     "--config.evaluation.sets.heldout.size=8",
 )
-# Processes, devices of each, and data x fsdp x tensor. In the last ones an
-# axis that batches are not split over runs through two or four processes.
+# Processes, devices of each, and data x fsdp x tensor, and tensor while
+# sampling. In the last ones an axis that batches are not split over runs
+# through two or four processes.
 _LAYOUTS = (
-    (1, 8, (8, 1, 1)), (1, 8, (1, 8, 1)), (1, 8, (2, 2, 2)),
-    (1, 8, (1, 2, 4)), (2, 2, (4, 1, 1)), (2, 4, (1, 8, 1)),
-    (4, 2, (2, 2, 2)), (4, 2, (1, 2, 4)), (4, 2, (1, 1, 8)),
+    (1, 8, (8, 1, 1, 0)), (1, 8, (1, 8, 1, 0)), (1, 8, (2, 2, 2, 0)),
+    (1, 8, (1, 2, 4, 0)), (1, 8, (1, 8, 1, 4)), (2, 2, (4, 1, 1, 0)),
+    (2, 4, (1, 8, 1, 0)), (4, 2, (2, 2, 2, 0)), (4, 2, (1, 2, 4, 0)),
+    (4, 2, (1, 1, 8, 0)), (4, 2, (1, 8, 1, 4)),
 )  # fmt: skip
 
 
 def start_and_end(root, name, processes, devices, mesh):
-  sizes = zip(("data", "fsdp", "tensor"), mesh, strict=True)
+  names = ("data", "fsdp", "tensor", "sampling_tensor")
+  sizes = zip(names, mesh, strict=True)
   started = toys.start_run(
       *_FLAGS, f"--workdir={root / name}",
       *(f"--config.mesh.{axis}={size}" for axis, size in sizes),
@@ -51,7 +54,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def single(root):
   """The workdir of a run on one device."""
-  return start_and_end(root, "single", 1, 1, (1, 1, 1))
+  return start_and_end(root, "single", 1, 1, (1, 1, 1, 0))
 
 
 def test_a_run_learns_something(single):

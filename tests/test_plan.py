@@ -1,20 +1,27 @@
+from collections.abc import Callable
 import dataclasses
 import json
 import os
 import subprocess
 import sys
 
+import jax
 import pytest
 import toys
 
+from prefix_distill.config import Config
 from prefix_distill.errors import UserError
+from prefix_distill.plan import build
 from prefix_distill.plan import estimate
+from prefix_distill.plan import jobs
 from prefix_distill.plan import machines
 from prefix_distill.plan import measure
 from prefix_distill.plan import planner
+from prefix_distill.plan import search
 from prefix_distill.plan.estimate import Assumptions
 from prefix_distill.plan.measure import Measured
 from prefix_distill.report import paper_tables
+from prefix_distill.rollout import slots
 from prefix_distill.specs import MeshSpec
 from prefix_distill.specs import ModelSpec
 
@@ -121,6 +128,7 @@ def config(**changes):
       made,
       student=ModelSpec("a", "bfloat16"),
       teacher=ModelSpec("b", "bfloat16", "bfloat16"),
+      data=dataclasses.replace(made.data, batch_size=512),
   )
 
 
@@ -130,7 +138,7 @@ def config(**changes):
         # 3.4 GB of weights fit whole into 15.75 GiB while decoding ...
         ("v5e:4x4", SMALL, (1, 16, 1)),
         # ... and 16.4 GB do not.
-        ("v5e:4x4", LARGE, (1, 4, 4)),
+        ("v5e:4x4", LARGE, (1, 16, 1, 4)),
         ("v5p:2x2x2", LARGE, (1, 8, 1)),
         ("v6e:4x4", LARGE, (1, 16, 1)),
         ("h100:8", LARGE, (1, 8, 1)),
@@ -139,13 +147,21 @@ def config(**changes):
         ("h100:16", LARGE, (2, 8, 1)),
     ],
 )
-def test_the_mesh_has_as_few_tensor_shards_as_the_memory_allows(
+def test_sampling_has_as_few_tensor_shards_as_the_memory_allows(
     machine, student, mesh
 ):
   found = estimate.suggest_mesh(
       config(), student, LARGE, machines.parse(machine)
   )
   assert found == MeshSpec(*mesh)
+
+
+def test_training_has_tensor_shards_where_there_are_more_devices_than_prompts():
+  made = config()
+  few = dataclasses.replace(made.data, batch_size=8)
+  made = dataclasses.replace(made, data=few)
+  found = estimate.suggest_mesh(made, SMALL, LARGE, machines.parse("v5e:4x4"))
+  assert found == MeshSpec(1, 8, 2)
 
 
 def test_long_answers_need_more_shards_to_lie_on():
@@ -158,8 +174,8 @@ def test_long_answers_need_more_shards_to_lie_on():
   )  # fmt: skip
   # Keys and values of one prompt's four rollouts take 7.2 GiB.
   tight, ample = map(machines.parse, ("v5e:4x4", "v6e:4x4"))
-  assert estimate.suggest_mesh(made, SMALL, LARGE, tight).tensor == 2
-  assert estimate.suggest_mesh(made, SMALL, LARGE, ample).tensor == 1
+  assert estimate.suggest_mesh(made, SMALL, LARGE, tight).sampling_tensor == 2
+  assert estimate.suggest_mesh(made, SMALL, LARGE, ample).sampling_tensor == 0
 
 
 def measured(**changes) -> Measured:
@@ -212,23 +228,147 @@ def test_a_gpus_verdict_is_a_budget_and_a_tpus_the_compilers():
 
 
 @pytest.fixture(scope="module")
+def models(tmp_path_factory):
+  root = tmp_path_factory.mktemp("models")
+  return (
+      toys.write_model(root / "student", 0, "capable"),
+      toys.write_model(root / "teacher", 1, "teacher"),
+  )
+
+
+def test_a_plan_looks_at_evaluation_with_rows_as_long_as_they_get(models):
+  made = toys.run_config(*models)
+  plan = build.build(made, jax.devices()[:1])
+  names = [job.stage.name for job in jobs.jobs(plan, (8,))]
+  assert names == [
+      "layout", "apply", "score", "prefill", "evaluate", "evaluate teacher",
+      "decode", "gradient",
+  ]  # fmt: skip
+  spec = made.evaluation
+  for stage in plan.evaluation():
+    state = stage.args[3]
+    prompt = made.data.max_prompt_len
+    table = slots._Table(spec.batch_size, prompt, spec.max_len)
+    table.claim(list(range(spec.batch_size)), spec.batch_size)
+    table._count[:] = spec.max_len - 1  # All are about to end.
+    assert state.tokens.shape == (spec.batch_size, table.next_columns())
+  beside = plan.beside("evaluate", several=False)
+  assert {"student", "teacher", "moments"} <= set(beside)
+  quiet = dataclasses.replace(spec, teacher=False)
+  plan = build.build(
+      dataclasses.replace(made, evaluation=quiet), jax.devices()[:1]
+  )
+  assert [stage.name for stage in plan.evaluation()] == ["evaluate"]
+
+
+@dataclasses.dataclass
+class Memory:
+  """A machine in place of `jobs.Look`: what a program takes is a formula."""
+
+  rows: Callable[[Config], int]
+  needs: Callable[[Config, int], float]  # GiB, of a config and its rows.
+  machine: machines.Machine = machines.parse("h100:8")
+
+  def one(self, config, name, bucket):
+    rows = self.rows(config)
+    memory = 2**30 * self.needs(config, rows)
+    return Measured(name, bucket, 1, rows, 0.0, 0.0, memory=memory)
+
+
+def found(memory, made, name, largest=False):
+  broken = [memory.one(made, name, 256)]
+  return search.search(memory, search.Found(made), broken, largest)
+
+
+def by_tokens(part: str):
+  """As many rows of 512 tokens as a limit allows, and one a device."""
+  return lambda c: max(getattr(c, part).batch_tokens // 512, 8)
+
+
+@pytest.fixture
+def large(models):
+  made = toys.run_config(*models)
+  return dataclasses.replace(
+      made,
+      mesh=MeshSpec(1, 8, 1),
+      optimizer=dataclasses.replace(made.optimizer, batch_tokens=2**19),
+      rollout=dataclasses.replace(made.rollout, batch_tokens=2**19),
+  )
+
+
+def test_smaller_batches_come_before_all_else(large):
+  memory = Memory(by_tokens("optimizer"), lambda c, rows: 10 + rows / 4)
+  (flags,) = search.advice(large, found(memory, large, "gradient"))
+  # 71 GiB hold 244 rows; 1024 were asked for.
+  assert flags == "--config.optimizer.batch_tokens=65536"
+
+
+def test_the_largest_batch_is_found_if_asked_for(large):
+  memory = Memory(by_tokens("rollout"), lambda c, rows: rows / 64)
+  (flags,) = search.advice(large, found(memory, large, "decode", largest=True))
+  assert flags == "--config.rollout.batch_tokens=2097152"
+
+
+def test_then_moments_wait_on_the_host_and_then_shards_split_a_row(large):
+  def needs(config, rows):
+    moments = 0 if config.optimizer.offload else 20
+    return moments + 130 / config.mesh.tensor + rows / 64
+
+  memory = Memory(by_tokens("optimizer"), needs)
+  (flags,) = search.advice(large, found(memory, large, "gradient"))
+  # 130 GiB a row: 65 with two shards, and nothing for the moments.
+  assert set(flags.split()) == {
+      "--config.mesh.fsdp=4", "--config.mesh.tensor=2",
+      "--config.optimizer.offload=True",
+      "--config.optimizer.batch_tokens=131072",
+  }  # fmt: skip
+
+
+def test_sampling_gets_shards_of_its_own(large):
+  memory = Memory(
+      by_tokens("rollout"),
+      lambda c, rows: 90 / (c.mesh.sampling_tensor or c.mesh.tensor),
+  )
+  (flags,) = search.advice(large, found(memory, large, "decode"))
+  assert "--config.mesh.sampling_tensor=2" in flags
+  assert "mesh.tensor" not in flags
+
+
+def test_what_fits_with_nothing_is_said(large):
+  memory = Memory(by_tokens("optimizer"), lambda c, rows: 1000)
+  result = found(memory, large, "gradient")
+  assert result.config == large
+  (sentence,) = search.advice(large, result)
+  assert "gradient at P = 256 does not fit" in sentence
+  assert "use more devices" in sentence
+
+
+@pytest.fixture(scope="module")
 def audits():
   process = toys.start("audited.py", devices=8)
   (printed,) = toys.finish([process], seconds=400)
   lines = map(json.loads, printed.strip().splitlines())
-  names = ("8x1x1", "1x8x1", "2x2x2", "faulty", "draw")
+  names = ("8x1x1", "1x8x1", "two meshes", "2x2x2", "faulty", "draw")
   return dict(zip(names, lines, strict=True))
 
 
-@pytest.mark.parametrize("mesh", ["8x1x1", "1x8x1", "2x2x2"])
+@pytest.mark.parametrize("mesh", ["8x1x1", "1x8x1", "two meshes", "2x2x2"])
 def test_no_collective_is_unplanned_and_nothing_is_rematerialized(
     audits, mesh
 ):
   programs = {k: v for k, v in audits[mesh].items() if k != "least"}
+  moved = programs.pop("move", None)
   assert set(programs) == {
       "prefill", "layout", "decode", "score", "gradient", "apply",
   }  # fmt: skip
   assert [one["unplanned"] for one in programs.values()] == [[]] * 6
+  assert (moved is None) == (mesh != "two meshes")
+
+
+def test_weights_that_change_the_mesh_are_exchanged_and_never_gathered(audits):
+  moved = audits["two meshes"]["move"]
+  assert list(moved["sent"]) == ["all-to-all over tensor"]
+  assert not moved["unplanned"]
 
 
 def test_the_audit_finds_a_program_that_is_left_to_the_partitioner(audits):

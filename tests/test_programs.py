@@ -102,7 +102,7 @@ def schedule():
 def _compiled(programs):
   sampling = programs._sampling["student"]
   parts = (
-      sampling._prefill, sampling._decode, sampling._grow, programs._score,
+      sampling._prefill, sampling._decode, programs._score,
       programs._gradient, sampling._cut, sampling._layout,
   )  # fmt: skip
   return [len(part._compiled) for part in parts]
@@ -119,7 +119,7 @@ def test_the_papers_schedule_compiles_at_most_eight_programs_a_phase(schedule):
 
 def test_what_was_compiled_ahead_is_what_runs(schedule):
   programs, ahead = schedule
-  assert ahead == [1, 1, 6, 7, 7, 7, 1] == _compiled(programs)
+  assert ahead == [1, 7, 7, 7, 7, 1] == _compiled(programs)
 
 
 def test_what_was_compiled_ahead_runs_with_prompts_of_the_teachers_own():
@@ -135,7 +135,7 @@ def test_what_was_compiled_ahead_runs_with_prompts_of_the_teachers_own():
   for step in range(config.steps):
     cap = prefix_length.cap(config, step)
     state, _ = _update(programs, state, teacher_params, batch, cap)
-  assert ahead == [1, 1, 1, 2, 2, 2, 1] == _compiled(programs)
+  assert ahead == [1, 2, 2, 2, 2, 1] == _compiled(programs)
 
 
 def test_a_cap_above_the_runs_longest_prefix_is_refused(schedule):

@@ -38,9 +38,7 @@ def _sample(config, length, batch, key, draw, first):
   )
   layout = MODEL.decode_layout(PARAMS)
   for steps in (first, length):
-    state = sampler.decode(
-        MODEL, config, prompt + length, layout, state, draw, steps
-    )
+    state = sampler.decode(MODEL, config, layout, state, draw, steps)
   return decode_state.rollout(state, prompt, length)
 
 

@@ -123,11 +123,16 @@ def runs(tmp_path_factory):
   process = toys.start("eight_devices.py", directory, devices=8)
   (printed,) = toys.finish([process], seconds=180)
   lines = printed.strip().splitlines()
-  names = ("one device", "eight devices", "in parts")
+  names = (
+      "one device", "eight devices", "in parts", "two meshes",
+      "two meshes in parts",
+  )  # fmt: skip
   return dict(zip(names, map(json.loads, lines), strict=True))
 
 
-@pytest.mark.parametrize("name", ["eight devices", "in parts"])
+@pytest.mark.parametrize(
+    "name", ["eight devices", "in parts", "two meshes", "two meshes in parts"]
+)
 def test_a_mesh_of_eight_devices_computes_what_one_device_does(runs, name):
   one, ours = runs["one device"], runs[name]
   assert len(one["losses"]) == 5
@@ -149,4 +154,4 @@ def test_a_mesh_does_not_compile_more_often(runs):
   assert [run["compilations"] for run in runs.values()] == [
       {"compilations_sample": 2, "compilations_score": 1,
        "compilations_update": 1}
-  ] * 3  # fmt: skip
+  ] * 5  # fmt: skip

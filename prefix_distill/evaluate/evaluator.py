@@ -226,7 +226,7 @@ def evaluate(
     chat: the tokenizer.
     spec: lengths, temperature, batch size.
     sets: the problems, by name.
-    mesh: the device mesh.
+    mesh: the device mesh of sampling.
     stop_ids: tokens that end an answer.
     seed: see `complete`.
     write: takes each set's metrics, with `set`, `mode`, `grading` and the

@@ -98,14 +98,25 @@ def resize(cache: KVCache, columns: int) -> KVCache:
   Every row's tokens must fit into the smaller of the two.
   """
   number = newest_numbers(cache.written - 1, columns)
-  source = number % cache.columns
   kept = (number >= cache.written - cache.columns) & (number >= 0)
+  layers = [
+      resize_layer(columns, cache.written, *pair)
+      for pair in zip(cache.keys, cache.values, strict=True)
+  ]
   return KVCache(
-      keys=tuple(jnp.take(x, source, axis=3) for x in cache.keys),
-      values=tuple(jnp.take(x, source, axis=2) for x in cache.values),
-      mask=jnp.take(cache.mask, source, axis=1) & kept,
+      keys=tuple(keys for keys, _ in layers),
+      values=tuple(values for _, values in layers),
+      mask=jnp.take(cache.mask, number % cache.columns, axis=1) & kept,
       written=cache.written,
   )
+
+
+def resize_layer(
+    columns: int, written: jax.Array, keys: jax.Array, values: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Does that to one layer's keys [B, K, H, M] and values [B, K, M, H]."""
+  source = newest_numbers(written - 1, columns) % keys.shape[3]
+  return jnp.take(keys, source, axis=3), jnp.take(values, source, axis=2)
 
 
 def insert(cache: KVCache, prompts: KVCache, slots: jax.Array) -> KVCache:

@@ -158,6 +158,10 @@ class Model:
     keys, values = jax.tree.map(lambda kv: kv[:, :, :length], kept)
     return self._final_norm(params, x[:, :length]), keys, values
 
+  def cast(self, params: Params) -> Params:
+    """Returns weights in the compute dtype."""
+    return jax.tree.map(lambda x: x.astype(self.dtype), params)
+
   def decode_layout(self, params: Params) -> Params:
     """Returns weights as decoding wants them, in the compute dtype.
 
@@ -165,7 +169,7 @@ class Model:
     stack would be cut up, and its layers copied, for every token.
     """
     c = self.config
-    params = jax.tree.map(lambda x: x.astype(self.dtype), params)
+    params = self.cast(params)
     apart = tuple(
         jax.tree.map(lambda x, i=i: x[i], params["layers"])
         for i in range(c.num_layers)

@@ -13,11 +13,21 @@ from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.report import paper_tables
+from prefix_distill.rollout import decode_state
+from prefix_distill.rollout import sampler
+from prefix_distill.rollout import slots
+from prefix_distill.rollout.token_choice import Truncation
 from prefix_distill.specs import ModelSpec
 from prefix_distill.train import setup as setup_lib
+from prefix_distill.train.compile import Program
 from prefix_distill.train.compile import Stage
 from prefix_distill.train.programs import Programs
 
+# Evaluation's programs, by whose answers they decode.
+EVALUATION = {"student": "evaluate", "teacher": "evaluate teacher"}
+_SAMPLING = (
+    "move", "prefill", "layout", "decode", "cut", *EVALUATION.values()
+)  # fmt: skip
 # For a laptop without a network: the architectures of the paper's models.
 _KNOWN = {
     "Qwen/Qwen3-1.7B": paper_tables.QWEN3_1_7B,
@@ -52,6 +62,29 @@ class Plan:
     """Returns the programs of an update whose cap ends in a bucket."""
     return list(self.programs.stages(bucket, self.teacher_params))
 
+  def evaluation(self) -> list[Stage]:
+    """Returns the decoding of evaluation, when rows are as long as may be."""
+    setup, spec = self.setup, self.setup.config.evaluation
+    stages = [_evaluate(setup, setup.student, EVALUATION["student"])]
+    if spec.teacher:
+      stages.append(_evaluate(setup, setup.teacher, EVALUATION["teacher"]))
+    return stages if spec.sets else []
+
+  def mesh(self, name: str) -> jax.sharding.Mesh:
+    """Returns the mesh that a program runs on."""
+    if name in _SAMPLING:
+      return self.setup.sampling_mesh
+    return self.setup.mesh
+
+  def _prefilling(self, which: str) -> Any:
+    """Returns weights that prompts are read with between two segments."""
+    setup = self.setup
+    model = setup.student if which == "student" else setup.teacher
+    if setup.sampling_mesh == setup.mesh:
+      return ()  # Those that rest.
+    shapes = jax.eval_shape(model.cast, model.abstract_params())
+    return sharding.with_shardings(shapes, setup.sampling_mesh)
+
   def beside(self, name: str, several: bool) -> Any:
     """Returns what lies in a device's memory while a program runs.
 
@@ -62,16 +95,69 @@ class Plan:
     """
     config, state = self.setup.config, self.programs.abstract_state()
     lying = {}
-    sampling = name in ("prefill", "layout", "decode", "cut")
+    sampling = name in _SAMPLING
+    sampling = sampling and name != EVALUATION["teacher"]
     if not (config.teacher.offload and sampling or name == "score"):
       lying["teacher"] = self.teacher_params
-    if name not in ("prefill", "layout", "gradient", "apply"):
+    takes_student = ("move", "gradient", "apply")
+    if self.mesh(name) == self.setup.mesh:
+      takes_student += ("prefill", "layout")
+    if name not in takes_student:
       lying["student"] = state.params
+    for which, evaluates in EVALUATION.items():
+      if name == evaluates:
+        lying["moved"] = self._prefilling(which)
     if not (config.optimizer.offload or name == "apply"):
       lying["moments"] = state.opt_state
     if name == "score" and several:
       lying["gradient"] = state.params
     return lying
+
+
+def _evaluate(setup: setup_lib.Setup, model: Model, name: str) -> Stage:
+  """Returns the program that decodes a segment of evaluation's answers."""
+  mesh, spec = setup.sampling_mesh, setup.config.evaluation
+  model = setup.for_sampling(model)
+  place = decode_state.state_shardings(model.config.num_kv_heads, mesh)
+  prompt = max(
+      one.max_prompt_len or setup.config.data.max_prompt_len
+      for one in spec.sets.values()
+  )
+  state = jax.eval_shape(
+      lambda: decode_state.empty(
+          model.config, model.dtype,
+          (spec.batch_size, slots.most_columns(prompt, spec.max_len)), prompt,
+          jax.random.key(0),
+      )
+  )  # fmt: skip
+  layout = jax.eval_shape(model.decode_layout, model.abstract_params())
+  chat = setup.chat
+  args = (
+      model,
+      decode_state.SamplerConfig(
+          setup.stop_ids, chat.pad_id, chat.num_tokens,
+          truncation=Truncation(spec.top_k, spec.top_p),
+      ),
+      _placed(layout, sharding.decode_params(layout, mesh)),
+      _placed(state, place),
+      decode_state.Draw.of(spec.max_len),
+      decode_state.count(slots.SEGMENT),
+  )  # fmt: skip
+  program = Program(
+      sampler.decode, 2, out_shardings=place, donate_argnums=3
+  )
+  return Stage(name, program, args, trips=slots.SEGMENT)
+
+
+def _placed(shapes: Any, places: Any) -> Any:
+  """Adds shardings, whose tree may be a prefix of the shapes'."""
+  return jax.tree.map(
+      lambda place, tree: jax.tree.map(
+          lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+          tree,
+      ),
+      places, shapes,
+  )  # fmt: skip
 
 
 def architecture(path: str) -> tuple[ModelConfig, bool]:
@@ -110,7 +196,7 @@ def build(config: Config, devices: list) -> Plan:
         " distillation, with method 'prefix' or 'full'."
     )
   mesh = sharding.make_mesh(config.mesh, devices)
-  sharding.check_batch("data.batch_size", config.data.batch_size, mesh)
+  setup_lib.check_batches(config, mesh)
   student, teacher = (
       _model(spec, mesh) for spec in (config.student, config.teacher)
   )

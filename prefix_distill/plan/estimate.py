@@ -71,6 +71,7 @@ def planned(plan: build.Plan) -> list[Planned]:
       Planned("reduce-scatter", ("tensor",), activations, "the same, cut"),
       Planned("all-gather", ("tensor",), activations, "the same, whole"),
       Planned("all-to-all", ("fsdp",), activations, "columns of embeddings"),
+      Planned("all-to-all", ("tensor",), largest, "weights to be sampled with"),
       # A TPU's compiler sums the output head's gradient whole and cuts it,
       # instead of scattering it: twice the bytes of that.
       Planned("all-reduce", every, _FLOAT32 * sizes["table"], "the head's"),
@@ -150,10 +151,11 @@ def suggest_mesh(
 ) -> MeshSpec:  # fmt: skip
   """Chooses a mesh: as little tensor parallelism as the memory allows.
 
-  Weights, moments and gradients are split over fsdp and tensor; the weights
-  that decode are split over tensor alone, and so are the keys and values of
-  one prompt's rollouts, of which a device has some at least. Slices, and GPUs
-  of more hosts if one host holds the weights, are replicas.
+  Weights, moments and gradients are split over fsdp, which sends less than
+  tensor shards do as long as there is a prompt for each device. The weights
+  that decode are split over sampling_tensor alone, and so are the keys and
+  values of one prompt's rollouts, of which a device has some at least. Slices,
+  and GPUs of more hosts if one host holds the weights, are replicas.
   """
   budget = machine.chip.memory
   inside = machine.size // machine.slices
@@ -171,16 +173,21 @@ def suggest_mesh(
   pair = 2 * student.num_layers * student.num_kv_heads * student.head_dim
   cache = _GROWING * width * pair * tokens
   resting = held - _FLOAT32 * num_params(student)  # Gradients come later.
+  most = min(inside, student.num_kv_heads)
   tensor = 1
+  while tensor < most and config.data.batch_size % (machine.size // tensor):
+    tensor *= 2
+  sampling = tensor
   while (
-      tensor < min(inside, student.num_kv_heads)
-      and resting / inside + (width * num_params(student) + cache) / tensor
+      sampling < most
+      and resting / inside + (width * num_params(student) + cache) / sampling
       > _DECODING * budget
   ):
-    tensor *= 2
+    sampling *= 2
   return MeshSpec(
-      data=machine.size // inside, fsdp=inside // tensor, tensor=tensor
-  )
+      data=machine.size // inside, fsdp=inside // tensor, tensor=tensor,
+      sampling_tensor=sampling if sampling != tensor else 0,
+  )  # fmt: skip
 
 
 def choose_buckets(config: Config) -> tuple[int, ...]:

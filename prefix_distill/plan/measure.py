@@ -87,9 +87,10 @@ def directory() -> pathlib.Path:
 
 def rows_of(stage: Stage) -> int:
   """Returns the rows that a stage works on; 0 if it has none."""
+  decoding = ("decode", *build.EVALUATION.values())
   sizes = {
       "prefill": lambda args: args[4].tokens.shape[0],
-      "decode": lambda args: args[4].tokens.shape[0],
+      **dict.fromkeys(decoding, lambda args: args[3].tokens.shape[0]),
       "score": lambda args: args[4].tokens.shape[0],
       "gradient": lambda args: args[2][1].tokens.shape[0],
   }
@@ -102,7 +103,7 @@ def reckon(stage: Stage, bucket: int) -> Measured:
   flops = count.flops(traced.jaxpr, stage.trips)
   arrays = [a for a in stage.args if _has_shapes(a)]
   moved = count.bytes_per_device(arrays)
-  if stage.name == "decode":
+  if stage.name in ("decode", *build.EVALUATION.values()):
     moved *= stage.trips
   else:
     moved += count.bytes_per_device(stage.program.shapes(*stage.args))
@@ -130,7 +131,7 @@ def compile_stage(
   known = reckon(stage, bucket)
   beside = plan.beside(stage.name, stage.times > 1)
   lowered = stage.program.beside(*stage.args, tree=beside).lower()
-  mesh = dict(plan.setup.mesh.shape)
+  mesh = dict(plan.mesh(stage.name).shape)
   file = directory() / f"{_key(lowered, machine, mesh, stage.trips)}.json"
   if file.is_file():
     found = json.loads(file.read_text())

@@ -14,6 +14,12 @@ from prefix_distill.plan.machines import Machine
 from prefix_distill.plan.measure import Measured
 
 _GIB = 2**30
+# What a run's metrics call the phases, and their programs.
+_PHASES = {
+    "sample": ("move", "prefill", "layout", "decode"),
+    "score": ("score",),
+    "update": ("gradient", "apply"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +101,7 @@ def _programs(
     programs: Sequence[Measured], machine: Machine
 ) -> rich.table.Table:
   table = _table(
-      "program", "P", "rows", "times", "GiB", "fits", "FLOPs", "GB sent",
-      "compiled in",
+      "program", "P", "rows", "times", "GiB", "fits", "FLOPs", "GB sent"
   )  # fmt: skip
   for one in programs:
     fits = one.verdict(machine)
@@ -110,7 +115,6 @@ def _programs(
         Text("yes" if fits else "no", style="green" if fits else "bold red"),
         f"{one.flops:.2e}",
         f"{'' if one.exact else '>= '}{sent:.2f}",
-        f"{one.seconds:.0f} s",
     )
   return table
 
@@ -127,13 +131,16 @@ def _traffic(programs: Sequence[Measured]) -> rich.table.Table:
 
 
 def _updates(result: Result) -> rich.table.Table:
-  names = list(result.updates[0].seconds)
-  table = _table("s an update", *names, "sum", "mostly", "FLOPs")
+  table = _table("s an update", *_PHASES, "sum", "mostly", "FLOPs")
   for one in result.updates:
     longest = max(one.seconds, key=one.seconds.__getitem__)
+    phases = (
+        sum(one.seconds.get(name, 0.0) for name in names)
+        for names in _PHASES.values()
+    )
     table.add_row(
         f"{one.bucket:,}",
-        *(f"{one.seconds[name]:.1f}" for name in names),
+        *(f"{seconds:.1f}" for seconds in phases),
         f"{one.total:.1f}",
         f"{longest}, {one.limits[longest]}",
         f"{one.flops:.2e}",

@@ -182,10 +182,8 @@ def read(
 
 
 def resize(state: DecodeState, columns: int) -> DecodeState:
-  """Moves the rows to a ring of another size."""
+  """Moves the rows to a ring of another size; see `Resizer`."""
   ring = state.cache.columns
-  if ring == columns:
-    return state
   source = kv_cache.newest_numbers(state.cache.written, columns) % ring
   tokens, log_probs, choices = (
       jnp.take(x, source, axis=1)
@@ -198,6 +196,55 @@ def resize(state: DecodeState, columns: int) -> DecodeState:
       choice_log_probs=choices,
       cache=kv_cache.resize(state.cache, columns),
   )
+
+
+class Resizer:
+  """Moves rows to a ring of another size, one layer after the other.
+
+  So there is never more than one layer of the cache in both sizes, where one
+  program for all of it would hold the old cache beside the new one.
+  """
+
+  def __init__(self, place: DecodeState):
+    """Jits the parts.
+
+    Args:
+      place: see `state_shardings`.
+    """
+    keys, values = place.cache.keys, place.cache.values
+    self._layer = jax.jit(
+        kv_cache.resize_layer, static_argnums=0, out_shardings=(keys, values)
+    )
+    self._rest = jax.jit(resize, static_argnums=1, out_shardings=place)
+
+  def shapes(self, state: DecodeState, columns: int) -> DecodeState:
+    """Returns shapes of the rows, from shapes, in such a ring."""
+    sizes = jax.eval_shape(lambda s: resize(s, columns), state)
+    return jax.tree.map(
+        lambda size, old: jax.ShapeDtypeStruct(
+            size.shape, size.dtype, sharding=old.sharding
+        ),
+        sizes, state,
+    )  # fmt: skip
+
+  def __call__(self, state: DecodeState, columns: int) -> DecodeState:
+    """Returns the rows in a ring of so many columns; the old are deleted."""
+    cache = state.cache
+    if cache.columns == columns:
+      return state
+    layers = []
+    for pair in zip(cache.keys, cache.values, strict=True):
+      layers.append(self._layer(columns, cache.written, *pair))
+      for array in pair:
+        array.delete()
+    rest = dataclasses.replace(cache, keys=(), values=())
+    state = self._rest(dataclasses.replace(state, cache=rest), columns)
+    cache = dataclasses.replace(
+        state.cache,
+        keys=tuple(keys for keys, _ in layers),
+        values=tuple(values for _, values in layers),
+    )
+    return dataclasses.replace(state, cache=cache)
 
 
 def insert(

@@ -83,7 +83,6 @@ def prefill(
 def decode(
     model: Model,
     config: SamplerConfig,
-    columns: int,
     params: Params,
     state: DecodeState,
     draw: Draw,
@@ -91,26 +90,23 @@ def decode(
 ) -> DecodeState:
   """Draws more tokens; ends early when every row has ended.
 
-  To be jitted with the state donated. Static: model, config, columns.
+  To be jitted with the state donated. Static: model, config.
 
   Args:
     model: the architecture.
     config: see `SamplerConfig`.
-    columns: M of the result; a state with another M is moved.
     params: the weights, in `Model.decode_layout`.
-    state: what was drawn so far.
+    state: what was drawn so far, in a ring with room for more.
     draw: see `Draw`.
     steps: int32 [], how many tokens to draw at most.
   """
-  state = decode_state.resize(state, columns)
-
   def go_on(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
     done, state = carry
     return (done < steps) & jnp.any(state.live)
 
   def step(carry: tuple[jax.Array, DecodeState]):
     done, state = carry
-    column = state.cache.written % columns
+    column = state.cache.written % state.cache.columns
     newest = jax.lax.dynamic_slice_in_dim(state.tokens, column, 1, axis=1)
     hidden, cache = model.decode(
         params, newest, state.live[:, None], state.cache
@@ -140,8 +136,8 @@ def sample(
   prompt = batch.tokens.shape[1]
   state = prefill(model, config, prompt + length, params, batch, key, draw)
   state = decode(
-      model, config, prompt + length, model.decode_layout(params), state,
-      draw, jnp.minimum(draw.cap, length) - 1,
+      model, config, model.decode_layout(params), state, draw,
+      jnp.minimum(draw.cap, length) - 1,
   )  # fmt: skip
   return decode_state.rollout(state, prompt, length)
 

@@ -30,6 +30,11 @@ _REFILL = 1 / 8
 _SMALLEST_ROOM = 256
 
 
+def most_columns(prompt: int, cap: int) -> int:
+  """Returns the size of the ring when rows are as long as they may be."""
+  return prompt + cap + SEGMENT
+
+
 def to_host(tree: Any, mesh: jax.sharding.Mesh) -> Any:
   """Brings whole arrays to every process."""
   if jax.process_count() == 1:
@@ -60,18 +65,21 @@ class Engine:
     Args:
       model: the architecture.
       config: how to sample; one answer a prompt.
-      params: the weights.
+      params: the weights, on any mesh of the same devices.
       rows: answers decoded at a time, divisible by the mesh's batch axes.
-      mesh: the device mesh.
+      mesh: the device mesh of sampling.
     """
     self._mesh = mesh
     self._rows = rows
     batch_shards = mesh.shape["data"] * mesh.shape["fsdp"]
     groups = max(int(rows * _REFILL) // batch_shards, 1)
     self._refill = groups * batch_shards
-    self._params = params
     self._stop_ids = config.stop_ids
     self._programs = _programs(model, config, mesh)
+    place = jax.tree.leaves(params)[0].sharding
+    if isinstance(place, jax.sharding.NamedSharding) and place.mesh != mesh:
+      params = self._programs.move(params)
+    self._params = params
     self._layout = self._programs.layout(params)
 
   def answers(
@@ -96,9 +104,9 @@ class Engine:
         numbers = [waiting.pop() for _ in range(size)]
         state = self._insert(state, prompts, numbers, table, key, draw)
       columns = table.next_columns()
-      state = self._programs.resize(columns, state)
+      state = self._programs.resize(state, columns)
       state = self._programs.decode(
-          columns, self._layout, state, draw, decode_state.count(SEGMENT)
+          self._layout, state, draw, decode_state.count(SEGMENT)
       )
       seen = self._programs.read(state, np.int32(table.newest))
       for number, tokens in table.harvest(*to_host(seen, self._mesh)):
@@ -129,9 +137,6 @@ class _Table:
     self.columns = self.next_columns()
     self.newest = prompt  # The column that holds the newest tokens.
 
-  def _largest(self) -> int:
-    return self._cap + SEGMENT
-
   @property
   def busy(self) -> bool:
     return bool((self._owner >= 0).any())
@@ -153,7 +158,7 @@ class _Table:
     """Returns the cache's size for the next segment: the largest, or halves."""
     busy = self._owner >= 0
     longest = int(self._count[busy].max(initial=0)) + SEGMENT + 1
-    room = self._largest()
+    room = most_columns(self._prompt, self._cap) - self._prompt
     while room // 2 >= max(longest, _SMALLEST_ROOM):
       room //= 2
     # It shrinks late, or it would go to and fro.
@@ -184,6 +189,7 @@ class _Table:
 class _Programs:
   """The engine's jitted parts; the first arguments are static or sizes."""
 
+  move: Any
   layout: Any
   prefill: Any
   decode: Any
@@ -199,7 +205,8 @@ def _programs(
 ) -> _Programs:
   """Jits once for a model, however often it is evaluated."""
   place = decode_state.state_shardings(model.config.num_kv_heads, mesh)
-  layout = jax.eval_shape(model.decode_layout, model.abstract_params())
+  params = model.abstract_params()
+  layout = jax.eval_shape(model.decode_layout, params)
   donated = {"out_shardings": place, "donate_argnums": 0}
 
   def empty(rows, prompt, columns, key):
@@ -211,6 +218,9 @@ def _programs(
     return decode_state.read(state, first, SEGMENT + 1)
 
   return _Programs(
+      move=jax.jit(
+          model.cast, out_shardings=sharding.param_shardings(params, mesh)
+      ),
       layout=jax.jit(
           model.decode_layout,
           out_shardings=sharding.decode_params(layout, mesh),
@@ -222,16 +232,11 @@ def _programs(
       ),
       decode=jax.jit(
           functools.partial(sampler.decode, model, config),
-          static_argnums=0,
           out_shardings=place,
-          donate_argnums=2,
+          donate_argnums=1,
       ),
       insert=jax.jit(decode_state.insert, **donated),
       read=jax.jit(read),
-      resize=jax.jit(
-          lambda columns, state: decode_state.resize(state, columns),
-          static_argnums=0,
-          out_shardings=place,
-      ),
+      resize=decode_state.Resizer(place),
       empty=jax.jit(empty, static_argnums=(0, 1, 2), out_shardings=place),
   )

@@ -93,7 +93,7 @@ def _answers(setup: setup_lib.Setup) -> Iterator[dict[str, Any]]:
       np.arange(len(kept), dtype=np.int32),
   )
   engine = slots.Engine(
-      setup.teacher,
+      setup.for_sampling(setup.teacher),
       decode_state.SamplerConfig(
           stop_ids=setup.teacher_stop_ids,
           pad_id=chat.pad_id,
@@ -103,7 +103,7 @@ def _answers(setup: setup_lib.Setup) -> Iterator[dict[str, Any]]:
           config.teacher, setup.teacher, setup.mesh, config.seed
       ),
       config.evaluation.batch_size,
-      setup.mesh,
+      setup.sampling_mesh,
   )
   draw = decode_state.Draw.of(
       config.rollout.max_len, config.rollout.temperature

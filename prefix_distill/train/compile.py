@@ -130,7 +130,8 @@ class Stage:
   """A program of an update, and what it is called with.
 
   Attributes:
-    name: "prefill", "layout", "decode", "cut", "score", "gradient" or "apply".
+    name: "move", "prefill", "layout", "decode", "cut", "score", "gradient" or
+      "apply".
     program: to be compiled.
     args: its arguments, as shapes.
     times: how often it runs in an update.

@@ -129,8 +129,8 @@ class Run:
         tqdm.tqdm.write(report.evaluation_line(which, step, values))
 
     evaluator.evaluate(
-        model, params, setup.chat, self.config.evaluation, setup.problems,
-        setup.mesh, stop_ids, self.config.seed, write,
+        setup.for_sampling(model), params, setup.chat, self.config.evaluation,
+        setup.problems, setup.sampling_mesh, stop_ids, self.config.seed, write,
     )  # fmt: skip
 
   def update(self, step: int) -> dict[str, Any]:

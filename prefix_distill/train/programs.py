@@ -226,7 +226,7 @@ class Programs:
 
   def _abstract_batch(self, rows: int) -> PromptBatch:
     spec = self._setup.config.data
-    place = sharding.batch_sharding(self._setup.mesh)
+    place = sharding.batch_sharding(self._setup.sampling_mesh)
 
     def array(size: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
       return jax.ShapeDtypeStruct(size, dtype, sharding=place)

@@ -6,6 +6,7 @@ each length anyway.
 """
 
 from collections.abc import Sequence
+import math
 from typing import Any
 
 import jax
@@ -86,16 +87,20 @@ class Rows:
   """What is done to prompts and rollouts between the phases of a run.
 
   Attributes:
-    mesh: the device mesh.
+    mesh: of scoring and training.
     per_prompt: rollouts of a prompt.
   """
 
   def __init__(self, setup: setup_lib.Setup, buckets: tuple[int, ...]):
     config = setup.config
     self.mesh, self.per_prompt = setup.mesh, config.rollout.per_prompt
+    self._sampling_mesh = setup.sampling_mesh
     self._config, self._buckets = config, buckets
     self._shards = sharding.batch_shards(setup.mesh)
     rows = sharding.batch_sharding(setup.mesh)
+    self._deal = Program(
+        take, 2, out_shardings=sharding.batch_sharding(self._sampling_mesh)
+    )
     self._repeat = Program(sampler.repeat_prompts, 1, out_shardings=rows)
     self._take = Program(take, 2, out_shardings=rows)
     self._shorten = Program(_shorten, 1, out_shardings=rows)
@@ -111,12 +116,24 @@ class Rows:
     rows, length = prompts.tokens.shape
     tokens = self.per_prompt * (length + bucket)
     most = self._config.rollout.batch_tokens
-    return count(rows, tokens, most, self._shards)
+    # Prompts split evenly over one mesh, and their rollouts over the other.
+    least = self._shards // math.gcd(self._shards, self.per_prompt)
+    shards = math.lcm(sharding.batch_shards(self._sampling_mesh), least)
+    return count(rows, tokens, most, shards)
 
   def groups(self, prompts: PromptBatch, cap: int) -> list[PromptBatch]:
-    """Splits prompts [B, S] into those that are sampled at a time."""
+    """Splits prompts [B, S] into those that are sampled at a time.
+
+    Returns:
+      Groups, on the mesh of sampling.
+    """
     number = self.group_count(prompts, self.bucket(cap))
-    return self._split(prompts, number)
+    if number == 1 and self._sampling_mesh == self.mesh:
+      return [prompts]
+    return [
+        self._deal(number, self._sampling_mesh, prompts, np.int32(i))
+        for i in range(number)
+    ]
 
   def part_count(self, batch: PromptBatch, rollout: Rollout) -> int:
     """Returns in how many parts rollouts [B, P] are scored."""
@@ -130,7 +147,12 @@ class Rows:
   ) -> list[tuple[PromptBatch, Rollout]]:
     """Splits rollouts [B, P] into those that are scored at a time."""
     number = self.part_count(batch, rollout)
-    return self._split((batch, rollout), number)
+    if number == 1:
+      return [(batch, rollout)]
+    return [
+        self._take(number, self.mesh, (batch, rollout), np.int32(i))
+        for i in range(number)
+    ]
 
   def part_shapes(
       self, prompts: PromptBatch, rollout: Rollout
@@ -148,13 +170,6 @@ class Rows:
           number, self.mesh, (batch, rollout), np.int32(0)
       )
     return batch, rollout, number
-
-  def _split(self, tree: Any, number: int) -> list[Any]:
-    if number == 1:
-      return [tree]
-    return [
-        self._take(number, self.mesh, tree, np.int32(i)) for i in range(number)
-    ]
 
   def repeat(self, batch: PromptBatch) -> PromptBatch:
     """Repeats each prompt for its rollouts."""

@@ -1,4 +1,8 @@
-"""The compiled programs of sampling: prefill, then decode bucket by bucket."""
+"""The compiled programs of sampling: prefill, then decode bucket by bucket.
+
+They run on the mesh that sampling wants; prompts come to it, and rollouts leave
+it for the mesh of training.
+"""
 
 from collections.abc import Iterator
 
@@ -19,12 +23,17 @@ from prefix_distill.train.compile import Stage
 
 
 class Sampling:
-  """Samples prefixes with one model; compiles once for each bucket."""
+  """Samples prefixes with one model; compiles once for each bucket.
+
+  Attributes:
+    mesh: where prompts have to lie.
+  """
 
   def __init__(
       self, setup: setup_lib.Setup, model: Model, buckets: tuple[int, ...]
   ):
-    self._mesh, self._model, self._buckets = setup.mesh, model, buckets
+    self.mesh, self._buckets = setup.sampling_mesh, buckets
+    self._model = model = setup.for_sampling(model)
     spec = setup.config.rollout
     self._temperature = spec.temperature
     self._config = decode_state.SamplerConfig(
@@ -35,28 +44,32 @@ class Sampling:
         truncation=Truncation(spec.top_k, spec.top_p),
         cache_dtype=spec.cache_dtype,
     )
-    place = decode_state.state_shardings(
-        model.config.num_kv_heads, setup.mesh
-    )
-    params = sharding.with_shardings(model.abstract_params(), setup.mesh)
+    place = decode_state.state_shardings(model.config.num_kv_heads, self.mesh)
+    params = model.abstract_params()
     layout = jax.eval_shape(model.decode_layout, params)
+    # Weights change the mesh once a rollout, as small as they are sent.
+    self._move = None
+    if self.mesh != setup.mesh:
+      self._move = Program(
+          model.cast, out_shardings=sharding.param_shardings(params, self.mesh)
+      )
     self._layout = Program(
         model.decode_layout,
-        out_shardings=sharding.decode_params(layout, setup.mesh),
+        out_shardings=sharding.decode_params(layout, self.mesh),
     )
     self._prefill = Program(sampler.prefill, 3, out_shardings=place)
-    # The cache of the prefill is written on; a longer one takes its place for
-    # each bucket after the first.
+    # A cache is written on; a longer one takes its place for each bucket after
+    # the first.
     self._decode = Program(
-        sampler.decode, 3, out_shardings=place, donate_argnums=4
+        sampler.decode, 2, out_shardings=place, donate_argnums=3
     )
-    self._grow = Program(sampler.decode, 3, out_shardings=place)
+    self._resize = decode_state.Resizer(place)
     self._cut = Program(
         _cut, 2, out_shardings=sharding.batch_sharding(setup.mesh)
     )
     self._any_live = jax.jit(
         lambda state: jnp.any(state.live),
-        out_shardings=sharding.replicated(setup.mesh),
+        out_shardings=sharding.replicated(self.mesh),
     )
 
   def sample(
@@ -68,14 +81,14 @@ class Sampling:
     as the prefixes do.
 
     Args:
-      params: the model's.
-      batch: prompts [B, S].
+      params: the model's, where they lie in training.
+      batch: prompts [B, S], on `mesh`.
       key: of this update.
       cap: in tokens.
 
     Returns:
-      Rollouts [B * per_prompt, P], P the smallest bucket that holds the cap,
-      or all answers if they have ended before.
+      Rollouts [B * per_prompt, P], on the mesh of training. P is the smallest
+      bucket that holds the cap, or all answers if they have ended before.
 
     Raises:
       ValueError: no bucket of the run holds the cap.
@@ -88,16 +101,20 @@ class Sampling:
     model, config = self._model, self._config
     prompt = batch.tokens.shape[1]
     draw = decode_state.Draw.of(cap, self._temperature)
-    key = sharding.replicate_key(key, self._mesh)
+    key = sharding.replicate_key(key, self.mesh)
+    if self._move:
+      params = self._move(params)
     state = self._prefill(
         model, config, prompt + self._buckets[0], params, batch, key, draw
     )
     layout, drawn = self._layout(params), 1
+    del params  # Those that were moved are not needed any more.
     for bucket in self._buckets:
       until = min(cap, bucket)
       if until > drawn:
-        state = self._decoder(bucket)(
-            model, config, prompt + bucket, layout, state, draw,
+        state = self._resize(state, prompt + bucket)
+        state = self._decode(
+            model, config, layout, state, draw,
             decode_state.count(until - drawn),
         )  # fmt: skip
         drawn = until
@@ -111,13 +128,16 @@ class Sampling:
     """Yields the programs up to a bucket, the cut last.
 
     Args:
-      params: shapes of the model's.
-      batch: shapes of the prompts.
+      params: shapes of the model's, where they lie in training.
+      batch: shapes of the prompts, on `mesh`.
       bucket: the last one.
     """
     model, config = self._model, self._config
     prompt, draw = batch.tokens.shape[1], decode_state.Draw.of(1)
-    key = sharding.abstract_key(self._mesh)
+    key = sharding.abstract_key(self.mesh)
+    if self._move:
+      yield Stage("move", self._move, (params,))
+      params = self._move.shapes(params)
     args = (model, config, prompt + self._buckets[0], params, batch, key, draw)
     yield Stage("prefill", self._prefill, args)
     state = self._prefill.shapes(*args)
@@ -125,23 +145,18 @@ class Sampling:
     layout = self._layout.shapes(params)
     drawn = 1
     for size in self._buckets:
-      program = self._decoder(size)
-      args = (model, config, prompt + size, layout, state, draw,
-              decode_state.count(1))  # fmt: skip
-      yield Stage("decode", program, args, trips=size - drawn)
+      state = self._resize.shapes(state, prompt + size)
+      args = (model, config, layout, state, draw, decode_state.count(1))
+      yield Stage("decode", self._decode, args, trips=size - drawn)
       drawn = size
-      state = program.shapes(*args)
       if size == bucket:
         yield Stage("cut", self._cut, (prompt, bucket, state))
         return
 
-  def _decoder(self, bucket: int) -> Program:
-    return self._decode if bucket == self._buckets[0] else self._grow
-
   @property
   def used(self) -> int:
     """How many compiled programs have been called."""
-    return sum(p.used for p in (self._prefill, self._decode, self._grow))
+    return self._prefill.used + self._decode.used
 
 
 def _cut(prompt: int, length: int, state: decode_state.DecodeState) -> Rollout:

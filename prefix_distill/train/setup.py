@@ -66,6 +66,15 @@ class Setup:
   problems: dict[str, evaluator.Problems]
 
   @property
+  def sampling_mesh(self) -> jax.sharding.Mesh:
+    """The devices as sampling takes them, in training and evaluation."""
+    return sharding.sampling_mesh(self.mesh, self.config.mesh)
+
+  def for_sampling(self, model: Model) -> Model:
+    """Returns the student or teacher, to be run on `sampling_mesh`."""
+    return dataclasses.replace(model, mesh=self.sampling_mesh)
+
+  @property
   def objective(self) -> Objective:
     """What is minimised; for supervised training only its distribution."""
     spec, rollout = self.config.loss, self.config.rollout
@@ -92,6 +101,15 @@ class Setup:
         score_tokens=schedule == "agreement",
         memory=spec.logits_mib * 2**20,
     )
+
+
+def check_batches(config: Config, mesh: jax.sharding.Mesh) -> None:
+  """Raises ConfigError unless all batches split evenly over the meshes."""
+  sampling = sharding.sampling_mesh(mesh, config.mesh)
+  for one in (mesh, sampling):
+    sharding.check_batch("data.batch_size", config.data.batch_size, one)
+  rows = config.evaluation.batch_size
+  sharding.check_batch("evaluation.batch_size", rows, sampling)
 
 
 def read_model(spec: ModelSpec, mesh: jax.sharding.Mesh) -> Model:
@@ -229,12 +247,7 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
   """
   _check_same_everywhere(config, workdir)
   mesh = sharding.make_mesh(config.mesh)
-  sharding.check_batch("data.batch_size", config.data.batch_size, mesh)
-  for name, spec in config.evaluation.sets.items():
-    rows = max(config.evaluation.batch_size // spec.samples, 1)
-    sharding.check_batch(
-        f"evaluation.batch_size / evaluation.sets.{name}.samples", rows, mesh
-    )
+  check_batches(config, mesh)
   student = read_model(config.student, mesh)
   chat = chat_lib.load(config.student.tokenizer_path)
   fed = [prompt_checks.Fed("student", chat, student.config.vocab_size)]

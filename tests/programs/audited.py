@@ -24,7 +24,10 @@ from prefix_distill.plan import measure
 from prefix_distill.rollout import token_choice
 from prefix_distill.specs import MeshSpec
 
-_MESHES = (MeshSpec(8, 1, 1), MeshSpec(1, 8, 1), MeshSpec(2, 2, 2))
+_MESHES = (
+    MeshSpec(8, 1, 1), MeshSpec(1, 8, 1), MeshSpec(1, 8, 1, sampling_tensor=2),
+    MeshSpec(2, 2, 2),
+)  # fmt: skip
 
 
 def look(config, name: str) -> dict:

@@ -86,12 +86,15 @@ def main() -> None:
   teacher = toys.write_model(directory / "teacher", 1, "teacher")
   devices, cube = jax.devices(), MeshSpec(2, 2, 2)
   assert len(devices) == 8
+  two_meshes = MeshSpec(1, 8, 1, sampling_tensor=4)
   for at_once, used, mesh in (
       (0, devices[:1], MeshSpec()), (0, devices, cube), (416, devices, cube),
+      (0, devices, two_meshes), (416, devices, two_meshes),
   ):  # fmt: skip
-    # At 416, two groups of prompts are sampled and two parts of each scored.
+    # At 416, two groups of prompts are sampled, and two parts of each scored
+    # where eight rows need not be one for each device.
     config = toys.run_config(
-        student, teacher,
+        student, teacher, mesh=mesh,
         optimizer=OptimizerSpec(learning_rate=1e-2, batch_tokens=at_once),
         rollout=RolloutSpec(
             per_prompt=2, max_len=16, batch_tokens=2 * at_once
