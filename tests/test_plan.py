@@ -319,6 +319,7 @@ def test_then_moments_wait_on_the_host_and_then_shards_split_a_row(large):
   # 130 GiB a row: 65 with two shards, and nothing for the moments.
   assert set(flags.split()) == {
       "--config.mesh.fsdp=4", "--config.mesh.tensor=2",
+      "--config.mesh.sampling_tensor=1",
       "--config.optimizer.offload=True",
       "--config.optimizer.batch_tokens=131072",
   }  # fmt: skip
