@@ -135,15 +135,15 @@ def config(**changes):
 @pytest.mark.parametrize(
     ("machine", "student", "mesh"),
     [
-        # 3.4 GB of weights fit whole into 15.75 GiB while decoding ...
-        ("v5e:4x4", SMALL, (1, 16, 1)),
-        # ... and 16.4 GB do not.
+        # 3.4 GB of weights fit whole into 15.75 GiB while decoding, and 16.4
+        # GB do not: neither a student's nor a teacher's that is evaluated.
+        ("v5e:4x4", SMALL, (1, 16, 1, 2)),
         ("v5e:4x4", LARGE, (1, 16, 1, 4)),
         ("v5p:2x2x2", LARGE, (1, 8, 1)),
         ("v6e:4x4", LARGE, (1, 16, 1)),
         ("h100:8", LARGE, (1, 8, 1)),
         # Replicas on every slice and host.
-        ("v5e:4x4*2", SMALL, (2, 16, 1)),
+        ("v5e:4x4*2", SMALL, (2, 16, 1, 2)),
         ("h100:16", LARGE, (2, 8, 1)),
     ],
 )
@@ -168,11 +168,12 @@ def test_long_answers_need_more_shards_to_lie_on():
   made = config()
   made = dataclasses.replace(
       made, method="full",
+      evaluation=dataclasses.replace(made.evaluation, teacher=False),
       rollout=dataclasses.replace(
-          made.rollout, per_prompt=4, max_len=16_384
+          made.rollout, per_prompt=8, max_len=16_384
       ),
   )  # fmt: skip
-  # Keys and values of one prompt's four rollouts take 7.2 GiB.
+  # Keys and values of one prompt's eight rollouts take 14 GiB.
   tight, ample = map(machines.parse, ("v5e:4x4", "v6e:4x4"))
   assert estimate.suggest_mesh(made, SMALL, LARGE, tight).sampling_tensor == 2
   assert estimate.suggest_mesh(made, SMALL, LARGE, ample).sampling_tensor == 0

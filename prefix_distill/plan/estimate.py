@@ -22,8 +22,6 @@ _FLOAT32 = 4
 # host, and what the longest decoding may, with all that lies beside it.
 _HELD = 0.6
 _DECODING = 0.85
-# A cache that grows lies there twice for a moment, the shorter one at half.
-_GROWING = 1.5
 
 
 class TooLargeError(UserError):
@@ -154,8 +152,9 @@ def suggest_mesh(
   Weights, moments and gradients are split over fsdp, which sends less than
   tensor shards do as long as there is a prompt for each device. The weights
   that decode are split over sampling_tensor alone, and so are the keys and
-  values of one prompt's rollouts, of which a device has some at least. Slices,
-  and GPUs of more hosts if one host holds the weights, are replicas.
+  values of one prompt's rollouts, of which a device has some at least; or, when
+  the teacher is evaluated, of one answer. Slices, and GPUs of more hosts if one
+  host holds the weights, are replicas.
   """
   budget = machine.chip.memory
   inside = machine.size // machine.slices
@@ -168,10 +167,16 @@ def suggest_mesh(
     host = min(machine.chip.host, inside)
     if held / host <= _HELD * budget:
       inside = host
-  longest = config.data.max_prompt_len + config.longest_prefix
-  tokens = config.rollout.per_prompt * longest
-  pair = 2 * student.num_layers * student.num_kv_heads * student.head_dim
-  cache = _GROWING * width * pair * tokens
+  prompt = config.data.max_prompt_len
+  decoding = width * num_params(student) + _cache_bytes(
+      student, width,
+      config.rollout.per_prompt * (prompt + config.longest_prefix),
+  )  # fmt: skip
+  if config.evaluation.sets and config.evaluation.teacher:
+    width = 2 if config.teacher.compute_dtype == "bfloat16" else 4
+    decoding = max(decoding, width * num_params(teacher) + _cache_bytes(
+        teacher, width, prompt + config.evaluation.max_len
+    ))  # fmt: skip
   resting = held - _FLOAT32 * num_params(student)  # Gradients come later.
   most = min(inside, student.num_kv_heads)
   tensor = 1
@@ -180,14 +185,19 @@ def suggest_mesh(
   sampling = tensor
   while (
       sampling < most
-      and resting / inside + (width * num_params(student) + cache) / sampling
-      > _DECODING * budget
+      and resting / inside + decoding / sampling > _DECODING * budget
   ):
     sampling *= 2
   return MeshSpec(
       data=machine.size // inside, fsdp=inside // tensor, tensor=tensor,
       sampling_tensor=sampling if sampling != tensor else 0,
   )  # fmt: skip
+
+
+def _cache_bytes(model: ModelConfig, width: int, tokens: int) -> int:
+  """Returns the bytes of the keys and values of so many tokens."""
+  pair = 2 * model.num_layers * model.num_kv_heads * model.head_dim
+  return width * pair * tokens
 
 
 def choose_buckets(config: Config) -> tuple[int, ...]:
