@@ -92,9 +92,7 @@ def _table(*columns: str) -> rich.table.Table:
 
 
 def _memory(one: Measured) -> str:
-  if one.refused:
-    return one.refused
-  return f"{one.memory / _GIB:.1f}"
+  return f"{one.memory / _GIB:.1f}" if one.memory else "-"
 
 
 def _programs(
@@ -120,13 +118,17 @@ def _programs(
 
 
 def _traffic(programs: Sequence[Measured]) -> rich.table.Table:
-  table = _table("collectives of one run", "P", "GB sent by a device")
+  """What a device sends in one run of a program, at each length."""
+  lengths = sorted({one.bucket for one in programs})
+  table = _table("GB sent in one run, at P =", *(f"{n:,}" for n in lengths))
+  rows = {}
   for one in programs:
     for name, total in sorted(one.sent.items(), key=lambda x: -x[1]):
       if total >= 1e7:
-        table.add_row(
-            f"{one.name}: {name}", f"{one.bucket:,}", f"{total / 1e9:.2f}"
-        )
+        row = rows.setdefault(f"{one.name}: {name}", {})
+        row[one.bucket] = f"{total / 1e9:.2f}"
+  for name, row in rows.items():
+    table.add_row(name, *(row.get(n, "") for n in lengths))
   return table
 
 
