@@ -320,3 +320,26 @@ def test_a_bfloat16_cache_changes_log_probs_a_little():
   assert same.mean() > 0.5 * wanted.mask.mean()
   error = np.abs(ours.log_probs - wanted.log_probs)[same]
   assert 1e-6 < error.max() < 0.1
+
+
+@pytest.mark.parametrize("size", [7, 8, 20])
+def test_rows_change_the_ring_as_a_whole_and_leave_nothing_behind(size):
+  draw = Draw.of(LENGTH)
+  state = sampler.prefill(MODEL, CONFIG, 8, PARAMS, PROMPTS, KEY, draw)
+  wanted = decode_state.resize(state, size)
+  place = decode_state.state_shardings(MODEL.config.num_kv_heads, MESH)
+  resizer = decode_state.Resizer(place)
+  shapes = resizer.shapes(jax.device_put(state, place), size)
+  old = state.cache.keys + state.cache.values
+  found = resizer(state, size)
+  assert all(x.is_deleted() for x in old) == (size != 8)
+  for ours, theirs, shape in zip(
+      *map(jax.tree.leaves, (found, wanted, shapes)), strict=True
+  ):
+    np.testing.assert_array_equal(*map(_plain, (ours, theirs)))
+    assert (shape.shape, shape.dtype) == (ours.shape, ours.dtype)
+
+
+def _plain(x):
+  is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+  return np.asarray(jax.random.key_data(x) if is_key else x)
