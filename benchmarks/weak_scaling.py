@@ -43,9 +43,11 @@ def _config(model: str, prefix: int, size: int, rows: int) -> Config:
   return dataclasses.replace(
       config,
       data=dataclasses.replace(config.data, batch_size=4 * rows * size),
+      rollout=dataclasses.replace(config.rollout, batch_tokens=0),
       optimizer=dataclasses.replace(
           config.optimizer, batch_tokens=rows * size * length
       ),
+      evaluation=dataclasses.replace(config.evaluation, batch_size=size),
       mesh=MeshSpec(data=size // _FSDP, fsdp=_FSDP),
   )
 
@@ -54,14 +56,15 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--model", default="qwen3-1.7b")
   parser.add_argument("--prefix", type=int, default=256)
-  parser.add_argument("--rows", type=int, default=8)
+  # What optimizer.batch_tokens of the recipe makes of sixteen devices.
+  parser.add_argument("--rows", type=int, default=32)
   parser.add_argument(
       "--topologies", nargs="+", default=["v5e:2x4", "v5e:8x8", "v5e:16x16"]
   )
   args = parser.parse_args()
   table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
   for name in ("slice", "devices", "mesh", "FLOPs a device", "GiB", "GB sent"):
-    table.add_column(name)
+    table.add_column(name, no_wrap=True)
   first = None
   for name in args.topologies:
     machine = machines.parse(name)
@@ -81,7 +84,7 @@ def main() -> None:
         name, str(machine.size), mesh,
         *(f"{v:.4g} ({v / f:.2f})" for v, f in zip(values, first, strict=True)),
     )  # fmt: skip
-  rich.console.Console().print(table)
+  rich.console.Console(width=100).print(table)
 
 
 if __name__ == "__main__":
