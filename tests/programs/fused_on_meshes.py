@@ -48,7 +48,10 @@ def check_a_vocabulary_that_does_not_divide() -> None:
     for x, y in zip(
         jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True
     ):
-      np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+      # As `assert_equals_dense` compares gradients: small ones are differences
+      # of large terms, whose rounding depends on the machine.
+      scale = max(np.abs(y).max(), 1)
+      np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5 * scale)
 
 
 def check_that_no_logits_are_gathered_and_weights_travel_once() -> None:
