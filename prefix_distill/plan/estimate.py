@@ -12,6 +12,7 @@ from prefix_distill.models.config import num_params
 from prefix_distill.plan import build
 from prefix_distill.plan import count
 from prefix_distill.plan.collectives import Planned
+from prefix_distill.plan.collectives import UNKNOWN
 from prefix_distill.plan.machines import Machine
 from prefix_distill.plan.measure import Measured
 from prefix_distill.specs import MeshSpec
@@ -43,12 +44,14 @@ class Assumptions:
   price: float = 0.0
 
 
-def planned(plan: build.Plan) -> list[Planned]:
-  """Returns the collectives that a run is meant to have.
+def planned(plan: build.Plan, name: str = "") -> list[Planned]:
+  """Returns the collectives that a program of a run is meant to have.
 
-  Weights of a layer are gathered over fsdp where they are used, and their
-  gradients scattered back; over data gradients are summed; over tensor sums
-  of activations travel, once for the attention and once for the MLP.
+  Weights that go to the mesh of sampling are exchanged, by neighbours of which
+  an axis of either mesh may hold several groups. Else weights of a layer are
+  gathered over fsdp where they are used, and their gradients scattered back;
+  over data gradients are summed; over tensor sums of activations travel, once
+  for the attention and once for the MLP.
   """
   setup = plan.setup
   every = ("data", "fsdp")
@@ -59,6 +62,12 @@ def planned(plan: build.Plan) -> list[Planned]:
     sizes["layer"] = max(sizes["layer"], layer)
     sizes["table"] = max(sizes["table"], c.vocab_size * c.dim)
   largest = _FLOAT32 * max(sizes.values())
+  if name == "move":
+    anywhere = ("fsdp", "tensor", *UNKNOWN)
+    return [
+        Planned(kind, anywhere, largest, "weights to be sampled with")
+        for kind in ("all-to-all", "collective-permute")
+    ]
   activations = 2**40  # They depend on the batch, and on nothing else.
   return [
       Planned("all-gather", ("fsdp",), largest, "weights where they are used"),
@@ -69,7 +78,6 @@ def planned(plan: build.Plan) -> list[Planned]:
       Planned("reduce-scatter", ("tensor",), activations, "the same, cut"),
       Planned("all-gather", ("tensor",), activations, "the same, whole"),
       Planned("all-to-all", ("fsdp",), activations, "columns of embeddings"),
-      Planned("all-to-all", ("tensor",), largest, "weights to be sampled with"),
       # A TPU's compiler sums the output head's gradient whole and cuts it,
       # instead of scattering it: twice the bytes of that.
       Planned("all-reduce", every, _FLOAT32 * sizes["table"], "the head's"),

@@ -86,7 +86,7 @@ class Look:
     with self.console.status(f"{label}: compiling"):
       found = measure.compile_stage(
           job.plan, job.stage, job.bucket, self.machine,
-          estimate.planned(job.plan),
+          estimate.planned(job.plan, job.stage.name),
       )  # fmt: skip
     size = found.refused or f"{found.memory / 2**30:.1f} GiB"
     seconds = f"({found.seconds:.0f} s)"

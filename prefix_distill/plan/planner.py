@@ -197,6 +197,6 @@ def plan(question: Question, console: rich.console.Console) -> show.Result:
   return show.Result(
       question.machine, dict(built.setup.mesh.shape), notes,
       estimate.held(built), compiled, mended, updates, hours,
-      estimate.least_sent(built), search.advice(config, found),
+      estimate.least_sent(built), search.advice(question.config, found),
       question.assumptions,
   )  # fmt: skip

@@ -38,7 +38,7 @@ def look(config, name: str) -> dict:
     if stage.name == "cut":
       continue
     one = measure.compile_stage(
-        plan, stage, 8, machine, estimate.planned(plan)
+        plan, stage, 8, machine, estimate.planned(plan, stage.name)
     )
     found[stage.name] = {"sent": one.sent, "unplanned": one.unplanned}
   return found | {"least": estimate.least_sent(plan)}
