@@ -161,11 +161,18 @@ def param_shardings(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
 
 def with_shardings(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
   """Adds `param_shardings` to a tree of shapes."""
+  return placed(abstract, param_shardings(abstract, mesh))
+
+
+def placed(shapes: Any, places: Any) -> Any:
+  """Adds shardings, whose tree may be a prefix of the shapes'."""
   return jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      abstract,
-      param_shardings(abstract, mesh),
-  )
+      lambda place, tree: jax.tree.map(
+          lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+          tree,
+      ),
+      places, shapes,
+  )  # fmt: skip
 
 
 def _without_fsdp(spec: PartitionSpec) -> PartitionSpec:

@@ -76,12 +76,10 @@ class Plan:
       return self.setup.sampling_mesh
     return self.setup.mesh
 
-  def _prefilling(self, which: str) -> Any:
+  def _prefilling(self, name: str) -> Any:
     """Returns weights that prompts are read with between two segments."""
     setup = self.setup
-    model = setup.student if which == "student" else setup.teacher
-    if setup.sampling_mesh == setup.mesh:
-      return ()  # Those that rest.
+    model = setup.teacher if name == EVALUATION["teacher"] else setup.student
     shapes = jax.eval_shape(model.cast, model.abstract_params())
     return sharding.with_shardings(shapes, setup.sampling_mesh)
 
@@ -95,18 +93,17 @@ class Plan:
     """
     config, state = self.setup.config, self.programs.abstract_state()
     lying = {}
-    sampling = name in _SAMPLING
-    sampling = sampling and name != EVALUATION["teacher"]
-    if not (config.teacher.offload and sampling or name == "score"):
+    two_meshes = self.setup.sampling_mesh != self.setup.mesh
+    idle = name in _SAMPLING and name != EVALUATION["teacher"]
+    if not (config.teacher.offload and idle or name == "score"):
       lying["teacher"] = self.teacher_params
     takes_student = ("move", "gradient", "apply")
-    if self.mesh(name) == self.setup.mesh:
+    if not two_meshes:
       takes_student += ("prefill", "layout")
     if name not in takes_student:
       lying["student"] = state.params
-    for which, evaluates in EVALUATION.items():
-      if name == evaluates:
-        lying["moved"] = self._prefilling(which)
+    if two_meshes and name in EVALUATION.values():
+      lying["moved"] = self._prefilling(name)
     if not (config.optimizer.offload or name == "apply"):
       lying["moments"] = state.opt_state
     if name == "score" and several:
@@ -138,8 +135,8 @@ def _evaluate(setup: setup_lib.Setup, model: Model, name: str) -> Stage:
           setup.stop_ids, chat.pad_id, chat.num_tokens,
           truncation=Truncation(spec.top_k, spec.top_p),
       ),
-      _placed(layout, sharding.decode_params(layout, mesh)),
-      _placed(state, place),
+      sharding.placed(layout, sharding.decode_params(layout, mesh)),
+      sharding.placed(state, place),
       decode_state.Draw.of(spec.max_len),
       decode_state.count(slots.SEGMENT),
   )  # fmt: skip
@@ -147,17 +144,6 @@ def _evaluate(setup: setup_lib.Setup, model: Model, name: str) -> Stage:
       sampler.decode, 2, out_shardings=place, donate_argnums=3
   )
   return Stage(name, program, args, trips=slots.SEGMENT)
-
-
-def _placed(shapes: Any, places: Any) -> Any:
-  """Adds shardings, whose tree may be a prefix of the shapes'."""
-  return jax.tree.map(
-      lambda place, tree: jax.tree.map(
-          lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-          tree,
-      ),
-      places, shapes,
-  )  # fmt: skip
 
 
 def architecture(path: str) -> tuple[ModelConfig, bool]:

@@ -41,6 +41,23 @@ class Found:
   failed: tuple[str, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+  """A program that is to fit.
+
+  Attributes:
+    name: of it.
+    bucket: P.
+    setting: what bounds its batch; None if it takes none.
+    largest: whether the largest batch that fits is asked for.
+  """
+
+  name: str
+  bucket: int
+  setting: _Setting | None
+  largest: bool
+
+
 def search(
     look: Look, found: Found, broken: Sequence[Measured], largest: bool
 ) -> Found:
@@ -54,17 +71,13 @@ def search(
   """
   config, failed = found.config, list(found.failed)
   longest = {one.name: one.bucket for one in broken}  # The last is the longest.
-  for setting, names in _LIMITS.items():
-    for name in names:
-      if name not in longest:
-        continue
-      better = _fit(look, config, name, longest[name], setting, largest)
-      if better is None:
-        failed.append(_failed(name, longest[name]))
-      else:
-        config = better
-  for name in sorted(longest.keys() - set(sum(_LIMITS.values(), ()))):
-    better = _first_fit(look, config, name, longest[name])
+  bounded = {
+      name: setting for setting, names in _LIMITS.items() for name in names
+  }
+  rest = sorted(longest.keys() - bounded.keys())
+  for name in [*(name for name in bounded if name in longest), *rest]:
+    wanted = _Wanted(name, longest[name], bounded.get(name), largest)
+    better = _fit(look, config, wanted)
     if better is None:
       failed.append(_failed(name, longest[name]))
     else:
@@ -79,36 +92,19 @@ def _failed(name: str, bucket: int) -> str:
   )
 
 
-def _fit(
-    look: Look,
-    config: Config,
-    name: str,
-    bucket: int,
-    setting: _Setting,
-    largest: bool,
-) -> Config | None:
+def _fit(look: Look, config: Config, wanted: _Wanted) -> Config | None:
   """Returns the config with which a program fits, or None."""
-  for candidate in _remedies(config, name):
-    best = _largest_batch(look, candidate, name, bucket, setting, largest)
+  for candidate in _remedies(config, wanted.name):
+    best = _largest_batch(look, candidate, wanted)
     if best is not None:
       return best
-  return None
-
-
-def _first_fit(
-    look: Look, config: Config, name: str, bucket: int
-) -> Config | None:
-  """The same for a program that takes no batch."""
-  for candidate in _remedies(config, name):
-    if look.one(candidate, name, bucket).verdict(look.machine):
-      return candidate
   return None
 
 
 def _remedies(config: Config, name: str) -> Iterator[Config]:
   """Yields the config, then with one remedy more at a time."""
   yield config
-  steps: list[Callable[[Config], Config | None]] = [_offload_moments]
+  steps: list[Callable[[Config], Config]] = [_offload_moments]
   heads = build.architecture(config.student.path)[0].num_kv_heads
   if name in ("gradient", "score", "apply"):
     split = _split_training
@@ -160,15 +156,14 @@ def _split_sampling(config: Config, most: int) -> Config:
 
 
 def _largest_batch(
-    look: Look,
-    config: Config,
-    name: str,
-    bucket: int,
-    setting: _Setting,
-    largest: bool,
+    look: Look, config: Config, wanted: _Wanted
 ) -> Config | None:
   """Lowers one limit until one program fits; raises it if asked to."""
-  part, field = setting
+  name, bucket = wanted.name, wanted.bucket
+  if wanted.setting is None:
+    fits = look.one(config, name, bucket).verdict(look.machine)
+    return config if fits else None
+  part, field = wanted.setting
   start = getattr(getattr(config, part), field)
   if not start:  # No limit: of all rows.
     length = config.data.max_prompt_len + bucket
@@ -185,7 +180,7 @@ def _largest_batch(
     fits, previous = one.verdict(look.machine), one.rows
     if fits:
       best = limit if best is None else max(best, limit)
-      if limit < start or not largest:
+      if limit < start or not wanted.largest:
         break
       limit *= 2
     elif best is not None:

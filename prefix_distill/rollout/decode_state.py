@@ -211,6 +211,7 @@ class Resizer:
     Args:
       place: see `state_shardings`.
     """
+    self._place = place
     keys, values = place.cache.keys, place.cache.values
     self._layer = jax.jit(
         kv_cache.resize_layer, static_argnums=0, out_shardings=(keys, values)
@@ -220,12 +221,7 @@ class Resizer:
   def shapes(self, state: DecodeState, columns: int) -> DecodeState:
     """Returns shapes of the rows, from shapes, in such a ring."""
     sizes = jax.eval_shape(lambda s: resize(s, columns), state)
-    return jax.tree.map(
-        lambda size, old: jax.ShapeDtypeStruct(
-            size.shape, size.dtype, sharding=old.sharding
-        ),
-        sizes, state,
-    )  # fmt: skip
+    return sharding.placed(sizes, self._place)
 
   def __call__(self, state: DecodeState, columns: int) -> DecodeState:
     """Returns the rows in a ring of so many columns; the old are deleted."""

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from prefix_distill import sharding
+
 
 def abstract(tree: Any) -> Any:
   """Replaces arrays by their shapes, dtypes and shardings."""
@@ -93,15 +95,7 @@ class Program:
 
   def shapes(self, *args: Any) -> Any:
     """Returns the results' shapes and places without compiling."""
-    shapes = self.trace(*args).out_info
-    place = self._out_shardings
-    return jax.tree.map(
-        lambda s, tree: jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree
-        ),
-        place,
-        shapes,
-    )
+    return sharding.placed(self.trace(*args).out_info, self._out_shardings)
 
   @property
   def used(self) -> int:

@@ -130,10 +130,7 @@ class Rows:
     number = self.group_count(prompts, self.bucket(cap))
     if number == 1 and self._sampling_mesh == self.mesh:
       return [prompts]
-    return [
-        self._deal(number, self._sampling_mesh, prompts, np.int32(i))
-        for i in range(number)
-    ]
+    return _split(self._deal, number, self._sampling_mesh, prompts)
 
   def part_count(self, batch: PromptBatch, rollout: Rollout) -> int:
     """Returns in how many parts rollouts [B, P] are scored."""
@@ -149,10 +146,7 @@ class Rows:
     number = self.part_count(batch, rollout)
     if number == 1:
       return [(batch, rollout)]
-    return [
-        self._take(number, self.mesh, (batch, rollout), np.int32(i))
-        for i in range(number)
-    ]
+    return _split(self._take, number, self.mesh, (batch, rollout))
 
   def part_shapes(
       self, prompts: PromptBatch, rollout: Rollout
@@ -198,6 +192,13 @@ class Rows:
         spec.window, agreement.PATIENCE, rollout, scores,
         np.float32(threshold),
     )  # fmt: skip
+
+
+def _split(
+    program: Program, number: int, mesh: jax.sharding.Mesh, tree: Any
+) -> list[Any]:
+  """Returns all parts; `program` is `take`."""
+  return [program(number, mesh, tree, np.int32(i)) for i in range(number)]
 
 
 def _lengthen(length: int, rollout: Rollout) -> Rollout:
