@@ -14,7 +14,7 @@ FORMS = ("exact", "policy_gradient", "direct")
 SOURCES = ("student", "teacher", "data")
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 DTYPES = ("float32", "bfloat16")
-REMATS = ("none", "full", "dots")
+REMATS = ("none", "full", "dots", "offload")
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

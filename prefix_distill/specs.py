@@ -27,7 +27,9 @@ class ModelSpec:
     param_dtype: what the weights are kept in. The student's are the master
       weights that the optimizer updates.
     remat: what the backward pass computes again instead of keeping it: "none",
-      "full" (each layer) or "dots" (all but the products with weights).
+      "full" (each layer, from its input), "dots" (all but the products with
+      weights) or "offload" (as "full", and the layers' inputs wait in the
+      host's memory).
     offload: keep the weights in the host's memory while the student samples;
       for a teacher.
     random_init: take only the architecture and the tokenizer from `path`.

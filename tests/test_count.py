@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import toys
 
+from prefix_distill import recipe
 from prefix_distill import sharding
 from prefix_distill.distill import teacher as teacher_lib
 from prefix_distill.distill.estimators import Sampled
@@ -335,7 +336,7 @@ def test_scoring_costs_what_the_ledger_says():
 
 
 @pytest.mark.parametrize("form", ["exact", "policy_gradient"])
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", recipe.REMATS)
 def test_an_update_costs_what_the_ledger_says(form, remat):
   chosen = objective(form)
   model = Model(STUDENT, remat=remat)

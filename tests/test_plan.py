@@ -310,7 +310,7 @@ def test_the_largest_batch_is_found_if_asked_for(large):
   assert flags == "--config.rollout.batch_tokens=2097152"
 
 
-def test_then_moments_wait_on_the_host_and_then_shards_split_a_row(large):
+def test_then_the_host_keeps_what_it_can_and_then_shards_split_a_row(large):
   def needs(config, rows):
     moments = 0 if config.optimizer.offload else 20
     return moments + 130 / config.mesh.tensor + rows / 64
@@ -321,9 +321,24 @@ def test_then_moments_wait_on_the_host_and_then_shards_split_a_row(large):
   assert set(flags.split()) == {
       "--config.mesh.fsdp=4", "--config.mesh.tensor=2",
       "--config.mesh.sampling_tensor=1",
-      "--config.optimizer.offload=True",
+      "--config.optimizer.offload=True", "--config.student.remat=offload",
       "--config.optimizer.batch_tokens=131072",
   }  # fmt: skip
+
+
+def test_before_a_row_is_split_the_layers_inputs_go_to_the_host(large):
+  kept = {"none": 90, "full": 75, "offload": 30}
+  memory = Memory(
+      by_tokens("optimizer"), lambda c, rows: kept[c.student.remat] + rows / 64
+  )
+  (flags,) = search.advice(large, found(memory, large, "gradient"))
+  assert set(flags.split()) == {
+      "--config.student.remat=offload", "--config.optimizer.offload=True",
+  }  # fmt: skip
+  kept["full"] = 60
+  (flags,) = search.advice(large, found(memory, large, "gradient"))
+  assert "--config.student.remat=full" in flags
+  assert "offload" not in flags
 
 
 def test_sampling_gets_shards_of_its_own(large):

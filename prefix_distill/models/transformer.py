@@ -11,6 +11,7 @@ from typing import Any
 
 from flax import nnx
 import jax
+from jax import ad_checkpoint
 import jax.numpy as jnp
 
 from prefix_distill import sharding
@@ -24,9 +25,17 @@ from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 
 Params = dict[str, Any]
+# What a layer starts from, which its backward pass needs.
+_LAYER_INPUT = "layer_input"
 _POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -140,6 +149,8 @@ class Model:
     angles = positions * layers.rope_frequencies(c.rope, c.head_dim)
 
     def body(x, layer):
+      if self.remat == "offload":
+        x = ad_checkpoint.checkpoint_name(x, _LAYER_INPUT)
       layer = jax.tree.map(lambda p: p.astype(self.dtype), layer)
       block = self._block(sharding.gather_layer(layer, self.mesh))
       queries, keys, values = block.attention.project(

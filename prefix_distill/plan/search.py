@@ -1,14 +1,16 @@
 """Looks for settings with which a run fits a machine.
 
 First smaller batches, which cost little. Where one row for each shard is still
-too much, what costs time: moments or the teacher wait in the host's memory,
-and more tensor shards split what a row takes.
+too much, what costs time: layers are computed again, moments, layers' inputs
+or the teacher wait in the host's memory, and more tensor shards split what a
+row takes.
 """
 
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import dataclasses
+import functools
 import math
 
 from prefix_distill import errors
@@ -88,7 +90,7 @@ def search(
 def _failed(name: str, bucket: int) -> str:
   return (
       f"{name} at P = {bucket:,} does not fit with the smallest batches either;"
-      " use more devices, fewer rollouts a prompt, or student.remat='full'."
+      " use more devices, or fewer rollouts a prompt."
   )
 
 
@@ -105,6 +107,10 @@ def _remedies(config: Config, name: str) -> Iterator[Config]:
   """Yields the config, then with one remedy more at a time."""
   yield config
   steps: list[Callable[[Config], Config]] = [_offload_moments]
+  if name == "gradient":
+    if config.student.remat != "offload":
+      steps.insert(0, functools.partial(_with, part="student", remat="full"))
+    steps.append(functools.partial(_with, part="student", remat="offload"))
   heads = build.architecture(config.student.path)[0].num_kv_heads
   if name in ("gradient", "score", "apply"):
     split = _split_training
@@ -197,7 +203,9 @@ def _largest_batch(
 def advice(asked: Config, found: Found) -> list[str]:
   """Returns the settings that were found as flags, and what did not fit."""
   flags = []
-  for part in ("mesh", "rollout", "optimizer", "teacher", "evaluation"):
+  for part in (
+      "mesh", "rollout", "optimizer", "student", "teacher", "evaluation"
+  ):  # fmt: skip
     old, new = getattr(asked, part), getattr(found.config, part)
     for field in dataclasses.fields(new):
       value = getattr(new, field.name)

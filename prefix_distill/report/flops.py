@@ -169,8 +169,8 @@ def forward(config: ModelConfig, prompts: Array, predicted: Array) -> float:
 def _recomputed(config: ModelConfig, lengths: Array, remat: str) -> float:
   """FLOPs of what `remat` computes again.
 
-  "full": the layers, but for one product. The last one of a layer, from
-  mlp_dim to dim, gives what only the next layer needs, and that kept it.
+  "full", "offload": the layers, but for one product. The last one of a layer,
+  from mlp_dim to dim, gives what only the next layer needs, and that kept it.
   "dots": the two products of attention.
   """
   if remat == "none":
