@@ -269,15 +269,29 @@ class Memory:
   rows: Callable[[Config], int]
   needs: Callable[[Config, int], float]  # GiB, of a config and its rows.
   machine: machines.Machine = machines.parse("h100:8")
+  measured: list = dataclasses.field(default_factory=list)
 
-  def one(self, config, name, bucket):
-    rows = self.rows(config)
-    memory = 2**30 * self.needs(config, rows)
-    return Measured(name, bucket, 1, rows, 0.0, 0.0, memory=memory)
+  def job(self, config, name, bucket):
+    return Job(config, name, bucket, self.rows(config))
+
+  def measure(self, job):
+    memory = 2**30 * self.needs(job.config, job.rows)
+    self.measured.append(job)
+    return Measured(job.name, job.bucket, 1, job.rows, 0.0, 0.0, memory=memory)
+
+
+@dataclasses.dataclass
+class Job:
+  """In place of `jobs.Job`."""
+
+  config: Config
+  name: str
+  bucket: int
+  rows: int
 
 
 def found(memory, made, name, largest=False):
-  broken = [memory.one(made, name, 256)]
+  broken = [memory.measure(memory.job(made, name, 256))]
   return search.search(memory, search.Found(made), broken, largest)
 
 
@@ -358,6 +372,18 @@ def test_what_fits_with_nothing_is_said(large):
   (sentence,) = search.advice(large, result)
   assert "gradient at P = 256 does not fit" in sentence
   assert "use more devices" in sentence
+
+
+def test_nothing_is_measured_twice(large):
+  memory = Memory(by_tokens("optimizer"), lambda c, rows: 1000)
+  found(memory, large, "gradient")
+  seen = []
+  for job in memory.measured:
+    # Below 2**12 tokens there are eight rows, whatever the limit.
+    spec = dataclasses.replace(job.config.optimizer, batch_tokens=0)
+    asked = dataclasses.replace(job.config, optimizer=spec), job.rows
+    assert asked not in seen
+    seen.append(asked)
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,10 @@ class Job:
   stage: Stage
   bucket: int
 
+  @property
+  def rows(self) -> int:
+    return measure.rows_of(self.stage)
+
 
 def jobs(plan: build.Plan, buckets: Sequence[int]) -> Iterator[Job]:
   """Yields the programs to compile, cheap ones first.
@@ -69,20 +73,20 @@ class Look:
     plan = build.build(config, self.devices)
     todo = list(jobs(plan, buckets))
     return [
-        self._measure(job, f"[{i}/{len(todo)}] ")
+        self.measure(job, f"[{i}/{len(todo)}] ")
         for i, job in enumerate(todo, 1)
     ]
 
-  def one(self, config: Config, name: str, bucket: int) -> Measured:
-    """Compiles one program of a config."""
+  def job(self, config: Config, name: str, bucket: int) -> Job:
+    """Returns one program of a config."""
     plan = build.build(config, self.devices)
     found = jobs(plan, (bucket,))
-    return self._measure(next(j for j in found if j.stage.name == name))
+    return next(job for job in found if job.stage.name == name)
 
-  def _measure(self, job: Job, number: str = "") -> Measured:
-    rows = measure.rows_of(job.stage)
+  def measure(self, job: Job, number: str = "") -> Measured:
+    """Compiles a program, and says so; a number goes before its name."""
     label = f"{number}{job.stage.name} at P = {job.bucket:,}"
-    label += f", {rows:,} rows" if rows else ""
+    label += f", {job.rows:,} rows" if job.rows else ""
     with self.console.status(f"{label}: compiling"):
       found = measure.compile_stage(
           job.plan, job.stage, job.bucket, self.machine,

@@ -16,6 +16,7 @@ import math
 from prefix_distill import errors
 from prefix_distill.config import Config
 from prefix_distill.plan import build
+from prefix_distill.plan.jobs import Job
 from prefix_distill.plan.jobs import Look
 from prefix_distill.plan.measure import Measured
 
@@ -48,14 +49,14 @@ class _Wanted:
   """A program that is to fit.
 
   Attributes:
-    name: of it.
-    bucket: P.
+    measured: what it takes as it is.
+    config: what that was measured with.
     setting: what bounds its batch; None if it takes none.
     largest: whether the largest batch that fits is asked for.
   """
 
-  name: str
-  bucket: int
+  measured: Measured
+  config: Config
   setting: _Setting | None
   largest: bool
 
@@ -72,16 +73,16 @@ def search(
     largest: whether to look for the largest batches that fit.
   """
   config, failed = found.config, list(found.failed)
-  longest = {one.name: one.bucket for one in broken}  # The last is the longest.
+  longest = {one.name: one for one in broken}  # The last is the longest.
   bounded = {
       name: setting for setting, names in _LIMITS.items() for name in names
   }
   rest = sorted(longest.keys() - bounded.keys())
   for name in [*(name for name in bounded if name in longest), *rest]:
-    wanted = _Wanted(name, longest[name], bounded.get(name), largest)
+    wanted = _Wanted(longest[name], found.config, bounded.get(name), largest)
     better = _fit(look, config, wanted)
     if better is None:
-      failed.append(_failed(name, longest[name]))
+      failed.append(_failed(name, longest[name].bucket))
     else:
       config = better
   return Found(config, tuple(dict.fromkeys(failed)))
@@ -96,7 +97,7 @@ def _failed(name: str, bucket: int) -> str:
 
 def _fit(look: Look, config: Config, wanted: _Wanted) -> Config | None:
   """Returns the config with which a program fits, or None."""
-  for candidate in _remedies(config, wanted.name):
+  for candidate in _remedies(config, wanted.measured.name):
     best = _largest_batch(look, candidate, wanted)
     if best is not None:
       return best
@@ -165,10 +166,15 @@ def _largest_batch(
     look: Look, config: Config, wanted: _Wanted
 ) -> Config | None:
   """Lowers one limit until one program fits; raises it if asked to."""
-  name, bucket = wanted.name, wanted.bucket
+  name, bucket = wanted.measured.name, wanted.measured.bucket
+
+  def measure(job: Job, candidate: Config) -> Measured:
+    as_it_is = candidate == wanted.config
+    return wanted.measured if as_it_is else look.measure(job)
+
   if wanted.setting is None:
-    fits = look.one(config, name, bucket).verdict(look.machine)
-    return config if fits else None
+    one = measure(look.job(config, name, bucket), config)
+    return config if one.verdict(look.machine) else None
   part, field = wanted.setting
   start = getattr(getattr(config, part), field)
   if not start:  # No limit: of all rows.
@@ -178,11 +184,12 @@ def _largest_batch(
   for _ in range(_TRIES):
     candidate = _with(config, part, **{field: limit})
     try:
-      one = look.one(candidate, name, bucket)
+      job = look.job(candidate, name, bucket)
     except errors.ConfigError:
       break  # Fewer rows than shards.
-    if one.rows == previous:  # One row a device, or all of them.
+    if job.rows == previous:  # One row a device, or all of them.
       break
+    one = measure(job, candidate)
     fits, previous = one.verdict(look.machine), one.rows
     if fits:
       best = limit if best is None else max(best, limit)
