@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import toys
 
 from configs import math as experiment
 from prefix_distill import assets
@@ -172,10 +173,7 @@ def _command(tmp_path, *flags, devices=1):
           f"--workdir={tmp_path / 'workdir'}", *flags,
       ],
       cwd=_ROOT, text=True, capture_output=True, timeout=120, check=False,
-      env=dict(
-          os.environ,
-          XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
-      ),
+      env=os.environ | {"XLA_FLAGS": toys.xla_flags(devices)},
   )  # fmt: skip
   assert not (tmp_path / "workdir").exists()
   lines = process.stderr.strip().splitlines()

@@ -291,7 +291,7 @@ def test_the_tasks_of_a_slurm_step_find_one_another():
   step = _STEP | {
       "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "2",
       "JAX_COORDINATOR_PORT": str(toys.free_port()), "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=3",
+      "XLA_FLAGS": toys.xla_flags(3),
   }  # fmt: skip
   started = [
       subprocess.Popen(

@@ -139,8 +139,14 @@ def _environment(devices: int) -> dict[str, str]:
   return os.environ | {
       "JAX_PLATFORMS": "cpu",
       "PYTHONPATH": os.pathsep.join([str(_TESTS.parent), str(_TESTS)]),
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+      "XLA_FLAGS": xla_flags(devices),
   }
+
+
+def xla_flags(devices: int) -> str:
+  """Returns the tests' flags of XLA, with so many devices."""
+  count = f"--xla_force_host_platform_device_count={devices}"
+  return f"{os.environ['XLA_FLAGS']} {count}"
 
 
 def start(program: str, *args: str, devices: int) -> subprocess.Popen:
