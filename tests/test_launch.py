@@ -669,10 +669,6 @@ def test_two_processes_train_to_the_end(tmp_path):
           *(f"--config.{name}={value}" for name, value in small.items()),
       ],
       cwd=_ROOT, text=True, capture_output=True, timeout=280, check=False,
-      env=os.environ | {
-          "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-          "XDG_CACHE_HOME": str(tmp_path / "cache"),
-      },
   )  # fmt: skip
   assert done.returncode == 0, done.stderr[-5000:]
   assert "mesh data 2 x fsdp 2" in done.stdout

@@ -39,7 +39,7 @@ def start_and_end(root, name, processes, devices, mesh):
   started = toys.start_run(
       *_FLAGS, f"--workdir={root / name}",
       *(f"--config.mesh.{axis}={size}" for axis, size in sizes),
-      processes=processes, devices=devices, cache=root / "cache",
+      processes=processes, devices=devices,
   )  # fmt: skip
   for code, _, err in toys.end(started, 1800):
     assert code == 0, err[-3000:]

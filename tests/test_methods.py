@@ -4,7 +4,6 @@ import ast
 import dataclasses
 import json
 
-import jax
 import pyarrow.parquet as pq
 import pytest
 import toys
@@ -17,22 +16,6 @@ from prefix_distill.recipe import LossSpec
 from prefix_distill.recipe import PrefixSpec
 from prefix_distill.recipe import RolloutSpec
 from prefix_distill.train import loop
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _programs_are_kept(tmp_path_factory):
-  """Runs share most of their programs, so they are compiled once."""
-  directory = tmp_path_factory.getbasetemp().parent / "programs"
-  names = (
-      "jax_compilation_cache_dir",
-      "jax_persistent_cache_min_compile_time_secs",
-  )
-  before = [getattr(jax.config, name) for name in names]
-  for name, value in zip(names, (str(directory), 0), strict=True):
-    jax.config.update(name, value)
-  yield
-  for name, value in zip(names, before, strict=True):
-    jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")

@@ -68,7 +68,7 @@ class Toys:
   """Starts runs of two toy models.
 
   Attributes:
-    root: where the models, the programs and the workdirs are.
+    root: where the models and the workdirs are.
     config: the flag that names the models.
   """
 
@@ -79,8 +79,7 @@ class Toys:
     return toys.start_run(
         self.config, f"--workdir={self.root / name}",
         f"--config.steps={STEPS}", *flags,
-        cache=self.root / "cache", processes=processes, devices=devices,
-        **options,
+        processes=processes, devices=devices, **options,
     )  # fmt: skip
 
 
@@ -429,7 +428,6 @@ def test_settings_are_checked_before_anything_else():
   """Before the config, which is wrong as well."""
   (process,) = toys.start_run(
       "--config=configs/none.py", "--process_id=1", devices=1,
-      cache=pathlib.Path("unused"),
   )  # fmt: skip
   ((code, _, err),) = toys.end([process], 900)
   assert code == 1

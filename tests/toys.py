@@ -169,7 +169,6 @@ def free_port() -> int:
 def start_run(
     *flags: str,
     devices: int,
-    cache: pathlib.Path,
     processes: int = 1,
     own: Sequence[Sequence[str]] | None = None,
     folders: Sequence[pathlib.Path] | None = None,
@@ -179,7 +178,6 @@ def start_run(
   Args:
     *flags: of all processes.
     devices: of each process.
-    cache: where compiled programs are kept.
     processes: how many.
     own: flags of each process.
     folders: which process starts where; the repository for all if None.
@@ -196,10 +194,7 @@ def start_run(
         subprocess.Popen(
             [sys.executable, "-m", "prefix_distill.main", *flags, *more],
             cwd=folders[i] if folders else _TESTS.parent,
-            env=_environment(devices) | {
-                "JAX_COMPILATION_CACHE_DIR": str(cache),
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            },
+            env=_environment(devices),
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
