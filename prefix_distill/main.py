@@ -11,9 +11,7 @@ import rich.console
 
 from prefix_distill import command_line
 from prefix_distill import distributed
-from prefix_distill import preflight
 from prefix_distill.errors import UserError
-from prefix_distill.train import loop
 
 
 def _keep_compiled_programs() -> None:
@@ -30,6 +28,9 @@ def _train() -> str:
   _keep_compiled_programs()
   config = command_line.config()
   with distributed.joined(command_line.processes()):
+    # Takes seconds, which what is wrong so far need not wait for.
+    from prefix_distill.train import loop
+
     try:
       loop.train(config, command_line.workdir(sys.argv))
     except loop.Stopped as stopped:  # All processes stop together.
@@ -43,7 +44,10 @@ def main(argv: list[str]) -> None:
   stopped = ""
   try:
     if command_line.PREFLIGHT.value:
-      preflight.run(command_line.config(), rich.console.Console())
+      config = command_line.config()
+      from prefix_distill import preflight
+
+      preflight.run(config, rich.console.Console())
     else:
       stopped = _train()
   except UserError as error:
