@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import math
 
 import jax
@@ -248,6 +249,19 @@ def test_no_gradient_reaches_later_positions(family):
   reached = np.abs(grads).max(-1)
   np.testing.assert_array_equal(reached[np.triu_indices(_LENGTH, 1)], 0.0)
   assert (reached[np.tril_indices(_LENGTH)] > 1e-4).all()
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("machine", ["v5e:2x2", "h100:1"])
+def test_the_layers_inputs_wait_on_the_host_and_not_on_the_device(machine):
+  process = toys.start("offloaded.py", machine, devices=1)
+  (printed,) = toys.finish([process], seconds=300)
+  found = json.loads(printed.strip().splitlines()[-1])
+  (full, kept), (offload, host) = found["full"], found["offload"]
+  assert kept == 0
+  assert host == pytest.approx(found["inputs"], rel=0.1)
+  # A few lie there at a time, on the way out and back.
+  assert full - offload == pytest.approx(found["inputs"], rel=0.3)
 
 
 @pytest.mark.parametrize("policy", ["full", "dots", "offload"])
