@@ -17,6 +17,8 @@ from prefix_distill.errors import UserError
 # then run side by side, and none looks for a machine's metadata.
 ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    # A program that JAX has kept is not partitioned again and warns of nothing.
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
