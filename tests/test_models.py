@@ -12,13 +12,13 @@ import pytest
 import toys
 import transformers
 
+from prefix_distill.models import attention
 from prefix_distill.models import config as model_config
 from prefix_distill.models import kv_cache
 from prefix_distill.models import layers
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.config import RopeConfig
 from prefix_distill.models.config import UnsupportedModelError
-from prefix_distill.models.kv_cache import KVCache
 from prefix_distill.models.transformer import Model
 
 _TINY = toys.model_config(
@@ -65,9 +65,9 @@ def _run(model, params, tokens, mask):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _decode_chunk(model, params, tokens, mask, cache):
+def _decode_one(model, params, tokens, live, cache):
   layout = model.decode_layout(params)
-  hidden, cache = model.decode(layout, tokens, mask, cache)
+  hidden, cache = model.decode(layout, tokens, live, cache)
   return model.logits(params, hidden), cache
 
 
@@ -85,30 +85,21 @@ _BATCH, _MASK = (
 )
 
 
-def _empty_cache(model, columns):
-  c, rows = model.config, len(_BATCH)
-  heads = (rows, c.num_kv_heads)
-  return KVCache(
-      keys=(jnp.zeros((*heads, c.head_dim, columns)),) * c.num_layers,
-      values=(jnp.zeros((*heads, columns, c.head_dim)),) * c.num_layers,
-      mask=jnp.zeros((rows, columns), bool),
-      written=jnp.array(0),
-  )
-
-
-def _decode(family, sizes, cache=None, start=0):
-  """Runs the batch through a cache in chunks of these sizes."""
-  model, out = _MODELS[family], []
-  cache = _empty_cache(model, _LENGTH + 2) if cache is None else cache
-  for size in sizes:
-    at = slice(start, start + size)
-    logits, cache = _decode_chunk(
-        model, _params(family), _BATCH[:, at], _MASK[:, at], cache
+def _decode(model, params, cache=None, start=0):
+  """Runs the batch through a cache, a token at a time."""
+  if cache is None:
+    c = model.config
+    shape = (len(_BATCH), c.num_kv_heads, _LENGTH + 2, c.head_dim)
+    layout = model.cache_kernel(model.dtype).layout
+    cache = kv_cache.empty(shape, c.num_layers, model.dtype, layout)
+  out = []
+  for column in range(start, _LENGTH):
+    logits, cache = _decode_one(
+        model, params, _BATCH[:, column], _MASK[:, column], cache
     )
     out.append(logits)
-    start += size
-  assert cache.written == _LENGTH
-  return jnp.concatenate(out, axis=1)
+  np.testing.assert_array_equal(cache.lengths, _MASK.sum(axis=1))
+  return jnp.stack(out, axis=1)
 
 
 @functools.cache
@@ -117,13 +108,77 @@ def _full(family):
 
 
 @families
-@pytest.mark.parametrize(
-    "sizes", ((4, 1, 1, 1, 1), (4, 4)), ids=("one at a time", "in chunks")
-)
-def test_cached_decoding_equals_the_full_forward(family, sizes):
+def test_cached_decoding_equals_the_full_forward(family):
   np.testing.assert_allclose(
-      _decode(family, sizes)[_MASK], _full(family)[_MASK], atol=1e-5, rtol=1e-5
+      _decode(_MODELS[family], _params(family))[_MASK], _full(family)[_MASK],
+      atol=1e-5, rtol=1e-5,
+  )  # fmt: skip
+
+
+# As the kernels of a CPU, a GPU and a TPU want it, and as no kernel does.
+_LAYOUTS = [
+    ("bkhm", "bkmh"), ("bkmh", "bkmh"), ("bmkh", "bmkh"), ("kbmh", "kbmh"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("keys, values", _LAYOUTS)
+def test_a_cache_of_any_layout_decodes_the_same(keys, values, monkeypatch):
+  kernel = attention.CacheKernel("plain", kv_cache.Layout(keys, values))
+  monkeypatch.setattr(attention, "cache_kernel", lambda *_: kernel)
+  with jax.disable_jit():  # Or a program of another layout would be taken.
+    found = _decode(_MODELS["qwen3"], _params("qwen3"))
+  np.testing.assert_allclose(
+      found[_MASK], _full("qwen3")[_MASK], atol=1e-5, rtol=1e-5
   )
+
+
+@pytest.mark.parametrize("keys, values", _LAYOUTS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
+def test_what_goes_into_a_cache_lies_where_its_layout_says(
+    keys, values, dtype
+):
+  """A prefill, a fan-out, an inserted prompt and a token, in turn."""
+  rng, layout = np.random.default_rng(0), kv_cache.Layout(keys, values)
+  rows, heads, columns, size = 3, 2, 6, 4
+
+  def draw(*shape):
+    return rng.standard_normal(shape).astype(np.float32)
+
+  # An axis at a time, [B, K, M, H].
+  wanted = np.zeros((2, 2 * rows, heads, columns, size), np.float32)
+  lengths = np.array([3, 1, 2])
+  prompts = draw(2, rows, 3, heads, size)
+  prefilled = kv_cache.from_prefill(
+      *(x[None] for x in prompts), jnp.array(lengths), columns, dtype, layout
+  )
+  wanted[:, :, :, :3] = np.repeat(prompts, 2, axis=1).swapaxes(2, 3)
+  cache = kv_cache.repeat(prefilled, 2)
+  np.testing.assert_array_equal(cache.lengths, np.repeat(lengths, 2))
+  new = draw(2, 2, 3, heads, size)
+  inserted = kv_cache.from_prefill(
+      *(x[None] for x in new), jnp.array([2, 3]), 3, dtype, layout
+  )
+  # The second is not to be inserted.
+  cache = kv_cache.insert(cache, inserted, jnp.array([4, 9]))
+  wanted[:, 4, :, :3] = new[:, 0].swapaxes(1, 2)
+  np.testing.assert_array_equal(cache.lengths, [3, 3, 1, 1, 2, 2])
+  token = draw(2, 2 * rows, heads, size)
+  at = np.array([3, 5, 1, 1, 2, 6])  # The last row is full.
+  (layer,) = cache.layers
+  layer = kv_cache.write(layout, layer, *token, jnp.array(at))
+  for row in range(5):
+    wanted[:, row, :, at[row]] = token[:, row]
+  found = [np.asarray(layer.keys, np.float32)]
+  found += [np.asarray(layer.values, np.float32)]
+  for i, axes in enumerate((keys, values)):
+    whole = found[i].transpose([axes.index(axis) for axis in "bkmh"])
+    if dtype == jnp.int8:
+      scales = (layer.key_scales, layer.value_scales)[i]
+      whole = whole * np.asarray(scales)[..., None]
+      largest = np.abs(wanted[i]).max(axis=-1, keepdims=True)
+      assert (np.abs(whole - wanted[i]) <= largest / 253).all()
+    else:
+      np.testing.assert_array_equal(whole, wanted[i])
 
 
 @families
@@ -144,71 +199,11 @@ def test_decoding_after_a_prefill_equals_the_full_forward(family):
       _full(family)[np.arange(len(rows)), last][rows],
       atol=1e-5, rtol=1e-5,
   )  # fmt: skip
-  after = _decode(family, (1, 4), cache, split)
+  after = _decode(model, params, cache, split)
   np.testing.assert_allclose(
       after[_MASK[:, split:]], _full(family)[:, split:][_MASK[:, split:]],
       atol=1e-5, rtol=1e-5,
   )  # fmt: skip
-
-
-def _random_cache(rng, rows, columns, written):
-  mask = rng.random((rows, columns)) < 0.7
-  return KVCache(
-      keys=(jnp.array(rng.random((rows, 2, 3, columns))),),
-      values=(jnp.array(rng.random((rows, 2, columns, 3))),),
-      mask=jnp.array(mask),
-      written=jnp.array(written),
-  )
-
-
-@pytest.mark.parametrize("written, new", [(5, 12), (7, 9), (23, 16), (40, 9)])
-def test_a_resized_ring_keeps_every_column_at_its_new_place(written, new):
-  old = 7
-  cache = _random_cache(np.random.default_rng(0), 2, old, written)
-  moved = kv_cache.resize(cache, new)
-  alive = range(max(written - old, 0), written)
-  for number in range(written - new, written):
-    here = np.asarray(moved.mask[:, number % new])
-    if number not in alive:
-      assert not here.any()
-      continue
-    np.testing.assert_array_equal(here, cache.mask[:, number % old])
-    np.testing.assert_array_equal(
-        moved.keys[0][..., number % new], cache.keys[0][..., number % old]
-    )
-    np.testing.assert_array_equal(
-        moved.values[0][:, :, number % new],
-        cache.values[0][:, :, number % old],
-    )
-  back = kv_cache.resize(moved, old)
-  np.testing.assert_array_equal(
-      np.asarray(back.mask)[:, [n % old for n in alive]],
-      np.asarray(cache.mask)[:, [n % old for n in alive]],
-  )
-
-
-@pytest.mark.parametrize("written", [4, 5, 11, 12])
-def test_an_inserted_prompt_takes_the_columns_just_written(written):
-  rng, columns, length = np.random.default_rng(1), 6, 4
-  cache = _random_cache(rng, 3, columns, written)
-  prompts = _random_cache(rng, 3, length, length)
-  slots = jnp.array([2, 7, 0])  # The second is not to be inserted.
-  new = kv_cache.insert(cache, prompts, slots)
-  np.testing.assert_array_equal(new.keys[0][1], cache.keys[0][1])
-  np.testing.assert_array_equal(new.mask[1], cache.mask[1])
-  for row, prompt in ((2, 0), (0, 2)):
-    taken = [(written - length + i) % columns for i in range(length)]
-    np.testing.assert_array_equal(
-        new.mask[row, jnp.array(taken)], prompts.mask[prompt]
-    )
-    np.testing.assert_array_equal(
-        new.keys[0][row][..., jnp.array(taken)], prompts.keys[0][prompt]
-    )
-    np.testing.assert_array_equal(
-        new.values[0][row][:, jnp.array(taken)], prompts.values[0][prompt]
-    )
-    others = [c for c in range(columns) if c not in taken]
-    assert not np.asarray(new.mask)[row, others].any()
 
 
 @families

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import toys
 
 from prefix_distill import sharding
 from prefix_distill.distill import prefix_length
+from prefix_distill.models import attention
 from prefix_distill.recipe import PrefixSpec
 from prefix_distill.rollout import decode_state
 from prefix_distill.rollout import sampler
@@ -29,17 +31,22 @@ MODEL, PARAMS = toys.model()
 PROMPTS = toys.prompts(ROWS)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _sample(config, length, batch, key, draw, first):
-  """A prefill, and a decode in one go or, after `first` tokens, in two."""
-  prompt = batch.tokens.shape[1]
-  state = sampler.prefill(
-      MODEL, config, prompt + length, PARAMS, batch, key, draw
+@functools.partial(jax.jit, static_argnums=(0, 1, 5))
+def _sample(config, length, batch, key, draw, parts):
+  """A prefill, and a decode in parts of so many tokens."""
+  columns = batch.tokens.shape[1] + length
+  state, first = sampler.prefill(
+      MODEL, config, columns, PARAMS, batch, key, draw
   )
   layout = MODEL.decode_layout(PARAMS)
-  for steps in (first, length):
-    state = sampler.decode(MODEL, config, layout, state, draw, steps)
-  return decode_state.rollout(state, prompt, length)
+  whole = 1 + sum(parts)
+  rollout = decode_state.start(whole, config.pad_id, first)
+  at = 1
+  for steps in parts:
+    state, drawn = sampler.decode(MODEL, config, steps, layout, state, draw)
+    rollout = decode_state.append(rollout, drawn, at)
+    at += steps
+  return jax.tree.map(lambda x: x[:, :length], rollout)
 
 
 def sample(
@@ -50,10 +57,10 @@ def sample(
     length: int = LENGTH,
     temperature: float = 1.0,
     greedy: bool = False,
-    first: int = 0,
+    parts: tuple[int, ...] = (),
 ) -> Rollout:
   draw = Draw.of(cap, temperature, greedy)
-  out = _sample(config, length, batch, key, draw, first)
+  out = _sample(config, length, batch, key, draw, parts or (length - 1,))
   return jax.tree.map(np.asarray, out)
 
 
@@ -231,9 +238,10 @@ def test_draws_invert_the_cumulated_probabilities(size):
   assert (after - probs[tokens] < uniform + 1e-5).all()
 
 
-@pytest.mark.parametrize("first", [1, 4])
-def test_decoding_in_parts_is_decoding_at_once(first):
-  assert_same(sample(first=first), sample())
+@pytest.mark.parametrize("parts", [(1, LENGTH - 2), (4, 4, 4), (LENGTH + 7,)])
+def test_decoding_in_segments_is_decoding_at_once(parts):
+  """Also where the last one goes past the cap, and the cache is full."""
+  assert_same(sample(parts=parts), sample())
 
 
 @pytest.mark.parametrize(
@@ -282,7 +290,7 @@ MESH = sharding.make_mesh(MeshSpec(), jax.devices()[:1])
 @pytest.mark.parametrize("rows", [1, 3, 8, 64])
 @pytest.mark.parametrize("cap", [1, 9, 90])
 def test_the_engine_answers_as_a_batch_of_its_own_does(rows, cap):
-  """More prompts than rows: rows are reused, and the ring wraps around."""
+  """More prompts than rows: rows are reused, and the cache grows."""
   model, params = toys.model(vocab_size=toys.NUM_TOKENS)
   # Weights that seldom stop, so that lengths differ by much.
   params["head"]["weight"] = params["head"]["weight"].at[
@@ -303,16 +311,16 @@ def test_the_engine_answers_as_a_batch_of_its_own_does(rows, cap):
   assert cap < 90 or max(lengths) > 5 * min(lengths)
 
 
-def test_a_bfloat16_cache_changes_log_probs_a_little():
-  config = dataclasses.replace(CONFIG, cache_dtype="bfloat16")
-  state = jax.eval_shape(
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8"])
+def test_a_narrow_cache_changes_log_probs_a_little(cache_dtype):
+  config = dataclasses.replace(CONFIG, cache_dtype=cache_dtype)
+  state, _ = jax.eval_shape(
       lambda: sampler.prefill(
           MODEL, config, 20, PARAMS, PROMPTS, KEY, Draw.of(LENGTH)
       )
   )
-  assert {x.dtype for x in (*state.cache.keys, *state.cache.values)} == {
-      jnp.dtype("bfloat16")
-  }
+  for layer in state.cache.layers:
+    assert {layer.keys.dtype, layer.values.dtype} == {jnp.dtype(cache_dtype)}
   ours, wanted = sample(config), sample()
   # Up to the first token that it turns.
   same = np.cumprod(ours.tokens == wanted.tokens, axis=1).astype(bool)
@@ -322,22 +330,50 @@ def test_a_bfloat16_cache_changes_log_probs_a_little():
   assert 1e-6 < error.max() < 0.1
 
 
-@pytest.mark.parametrize("size", [7, 8, 20])
-def test_rows_change_the_ring_as_a_whole_and_leave_nothing_behind(size):
+@pytest.mark.parametrize("size", [12, 15, 40])
+def test_rows_change_the_cache_and_keep_all_that_they_hold(size):
+  model = dataclasses.replace(MODEL, mesh=MESH)
   draw = Draw.of(LENGTH)
-  state = sampler.prefill(MODEL, CONFIG, 8, PARAMS, PROMPTS, KEY, draw)
-  wanted = decode_state.resize(state, size)
-  place = decode_state.state_shardings(MODEL.config.num_kv_heads, MESH)
+  state, _ = sampler.prefill(model, CONFIG, 15, PARAMS, PROMPTS, KEY, draw)
+  layout = model.decode_layout(PARAMS)
+  state, _ = sampler.decode(model, CONFIG, 6, layout, state, draw)
+  place = decode_state.state_shardings(model, CONFIG)
+  state = jax.device_put(state, place)
+  before = jax.tree.map(_plain, state)
   resizer = decode_state.Resizer(place)
-  shapes = resizer.shapes(jax.device_put(state, place), size)
-  old = state.cache.keys + state.cache.values
+  shapes = resizer.shapes(state, size)
+  old = jax.tree.leaves(state.cache.layers)
   found = resizer(state, size)
-  assert all(x.is_deleted() for x in old) == (size != 8)
-  for ours, theirs, shape in zip(
-      *map(jax.tree.leaves, (found, wanted, shapes)), strict=True
-  ):
-    np.testing.assert_array_equal(*map(_plain, (ours, theirs)))
+  assert all(x.is_deleted() for x in old) == (size != 15)
+  for ours, shape in zip(*map(jax.tree.leaves, (found, shapes)), strict=True):
     assert (shape.shape, shape.dtype) == (ours.shape, ours.dtype)
+  assert found.cache.columns == size
+  kept = min(size, 15)
+  for ours, theirs in zip(found.cache.layers, before.cache.layers, strict=True):
+    np.testing.assert_array_equal(
+        ours.keys[..., :kept], theirs.keys[..., :kept]
+    )
+    np.testing.assert_array_equal(
+        ours.values[:, :, :kept], theirs.values[:, :, :kept]
+    )
+  np.testing.assert_array_equal(found.newest, before.newest)
+
+
+@pytest.mark.parametrize("prompt", [5, 52, 512])
+def test_a_cache_grows_by_an_eighth_at_most_and_in_whole_segments(prompt):
+  rooms = decode_state.rooms(MODEL, CONFIG, prompt, 16_384)
+  assert rooms[-1] == 16_384
+  for small, large in itertools.pairwise(rooms):
+    step = large - small
+    assert 0 < step <= max(128, (prompt + large) / 8)
+    assert small % sampler.segment(MODEL) == 0
+  assert len(rooms) < 45
+
+
+def test_a_kernel_that_reads_lengths_gets_its_cache_at_once(monkeypatch):
+  kernel = attention.CacheKernel("cudnn", attention.CPU.layout, True)
+  monkeypatch.setattr(attention, "cache_kernel", lambda *_: kernel)
+  assert decode_state.rooms(MODEL, CONFIG, 512, 16_384) == (16_384,)
 
 
 def _plain(x):

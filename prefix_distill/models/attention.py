@@ -5,9 +5,11 @@ for; none of the ways builds [T, T] for a long sequence.
 """
 
 from collections.abc import Callable
+import dataclasses
 import math
 
 import jax
+from jax.experimental.pallas.ops.tpu import paged_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel as splash,
 )
@@ -17,6 +19,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 import jax.numpy as jnp
 
 from prefix_distill import sharding
+from prefix_distill.models import kv_cache
+from prefix_distill.models.kv_cache import LayerCache
 
 # Queries whose scores exist at a time, where no kernel does it.
 _QUERY_BLOCK = 512
@@ -26,6 +30,14 @@ _SPLASH_BLOCK = 512
 # The widest head of cuDNN's kernel on every GPU that has it.
 _CUDNN_HEAD_DIM = 128
 _CUDNN_BLOCK = 64
+# What a query must not look at gets this score: no infinity, so that one that
+# may look nowhere has no NaN.
+_MASKED = -1e30
+# A TPU's pages of the cache, in columns, and how many of them a step of the
+# kernel takes.
+_PAGE = 128
+_SMALL_BLOCK = 4
+_LARGE_BLOCK = 8
 
 
 def causal(
@@ -48,7 +60,7 @@ def causal(
   Returns:
     [B, T, N, H].
   """
-  kernel = _kernel(_platform(mesh), queries)
+  kernel = _kernel(platform(mesh), queries)
   if mesh is None or mesh.size == 1:
     return kernel(queries, keys, values)
   split = mesh.shape["tensor"]
@@ -71,13 +83,13 @@ def aligned(length: int, mesh: jax.sharding.Mesh | None) -> int:
   each [B, T, D] moved to be a matrix. CuDNN's kernel takes no odd lengths.
   """
   unit = {"tpu": _LANES, "gpu": _CUDNN_BLOCK, "cuda": _CUDNN_BLOCK}.get(
-      _platform(mesh), 1
+      platform(mesh), 1
   )
   return _round_up(length, unit)
 
 
-def _platform(mesh: jax.sharding.Mesh | None) -> str:
-  # That of the mesh, which may be compiled for from afar.
+def platform(mesh: jax.sharding.Mesh | None) -> str:
+  """Returns that of the mesh, which may be compiled for from afar."""
   if mesh is None:
     return jax.default_backend()
   return mesh.devices.flat[0].platform
@@ -155,13 +167,27 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 def blocked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   """Plain XLA, a block of queries at a time; see `causal`."""
-  length = q.shape[1]
+  length, head_dim = q.shape[1], q.shape[3]
+  num_kv_heads = k.shape[2]
+  groups = q.shape[2] // num_kv_heads
   keys, values = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
   columns = jnp.arange(length)
 
-  def rows(q, first):
-    look = columns <= first + jnp.arange(q.shape[1])[:, None]
-    return cached(q, keys, values, look[None])
+  def rows(q: jax.Array, first: jax.Array | int) -> jax.Array:
+    batch, size = q.shape[:2]
+    look = columns <= first + jnp.arange(size)[:, None]
+    # One matrix product for each key/value head, its G queries stacked.
+    q = q.reshape(batch, size, num_kv_heads, groups, head_dim)
+    q = q.transpose(0, 2, 3, 1, 4).reshape(batch, num_kv_heads, -1, head_dim)
+    scores = jnp.matmul(q, keys, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, num_kv_heads, groups, size, -1)
+    scores = jnp.where(look, scores * head_dim**-0.5, _MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    weights = weights.reshape(batch, num_kv_heads, groups * size, -1)
+    out = jnp.matmul(weights, values)
+    out = out.reshape(batch, num_kv_heads, groups, size, head_dim)
+    out = out.transpose(0, 3, 1, 2, 4)
+    return out.reshape(batch, size, -1, head_dim)
 
   if length <= _QUERY_BLOCK:
     return rows(q, 0)
@@ -178,42 +204,195 @@ def blocked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length]
 
 
-def cached(
-    queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
-) -> jax.Array:
-  """Attends over a cache, with a float32 softmax.
+@dataclasses.dataclass(frozen=True)
+class CacheKernel:
+  """How a platform attends over a cache; hashable.
 
-  The cache's layout makes both products plain matrix products over contiguous
-  memory: on a CPU it takes a fifth of the time that it does with keys and
-  values as they are projected.
+  Attributes:
+    name: of the function in `_OVER_CACHE`.
+    layout: what it wants the cache to be.
+    reads_lengths: whether it reads a row's columns up to its length only, and
+      not all that the cache has.
+    unit: the cache's columns are a multiple of this.
+  """
+
+  name: str
+  layout: kv_cache.Layout
+  reads_lengths: bool = False
+  unit: int = 1
+
+
+# On a CPU it takes a fifth of the time that it does with keys as they are
+# projected: both products are plain matrix products over contiguous memory.
+CPU = CacheKernel("plain", kv_cache.Layout("bkhm", "bkmh"))
+_PLAIN = CacheKernel("plain", kv_cache.Layout("bkmh", "bkmh"))
+_CUDNN = CacheKernel("cudnn", kv_cache.Layout("bmkh", "bmkh"), True)
+_PAGED = CacheKernel(
+    "paged", kv_cache.Layout("kbmh", "kbmh"), True, _PAGE * _SMALL_BLOCK
+)
+
+
+def cache_kernel(
+    mesh: jax.sharding.Mesh | None, dtype: jnp.dtype, head_dim: int
+) -> CacheKernel:
+  """Returns the platform's way to attend over a cache.
 
   Args:
-    queries: [B, T, N, H].
-    keys: [B, K, H, M]; query head n reads head n // (N / K).
-    values: [B, K, M, H].
-    mask: bool [B or 1, T, M], true where a query may look.
+    mesh: of the devices; None for the default one.
+    dtype: of the cache.
+    head_dim: H.
+  """
+  kind = platform(mesh)
+  if kind == "cpu":
+    return CPU
+  if kind == "tpu" and dtype == jnp.bfloat16 and head_dim == _LANES:
+    return _PAGED
+  fits = head_dim <= _CUDNN_HEAD_DIM
+  if kind in ("gpu", "cuda") and dtype == jnp.bfloat16 and fits:
+    return _CUDNN
+  return _PLAIN
+
+
+def over_cache(
+    kernel: CacheKernel,
+    layer: LayerCache,
+    projected: tuple[jax.Array, jax.Array, jax.Array],
+    lengths: jax.Array,
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[jax.Array, LayerCache]:
+  """Writes a token's keys and values and lets its queries look at all so far.
+
+  Args:
+    kernel: see `cache_kernel`.
+    layer: of the cache, in the kernel's layout.
+    projected: queries [B, N, H], keys and values [B, K, H] of one token a row;
+      query head n reads key/value head n // (N / K).
+    lengths: int32 [B], tokens of each row before this one.
+    mesh: whose batch axes split B and whose `tensor` splits the heads, if it
+      divides them; None on one device.
 
   Returns:
-    [B, T, N, H], as the queries. A query that may look nowhere (padding) gets
-    a mean of the values; nothing reads it.
+    [B, N, H], and the layer with the token in it.
   """
-  batch, length, num_heads, head_dim = queries.shape
-  num_kv_heads, dtype = keys.shape[1], queries.dtype
-  queries = queries.astype(keys.dtype)
-  groups = num_heads // num_kv_heads
-  # One matrix product for each key/value head, its G queries stacked.
-  queries = queries.reshape(batch, length, num_kv_heads, groups, head_dim)
-  queries = queries.transpose(0, 2, 3, 1, 4).reshape(
-      batch, num_kv_heads, groups * length, head_dim
+
+  def local(
+      layer: LayerCache, queries: jax.Array, keys: jax.Array,
+      values: jax.Array, lengths: jax.Array,
+  ) -> tuple[jax.Array, LayerCache]:  # fmt: skip
+    layer = kv_cache.write(kernel.layout, layer, keys, values, lengths)
+    # A row that has ended may be full.
+    columns = layer.keys.shape[kernel.layout.keys.index("m")]
+    seen = jnp.minimum(lengths + 1, columns)
+    return _OVER_CACHE[kernel.name](queries, layer, seen, kernel.layout), layer
+
+  if mesh is None or mesh.size == 1:
+    return local(layer, *projected, lengths)
+  split = mesh.shape["tensor"]
+  heads = "tensor" if projected[1].shape[1] % split == 0 else None
+  rows = jax.sharding.PartitionSpec(sharding.BATCH_AXES)
+  row = jax.sharding.PartitionSpec(sharding.BATCH_AXES, heads)
+  specs = cache_specs(kernel.layout, layer, heads)
+  return jax.shard_map(
+      local,
+      mesh=mesh,
+      in_specs=(specs, row, row, row, rows),
+      out_specs=(row, specs),
+      # The kernels do not say how their results vary over the mesh.
+      check_vma=False,
+  )(layer, *projected, lengths)
+
+
+def cache_specs(
+    layout: kv_cache.Layout, layer: LayerCache, heads: str | None
+) -> LayerCache:
+  """Returns how a layer lies on a mesh: rows over the batch axes.
+
+  Args:
+    layout: of the cache.
+    layer: for its scales, if it has any.
+    heads: the mesh axis that splits the heads; None for none.
+  """
+  places = {"b": sharding.BATCH_AXES, "k": heads}
+  return layer.map(
+      layout,
+      lambda axes, _: jax.sharding.PartitionSpec(*map(places.get, axes)),
   )
-  scores = jnp.matmul(queries, keys, preferred_element_type=jnp.float32)
-  scores = scores.reshape(batch, num_kv_heads, groups, length, -1)
+
+
+def _plain(
+    queries: jax.Array,
+    layer: LayerCache,
+    lengths: jax.Array,
+    layout: kv_cache.Layout,
+) -> jax.Array:
+  """Plain XLA, with a float32 softmax; reads all columns."""
+  batch, num_heads, head_dim = queries.shape
+  num_kv_heads = layer.keys.shape[layout.keys.index("k")]
+  # Bytes are widened where they are multiplied.
+  narrow = layer.keys.dtype == jnp.int8
+  dtype = queries.dtype if narrow else layer.keys.dtype
+  keys, values = (x.astype(dtype) for x in (layer.keys, layer.values))
+  q = queries.astype(dtype).reshape(batch, num_kv_heads, -1, head_dim)
+  scores = jnp.einsum(
+      f"bkgh,{layout.keys}->bkgm", q, keys,
+      preferred_element_type=jnp.float32,
+  )  # fmt: skip
+  if narrow:
+    scores = scores * layer.key_scales[:, :, None]
+  look = jnp.arange(scores.shape[-1]) < lengths[:, None]
   scores = jnp.where(
-      mask[:, None, None], scores * head_dim**-0.5, jnp.float32(-1e30)
+      look[:, None, None], scores * head_dim**-0.5, _MASKED
   )
-  weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-  weights = weights.reshape(batch, num_kv_heads, groups * length, -1)
-  out = jnp.matmul(weights, values)
-  out = out.reshape(batch, num_kv_heads, groups, length, head_dim)
-  out = out.transpose(0, 3, 1, 2, 4)
-  return out.reshape(batch, length, num_heads, head_dim).astype(dtype)
+  weights = jax.nn.softmax(scores, axis=-1)
+  if narrow:
+    weights = weights * layer.value_scales[:, :, None]
+  out = jnp.einsum(
+      f"bkgm,{layout.values}->bkgh", weights.astype(dtype), values
+  )
+  return out.reshape(queries.shape).astype(queries.dtype)
+
+
+def _cudnn_over_cache(
+    queries: jax.Array,
+    layer: LayerCache,
+    lengths: jax.Array,
+    layout: kv_cache.Layout,
+) -> jax.Array:
+  """CuDNN's fused attention, one kernel."""
+  del layout
+  out = jax.nn.dot_product_attention(
+      queries[:, None].astype(layer.keys.dtype), layer.keys, layer.values,
+      query_seq_lengths=jnp.ones_like(lengths),
+      key_value_seq_lengths=lengths, implementation="cudnn",
+  )  # fmt: skip
+  return out[:, 0].astype(queries.dtype)
+
+
+def _paged_over_cache(
+    queries: jax.Array,
+    layer: LayerCache,
+    lengths: jax.Array,
+    layout: kv_cache.Layout,
+) -> jax.Array:
+  """JAX's own kernel for TPU, the cache seen as pages that lie in order."""
+  del layout
+  heads, rows, columns, head_dim = layer.keys.shape
+  count = columns // _PAGE
+  keys, values = (
+      x.reshape(heads, rows * count, _PAGE, head_dim)
+      for x in (layer.keys, layer.values)
+  )
+  pages = jnp.arange(rows * count, dtype=jnp.int32).reshape(rows, count)
+  large = count % _LARGE_BLOCK == 0
+  queries = queries * jnp.asarray(head_dim**-0.5, queries.dtype)
+  return paged_attention.paged_attention(
+      queries, keys, values, lengths, pages,
+      pages_per_compute_block=_LARGE_BLOCK if large else _SMALL_BLOCK,
+  )  # fmt: skip
+
+
+_OVER_CACHE = {
+    "plain": _plain,
+    "cudnn": _cudnn_over_cache,
+    "paged": _paged_over_cache,
+}

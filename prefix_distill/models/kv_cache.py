@@ -1,126 +1,198 @@
-"""The keys and values of the positions seen so far."""
+"""The keys and values of the positions seen so far.
 
+Every row is packed from the left: its prompt, then what it has written. So a
+row's length says all of what it may look at, rows of any length lie side by
+side, and a kernel that is told the lengths reads nothing else.
+"""
+
+from collections.abc import Callable
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+_INT8_MAX = 127.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """The order of a cache's axes, as its kernel wants them; hashable.
+
+  Axes are written as in an einsum: b rows, k key/value heads, m columns, h
+  channels of a head.
+
+  Attributes:
+    keys, values: the axes of each.
+  """
+
+  keys: str
+  values: str
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+  """One layer's keys and values; M columns.
+
+  Attributes:
+    keys, values: the four axes B, K, M and H, in the layout's order. In int8
+      an entry times its scale is the number.
+    key_scales, value_scales: float32 [B, K, M], of int8; None of other dtypes.
+  """
+
+  keys: jax.Array
+  values: jax.Array
+  key_scales: jax.Array | None = None
+  value_scales: jax.Array | None = None
+
+  def axes(self, layout: Layout) -> "LayerCache":
+    """Returns the axes of each array, in the same tree."""
+    scales = None if self.key_scales is None else "bkm"
+    return LayerCache(layout.keys, layout.values, scales, scales)
+
+  def map(
+      self, layout: Layout, change: Callable[..., Any], *others: "LayerCache"
+  ) -> "LayerCache":
+    """Applies `change(axes, array, *other arrays)` to every array."""
+    return jax.tree.map(change, self.axes(layout), self, *others)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-  """Keys and values of all layers, a pair of arrays for each.
-
-  A ring of M columns. All rows write the same column at the same time, so one
-  number serves the whole batch, and a row that starts later has its prompt
-  laid into the columns before. What a row may look at is what `mask` says:
-  order does not matter, since rotary positions are already in the keys.
+  """Keys and values of all layers.
 
   Attributes:
-    keys: L arrays [B, K, H, M].
-    values: L arrays [B, K, M, H].
-    mask: bool [B, M], true at columns that hold a token of the row.
-    written: int32 [], columns written so far; the next one is that modulo M.
+    layers: one for each layer, so that a loop over tokens writes each in place.
+    lengths: int32 [B], columns of each row that hold a token; the next token
+      goes into the column of that number.
+    layout: static.
   """
 
-  keys: tuple[jax.Array, ...]
-  values: tuple[jax.Array, ...]
-  mask: jax.Array
-  written: jax.Array
+  layers: tuple[LayerCache, ...]
+  lengths: jax.Array
+  layout: Layout = dataclasses.field(metadata={"static": True})
 
   @property
   def columns(self) -> int:
-    return self.mask.shape[1]
+    return self.layers[0].keys.shape[self.layout.keys.index("m")]
+
+
+def empty(
+    shape: tuple[int, int, int, int],
+    layers: int,
+    dtype: jnp.dtype,
+    layout: Layout,
+) -> KVCache:
+  """Returns a cache of rows without a token; `shape` is (B, K, M, H)."""
+  sizes = dict(zip("bkmh", shape, strict=True))
+
+  def zeros(axes: str, dtype: jnp.dtype) -> jax.Array:
+    return jnp.zeros([sizes[axis] for axis in axes], dtype)
+
+  def layer() -> LayerCache:
+    keys, values = (zeros(x, dtype) for x in (layout.keys, layout.values))
+    if dtype != jnp.int8:
+      return LayerCache(keys, values)
+    scales = (zeros("bkm", jnp.float32) for _ in range(2))
+    return LayerCache(keys, values, *scales)
+
+  return KVCache(
+      tuple(layer() for _ in range(layers)),
+      jnp.zeros(shape[0], jnp.int32),
+      layout,
+  )
+
+
+def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Rounds the last axis to int8: [..., H] to int8 [..., H] and scales [...].
+
+  A scale for each head and position: the largest entry becomes 127.
+  """
+  x = x.astype(jnp.float32)
+  scale = jnp.max(jnp.abs(x), axis=-1) / _INT8_MAX
+  # Zeros have any scale.
+  whole = jnp.round(x / jnp.where(scale > 0, scale, 1.0)[..., None])
+  return whole.astype(jnp.int8), scale
+
+
+def encode(
+    keys: jax.Array, values: jax.Array, dtype: jnp.dtype
+) -> LayerCache:
+  """Returns keys and values [..., H] as they are kept, in their own layout."""
+  if dtype != jnp.int8:
+    return LayerCache(keys.astype(dtype), values.astype(dtype))
+  (keys, key_scales), (values, value_scales) = map(quantize, (keys, values))
+  return LayerCache(keys, values, key_scales, value_scales)
+
+
+def _lay_out(axes: str, block: jax.Array, given: str) -> jax.Array:
+  """Transposes an array whose axes are `given` to the order of `axes`."""
+  return jnp.transpose(block, [given.index(axis) for axis in axes])
 
 
 def from_prefill(
     keys: jax.Array,
     values: jax.Array,
-    mask: jax.Array,
+    lengths: jax.Array,
     columns: int,
     dtype: jnp.dtype,
+    layout: Layout,
 ) -> KVCache:
   """Builds a cache from the keys and values of whole prompts.
 
   Args:
-    keys: [L, B, S, K, H], each row's S' real tokens first.
+    keys: [L, B, S, K, H], each row's real tokens first.
     values: the same.
-    mask: bool [B, S], true on the last S' columns: the prompts as they are
-      padded, on the left.
+    lengths: int32 [B], real tokens of each row.
     columns: M, at least S.
     dtype: what the cache is kept in.
-
-  Returns:
-    A cache whose first S columns are the prompts, padded on the left.
+    layout: of the cache.
   """
-  length = mask.shape[1]
-  source = jnp.arange(length) - (length - mask.sum(axis=1, keepdims=True))
-  source = jnp.maximum(source, 0)
-  room = columns - length
+  room = columns - keys.shape[2]
 
-  def lay_out(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, ...]:
-    x = x.astype(dtype)
-    x = jnp.take_along_axis(x, source[None, :, :, None, None], axis=2)
-    x = x.transpose(0, *(axis + 1 for axis in axes))
-    padding = [(0, room if axis == 1 else 0) for axis in axes]
-    return tuple(jnp.pad(part, padding) for part in x)
+  def place(axes: str, block: jax.Array) -> jax.Array:
+    block = _lay_out(axes, block, "bmkh"[: block.ndim])
+    return jnp.pad(block, [(0, room if axis == "m" else 0) for axis in axes])
 
-  return KVCache(
-      keys=lay_out(keys, (0, 2, 3, 1)),
-      values=lay_out(values, (0, 2, 1, 3)),
-      mask=jnp.pad(mask, ((0, 0), (0, room))),
-      written=jnp.array(length, jnp.int32),
-  )
+  def layer(i: int) -> LayerCache:
+    kept = encode(keys[i], values[i], dtype)
+    return kept.map(layout, place)
+
+  layers = tuple(layer(i) for i in range(keys.shape[0]))
+  return KVCache(layers, lengths.astype(jnp.int32), layout)
 
 
 def repeat(cache: KVCache, times: int) -> KVCache:
   """Fans every row out to `times` neighbouring rows."""
-  rows = (cache.keys, cache.values, cache.mask)
+
+  def fan(axes: str, x: jax.Array) -> jax.Array:
+    return jnp.repeat(x, times, axis=axes.index("b"))
+
   return KVCache(
-      *jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), rows),
-      cache.written,
-  )
-
-
-def newest_numbers(newest: jax.Array, columns: int) -> jax.Array:
-  """Returns which column, counted without wrapping, each place of a ring holds.
-
-  Args:
-    newest: int32 [], the number of the newest column.
-    columns: M, of the ring.
-  """
-  return newest - (newest - jnp.arange(columns)) % columns
-
-
-def resize(cache: KVCache, columns: int) -> KVCache:
-  """Moves the newest columns into a ring of another size.
-
-  Every row's tokens must fit into the smaller of the two.
-  """
-  number = newest_numbers(cache.written - 1, columns)
-  kept = (number >= cache.written - cache.columns) & (number >= 0)
-  layers = [
-      resize_layer(columns, cache.written, *pair)
-      for pair in zip(cache.keys, cache.values, strict=True)
-  ]
-  return KVCache(
-      keys=tuple(keys for keys, _ in layers),
-      values=tuple(values for _, values in layers),
-      mask=jnp.take(cache.mask, number % cache.columns, axis=1) & kept,
-      written=cache.written,
+      tuple(layer.map(cache.layout, fan) for layer in cache.layers),
+      jnp.repeat(cache.lengths, times),
+      cache.layout,
   )
 
 
 def resize_layer(
-    columns: int, written: jax.Array, keys: jax.Array, values: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """Does that to one layer's keys [B, K, H, M] and values [B, K, M, H]."""
-  source = newest_numbers(written - 1, columns) % keys.shape[3]
-  return jnp.take(keys, source, axis=3), jnp.take(values, source, axis=2)
+    layout: Layout, columns: int, layer: LayerCache
+) -> LayerCache:
+  """Adds columns at the end of a layer, or cuts them off there."""
+
+  def change(axes: str, x: jax.Array) -> jax.Array:
+    axis = axes.index("m")
+    x = jax.lax.slice_in_dim(x, 0, min(columns, x.shape[axis]), axis=axis)
+    room = columns - x.shape[axis]
+    return jnp.pad(x, [(0, room if a == "m" else 0) for a in axes])
+
+  return layer.map(layout, change)
 
 
 def insert(cache: KVCache, prompts: KVCache, slots: jax.Array) -> KVCache:
-  """Gives rows to new prompts, laid into the columns just written.
+  """Gives rows to new prompts.
 
   Args:
     cache: with M columns.
@@ -128,30 +200,71 @@ def insert(cache: KVCache, prompts: KVCache, slots: jax.Array) -> KVCache:
     slots: int32 [R], the rows to replace; B or more for a prompt that is not
       to be inserted.
   """
-  # Which column of the prompt lies in each place of the ring; below 0, none.
-  start = cache.written - prompts.columns
-  number = newest_numbers(cache.written - 1, cache.columns) - start
-  source = jnp.maximum(number, 0)
 
-  def place(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
-    rows = jnp.take(new, source, axis=axis)
-    return old.at[slots].set(rows, mode="drop")
+  def place(axes: str, old: jax.Array, new: jax.Array) -> jax.Array:
+    size = new.shape[axes.index("m")]
+    where = {"b": slots, "m": slice(0, size)}
+    index = tuple(where.get(axis, slice(None)) for axis in axes)
+    return old.at[index].set(new, mode="drop")
 
-  pairs = zip(cache.keys, prompts.keys, strict=True)
-  keys = tuple(place(old, new, 3) for old, new in pairs)
-  pairs = zip(cache.values, prompts.values, strict=True)
-  values = tuple(place(old, new, 2) for old, new in pairs)
-  mask = jnp.take(prompts.mask, source, axis=1) & (number >= 0)
-  return KVCache(
-      keys, values, cache.mask.at[slots].set(mask, mode="drop"), cache.written
+  layers = tuple(
+      old.map(cache.layout, place, new)
+      for old, new in zip(cache.layers, prompts.layers, strict=True)
   )
+  lengths = cache.lengths.at[slots].set(prompts.lengths, mode="drop")
+  return KVCache(layers, lengths, cache.layout)
 
 
 def write(
-    cache: jax.Array, block: jax.Array, column: jax.Array, axis: int
+    layout: Layout,
+    layer: LayerCache,
+    keys: jax.Array,
+    values: jax.Array,
+    lengths: jax.Array,
+) -> LayerCache:
+  """Writes one token a row, [B, K, H], behind those that are there.
+
+  Args:
+    layout: of the cache.
+    layer: of one device's rows and heads.
+    keys, values: of the new token.
+    lengths: int32 [B]; a row that is full is left as it is.
+  """
+  rows = jnp.arange(len(lengths))
+  block = encode(keys, values, layer.keys.dtype)
+
+  def put(axes: str, old: jax.Array, new: jax.Array) -> jax.Array:
+    if axes.endswith("mh"):
+      new = _lay_out(axes.replace("m", ""), new, "bkh")
+      return _put_lines(old, new, lengths, axes.index("b"))
+    where = {"b": rows, "m": lengths}
+    index = tuple(where.get(axis, slice(None)) for axis in axes)
+    return old.at[index].set(
+        new, mode="drop", indices_are_sorted=True, unique_indices=True
+    )
+
+  return layer.map(layout, put, block)
+
+
+def _put_lines(
+    cache: jax.Array, block: jax.Array, lengths: jax.Array, axis: int
 ) -> jax.Array:
-  """Writes [B, T, K, H] to a layer's keys (axis 3) or values (axis 2)."""
-  order = (0, 2, 3, 1) if axis == 3 else (0, 2, 1, 3)
-  return jax.lax.dynamic_update_slice_in_dim(
-      cache, block.astype(cache.dtype).transpose(order), column, axis
+  """Writes a column of each row as lines of one matrix [... M, H].
+
+  Where a TPU is left to index two axes, it copies the cache for each token.
+
+  Args:
+    cache: [B, K, M, H] or [K, B, M, H].
+    block: the same without M.
+    lengths: int32 [B], the column of each row.
+    axis: which one B is, 0 or 1.
+  """
+  first, second, columns, size = cache.shape
+  line = jnp.arange(first * second).reshape(first, second) * columns
+  at = jnp.expand_dims(lengths, 1 - axis)
+  # A full row's line is past the end, and dropped.
+  line = jnp.where(at < columns, line + at, first * second * columns)
+  lines = cache.reshape(-1, size).at[line.reshape(-1)].set(
+      block.reshape(-1, size), mode="drop", unique_indices=True
   )
+  return lines.reshape(cache.shape)

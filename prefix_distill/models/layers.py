@@ -72,18 +72,37 @@ def linear(
   return out.reshape(*x.shape[:-1], *features)
 
 
+def mean_square(x: jax.Array) -> jax.Array:
+  """Returns the float32 mean square of the last axis: [..., 1]."""
+  return jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
+
+
+def rms_norm(
+    x: jax.Array, square: jax.Array, scale: jax.Array, eps: float
+) -> jax.Array:
+  """Divides by the root of the mean square, and multiplies by a scale.
+
+  Source: arXiv 1910.07467.
+
+  Args:
+    x: [..., D].
+    square: `mean_square(x)`.
+    scale: [D], learned.
+    eps: added to the mean square.
+  """
+  normed = (x.astype(jnp.float32) * jax.lax.rsqrt(square + eps)).astype(x.dtype)
+  return normed * scale.astype(x.dtype)
+
+
 class RMSNorm(nnx.Module):
-  """Root-mean-square norm over the last axis (arXiv 1910.07467)."""
+  """Root-mean-square norm over the last axis; see `rms_norm`."""
 
   def __init__(self, size: int, eps: float):
     self.scale = nnx.Param(jnp.ones((size,)))
     self.eps = eps
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    x32 = x.astype(jnp.float32)
-    variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-    normed = (x32 * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)
-    return normed * self.scale[...].astype(x.dtype)
+    return rms_norm(x, mean_square(x), self.scale[...], self.eps)
 
 
 class Attention(nnx.Module):
@@ -117,8 +136,27 @@ class Attention(nnx.Module):
       key = key + self.key_bias[...]
       value = value + self.value_bias[...]
     if self.config.qk_norm:
-      query, key = self.query_norm(query), self.key_norm(key)
+      query, key = self._norms(query, key)
     return apply_rope(query, angles), apply_rope(key, angles), value
+
+  def _norms(
+      self, query: jax.Array, key: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """Norms each head's queries and keys."""
+    if query.shape[1] > 1:
+      return self.query_norm(query), self.key_norm(key)
+    # One token a row, where each of a GPU's kernels costs more than its work:
+    # the squares of all heads in one kernel, and the rest in those that follow.
+    both = jnp.concatenate([query, key], axis=2).astype(jnp.float32)
+    square = jnp.sum(jnp.square(both), axis=-1, keepdims=True)
+    square = jax.lax.optimization_barrier(square) / both.shape[-1]
+    count = query.shape[2]
+    scales = self.query_norm.scale[...], self.key_norm.scale[...]
+    eps = self.config.norm_eps
+    return (
+        rms_norm(query, square[:, :, :count], scales[0], eps),
+        rms_norm(key, square[:, :, count:], scales[1], eps),
+    )
 
   def merge(self, attended: jax.Array) -> jax.Array:
     """Mixes the heads: [B, T, N, H] to [B, T, D]."""

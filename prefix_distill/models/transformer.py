@@ -121,17 +121,46 @@ class Model:
       tokens: int32 [B, S], padded on the left.
       mask: bool [B, S].
       columns: of the cache, at least S.
-      cache_dtype: what the cache is kept in; empty for the compute dtype.
+      cache_dtype: what the cache is kept in, "float32", "bfloat16" or "int8";
+        empty for the compute dtype.
 
     Returns:
       The hidden states [B, D] that predict each prompt's next token, and the
       cache.
     """
     packed, keys, values = self._scan(params, _pack(tokens, mask), keep=True)
-    last = jnp.maximum(mask.sum(axis=1) - 1, 0)
+    lengths = mask.sum(axis=1)
+    last = jnp.maximum(lengths - 1, 0)
     hidden = jnp.take_along_axis(packed, last[:, None, None], axis=1)[:, 0]
     dtype = jnp.dtype(cache_dtype or self.dtype)
-    return hidden, kv_cache.from_prefill(keys, values, mask, columns, dtype)
+    layout = self.cache_kernel(dtype).layout
+    return hidden, kv_cache.from_prefill(
+        keys, values, lengths, columns, dtype, layout
+    )
+
+  def cache_kernel(self, dtype: jnp.dtype) -> attention.CacheKernel:
+    """Returns how a cache of this dtype is attended over."""
+    return attention.cache_kernel(self.mesh, dtype, self.config.head_dim)
+
+  def cache_shardings(self, cache: KVCache) -> KVCache:
+    """Returns where a cache lies on the mesh: rows, and heads over `tensor`.
+
+    Args:
+      cache: its arrays, or their shapes.
+    """
+    split = self.config.num_kv_heads % self.mesh.shape["tensor"] == 0
+    heads = "tensor" if split else None
+    specs = dataclasses.replace(
+        cache,
+        layers=tuple(
+            attention.cache_specs(cache.layout, layer, heads)
+            for layer in cache.layers
+        ),
+        lengths=jax.sharding.PartitionSpec(sharding.BATCH_AXES),
+    )
+    return jax.tree.map(
+        lambda spec: jax.sharding.NamedSharding(self.mesh, spec), specs
+    )
 
   def _scan(
       self, params: Params, tokens: jax.Array, keep: bool
@@ -191,50 +220,40 @@ class Model:
       self,
       params: Params,
       tokens: jax.Array,
-      mask: jax.Array,
+      live: jax.Array,
       cache: KVCache,
   ) -> tuple[jax.Array, KVCache]:
-    """Runs the layers over tokens that come after those in the cache.
+    """Runs the layers over the token that comes after those in the cache.
 
     Args:
       params: as `decode_layout` returns them.
-      tokens: int32 [B, T]; more than one a row must not go past the ring's
-        end.
-      mask: bool [B, T], false on padding.
+      tokens: int32 [B].
+      live: bool [B], false for rows that have ended: their token is not kept,
+        and nobody reads what is returned for them.
       cache: what came before.
 
     Returns:
-      The hidden states [B, T, D] after the final norm, and the cache with T
-      more columns.
+      The hidden states [B, D] after the final norm, and the cache with the
+      token in it.
     """
-    c = self.config
-    length = tokens.shape[1]
-    start = cache.written % cache.columns
-    before = jnp.sum(cache.mask, axis=1, keepdims=True)
-    positions = (before + jnp.cumsum(mask, axis=1) - 1).astype(jnp.float32)
+    c, kernel = self.config, self.cache_kernel(cache.layers[0].keys.dtype)
+    positions = cache.lengths.astype(jnp.float32)
     freqs = layers.rope_frequencies(c.rope, c.head_dim)
-    angles = positions[:, :, None] * freqs
-    key_mask = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, start, 1)
-    # Of the new columns, a query sees its own and those before it.
-    new = jnp.arange(cache.columns) - start
-    ahead = (new > jnp.arange(length)[:, None]) & (new < length)
-    look = key_mask[:, None] & ~ahead
-
-    x = params["embed"]["weight"].astype(self.dtype)[tokens]
-    all_keys, all_values = [], []
-    for i, layer in enumerate(params["layers"]):
+    angles = (positions[:, None] * freqs)[:, None]
+    x = params["embed"]["weight"].astype(self.dtype)[tokens][:, None]
+    kept = []
+    for layer, cached in zip(params["layers"], cache.layers, strict=True):
       block = self._block(layer)
-      queries, keys, values = block.attention.project(
-          block.attention_norm(x), angles
-      )
-      all_keys.append(kv_cache.write(cache.keys[i], keys, start, 3))
-      all_values.append(kv_cache.write(cache.values[i], values, start, 2))
-      attended = attention.cached(queries, all_keys[i], all_values[i], look)
-      x = x + block.attention.merge(attended)
+      projected = block.attention.project(block.attention_norm(x), angles)
+      attended, cached = attention.over_cache(
+          kernel, cached, tuple(y[:, 0] for y in projected), cache.lengths,
+          self.mesh,
+      )  # fmt: skip
+      kept.append(cached)
+      x = x + block.attention.merge(attended[:, None])
       x = x + block.mlp(block.mlp_norm(x))
-    written = cache.written + length
-    cache = KVCache(tuple(all_keys), tuple(all_values), key_mask, written)
-    return self._final_norm(params, x), cache
+    cache = KVCache(tuple(kept), cache.lengths + live, cache.layout)
+    return self._final_norm(params, x[:, 0]), cache
 
   def _block(self, params: Params) -> layers.Block:
     """Fills the described layer with parameters in the compute dtype."""

@@ -1,9 +1,10 @@
 """Prefill and decode: the student's answers, up to a cap.
 
 Pure functions, each a program of its own. `prefill` reads the prompts and draws
-every row's first token; `decode` draws so many more. A rollout for training is
-a prefill and a decode for each size of the cache; in evaluation, rows that have
-ended are given to new prompts until none is left (`slots`).
+every row's first token; `decode` draws a segment of so many more. No step looks
+at what the device has computed: a segment's length is static, and the host
+looks at the rows between segments. In evaluation, rows that have ended are then
+given to new prompts until none is left (`slots`).
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from prefix_distill.models import attention
 from prefix_distill.models import kv_cache
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
@@ -21,6 +23,17 @@ from prefix_distill.rollout.decode_state import Draw
 from prefix_distill.rollout.decode_state import SamplerConfig
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
+
+# Tokens between two looks at the rows. On a CPU to look costs nothing; on an
+# accelerator the device waits meanwhile.
+_SEGMENT = 64
+_CPU_SEGMENT = 8
+
+
+def segment(model: Model) -> int:
+  """Returns how many tokens are drawn between two looks at the rows."""
+  platform = attention.platform(model.mesh)
+  return _CPU_SEGMENT if platform == "cpu" else _SEGMENT
 
 
 def repeat_prompts(times: int, batch: PromptBatch) -> PromptBatch:
@@ -36,7 +49,7 @@ def prefill(
     batch: PromptBatch,
     key: jax.Array,
     draw: Draw,
-) -> DecodeState:
+) -> tuple[DecodeState, Rollout]:
   """Reads each prompt once, fans it out and draws the first tokens.
 
   A row's draws depend on the key, the record's index and the rollout's number
@@ -45,14 +58,15 @@ def prefill(
   Args:
     model: the architecture.
     config: see `SamplerConfig`.
-    columns: M, of the cache, more than S.
+    columns: M, of the cache, S at least; see `decode_state.columns`.
     params: the weights.
     batch: prompts [B, S].
     key: of this update.
     draw: see `Draw`.
 
   Returns:
-    B * per_prompt rows, those of one prompt next to each other.
+    B * per_prompt rows, those of one prompt next to each other, and their first
+    tokens [B * per_prompt, 1].
   """
   rows, n = batch.tokens.shape[0], config.per_prompt
   hidden, cache = model.prefill(
@@ -65,58 +79,55 @@ def prefill(
       ],
       axis=1,
   )
-  shape = (rows * n, columns)
+  count = jnp.zeros(rows * n, jnp.int32)
   state = DecodeState(
-      tokens=jnp.full(shape, config.pad_id, jnp.int32),
-      log_probs=jnp.zeros(shape),
-      choice_log_probs=jnp.zeros(shape),
-      count=jnp.zeros(rows * n, jnp.int32),
+      newest=count,
+      count=count,
       live=jnp.ones(rows * n, bool),
       keys=token_choice.row_keys(key, numbers),
       cache=kv_cache.repeat(cache, n),
   )
   distribution = _distribution(model, config, params, hidden, draw)
   distribution = jnp.repeat(distribution, n, axis=0)
-  return _append(model, config, state, distribution, draw)
+  state, first = _draw(model, config, state, distribution, draw)
+  return state, jax.tree.map(lambda x: x[:, None], first)
 
 
 def decode(
     model: Model,
     config: SamplerConfig,
+    steps: int,
     params: Params,
     state: DecodeState,
     draw: Draw,
-    steps: jax.Array,
-) -> DecodeState:
-  """Draws more tokens; ends early when every row has ended.
+) -> tuple[DecodeState, Rollout]:
+  """Draws a segment of tokens; a row that has ended gets padding.
 
-  To be jitted with the state donated. Static: model, config.
+  To be jitted with the state donated. Static: model, config, steps.
 
   Args:
     model: the architecture.
     config: see `SamplerConfig`.
+    steps: n, tokens of the segment.
     params: the weights, in `Model.decode_layout`.
-    state: what was drawn so far, in a ring with room for more.
+    state: what was drawn so far, in a cache with room for n more, or for what
+      the cap leaves.
     draw: see `Draw`.
-    steps: int32 [], how many tokens to draw at most.
+
+  Returns:
+    The rows, and the segment [B, n].
   """
-  def go_on(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
-    done, state = carry
-    return (done < steps) & jnp.any(state.live)
 
-  def step(carry: tuple[jax.Array, DecodeState]):
-    done, state = carry
-    column = state.cache.written % state.cache.columns
-    newest = jax.lax.dynamic_slice_in_dim(state.tokens, column, 1, axis=1)
+  def step(state: DecodeState, _: None) -> tuple[DecodeState, Rollout]:
     hidden, cache = model.decode(
-        params, newest, state.live[:, None], state.cache
+        params, state.newest, state.live, state.cache
     )
-    distribution = _distribution(model, config, params, hidden[:, 0], draw)
+    distribution = _distribution(model, config, params, hidden, draw)
     state = dataclasses.replace(state, cache=cache)
-    return done + 1, _append(model, config, state, distribution, draw)
+    return _draw(model, config, state, distribution, draw)
 
-  start = (jnp.zeros((), jnp.int32), state)
-  return jax.lax.while_loop(go_on, step, start)[1]
+  state, drawn = jax.lax.scan(step, state, None, length=steps)
+  return state, jax.tree.map(lambda x: x.T, drawn)
 
 
 def sample(
@@ -130,16 +141,19 @@ def sample(
 ) -> Rollout:
   """Samples rollouts [B * per_prompt, length] as one pure function.
 
-  `prefill`, `decode` and `rollout` in turn, for when one program is wanted
-  rather than one for each size of the cache. Static: model, config, length.
+  `prefill` and `decode` in turn, for when one program is wanted rather than one
+  for each size of the cache. Static: model, config, length.
   """
-  prompt = batch.tokens.shape[1]
-  state = prefill(model, config, prompt + length, params, batch, key, draw)
-  state = decode(
-      model, config, model.decode_layout(params), state, draw,
-      jnp.minimum(draw.cap, length) - 1,
-  )  # fmt: skip
-  return decode_state.rollout(state, prompt, length)
+  columns = decode_state.columns(
+      model, config, batch.tokens.shape[1] + length
+  )
+  state, first = prefill(model, config, columns, params, batch, key, draw)
+  _, drawn = decode(
+      model, config, length - 1, model.decode_layout(params), state, draw
+  )
+  return jax.tree.map(
+      lambda x, y: jnp.concatenate([x, y], axis=1), first, drawn
+  )
 
 
 def _distribution(
@@ -154,35 +168,33 @@ def _distribution(
   return token_choice.log_probs(logits, draw.temperature, config.num_tokens)
 
 
-def _append(
+def _draw(
     model: Model,
     config: SamplerConfig,
     state: DecodeState,
     distribution: jax.Array,
     draw: Draw,
-) -> DecodeState:
-  """Draws each live row's next token and writes it down."""
+) -> tuple[DecodeState, Rollout]:
+  """Draws each live row's next token; returns it as a rollout of [B]."""
   keys = jax.vmap(jax.random.fold_in)(state.keys, state.count)
   allowed = token_choice.truncate(distribution, config.truncation)
   token = token_choice.choose(keys, allowed, draw.greedy, model.mesh)
-  live, column = state.live, state.cache.written % state.cache.columns
-
-  def put(array: jax.Array, values: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(
-        array, values[:, None], column, axis=1
-    )
-
+  live = state.live
+  token = jnp.where(live, token, config.pad_id)
+  drawn = Rollout(
+      token,
+      live,
+      *(
+          jnp.where(live, token_choice.log_prob_of(token, x), 0.0)
+          for x in (distribution, allowed)
+      ),
+  )
   count = state.count + live
   is_stop = jnp.isin(token, jnp.array(config.stop_ids, jnp.int32))
-  return dataclasses.replace(
+  state = dataclasses.replace(
       state,
-      tokens=put(state.tokens, jnp.where(live, token, config.pad_id)),
-      log_probs=put(
-          state.log_probs, token_choice.log_prob_of(token, distribution)
-      ),
-      choice_log_probs=put(
-          state.choice_log_probs, token_choice.log_prob_of(token, allowed)
-      ),
+      newest=token,
       count=count,
       live=live & ~is_stop & (count < draw.cap),
   )
+  return state, drawn

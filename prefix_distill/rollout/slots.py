@@ -1,6 +1,6 @@
 """Answers to many prompts: rows that have ended give way to waiting prompts.
 
-The host looks at the rows every few tokens. All processes of a run see the
+The host looks at the rows after each segment. All processes of a run see the
 same and decide the same.
 """
 
@@ -20,19 +20,24 @@ from prefix_distill.models.transformer import Params
 from prefix_distill.rollout import decode_state
 from prefix_distill.rollout import sampler
 from prefix_distill.structs import PromptBatch
+from prefix_distill.structs import Rollout
 
-# Tokens between two looks at the rows.
-SEGMENT = 16
 # Of the rows, that are given to new prompts at a time: with few, rows wait
 # less for each other to end; with many, prompts are read faster.
 _REFILL = 1 / 8
-# Of the cache's room for answers, where no row is longer.
+# The cache has room for answers of at least so many tokens.
 _SMALLEST_ROOM = 256
 
 
-def most_columns(prompt: int, cap: int) -> int:
-  """Returns the size of the ring when rows are as long as they may be."""
-  return prompt + cap + SEGMENT
+def rooms(
+    model: Model, config: decode_state.SamplerConfig, prompt: int, cap: int
+) -> tuple[int, ...]:
+  """Returns the sizes of the cache, as columns behind the prompts.
+
+  The last one is for rows as long as they may be.
+  """
+  sizes = decode_state.rooms(model, config, prompt, cap)
+  return (*(x for x in sizes[:-1] if x >= _SMALLEST_ROOM), sizes[-1])
 
 
 def to_host(tree: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -69,8 +74,10 @@ class Engine:
       rows: answers decoded at a time, divisible by the mesh's batch axes.
       mesh: the device mesh of sampling.
     """
-    self._mesh = mesh
-    self._rows = rows
+    self._mesh, self._rows = mesh, rows
+    model = dataclasses.replace(model, mesh=mesh)
+    self._model, self._config = model, config
+    self._segment = sampler.segment(model)
     batch_shards = mesh.shape["data"] * mesh.shape["fsdp"]
     groups = max(int(rows * _REFILL) // batch_shards, 1)
     self._refill = groups * batch_shards
@@ -93,49 +100,56 @@ class Engine:
       draw: cap, temperature, greedy.
     """
     waiting = list(range(len(prompts.tokens)))[::-1]
-    table = _Table(self._rows, prompts.tokens.shape[1], int(draw.cap))
+    prompt, programs = prompts.tokens.shape[1], self._programs
+    sizes = rooms(self._model, self._config, prompt, int(draw.cap))
+    table = _Table(self._rows, sizes, self._segment)
     key = sharding.replicate_key(key, self._mesh)
-    state = self._programs.empty(
-        self._rows, prompts.tokens.shape[1], table.columns, key
-    )
+    state = programs.empty(self._rows, self._columns(prompt, table), key)
     while waiting or table.busy:
       while waiting and table.num_free >= min(self._refill, len(waiting)):
         size = min(self._refill, len(waiting))
         numbers = [waiting.pop() for _ in range(size)]
-        state = self._insert(state, prompts, numbers, table, key, draw)
-      columns = table.next_columns()
-      state = self._programs.resize(state, columns)
-      state = self._programs.decode(
-          self._layout, state, draw, decode_state.count(SEGMENT)
-      )
-      seen = self._programs.read(state, np.int32(table.newest))
-      for number, tokens in table.harvest(*to_host(seen, self._mesh)):
-        yield number, tokens, int(tokens[-1]) in self._stop_ids
+        slots = table.claim(numbers, self._refill)
+        batch = self._take(prompts, numbers)
+        new, first = programs.prefill(prompt, self._params, batch, key, draw)
+        state = programs.insert(state, new, slots)
+        table.write(slots, *self._look(first, new))
+      yield from table.harvest(self._stop_ids)
+      if not table.busy:
+        continue
+      state = programs.resize(state, self._columns(prompt, table))
+      state, drawn = programs.decode(self._segment, self._layout, state, draw)
+      table.write(np.arange(self._rows), *self._look(drawn, state))
+      yield from table.harvest(self._stop_ids)
 
-  def _insert(self, state, prompts, numbers, table, key, draw):
-    """Reads prompts and gives them free rows."""
-    slots = table.claim(numbers, self._refill)
+  def _columns(self, prompt: int, table: "_Table") -> int:
+    return decode_state.columns(
+        self._model, self._config, prompt + table.room()
+    )
+
+  def _take(self, prompts: PromptBatch, numbers: list[int]) -> PromptBatch:
+    """Returns prompts as a batch of the refill's size; the rest is no matter."""
     padded = np.resize(numbers, self._refill)
     batch = jax.tree.map(lambda x: x[padded], prompts)
-    batch = sharding.global_batch(batch, self._mesh)
-    new = self._programs.prefill(
-        batch.tokens.shape[1] + 1, self._params, batch, key, draw
-    )
-    return self._programs.insert(state, new, slots)
+    return sharding.global_batch(batch, self._mesh)
+
+  def _look(
+      self, drawn: Rollout, state: decode_state.DecodeState
+  ) -> tuple[np.ndarray, ...]:
+    """Brings tokens and mask [B, n], and who is live [B], to the host."""
+    return to_host((drawn.tokens, drawn.mask, state.live), self._mesh)
 
 
 class _Table:
   """Which row answers which prompt, and what it has written so far."""
 
-  def __init__(self, rows: int, prompt: int, cap: int):
-    self._prompt, self._cap = prompt, cap
+  def __init__(self, rows: int, sizes: tuple[int, ...], segment: int):
+    self._sizes, self._segment = sizes, segment
     self._owner = np.full(rows, -1)
     self._tokens: list[list[np.ndarray]] = [[] for _ in range(rows)]
     self._count = np.zeros(rows, int)
-    self._fresh = np.zeros(rows, bool)  # Its first token was not read yet.
-    self.columns = prompt + SEGMENT
-    self.columns = self.next_columns()
-    self.newest = prompt  # The column that holds the newest tokens.
+    self._live = np.zeros(rows, bool)
+    self._room = sizes[0]
 
   @property
   def busy(self) -> bool:
@@ -149,40 +163,39 @@ class _Table:
     """Takes free rows for prompts; returns them, padded with no row at all."""
     free = np.flatnonzero(self._owner < 0)[: len(numbers)]
     self._owner[free], self._count[free] = numbers, 0
-    self._fresh[free] = True
     slots = np.full(size, len(self._owner), np.int32)
     slots[: len(free)] = free
     return slots
 
-  def next_columns(self) -> int:
-    """Returns the cache's size for the next segment: the largest, or halves."""
-    busy = self._owner >= 0
-    longest = int(self._count[busy].max(initial=0)) + SEGMENT + 1
-    room = most_columns(self._prompt, self._cap) - self._prompt
-    while room // 2 >= max(longest, _SMALLEST_ROOM):
-      room //= 2
+  def room(self) -> int:
+    """Returns the columns behind the prompts that the next segment needs."""
+    longest = int(self._count[self._owner >= 0].max(initial=0))
+    needed = min(longest + self._segment, self._sizes[-1])
+    fitting = next(size for size in self._sizes if size >= needed)
     # It shrinks late, or it would go to and fro.
-    if not room <= self.columns - self._prompt <= 2 * room + 1:
-      self.columns = self._prompt + room
-    return self.columns
+    if not fitting <= self._room <= 2 * fitting:
+      self._room = fitting
+    return self._room
+
+  def write(
+      self, rows: np.ndarray, tokens: np.ndarray, mask: np.ndarray,
+      live: np.ndarray,
+  ) -> None:  # fmt: skip
+    """Takes what rows have drawn: [R, n] and [R]."""
+    for i, row in enumerate(rows):
+      if row < len(self._owner) and self._owner[row] >= 0:
+        self._tokens[row].append(tokens[i][mask[i]])
+        self._count[row] += int(mask[i].sum())
+        self._live[row] = live[i]
 
   def harvest(
-      self,
-      tokens: np.ndarray,
-      count: np.ndarray,
-      live: np.ndarray,
-      newest: np.ndarray,
-  ) -> Iterator[tuple[int, np.ndarray]]:
-    """Takes a segment's tokens [B, SEGMENT + 1]; yields the ended answers."""
-    for row in np.flatnonzero(self._owner >= 0):
-      # The first column was read before, but for rows that are new.
-      new, skip = count[row] - self._count[row], int(not self._fresh[row])
-      self._tokens[row].append(tokens[row, skip : skip + new])
-      if not live[row]:
-        yield int(self._owner[row]), np.concatenate(self._tokens[row])
-        self._owner[row], self._tokens[row] = -1, []
-    self._count, self._fresh[:] = count.copy(), False
-    self.newest = int(newest)
+      self, stop_ids: tuple[int, ...]
+  ) -> Iterator[tuple[int, np.ndarray, bool]]:
+    """Yields number, tokens and whether it stopped of ended answers."""
+    for row in np.flatnonzero((self._owner >= 0) & ~self._live):
+      tokens = np.concatenate(self._tokens[row])
+      yield int(self._owner[row]), tokens, int(tokens[-1]) in stop_ids
+      self._owner[row], self._tokens[row] = -1, []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +207,6 @@ class _Programs:
   prefill: Any
   decode: Any
   insert: Any
-  read: Any
   resize: Any
   empty: Any
 
@@ -204,18 +216,15 @@ def _programs(
     model: Model, config: decode_state.SamplerConfig, mesh: jax.sharding.Mesh
 ) -> _Programs:
   """Jits once for a model, however often it is evaluated."""
-  place = decode_state.state_shardings(model.config.num_kv_heads, mesh)
+  model = dataclasses.replace(model, mesh=mesh)
+  place = decode_state.state_shardings(model, config)
+  rows = sharding.batch_sharding(mesh)
   params = model.abstract_params()
   layout = jax.eval_shape(model.decode_layout, params)
-  donated = {"out_shardings": place, "donate_argnums": 0}
 
-  def empty(rows, prompt, columns, key):
-    shape = (rows, columns)
-    dtype = jnp.dtype(config.cache_dtype or model.dtype)
-    return decode_state.empty(model.config, dtype, shape, prompt, key)
-
-  def read(state, first):
-    return decode_state.read(state, first, SEGMENT + 1)
+  def prefill(prompt, *args):
+    columns = decode_state.columns(model, config, prompt)
+    return sampler.prefill(model, config, columns, *args)
 
   return _Programs(
       move=jax.jit(
@@ -226,17 +235,21 @@ def _programs(
           out_shardings=sharding.decode_params(layout, mesh),
       ),
       prefill=jax.jit(
-          functools.partial(sampler.prefill, model, config),
-          static_argnums=0,
-          out_shardings=place,
+          prefill, static_argnums=0, out_shardings=(place, rows)
       ),
       decode=jax.jit(
           functools.partial(sampler.decode, model, config),
-          out_shardings=place,
-          donate_argnums=1,
+          static_argnums=0,
+          out_shardings=(place, rows),
+          donate_argnums=2,
       ),
-      insert=jax.jit(decode_state.insert, **donated),
-      read=jax.jit(read),
+      insert=jax.jit(
+          decode_state.insert, out_shardings=place, donate_argnums=0
+      ),
       resize=decode_state.Resizer(place),
-      empty=jax.jit(empty, static_argnums=(0, 1, 2), out_shardings=place),
+      empty=jax.jit(
+          functools.partial(decode_state.empty, model, config),
+          static_argnums=(0, 1),
+          out_shardings=place,
+      ),
   )

@@ -115,14 +115,11 @@ def choose(
       traced.
     mesh: whose `tensor` axis may split the vocabulary; None for one device.
   """
-  tokens = jax.lax.cond(
-      greedy,
-      lambda: jnp.argmax(distribution, axis=-1),
-      lambda: _invert_cdf(
-          jax.vmap(jax.random.uniform)(keys), distribution, mesh
-      ),
-  )
-  return tokens.astype(jnp.int32)
+  best = jnp.argmax(distribution, axis=-1)
+  # Both are computed: for a conditional a GPU would wait for the host.
+  uniform = jax.vmap(jax.random.uniform)(keys)
+  tokens = _invert_cdf(uniform, distribution, mesh)
+  return jnp.where(greedy, best, tokens).astype(jnp.int32)
 
 
 def _invert_cdf(

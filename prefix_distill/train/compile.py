@@ -130,6 +130,7 @@ class Stage:
     args: its arguments, as shapes.
     times: how often it runs in an update.
     trips: how often a loop in it runs whose end depends on data, at most.
+    drawn: tokens that its rows have drawn before, of "decode".
   """
 
   name: str
@@ -137,3 +138,4 @@ class Stage:
   args: tuple[Any, ...]
   times: int = 1
   trips: int = 1
+  drawn: int = 0

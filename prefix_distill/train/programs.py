@@ -239,26 +239,26 @@ class Programs:
         *prompts(spec.max_prompt_len), array((rows,), jnp.int32), *own
     )
 
-  def stages(self, bucket: int, teacher_params: Params) -> Iterator[Stage]:
-    """Yields the programs of an update whose cap ends in a bucket, in order.
+  def stages(self, cap: int, teacher_params: Params) -> Iterator[Stage]:
+    """Yields the programs of an update, in order.
 
     All arguments are shapes; nothing is compiled, and the programs that only
     move rows about are left out.
 
     Args:
-      bucket: P.
+      cap: in tokens.
       teacher_params: shapes, on the device.
     """
     setup, config = self._setup, self._setup.config
     state = self.abstract_state()
     working = sharding.moved(sharding.on_device, state)
     whole = self._abstract_batch(config.data.batch_size)
-    groups = self.rows.group_count(whole, bucket)
+    groups = self.rows.group_count(whole, self.rows.bucket(cap))
     prompts = self._abstract_batch(config.data.batch_size // groups)
     for stage in self._sampling["student"].stages(
-        working.params, prompts, bucket
+        working.params, prompts, cap
     ):
-      yield dataclasses.replace(stage, times=groups)
+      yield dataclasses.replace(stage, times=groups * stage.times)
     rollout = stage.program.shapes(*stage.args)
     batch, rollout, parts = self.rows.part_shapes(prompts, rollout)
     args = (setup.teacher, setup.objective, teacher_params, batch, rollout)

@@ -1,4 +1,4 @@
-"""The compiled programs of sampling: prefill, then decode bucket by bucket.
+"""The compiled programs of sampling: prefill, then decode segment by segment.
 
 They run on the mesh that sampling wants; prompts come to it, and rollouts leave
 it for the mesh of training.
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from prefix_distill import sharding
 from prefix_distill.models.transformer import Model
@@ -23,7 +24,7 @@ from prefix_distill.train.compile import Stage
 
 
 class Sampling:
-  """Samples prefixes with one model; compiles once for each bucket.
+  """Samples prefixes with one model.
 
   Attributes:
     mesh: where prompts have to lie.
@@ -44,7 +45,9 @@ class Sampling:
         truncation=Truncation(spec.top_k, spec.top_p),
         cache_dtype=spec.cache_dtype,
     )
-    place = decode_state.state_shardings(model.config.num_kv_heads, self.mesh)
+    self._segment = sampler.segment(model)
+    place = decode_state.state_shardings(model, self._config)
+    rows = sharding.batch_sharding(self.mesh)
     params = model.abstract_params()
     layout = jax.eval_shape(model.decode_layout, params)
     # Weights change the mesh once a rollout, as small as they are sent.
@@ -57,28 +60,39 @@ class Sampling:
         model.decode_layout,
         out_shardings=sharding.decode_params(layout, self.mesh),
     )
-    self._prefill = Program(sampler.prefill, 3, out_shardings=place)
-    # A cache is written on; a longer one takes its place for each bucket after
-    # the first.
+    self._prefill = Program(sampler.prefill, 3, out_shardings=(place, rows))
+    # A cache is written on.
     self._decode = Program(
-        sampler.decode, 2, out_shardings=place, donate_argnums=3
+        sampler.decode, 3, out_shardings=(place, rows), donate_argnums=4
     )
     self._resize = decode_state.Resizer(place)
+    self._start = Program(decode_state.start, 2, out_shardings=rows)
+    self._append = Program(
+        decode_state.append, out_shardings=rows, donate_argnums=0
+    )
     self._cut = Program(
-        _cut, 2, out_shardings=sharding.batch_sharding(setup.mesh)
+        _cut, 1, out_shardings=sharding.batch_sharding(setup.mesh)
     )
     self._any_live = jax.jit(
         lambda state: jnp.any(state.live),
         out_shardings=sharding.replicated(self.mesh),
     )
 
+  def _bucket(self, length: int) -> int:
+    return min(b for b in self._buckets if b >= length)
+
+  def _sizes(self, prompt: int, bucket: int) -> Iterator[tuple[int, int]]:
+    """Yields caches: columns behind the prompts, and columns in all."""
+    model, config = self._model, self._config
+    for room in decode_state.rooms(model, config, prompt, bucket):
+      yield room, decode_state.columns(model, config, prompt + room)
+
   def sample(
       self, params: Params, batch: PromptBatch, key: jax.Array, cap: int
   ) -> Rollout:
     """Samples `per_prompt` prefixes of at most `cap` tokens.
 
-    The prompts are prefilled once. The cache then grows from bucket to bucket
-    as the prefixes do.
+    The prompts are prefilled once. The cache then grows as the prefixes do.
 
     Args:
       params: the model's, where they lie in training.
@@ -98,60 +112,64 @@ class Sampling:
           f"The cap is {cap}, but the run's longest prefix is"
           f" {self._buckets[-1]}; sample with that at most."
       )
-    model, config = self._model, self._config
-    prompt = batch.tokens.shape[1]
+    model, config, segment = self._model, self._config, self._segment
+    bucket = self._bucket(cap)
+    sizes = list(self._sizes(batch.tokens.shape[1], bucket))
     draw = decode_state.Draw.of(cap, self._temperature)
     key = sharding.replicate_key(key, self.mesh)
     if self._move:
       params = self._move(params)
-    state = self._prefill(
-        model, config, prompt + self._buckets[0], params, batch, key, draw
+    state, first = self._prefill(
+        model, config, sizes[0][1], params, batch, key, draw
     )
     layout, drawn = self._layout(params), 1
     del params  # Those that were moved are not needed any more.
-    for bucket in self._buckets:
-      until = min(cap, bucket)
-      if until > drawn:
-        state = self._resize(state, prompt + bucket)
-        state = self._decode(
-            model, config, layout, state, draw,
-            decode_state.count(until - drawn),
-        )  # fmt: skip
-        drawn = until
-      if cap <= bucket or not self._any_live(state):
-        break
-    return self._cut(prompt, bucket, state)
+    rollout = self._start(self._whole(bucket), config.pad_id, first)
+    live = cap > 1
+    for room, columns in sizes:
+      while live and drawn < cap and drawn <= room:
+        state = self._resize(state, columns)
+        state, new = self._decode(model, config, segment, layout, state, draw)
+        rollout = self._append(rollout, new, np.int32(drawn))
+        drawn += segment
+        live = bool(self._any_live(state))
+    return self._cut(self._bucket(min(drawn, cap)), rollout)
+
+  def _whole(self, bucket: int) -> int:
+    """Returns a length that holds the first token and whole segments."""
+    return 1 + -(-(bucket - 1) // self._segment) * self._segment
 
   def stages(
-      self, params: Params, batch: PromptBatch, bucket: int
+      self, params: Params, batch: PromptBatch, cap: int
   ) -> Iterator[Stage]:
-    """Yields the programs up to a bucket, the cut last.
+    """Yields the programs that sample up to a cap, the cut last.
 
     Args:
       params: shapes of the model's, where they lie in training.
       batch: shapes of the prompts, on `mesh`.
-      bucket: the last one.
+      cap: in tokens.
     """
-    model, config = self._model, self._config
-    prompt, draw = batch.tokens.shape[1], decode_state.Draw.of(1)
+    model, config, segment = self._model, self._config, self._segment
+    bucket, draw = self._bucket(cap), decode_state.Draw.of(cap)
+    sizes = list(self._sizes(batch.tokens.shape[1], bucket))
     key = sharding.abstract_key(self.mesh)
     if self._move:
       yield Stage("move", self._move, (params,))
       params = self._move.shapes(params)
-    args = (model, config, prompt + self._buckets[0], params, batch, key, draw)
+    args = (model, config, sizes[0][1], params, batch, key, draw)
     yield Stage("prefill", self._prefill, args)
-    state = self._prefill.shapes(*args)
+    state, first = self._prefill.shapes(*args)
     yield Stage("layout", self._layout, (params,))
-    layout = self._layout.shapes(params)
-    drawn = 1
-    for size in self._buckets:
-      state = self._resize.shapes(state, prompt + size)
-      args = (model, config, layout, state, draw, decode_state.count(1))
-      yield Stage("decode", self._decode, args, trips=size - drawn)
-      drawn = size
-      if size == bucket:
-        yield Stage("cut", self._cut, (prompt, bucket, state))
-        return
+    layout, drawn = self._layout.shapes(params), 1
+    for room, columns in sizes:
+      state = self._resize.shapes(state, columns)
+      times = -(-(min(cap, room + 1) - drawn) // segment)
+      if times > 0:
+        args = (model, config, segment, layout, state, draw)
+        yield Stage("decode", self._decode, args, times, drawn=drawn)
+        drawn += times * segment
+    args = (self._whole(bucket), config.pad_id, first)
+    yield Stage("cut", self._cut, (bucket, self._start.shapes(*args)))
 
   @property
   def used(self) -> int:
@@ -159,5 +177,5 @@ class Sampling:
     return self._prefill.used + self._decode.used
 
 
-def _cut(prompt: int, length: int, state: decode_state.DecodeState) -> Rollout:
-  return decode_state.rollout(state, prompt, length)
+def _cut(length: int, rollout: Rollout) -> Rollout:
+  return jax.tree.map(lambda x: x[:, :length], rollout)
