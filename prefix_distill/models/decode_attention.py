@@ -15,16 +15,18 @@ import jax.numpy as jnp
 
 # Tensor cores multiply no fewer rows; a kv head's queries are padded to it.
 _ROWS = 16
-# A block of keys (or of values), and how many columns it may have: three such
-# pairs in flight leave room in shared memory for two programs a multiprocessor.
+# Of a block of keys, or of values. Two pairs of them in shared memory, as three
+# stages have, leave room for two more programs on an H100's multiprocessor.
 _BLOCK_BYTES = 16 * 1024
 _MIN_BLOCK, _MAX_BLOCK = 32, 128
 _NUM_STAGES = 3
 _NUM_WARPS = 4
-# Enough programs for every multiprocessor of an H100 or H200 (132) to have one
-# to run while another waits, and the least work that is worth a split.
+# An H100 has 132 multiprocessors: with so many programs each has one to run
+# while another waits. With fewer, rows are split until there are more.
 _ENOUGH_PROGRAMS, _MANY_PROGRAMS = 256, 512
 _MIN_SPLIT_COLUMNS = 256
+# The splits' sums are one array of registers in the kernel that adds them up.
+_MAX_SPLITS = 64
 
 
 def attend(
@@ -49,8 +51,7 @@ def attend(
     lengths: int32 [B], 1 to M.
     key_scales: float32 [B, K, M]; int8 only: a key is its integers times this.
     value_scales: float32 [B, K, M].
-    splits: programs that share a row's columns; None for what `num_splits`
-      says.
+    splits: programs that share a row's columns; `num_splits` says if None.
     interpret: runs the kernel anywhere, slowly.
 
   Returns:
@@ -60,10 +61,11 @@ def attend(
   kv_heads, columns = keys.shape[1:3]
   scaled = keys.dtype == jnp.int8
   if scaled != (key_scales is not None) or scaled != (value_scales is not None):
-    raise ValueError(f"{keys.dtype} keys and values: int8 alone has scales")
+    raise ValueError("int8 keys and values have scales, and no others have")
   if scaled and 2**31 <= keys.size <= 2**32:
-    # Pallas takes 32 bits for offsets up to 2**32 bytes, signed ones.
-    raise ValueError(f"an int8 cache of {keys.size} numbers cannot be indexed")
+    # Pallas indexes up to 2**32 bytes with 32 bits, which Triton takes for
+    # signed: half of them for int8, all of them for wider numbers.
+    raise ValueError("an int8 cache of 2 to 4 GiB cannot be indexed")
   group = num_heads // kv_heads
   block = _block_columns(head_dim, keys.dtype)
   if splits is None:
@@ -126,12 +128,18 @@ def attend(
 
 
 def num_splits(batch: int, kv_heads: int, columns: int) -> int:
-  """Returns how many programs share a row's columns, to fill a GPU."""
+  """Returns how many programs share a row's columns, so that a GPU is full.
+
+  Args:
+    batch: B, on a device.
+    kv_heads: K, on a device.
+    columns: M.
+  """
   programs = batch * kv_heads
   if programs >= _ENOUGH_PROGRAMS:
     return 1
   wanted = math.ceil(_MANY_PROGRAMS / programs)
-  return max(1, min(wanted, columns // _MIN_SPLIT_COLUMNS))
+  return max(1, min(wanted, columns // _MIN_SPLIT_COLUMNS, _MAX_SPLITS))
 
 
 def _block_columns(head_dim: int, dtype: jnp.dtype) -> int:
@@ -169,7 +177,7 @@ def _kernel(
   first, last = split * blocks // splits, (split + 1) * blocks // splits
 
   queries = plgpu.load(queries_ref, mask=head_mask, other=0)
-  # Integers up to 127 are exact in bfloat16, which weights need no more than.
+  # Integers up to 127 are exact in bfloat16.
   exact = queries.dtype == jnp.float32 or keys_ref.dtype == jnp.float32
   key_dtype = jnp.float32 if exact else queries.dtype
   value_dtype = jnp.float32 if exact else values_ref.dtype
@@ -193,8 +201,8 @@ def _kernel(
     live = index * block + jnp.arange(block) < length
     mask = live[:, None] & head_lanes if width > head_dim else live[:, None]
 
+    # What is not there reads as 0: its weight is 0, but 0 * NaN is not.
     def load(ref):
-      # What is not there reads as 0: 0 * NaN would not do.
       return plgpu.load(ref.at[here, :], mask=mask, other=0)
 
     def load_scales(ref):
@@ -212,8 +220,14 @@ def _kernel(
     total = total * shrink + weights.sum(1)
     if scaled:
       weights *= load_scales(scale_refs[1])
+    widened = load(values_ref).astype(value_dtype)
+    if scaled:
+      # It changes nothing. Without it, Triton lays the integers out for the
+      # product, which needs columns side by side, and so fetches them byte by
+      # byte; with it, it widens them first.
+      widened = jnp.where(live[:, None], widened, 0)
     out = out * shrink[:, None] + product(
-        weights.astype(value_dtype), load(values_ref).astype(value_dtype), 0
+        weights.astype(value_dtype), widened, 0
     )
     return out, total, new_highest
 
@@ -234,7 +248,7 @@ def _kernel(
 def _combine(sums, totals, highest, dtype, interpret):
   """Returns [B, K, G, H]: what the splits of each row come to.
 
-  Plain XLA takes two to four kernels for it, as their number is.
+  XLA would take one to three kernels for it, depending on their number.
 
   Args:
     sums: [B, K, G, S, H], of weighted values.
