@@ -1,7 +1,9 @@
 """The kernel for one query a row computes attention, and nothing else."""
 
+import functools
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,8 +11,12 @@ import toys
 
 from prefix_distill.models import decode_attention
 
-# Columns of a block of bfloat16, and of int8, at a head width of 128.
-_BLOCK, _INT8_BLOCK = 64, 128
+_ATTEND = jax.jit(
+    functools.partial(decode_attention.attend, interpret=True),
+    static_argnames="splits",
+)
+# Columns of a block, of heads as wide as `_inputs` makes them.
+_BLOCK = 64
 
 
 def _inputs(dtype, lengths, columns, group=2, kv_heads=2, head_dim=128):
@@ -50,7 +56,7 @@ def _by_hand(queries, lengths, keys, values):
 
 def _check(dtype, lengths, columns, splits=1, **sizes):
   args, exact = _inputs(dtype, lengths, columns, **sizes)
-  found = decode_attention.attend(*args, splits=splits, interpret=True)
+  found = _ATTEND(*args, splits=splits)
   assert found.dtype == args[0].dtype and found.shape == args[0].shape
   wanted = _by_hand(args[0], args[3], *exact)
   # Weights and results are rounded to bfloat16, unless all is float32.
@@ -61,38 +67,61 @@ def _check(dtype, lengths, columns, splits=1, **sizes):
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize(
-    "dtype, block", [(jnp.bfloat16, _BLOCK), (jnp.int8, _INT8_BLOCK)]
-)
-def test_lengths_around_the_edges_of_blocks(dtype, block, splits):
-  assert decode_attention._block_columns(128, dtype) == block
-  columns = 3 * block + 7
-  edges = [block + d for d in (-1, 0, 1)] + [2 * block + d for d in (-1, 0, 1)]
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
+def test_lengths_around_the_edges_of_blocks(dtype, splits):
+  assert decode_attention._block_columns(128, dtype) == _BLOCK
+  columns = 3 * _BLOCK + 7
+  edges = [n * _BLOCK + d for n in (1, 2, 3) for d in (-1, 0, 1)]
   _check(dtype, [1, 2, *edges, columns - 1, columns], columns, splits)
 
 
-@pytest.mark.parametrize("group", [1, 2, 3, 8, 17])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.int8])
-def test_any_number_of_queries_shares_a_head(dtype, group):
-  _check(dtype, [70, 33], 100, group=group, head_dim=64)
-  _check(dtype, [70, 33], 100, 2, group=group, head_dim=64)
+@pytest.mark.parametrize(
+    "group, dtype, splits",
+    [
+        (1, jnp.bfloat16, 1),
+        (1, jnp.int8, 2),
+        (2, jnp.float32, 2),
+        (3, jnp.float32, 1),
+        (3, jnp.int8, 1),
+        (8, jnp.bfloat16, 2),
+        (17, jnp.float32, 1),
+    ],
+)
+def test_any_number_of_queries_shares_a_head(group, dtype, splits):
+  _check(dtype, [170, 133], 200, splits, group=group, head_dim=64)
 
 
-@pytest.mark.parametrize("head_dim", [8, 32, 96, 256])
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32, jnp.int8])
-def test_any_width_of_a_head(dtype, head_dim):
-  _check(dtype, [70, 33], 100, head_dim=head_dim)
-  _check(dtype, [70, 33], 100, 2, head_dim=head_dim)
+@pytest.mark.parametrize(
+    "head_dim, dtype, splits",
+    [
+        (8, jnp.float16, 2),
+        (32, jnp.bfloat16, 1),
+        (96, jnp.float32, 2),
+        (96, jnp.int8, 1),
+        (256, jnp.float32, 1),
+    ],
+)
+def test_any_width_of_a_head(head_dim, dtype, splits):
+  _check(dtype, [170, 133], 200, splits, head_dim=head_dim)
 
 
-@pytest.mark.parametrize("columns", [1, 5, 64, 128, 300])
-@pytest.mark.parametrize("splits", [1, 2, 7])
+@pytest.mark.parametrize(
+    "columns, splits", [(1, 1), (1, 2), (5, 7), (64, 1), (128, 2), (300, 7)]
+)
 def test_any_number_of_columns_and_splits(columns, splits):
   _check(jnp.float32, [columns, (columns + 1) // 2, 1], columns, splits)
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.int8])
+@pytest.mark.parametrize(
+    "dtype, splits",
+    [
+        (jnp.bfloat16, 1),
+        (jnp.bfloat16, 3),
+        (jnp.float32, 1),
+        (jnp.int8, 1),
+        (jnp.int8, 3),
+    ],
+)
 def test_what_lies_beyond_a_row_does_not_matter(dtype, splits):
   lengths, columns = [1, 63, 129, 150], 200
   args, _ = _inputs(dtype, lengths, columns)
@@ -105,10 +134,7 @@ def test_what_lies_beyond_a_row_does_not_matter(dtype, splits):
   queries, keys, values, rows, *scales = args
   bad = [queries, poisoned(keys), poisoned(values), rows]
   bad += [poisoned(x) for x in scales]
-  clean, found = (
-      decode_attention.attend(*x, splits=splits, interpret=True)
-      for x in (args, bad)
-  )
+  clean, found = (_ATTEND(*x, splits=splits) for x in (args, bad))
   np.testing.assert_array_equal(found, clean)
 
 
@@ -116,7 +142,7 @@ def test_large_scores_do_not_overflow():
   args, (keys, values) = _inputs(jnp.float32, [100, 7], 100)
   args[0] *= 1000
   for splits in (1, 3):
-    found = decode_attention.attend(*args, splits=splits, interpret=True)
+    found = _ATTEND(*args, splits=splits)
     wanted = _by_hand(args[0], args[3], keys, values)
     np.testing.assert_allclose(found, wanted, atol=1e-2)
 

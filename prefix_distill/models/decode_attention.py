@@ -15,8 +15,9 @@ import jax.numpy as jnp
 
 # Tensor cores multiply no fewer rows; a kv head's queries are padded to it.
 _ROWS = 16
-# Of a block of keys, or of values. Two pairs of them in shared memory, as three
-# stages have, leave room for two more programs on an H100's multiprocessor.
+# Of a block of keys, or of values, where it is multiplied: int8 is widened then.
+# Shared memory holds two pairs of them, as three stages need, and still leaves
+# room for two more programs on an H100's multiprocessor.
 _BLOCK_BYTES = 16 * 1024
 _MIN_BLOCK, _MAX_BLOCK = 32, 128
 _NUM_STAGES = 3
@@ -143,7 +144,8 @@ def num_splits(batch: int, kv_heads: int, columns: int) -> int:
 
 
 def _block_columns(head_dim: int, dtype: jnp.dtype) -> int:
-  fit = _BLOCK_BYTES // (_padded(head_dim) * jnp.dtype(dtype).itemsize)
+  width = max(jnp.dtype(dtype).itemsize, 2)
+  fit = _BLOCK_BYTES // (_padded(head_dim) * width)
   return min(max(fit, _MIN_BLOCK), _MAX_BLOCK)
 
 
