@@ -15,9 +15,9 @@ import jax.numpy as jnp
 
 # Tensor cores multiply no fewer rows; a kv head's queries are padded to it.
 _ROWS = 16
-# Of a block of keys, or of values, where it is multiplied: int8 is widened then.
-# Shared memory holds two pairs of them, as three stages need, and still leaves
-# room for two more programs on an H100's multiprocessor.
+# Of a block of keys, or of values, as it is multiplied: int8 is widened before.
+# Three stages keep two pairs of blocks in shared memory, which leaves room for
+# two more programs on an H100's multiprocessor.
 _BLOCK_BYTES = 16 * 1024
 _MIN_BLOCK, _MAX_BLOCK = 32, 128
 _NUM_STAGES = 3
@@ -199,8 +199,9 @@ def _kernel(
 
   def step(index, carry):
     out, total, highest = carry
-    here = pl.ds(index * block, block)
-    live = index * block + jnp.arange(block) < length
+    begin = index * block
+    here = pl.ds(begin, block)
+    live = begin + jnp.arange(block) < length
     mask = live[:, None] & head_lanes if width > head_dim else live[:, None]
 
     # What is not there reads as 0: its weight is 0, but 0 * NaN is not.
@@ -233,12 +234,12 @@ def _kernel(
     )
     return out, total, new_highest
 
-  start = (
+  nothing = (
       jnp.zeros((rows, width), jnp.float32),
       jnp.zeros((rows,), jnp.float32),
       jnp.full((rows,), -jnp.inf, jnp.float32),
   )
-  out, total, highest = jax.lax.fori_loop(first, last, step, start)
+  out, total, highest = jax.lax.fori_loop(first, last, step, nothing)
   if splits == 1:
     out /= total[:, None]
   out_ref, *stats = out_refs
