@@ -1,0 +1,292 @@
+"""Attention of one query a row over a cache of keys and values, on GPUs.
+
+A kernel reads a row's columns up to the row's own length and no further, so a
+step's traffic follows the text that is there and not the cache's size. A cache
+of int8 is read as int8 and widened in registers.
+"""
+
+import functools
+import math
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+import jax.numpy as jnp
+
+# Tensor cores multiply no fewer rows; a kv head's queries are padded to it.
+_ROWS = 16
+# Of a block of keys, or of values, as it is multiplied: int8 is widened before.
+# Three stages keep two pairs of blocks in shared memory, which leaves room for
+# two more programs on an H100's multiprocessor.
+_BLOCK_BYTES = 16 * 1024
+_MIN_BLOCK, _MAX_BLOCK = 32, 128
+_NUM_STAGES = 3
+_NUM_WARPS = 4
+# An H100 has 132 multiprocessors: with so many programs each has one to run
+# while another waits. With fewer, rows are split until there are more.
+_ENOUGH_PROGRAMS, _MANY_PROGRAMS = 256, 512
+_MIN_SPLIT_COLUMNS = 256
+# The splits' sums are one array of registers in the kernel that adds them up.
+_MAX_SPLITS = 64
+
+
+def attend(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    lengths: jax.Array,
+    key_scales: jax.Array | None = None,
+    value_scales: jax.Array | None = None,
+    *,
+    splits: int | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+  """Lets each row's query look at the first `lengths` columns of its cache.
+
+  What lies beyond a row's length is not used, whatever it is.
+
+  Args:
+    queries: [B, N, H].
+    keys: [B, K, M, H], floats or int8; query head n reads head n // (N / K).
+    values: [B, K, M, H], as `keys`.
+    lengths: int32 [B], 1 to M.
+    key_scales: float32 [B, K, M]; int8 only: a key is its integers times this.
+    value_scales: float32 [B, K, M].
+    splits: programs that share a row's columns; `num_splits` says if None.
+    interpret: runs the kernel anywhere, slowly.
+
+  Returns:
+    [B, N, H], in the queries' dtype; the softmax is float32.
+  """
+  batch, num_heads, head_dim = queries.shape
+  kv_heads, columns = keys.shape[1:3]
+  scaled = keys.dtype == jnp.int8
+  if scaled != (key_scales is not None) or scaled != (value_scales is not None):
+    raise ValueError("int8 keys and values have scales, and no others have")
+  if scaled and 2**31 <= keys.size <= 2**32:
+    # Pallas indexes up to 2**32 bytes with 32 bits, which Triton takes for
+    # signed: half of them for int8, all of them for wider numbers.
+    raise ValueError("an int8 cache of 2 to 4 GiB cannot be indexed")
+  group = num_heads // kv_heads
+  block = _block_columns(head_dim, keys.dtype)
+  if splits is None:
+    splits = num_splits(batch, kv_heads, columns)
+  # Blocks may be larger than the arrays; the kernels mask what is not there.
+  rows, width = _padded(group), _padded(head_dim)
+  padded_columns = pl.cdiv(columns, block) * block
+
+  def per_head(*tail):
+    return pl.BlockSpec(
+        (None, None, *tail), lambda b, k, s: (b, k) + (0,) * len(tail)
+    )
+
+  grouped = (batch, kv_heads, group)
+  operands = [lengths, queries.reshape(*grouped, head_dim), keys, values]
+  specs = [pl.BlockSpec((batch,), lambda b, k, s: (0,))]
+  specs += [per_head(rows, width)] + [per_head(padded_columns, width)] * 2
+  if scaled:
+    operands += [key_scales, value_scales]
+    specs += [per_head(padded_columns)] * 2
+  if splits == 1:
+    out_shape = jax.ShapeDtypeStruct((*grouped, head_dim), queries.dtype)
+    out_specs = per_head(rows, width)
+  else:
+    # The sums of weighted values, the sums of weights and the highest scores.
+    out_shape = [
+        jax.ShapeDtypeStruct((*grouped, splits, head_dim), jnp.float32),
+        jax.ShapeDtypeStruct((*grouped, splits), jnp.float32),
+        jax.ShapeDtypeStruct((*grouped, splits), jnp.float32),
+    ]
+    stats = pl.BlockSpec(
+        (None, None, rows, None), lambda b, k, s: (b, k, 0, s)
+    )
+    sums = pl.BlockSpec(
+        (None, None, rows, None, width), lambda b, k, s: (b, k, 0, s, 0)
+    )
+    out_specs = [sums, stats, stats]
+  out = pl.pallas_call(
+      functools.partial(
+          _kernel,
+          group=group,
+          head_dim=head_dim,
+          block=block,
+          splits=splits,
+          scaled=scaled,
+      ),
+      grid=(batch, kv_heads, splits),
+      in_specs=specs,
+      out_specs=out_specs,
+      out_shape=out_shape,
+      compiler_params=plgpu.CompilerParams(
+          num_warps=_NUM_WARPS, num_stages=_NUM_STAGES
+      ),
+      interpret=interpret,
+      name="decode_attention",
+  )(*operands)
+  if splits > 1:
+    out = _combine(*out, queries.dtype, interpret)
+  return out.reshape(queries.shape)
+
+
+def num_splits(batch: int, kv_heads: int, columns: int) -> int:
+  """Returns how many programs share a row's columns, so that a GPU is full.
+
+  Args:
+    batch: B, on a device.
+    kv_heads: K, on a device.
+    columns: M.
+  """
+  programs = batch * kv_heads
+  if programs >= _ENOUGH_PROGRAMS:
+    return 1
+  wanted = math.ceil(_MANY_PROGRAMS / programs)
+  return max(1, min(wanted, columns // _MIN_SPLIT_COLUMNS, _MAX_SPLITS))
+
+
+def _block_columns(head_dim: int, dtype: jnp.dtype) -> int:
+  width = max(jnp.dtype(dtype).itemsize, 2)
+  fit = _BLOCK_BYTES // (_padded(head_dim) * width)
+  return min(max(fit, _MIN_BLOCK), _MAX_BLOCK)
+
+
+def _padded(size: int) -> int:
+  # Triton's arrays have sizes that are powers of two, products' at least 16.
+  return max(_ROWS, pl.next_power_of_2(size))
+
+
+def _kernel(
+    lengths_ref,
+    queries_ref,
+    keys_ref,
+    values_ref,
+    *refs,
+    group,
+    head_dim,
+    block,
+    splits,
+    scaled,
+):
+  """Attends with one kv head's queries over one split of a row's columns."""
+  scale_refs, out_refs = (refs[:2], refs[2:]) if scaled else ((), refs)
+  rows, width = queries_ref.shape
+  head_rows = jnp.arange(rows) < group
+  head_lanes = (jnp.arange(width) < head_dim)[None]
+  head_mask = head_rows[:, None] & head_lanes
+  length = lengths_ref[pl.program_id(0)]
+  # An even part of the blocks that the row has now, not of the cache.
+  blocks = pl.cdiv(length, block)
+  split = pl.program_id(2)
+  first, last = split * blocks // splits, (split + 1) * blocks // splits
+
+  queries = plgpu.load(queries_ref, mask=head_mask, other=0)
+  # Integers up to 127 are exact in bfloat16.
+  exact = queries.dtype == jnp.float32 or keys_ref.dtype == jnp.float32
+  key_dtype = jnp.float32 if exact else queries.dtype
+  value_dtype = jnp.float32 if exact else values_ref.dtype
+  if value_dtype == jnp.int8:
+    value_dtype = jnp.bfloat16
+  queries = queries.astype(key_dtype)
+  precision = jax.lax.Precision.HIGHEST if exact else None
+
+  def product(x, y, contracted):
+    return jax.lax.dot_general(
+        x,
+        y,
+        (((1,), (contracted,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+
+  def step(index, carry):
+    out, total, highest = carry
+    begin = index * block
+    here = pl.ds(begin, block)
+    live = begin + jnp.arange(block) < length
+    mask = live[:, None] & head_lanes if width > head_dim else live[:, None]
+
+    # What is not there reads as 0: its weight is 0, but 0 * NaN is not.
+    def load(ref):
+      return plgpu.load(ref.at[here, :], mask=mask, other=0)
+
+    def load_scales(ref):
+      return plgpu.load(ref.at[here], mask=live, other=0)[None]
+
+    scores = product(queries, load(keys_ref).astype(key_dtype), 1)
+    scores *= head_dim**-0.5
+    if scaled:
+      scores *= load_scales(scale_refs[0])
+    scores = jnp.where(live[None], scores, -jnp.inf)
+    # Every block of the loop has a column, so this is finite.
+    new_highest = jnp.maximum(highest, scores.max(1))
+    weights = jnp.exp(scores - new_highest[:, None])
+    shrink = jnp.exp(highest - new_highest)
+    total = total * shrink + weights.sum(1)
+    if scaled:
+      weights *= load_scales(scale_refs[1])
+    widened = load(values_ref).astype(value_dtype)
+    if scaled:
+      # It changes nothing. Without it, Triton lays the integers out for the
+      # product, which needs columns side by side, and so fetches them byte by
+      # byte; with it, it widens them first.
+      widened = jnp.where(live[:, None], widened, 0)
+    out = out * shrink[:, None] + product(
+        weights.astype(value_dtype), widened, 0
+    )
+    return out, total, new_highest
+
+  nothing = (
+      jnp.zeros((rows, width), jnp.float32),
+      jnp.zeros((rows,), jnp.float32),
+      jnp.full((rows,), -jnp.inf, jnp.float32),
+  )
+  out, total, highest = jax.lax.fori_loop(first, last, step, nothing)
+  if splits == 1:
+    out /= total[:, None]
+  out_ref, *stats = out_refs
+  plgpu.store(out_ref, out.astype(out_ref.dtype), mask=head_mask)
+  for ref, x in zip(stats, (total, highest), strict=False):
+    plgpu.store(ref, x, mask=head_rows)
+
+
+def _combine(sums, totals, highest, dtype, interpret):
+  """Returns [B, K, G, H]: what the splits of each row come to.
+
+  XLA would take one to three kernels for it, depending on their number.
+
+  Args:
+    sums: [B, K, G, S, H], of weighted values.
+    totals: [B, K, G, S], of weights.
+    highest: [B, K, G, S], the score whose weight is 1; -inf for no columns.
+    dtype: of the result.
+    interpret: as `attend` says.
+  """
+  batch, kv_heads, group, splits, head_dim = sums.shape
+  width, padded = _padded(head_dim), pl.next_power_of_2(splits)
+
+  def kernel(sums_ref, totals_ref, highest_ref, out_ref):
+    live = jnp.arange(padded) < splits
+    lanes = jnp.arange(width) < head_dim
+    tops = plgpu.load(highest_ref, mask=live, other=-jnp.inf)
+    parts = jnp.exp(tops - tops.max(0, keepdims=True))
+    total = (plgpu.load(totals_ref, mask=live, other=0) * parts).sum(0)
+    here = plgpu.load(sums_ref, mask=live[:, None] & lanes[None], other=0)
+    out = (here * parts[:, None]).sum(0) / total
+    plgpu.store(out_ref, out.astype(dtype), mask=lanes)
+
+  def per_query(*tail):
+    return pl.BlockSpec(
+        (None, None, None, *tail), lambda b, k, g: (b, k, g) + (0,) * len(tail)
+    )
+
+  return pl.pallas_call(
+      kernel,
+      grid=(batch, kv_heads, group),
+      in_specs=[per_query(padded, width), per_query(padded), per_query(padded)],
+      out_specs=per_query(width),
+      out_shape=jax.ShapeDtypeStruct(
+          (batch, kv_heads, group, head_dim), dtype
+      ),
+      compiler_params=plgpu.CompilerParams(num_warps=_NUM_WARPS, num_stages=1),
+      interpret=interpret,
+      name="decode_attention_combine",
+  )(sums, totals, highest)
