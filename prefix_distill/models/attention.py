@@ -19,6 +19,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 import jax.numpy as jnp
 
 from prefix_distill import sharding
+from prefix_distill.models import decode_attention
 from prefix_distill.models import kv_cache
 from prefix_distill.models.kv_cache import LayerCache
 
@@ -227,6 +228,7 @@ class CacheKernel:
 CPU = CacheKernel("plain", kv_cache.Layout("bkhm", "bkmh"))
 _PLAIN = CacheKernel("plain", kv_cache.Layout("bkmh", "bkmh"))
 _CUDNN = CacheKernel("cudnn", kv_cache.Layout("bmkh", "bmkh"), True)
+_FLASH = CacheKernel("flash", kv_cache.Layout("bkmh", "bkmh"), True)
 _PAGED = CacheKernel(
     "paged", kv_cache.Layout("kbmh", "kbmh"), True, _PAGE * _SMALL_BLOCK
 )
@@ -250,6 +252,8 @@ def cache_kernel(
   fits = head_dim <= _CUDNN_HEAD_DIM
   if kind in ("gpu", "cuda") and dtype == jnp.bfloat16 and fits:
     return _CUDNN
+  if kind in ("gpu", "cuda") and dtype == jnp.int8:
+    return _FLASH
   return _PLAIN
 
 
@@ -285,8 +289,9 @@ def over_cache(
     seen = jnp.minimum(lengths + 1, columns)
     return _OVER_CACHE[kernel.name](queries, layer, seen, kernel.layout), layer
 
-  if mesh is None or mesh.size == 1:
+  if mesh is None or (mesh.size == 1 and kernel.name == "plain"):
     return local(layer, *projected, lengths)
+  # Also over one device: a kernel asks there what it is compiled for.
   split = mesh.shape["tensor"]
   heads = "tensor" if projected[1].shape[1] % split == 0 else None
   rows = jax.sharding.PartitionSpec(sharding.BATCH_AXES)
@@ -391,7 +396,22 @@ def _paged_over_cache(
   )  # fmt: skip
 
 
+def _flash_over_cache(
+    queries: jax.Array,
+    layer: LayerCache,
+    lengths: jax.Array,
+    layout: kv_cache.Layout,
+) -> jax.Array:
+  """Our own kernel, which widens int8 in registers."""
+  del layout
+  return decode_attention.attend(
+      queries, layer.keys, layer.values, lengths, layer.key_scales,
+      layer.value_scales,
+  )  # fmt: skip
+
+
 _OVER_CACHE = {
+    "flash": _flash_over_cache,
     "plain": _plain,
     "cudnn": _cudnn_over_cache,
     "paged": _paged_over_cache,
