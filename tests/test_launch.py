@@ -13,6 +13,7 @@ import sys
 import time
 
 import pytest
+import toys
 import yaml
 
 _ROOT = pathlib.Path(__file__).parent.parent
@@ -599,10 +600,10 @@ def _locally(place, text: str) -> subprocess.Popen:
       'for x; do case $x in --process_id=*) id=${x#*=} ;; esac; done\n' + text,
   )
   return subprocess.Popen(
-      [
+      toys.interruptible(
           _LAUNCH / "local.sh", "run", f"--python={python}", "--processes=3",
           "--grace=1", *dashes(),
-      ],
+      ),
       cwd=place.root, env=place.environment, text=True,
       stdout=subprocess.PIPE, stderr=subprocess.PIPE,
   )  # fmt: skip
