@@ -220,7 +220,12 @@ _CASES = {
     "slurm.sh setup": (
         (),
         "python3 -m venv .venv",
-        ".venv/bin/pip install -e '.[cuda]'",
+        ".venv/bin/pip install -e '.[cuda13]'",
+    ),
+    "slurm.sh setup --cuda 12": (
+        (),
+        "python3 -m venv .venv",
+        ".venv/bin/pip install -e '.[cuda12]'",
     ),
     "slurm.sh run": (
         (*_SLURM, "--nodes=2", "--partition=gpu", *dashes()),
@@ -304,6 +309,7 @@ _BAD = {
     "slurm.sh run --workdir=/d -- --config=x": "--name is missing",
     "slurm.sh run --name=n --workdir=gs://b/d -- --config=x": "mount the",
     "slurm.sh run --name=n --workdir=/d --gpus=a -- --config=x": "--gpus is",
+    "slurm.sh setup --cuda=11": "--cuda is '11'; it is 12 or 13.",
     "tpu.sh create --zone=z --type=v5litepod-16": "--name is missing",
     "tpu.sh create --name=A --zone=z": "--name is 'A'; it is up to 40",
     "tpu.sh create --name=a --type=v6e-8": "--zone is missing; create needs",
