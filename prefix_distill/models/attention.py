@@ -16,6 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 import jax.numpy as jnp
 
+from prefix_distill import devices
 from prefix_distill import sharding
 
 # Queries whose scores exist at a time, where no kernel does it.
@@ -23,8 +24,9 @@ _QUERY_BLOCK = 512
 # A TPU's vector lanes: the kernel's blocks and head widths are multiples.
 _LANES = 128
 _SPLASH_BLOCK = 512
-# The widest head of cuDNN's kernel on every GPU that has it.
-_CUDNN_HEAD_DIM = 128
+# The widest head of cuDNN's kernel on every GPU that has it, and what divides
+# the width.
+_CUDNN_HEAD_DIM, _CUDNN_HEAD_UNIT = 128, 8
 _CUDNN_BLOCK = 64
 
 
@@ -48,7 +50,7 @@ def causal(
   Returns:
     [B, T, N, H].
   """
-  kernel = _kernel(_platform(mesh), queries)
+  kernel = _kernel(mesh, queries)
   if mesh is None or mesh.size == 1:
     return kernel(queries, keys, values)
   split = mesh.shape["tensor"]
@@ -70,10 +72,8 @@ def aligned(length: int, mesh: jax.sharding.Mesh | None) -> int:
   A sequence of another one would be padded and cut in every layer, and on a TPU
   each [B, T, D] moved to be a matrix. CuDNN's kernel takes no odd lengths.
   """
-  unit = {"tpu": _LANES, "gpu": _CUDNN_BLOCK, "cuda": _CUDNN_BLOCK}.get(
-      _platform(mesh), 1
-  )
-  return _round_up(length, unit)
+  unit = _LANES if _platform(mesh) == "tpu" else 1
+  return _round_up(length, _CUDNN_BLOCK if _has_cudnn(mesh) else unit)
 
 
 def _platform(mesh: jax.sharding.Mesh | None) -> str:
@@ -83,12 +83,22 @@ def _platform(mesh: jax.sharding.Mesh | None) -> str:
   return mesh.devices.flat[0].platform
 
 
-def _kernel(platform: str, queries: jax.Array) -> Callable[..., jax.Array]:
-  """Returns the platform's way to compute `causal` on one device."""
-  if platform == "tpu":
+def _has_cudnn(mesh: jax.sharding.Mesh | None) -> bool:
+  # A program is the same on all its devices.
+  if mesh is None:
+    return devices.has_cudnn_attention(jax.local_devices()[0])
+  return devices.first_without(devices.has_cudnn_attention, mesh) is None
+
+
+def _kernel(
+    mesh: jax.sharding.Mesh | None, queries: jax.Array
+) -> Callable[..., jax.Array]:
+  """Returns the devices' way to compute `causal` on one of them."""
+  if _platform(mesh) == "tpu":
     return splash_kernel
-  fits = queries.shape[-1] <= _CUDNN_HEAD_DIM
-  if platform in ("gpu", "cuda") and queries.dtype == jnp.bfloat16 and fits:
+  width = queries.shape[-1]
+  fits = width <= _CUDNN_HEAD_DIM and width % _CUDNN_HEAD_UNIT == 0
+  if queries.dtype == jnp.bfloat16 and fits and _has_cudnn(mesh):
     return _cudnn
   return blocked
 
