@@ -2,6 +2,8 @@
 
 import setuptools
 
+_CUDA13 = ["jax[cuda13]>=0.10.2"]
+
 setuptools.setup(
     name="prefix_distill",
     version="0.1.0",
@@ -32,7 +34,9 @@ setuptools.setup(
         "transformers>=5.0",
     ],
     extras_require={
-        "cuda": ["jax[cuda13]>=0.10.2"],
+        "cuda": _CUDA13,
+        "cuda12": ["jax[cuda12]>=0.10.2"],  # Older GPUs and drivers.
+        "cuda13": _CUDA13,
         "tpu": ["jax[tpu]>=0.10.2"],
         "test": [
             "ipykernel>=6.29",

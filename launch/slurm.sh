@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs prefix_distill on a SLURM cluster: one process a node, with all its GPUs.
 #
-#   launch/slurm.sh setup [--python PYTHON]
+#   launch/slurm.sh setup [--python PYTHON] [--cuda 12]
 #   launch/slurm.sh run --name NAME --workdir DIR [FLAGS] \
 #     -- --config=configs/math.py:qwen3-1.7b [...]
 #   launch/slurm.sh logs | status | delete --name NAME --workdir DIR
@@ -18,6 +18,7 @@
 #                     is requeued; more than an update takes (600)
 #   --partition P     as for sbatch; others by its environment, SBATCH_ACCOUNT
 #   --python PYTHON   for setup: makes the environment .venv (python3)
+#   --cuda VERSION    for setup: 13, or 12 for older GPUs and drivers (13)
 #   --dry-run         print the commands and run nothing
 
 set -euo pipefail
@@ -26,9 +27,9 @@ here=$(dirname "${BASH_SOURCE[0]}")
 source "$here/common.sh"
 
 actions='create setup run logs status delete' switches=''
-flags='name workdir nodes gpus time notice partition python'
+flags='name workdir nodes gpus time notice partition python cuda'
 name='' workdir='' nodes=1 gpus=8 time=24:00:00 notice=600 partition=''
-python=python3
+python=python3 cuda=13
 parse "$@"
 need_numbers nodes gpus notice
 need_no_bucket
@@ -39,9 +40,10 @@ case $action in
     echo "SLURM hands out the nodes by itself: create is not needed."
     ;;
   setup)
-    need python
+    need python cuda
+    [[ $cuda == 1[23] ]] || fail "--cuda is '$cuda'; it is 12 or 13."
     run "$python" -m venv .venv
-    run .venv/bin/pip install -e '.[cuda]'
+    run .venv/bin/pip install -e ".[cuda$cuda]"
     ;;
   run)
     need name workdir nodes gpus time notice

@@ -23,7 +23,8 @@ class ModelSpec:
   Attributes:
     path: a local directory in Hugging Face format, a hub id, or
       `bundled:NAME` for one that ships with the package.
-    compute_dtype: "float32" or "bfloat16"; activations and caches.
+    compute_dtype: "float32" or "bfloat16"; activations and caches. Devices
+      without bfloat16 compute in float32.
     param_dtype: what the weights are kept in. The student's are the master
       weights that the optimizer updates.
     remat: what the backward pass computes again instead of keeping it: "none",

@@ -70,17 +70,6 @@ def test_the_kernel_for_tpus_computes_the_same(length, head_dim):
   np.testing.assert_allclose(found, attention.blocked(*inputs), atol=2e-3)
 
 
-def test_a_gpu_takes_cudnns_kernel_where_it_can():
-  half = _inputs(4, 64, dtype=jnp.bfloat16)[0]
-  wide = _inputs(4, 256, dtype=jnp.bfloat16)[0]
-  single = _inputs(4, 64)[0]
-  assert attention._kernel("gpu", half) is attention._cudnn
-  assert attention._kernel("gpu", wide) is attention.blocked
-  assert attention._kernel("gpu", single) is attention.blocked
-  assert attention._kernel("tpu", single) is attention.splash_kernel
-  assert attention._kernel("cpu", half) is attention.blocked
-
-
 @pytest.mark.aot
 @pytest.mark.parametrize(
     "platform, kernel", [("tpu", "tpu_custom_call"), ("gpu", "__cudnn$fmha")]

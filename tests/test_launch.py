@@ -13,6 +13,7 @@ import sys
 import time
 
 import pytest
+import toys
 import yaml
 
 _ROOT = pathlib.Path(__file__).parent.parent
@@ -219,7 +220,12 @@ _CASES = {
     "slurm.sh setup": (
         (),
         "python3 -m venv .venv",
-        ".venv/bin/pip install -e '.[cuda]'",
+        ".venv/bin/pip install -e '.[cuda13]'",
+    ),
+    "slurm.sh setup --cuda 12": (
+        (),
+        "python3 -m venv .venv",
+        ".venv/bin/pip install -e '.[cuda12]'",
     ),
     "slurm.sh run": (
         (*_SLURM, "--nodes=2", "--partition=gpu", *dashes()),
@@ -303,6 +309,7 @@ _BAD = {
     "slurm.sh run --workdir=/d -- --config=x": "--name is missing",
     "slurm.sh run --name=n --workdir=gs://b/d -- --config=x": "mount the",
     "slurm.sh run --name=n --workdir=/d --gpus=a -- --config=x": "--gpus is",
+    "slurm.sh setup --cuda=11": "--cuda is '11'; it is 12 or 13.",
     "tpu.sh create --zone=z --type=v5litepod-16": "--name is missing",
     "tpu.sh create --name=A --zone=z": "--name is 'A'; it is up to 40",
     "tpu.sh create --name=a --type=v6e-8": "--zone is missing; create needs",
@@ -599,10 +606,10 @@ def _locally(place, text: str) -> subprocess.Popen:
       'for x; do case $x in --process_id=*) id=${x#*=} ;; esac; done\n' + text,
   )
   return subprocess.Popen(
-      [
+      toys.interruptible(
           _LAUNCH / "local.sh", "run", f"--python={python}", "--processes=3",
           "--grace=1", *dashes(),
-      ],
+      ),
       cwd=place.root, env=place.environment, text=True,
       stdout=subprocess.PIPE, stderr=subprocess.PIPE,
   )  # fmt: skip

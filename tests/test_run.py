@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import toys
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _SMALL = (
@@ -37,11 +38,11 @@ def _start(workdir, cache, *flags):
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   }
   return subprocess.Popen(
-      [
+      toys.interruptible(
           sys.executable, "-m", "prefix_distill.main",
           "--config=configs/math.py:tiny-weak", f"--workdir={workdir}",
           *_SMALL, *flags,
-      ],
+      ),
       cwd=_ROOT, env=environment, text=True,
       stdout=subprocess.PIPE, stderr=subprocess.PIPE,
   )  # fmt: skip

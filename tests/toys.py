@@ -163,6 +163,19 @@ def start(program: str, *args: str, devices: int) -> subprocess.Popen:
   )
 
 
+def interruptible(*command: str | pathlib.Path) -> list[str | pathlib.Path]:
+  """Returns the command with SIGINT at its default.
+
+  Whoever runs the tests may ignore it, as `nohup` in a script does; processes
+  inherit that, and neither Python nor bash then hears of a SIGINT.
+  """
+  program = (
+      "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL);"
+      " os.execvp(sys.argv[1], sys.argv[1:])"
+  )
+  return [sys.executable, "-ISc", program, *command]
+
+
 def free_port() -> int:
   with socket.socket() as probe:
     probe.bind(("localhost", 0))

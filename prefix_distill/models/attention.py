@@ -18,6 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 import jax.numpy as jnp
 
+from prefix_distill import devices
 from prefix_distill import sharding
 from prefix_distill.models import decode_attention
 from prefix_distill.models import kv_cache
@@ -28,8 +29,9 @@ _QUERY_BLOCK = 512
 # A TPU's vector lanes: the kernel's blocks and head widths are multiples.
 _LANES = 128
 _SPLASH_BLOCK = 512
-# The widest head of cuDNN's kernel on every GPU that has it.
-_CUDNN_HEAD_DIM = 128
+# The widest head of cuDNN's kernel on every GPU that has it, and what divides
+# the width.
+_CUDNN_HEAD_DIM, _CUDNN_HEAD_UNIT = 128, 8
 _CUDNN_BLOCK = 64
 # What a query must not look at gets this score: no infinity, so that one that
 # may look nowhere has no NaN.
@@ -61,7 +63,7 @@ def causal(
   Returns:
     [B, T, N, H].
   """
-  kernel = _kernel(platform(mesh), queries)
+  kernel = _kernel(mesh, queries)
   if mesh is None or mesh.size == 1:
     return kernel(queries, keys, values)
   split = mesh.shape["tensor"]
@@ -83,10 +85,8 @@ def aligned(length: int, mesh: jax.sharding.Mesh | None) -> int:
   A sequence of another one would be padded and cut in every layer, and on a TPU
   each [B, T, D] moved to be a matrix. CuDNN's kernel takes no odd lengths.
   """
-  unit = {"tpu": _LANES, "gpu": _CUDNN_BLOCK, "cuda": _CUDNN_BLOCK}.get(
-      platform(mesh), 1
-  )
-  return _round_up(length, unit)
+  unit = _LANES if platform(mesh) == "tpu" else 1
+  return _round_up(length, _CUDNN_BLOCK if _has_cudnn(mesh) else unit)
 
 
 def platform(mesh: jax.sharding.Mesh | None) -> str:
@@ -96,14 +96,27 @@ def platform(mesh: jax.sharding.Mesh | None) -> str:
   return mesh.devices.flat[0].platform
 
 
-def _kernel(platform: str, queries: jax.Array) -> Callable[..., jax.Array]:
-  """Returns the platform's way to compute `causal` on one device."""
-  if platform == "tpu":
+def _has_cudnn(mesh: jax.sharding.Mesh | None) -> bool:
+  # A program is the same on all its devices.
+  if mesh is None:
+    return devices.has_cudnn_attention(jax.local_devices()[0])
+  return devices.first_without(devices.has_cudnn_attention, mesh) is None
+
+
+def _kernel(
+    mesh: jax.sharding.Mesh | None, queries: jax.Array
+) -> Callable[..., jax.Array]:
+  """Returns the devices' way to compute `causal` on one of them."""
+  if platform(mesh) == "tpu":
     return splash_kernel
-  fits = queries.shape[-1] <= _CUDNN_HEAD_DIM
-  if platform in ("gpu", "cuda") and queries.dtype == jnp.bfloat16 and fits:
-    return _cudnn
-  return blocked
+  fits = _fits_cudnn(queries.dtype, queries.shape[-1])
+  return cudnn if fits and _has_cudnn(mesh) else blocked
+
+
+def _fits_cudnn(dtype: jnp.dtype, head_dim: int) -> bool:
+  """Whether its kernel takes heads of this width, if the device has it."""
+  fits = head_dim <= _CUDNN_HEAD_DIM and head_dim % _CUDNN_HEAD_UNIT == 0
+  return dtype == jnp.bfloat16 and fits
 
 
 def splash_kernel(
@@ -151,7 +164,7 @@ def _round_up(size: int, unit: int = _LANES) -> int:
   return math.ceil(size / unit) * unit
 
 
-def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   """CuDNN's fused attention."""
   length = q.shape[1]
   # What is added on the right, no position looks at.
@@ -249,12 +262,11 @@ def cache_kernel(
     return CPU
   if kind == "tpu" and dtype == jnp.bfloat16 and head_dim == _LANES:
     return _PAGED
-  fits = head_dim <= _CUDNN_HEAD_DIM
-  if kind in ("gpu", "cuda") and dtype == jnp.bfloat16 and fits:
+  if not _has_cudnn(mesh):
+    return _PLAIN
+  if _fits_cudnn(dtype, head_dim):
     return _CUDNN
-  if kind in ("gpu", "cuda") and dtype == jnp.int8:
-    return _FLASH
-  return _PLAIN
+  return _FLASH if dtype == jnp.int8 else _PLAIN
 
 
 def over_cache(

@@ -166,7 +166,7 @@ def architecture(path: str) -> tuple[ModelConfig, bool]:
 
 def _model(spec: ModelSpec, mesh: jax.sharding.Mesh) -> Model:
   config, _ = architecture(spec.path)
-  return Model(config, spec.compute_dtype, spec.remat, mesh)
+  return setup_lib.make_model(config, spec, mesh)
 
 
 def build(config: Config, devices: list) -> Plan:

@@ -157,7 +157,9 @@ def devices(machine: Machine) -> list:
   from jax.experimental import topologies  # noqa: PLC0415
 
   chip = machine.chip
-  kind, extra = ("cuda", "cuda13") if chip.platform == "gpu" else ("tpu",) * 2
+  kind, install = "tpu", "'jax[tpu]'"
+  if chip.platform == "gpu":
+    kind, install = "cuda", "'jax[cuda13]' (or [cuda12])"
   try:
     if chip.platform == "tpu":
       shape = "x".join(map(str, machine.shape))
@@ -184,7 +186,7 @@ def devices(machine: Machine) -> list:
     if any(words in reason.lower() for words in _MISSING):
       raise MachineError(
           f"--topology={machine.name} needs the compiler for {kind}, which"
-          f" is not installed here; run: pip install 'jax[{extra}]'."
+          f" is not installed here; run: pip install {install}."
           f" ({reason})"
       ) from error
     raise MachineError(

@@ -8,10 +8,12 @@ given to new prompts until none is left (`slots`).
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
+from prefix_distill import sharding
 from prefix_distill.models import attention
 from prefix_distill.models import kv_cache
 from prefix_distill.models.transformer import Model
@@ -34,6 +36,30 @@ def segment(model: Model) -> int:
   """Returns how many tokens are drawn between two looks at the rows."""
   platform = attention.platform(model.mesh)
   return _CPU_SEGMENT if platform == "cpu" else _SEGMENT
+
+
+@functools.cache
+def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, int]:
+  """Returns the compiler's options for `decode` that it knows on a mesh.
+
+  A GPU's products with few rows are split along what they sum over by default,
+  and each then takes a second kernel to add up the parts. Whole, the residual
+  is added in the product's own kernel.
+
+  CUDA graphs need no option: XLA makes one of a loop's body by itself if no
+  step of it looks at what the device has computed.
+  """
+  if attention.platform(mesh) not in ("gpu", "cuda"):
+    return {}
+  options = {"xla_gpu_experimental_force_split_k": 1}
+  known = jax.jit(lambda x: x, compiler_options=options)
+  number = jax.ShapeDtypeStruct((), jnp.float32)
+  try:
+    known.trace(sharding.placed(number, sharding.replicated(mesh))).lower(
+    ).compile()
+  except jax.errors.JaxRuntimeError:
+    return {}  # An experimental option of one version may be gone in the next.
+  return options
 
 
 def repeat_prompts(times: int, batch: PromptBatch) -> PromptBatch:

@@ -242,6 +242,7 @@ def _programs(
           static_argnums=0,
           out_shardings=(place, rows),
           donate_argnums=2,
+          compiler_options=sampler.compiler_options(mesh),
       ),
       insert=jax.jit(
           decode_state.insert, out_shardings=place, donate_argnums=0

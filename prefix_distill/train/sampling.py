@@ -63,7 +63,11 @@ class Sampling:
     self._prefill = Program(sampler.prefill, 3, out_shardings=(place, rows))
     # A cache is written on.
     self._decode = Program(
-        sampler.decode, 3, out_shardings=(place, rows), donate_argnums=4
+        sampler.decode,
+        3,
+        out_shardings=(place, rows),
+        donate_argnums=4,
+        compiler_options=sampler.compiler_options(self.mesh),
     )
     self._resize = decode_state.Resizer(place)
     self._start = Program(decode_state.start, 2, out_shardings=rows)

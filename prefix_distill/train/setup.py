@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from prefix_distill import config_dict
+from prefix_distill import devices
 from prefix_distill import processes
 from prefix_distill import sharding
 from prefix_distill.config import Config
@@ -23,6 +24,7 @@ from prefix_distill.errors import ConfigError
 from prefix_distill.errors import UserError
 from prefix_distill.evaluate import evaluator
 from prefix_distill.models import hf
+from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.specs import ModelSpec
@@ -117,7 +119,40 @@ def read_model(spec: ModelSpec, mesh: jax.sharding.Mesh) -> Model:
   architecture = hf.read_config(spec.path)
   if not spec.random_init:
     hf.check_weights(spec.path, architecture)
-  return Model(architecture, spec.compute_dtype, spec.remat, mesh)
+  return make_model(architecture, spec, mesh)
+
+
+def make_model(
+    architecture: ModelConfig, spec: ModelSpec, mesh: jax.sharding.Mesh
+) -> Model:
+  """Makes a model that computes in what the settings and all devices allow."""
+  dtype = spec.compute_dtype
+  lacking = devices.first_without(devices.has_bfloat16, mesh)
+  if dtype == "bfloat16" and lacking is not None:
+    dtype = "float32"
+  return Model(architecture, dtype, spec.remat, mesh)
+
+
+def _dtype_note(
+    config: Config, mesh: jax.sharding.Mesh, student: Model,
+    teacher: Model | None,
+) -> str:  # fmt: skip
+  """Returns a sentence if a model does not compute in what was asked for."""
+  pairs = {
+      "student": (config.student, student), "teacher": (config.teacher, teacher)
+  }  # fmt: skip
+  names = [
+      f"{role}.compute_dtype"
+      for role, (spec, model) in pairs.items()
+      if model is not None and model.compute_dtype != spec.compute_dtype
+  ]
+  if not names:
+    return ""
+  device = devices.first_without(devices.has_bfloat16, mesh)
+  return (
+      f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} 'bfloat16',"
+      f" which {devices.describe(device)} lacks; float32 is used instead."
+  )
 
 
 def _check_lengths(
@@ -285,6 +320,9 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
   claim_workdir(config, workdir)
   _check_shared(workdir)
   processes.wait("workdir")
+  note = _dtype_note(config, mesh, student, teacher)
+  if note and jax.process_index() == 0:
+    print(note, flush=True)
   return Setup(
       config, mesh, student, teacher, chat, stop_ids, teacher_stop_ids, data,
       problems,
