@@ -47,6 +47,7 @@ from prefix_distill.rollout import sampler
 from prefix_distill.rollout import slots
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
+from prefix_distill.train import capacity
 from prefix_distill.train import setup as setup_lib
 from prefix_distill.train.sampling import Sampling
 
@@ -162,10 +163,15 @@ def teacher_prefix(
   draw = decode_state.Draw.of(spec.max_len, spec.temperature)
 
   def engine(which: Any, model: Any) -> slots.Engine:
-    return slots.Engine(
-        setup.for_sampling(model), sampler_config, _load(which, setup, model),
-        spec.batch_size, setup.sampling_mesh,
+    params, model = _load(which, setup, model), setup.for_sampling(model)
+    # Both models lie in the memory, and the prompts get a prefix.
+    rows = capacity.answers(
+        setup, model, sampler_config, [params, params],
+        evaluator.longest_prompt(setup.problems) + max(lengths),
     )  # fmt: skip
+    return slots.Engine(
+        model, sampler_config, params, rows, setup.sampling_mesh
+    )
 
   teacher = engine(config.teacher, setup.teacher)
   student = engine(config.student, setup.student)

@@ -26,6 +26,8 @@ def _keep_compiled_programs() -> None:
 def _train() -> str:
   """Trains; returns why it stopped before the end, if it did."""
   _keep_compiled_programs()
+  # Of a GPU's memory, what `plan` counts on; JAX takes three quarters itself.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
   config = command_line.config()
   with distributed.joined(command_line.processes()):
     # Takes seconds, which what is wrong so far need not wait for.

@@ -14,6 +14,7 @@ FORMS = ("exact", "policy_gradient", "direct")
 SOURCES = ("student", "teacher", "data")
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 DTYPES = ("float32", "bfloat16")
+CACHE_DTYPES = ("", *DTYPES, "int8")
 REMATS = ("none", "full", "dots", "offload")
 
 
@@ -120,13 +121,15 @@ class RolloutSpec:
       beginnings of the records' completions.
     source_share: the share of updates that are made on those (1 - lambda of
       GKD, arXiv 2306.13649); 1 makes a run off-policy.
-    cache_dtype: what the keys and values of sampling are kept in, "float32"
-      or "bfloat16"; empty for the student's compute dtype.
+    cache_dtype: what the keys and values of sampling are kept in, "float32",
+      "bfloat16" or "int8" (with a scale for each head and position); empty for
+      the student's compute dtype.
     top_k: draw only from so many of the most probable tokens; 0 for all.
     top_p: draw only from the most probable tokens that together reach this
       probability; 1 for all. The loss compares the whole distributions.
     batch_tokens: tokens of prompts and prefixes that are sampled at a time,
-      over all devices: what bounds the memory of keys and values. 0: all.
+      over all devices: what bounds the memory of keys and values. 0: as many
+      as an accelerator's memory holds, and all on a CPU.
   """
 
   per_prompt: int
@@ -140,7 +143,7 @@ class RolloutSpec:
   batch_tokens: int = 0
 
   def __post_init__(self):
-    one_of("rollout.cache_dtype", self.cache_dtype, ("", *DTYPES))
+    one_of("rollout.cache_dtype", self.cache_dtype, CACHE_DTYPES)
     one_of("rollout.source", self.source, SOURCES)
     errors.check(
         0 <= self.source_share <= 1,

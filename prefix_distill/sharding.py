@@ -292,3 +292,25 @@ def global_batch(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.make_array_from_callback(x.shape, rows, lambda i: x[i])
 
   return jax.tree.map(spread, tree)
+
+
+def bytes_per_device(tree: Any) -> int:
+  """Returns the bytes that arrays or shapes take on each device.
+
+  Args:
+    tree: arrays or `jax.ShapeDtypeStruct`; without a sharding, they are whole.
+  """
+
+  def size(x) -> int:
+    place = getattr(x, "sharding", None)
+    shape = place.shard_shape(x.shape) if place else x.shape
+    return math.prod(shape) * x.dtype.itemsize
+
+  return sum(map(size, jax.tree.leaves(tree)))
+
+
+def memory(mesh: jax.sharding.Mesh) -> float | None:
+  """Returns the bytes of a device that programs may use; None for no limit."""
+  device = mesh.local_devices[0]
+  stats = None if device.platform == "cpu" else device.memory_stats()
+  return float(stats["bytes_limit"]) if stats else None

@@ -292,16 +292,20 @@ class EvaluationSpec:
     sets: name -> records, with `answer`.
     every: updates between evaluations of the student; 0 for none but the
       first and the last.
+    between: names of the sets that are evaluated before the last update;
+      empty for all.
     max_len: the longest completion.
     temperature: of the sampled answers.
     top_k, top_p: of the sampled answers, as in `RolloutSpec`.
     greedy: whether to evaluate greedy answers as well.
-    batch_size: completions decoded at a time.
+    batch_size: completions decoded at a time; 0 for as many as an
+      accelerator's memory holds, and 64 on a CPU.
     teacher: whether to evaluate the teacher, after the last update.
   """
 
   sets: Mapping[str, DatasetSpec]
   every: int = 0
+  between: tuple[str, ...] = ()
   max_len: int = 256
   temperature: float = 1.0
   top_k: int = 0
@@ -311,12 +315,15 @@ class EvaluationSpec:
   teacher: bool = True
 
   def __post_init__(self):
-    errors.at_least(
-        "evaluation",
-        {"max_len": self.max_len, "batch_size": self.batch_size},
-        1,
-    )
-    errors.at_least("evaluation", {"every": self.every}, 0)
+    errors.at_least("evaluation", {"max_len": self.max_len}, 1)
+    counts = {"every": self.every, "batch_size": self.batch_size}
+    errors.at_least("evaluation", counts, 0)
+    for name in self.between:
+      errors.check(
+          name in self.sets,
+          f"evaluation.between names {name!r}, which is not one of"
+          f" evaluation.sets ({', '.join(self.sets) or 'none'}).",
+      )
     errors.check(
         self.temperature > 0,
         f"evaluation.temperature is {self.temperature}; greedy answers have a"

@@ -256,7 +256,7 @@ def test_bytes_of_arrays_as_they_are_split():
           np.zeros(7, np.float32), sharding.replicated(mesh)
       ),
   }
-  assert count.bytes_per_device(tree) == 3 * 5 * 2 + 3 + 7 * 4
+  assert sharding.bytes_per_device(tree) == 3 * 5 * 2 + 3 + 7 * 4
 
 
 # The phases of an update, with the ledger's numbers for them.

@@ -53,6 +53,16 @@ def _math(
   )
 
 
+# Problems of a set, by its source, for those who cannot look.
+PROBLEMS: Mapping[str, int] = {
+    "HuggingFaceH4/MATH-500": 500,
+    "HuggingFaceH4/aime_2024": 30,
+    "math-ai/aime25": 30,
+    "Idavidrein/gpqa": 198,
+    "MathArena/hmmt_feb_2025": 30,
+    "math-ai/amc23": 40,
+}
+
 SETS: Mapping[str, DatasetSpec] = {
     "math500": _math("HuggingFaceH4/MATH-500", "test", 4),
     "aime24": _math("HuggingFaceH4/aime_2024", "train", 16),

@@ -10,6 +10,7 @@ import zlib
 import jax
 import numpy as np
 
+from prefix_distill import sharding
 from prefix_distill.data import choices
 from prefix_distill.data import prompts
 from prefix_distill.data import records
@@ -207,6 +208,23 @@ def summarize(
   }
 
 
+def sampler_config(
+    chat: Chat, spec: EvaluationSpec, stop_ids: tuple[int, ...]
+) -> decode_state.SamplerConfig:
+  """Returns how answers are sampled."""
+  return decode_state.SamplerConfig(
+      stop_ids=stop_ids,
+      pad_id=chat.pad_id,
+      num_tokens=chat.num_tokens,
+      truncation=Truncation(spec.top_k, spec.top_p),
+  )
+
+
+def longest_prompt(sets: Mapping[str, Problems]) -> int:
+  """Returns S of the set whose prompts are longest; 0 without sets."""
+  return max((one.batch.tokens.shape[1] for one in sets.values()), default=0)
+
+
 def evaluate(
     model: Model,
     params: Params,
@@ -215,6 +233,7 @@ def evaluate(
     sets: Mapping[str, Problems],
     mesh: jax.sharding.Mesh,
     stop_ids: tuple[int, ...],
+    rows: int,
     seed: int,
     write: Callable[[dict[str, Any]], None],
 ) -> None:
@@ -224,22 +243,22 @@ def evaluate(
     model: the architecture.
     params: the weights.
     chat: the tokenizer.
-    spec: lengths, temperature, batch size.
+    spec: lengths and temperature.
     sets: the problems, by name.
     mesh: the device mesh of sampling.
     stop_ids: tokens that end an answer.
+    rows: answers decoded at a time, at most.
     seed: see `complete`.
     write: takes each set's metrics, with `set`, `mode`, `grading` and the
       number of problems that were `dropped`.
   """
   modes = ("sampled", "greedy") if spec.greedy else ("sampled",)
-  config = decode_state.SamplerConfig(
-      stop_ids=stop_ids,
-      pad_id=chat.pad_id,
-      num_tokens=chat.num_tokens,
-      truncation=Truncation(spec.top_k, spec.top_p),
-  )
-  engine = slots.Engine(model, config, params, spec.batch_size, mesh)
+  config = sampler_config(chat, spec, stop_ids)
+  # No more rows than answers.
+  shards = sharding.batch_shards(mesh)
+  most = max(len(one.answers) * one.samples for one in sets.values())
+  rows = min(rows, -(-most // shards) * shards)
+  engine = slots.Engine(model, config, params, rows, mesh)
   for name, problems in sets.items():
     for mode in modes:
       greedy = mode == "greedy"

@@ -227,7 +227,8 @@ def write(
   Args:
     layout: of the cache.
     layer: of one device's rows and heads.
-    keys, values: of the new token.
+    keys: of the new token.
+    values: the same.
     lengths: int32 [B]; a row that is full is left as it is.
   """
   rows = jnp.arange(len(lengths))

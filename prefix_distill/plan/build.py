@@ -1,5 +1,6 @@
 """A run's programs for a machine that is not there: shapes, no arrays."""
 
+from collections.abc import Iterator
 import dataclasses
 from typing import Any
 
@@ -18,8 +19,10 @@ from prefix_distill.rollout import sampler
 from prefix_distill.rollout import slots
 from prefix_distill.rollout.token_choice import Truncation
 from prefix_distill.specs import ModelSpec
+from prefix_distill.train import capacity
 from prefix_distill.train import setup as setup_lib
 from prefix_distill.train.compile import Program
+from prefix_distill.train.compile import Segments
 from prefix_distill.train.compile import Stage
 from prefix_distill.train.programs import Programs
 
@@ -58,17 +61,19 @@ class Plan:
   programs: Programs
   teacher_params: Params
 
-  def stages(self, bucket: int) -> list[Stage]:
-    """Returns the programs of an update whose cap ends in a bucket."""
-    return list(self.programs.stages(bucket, self.teacher_params))
+  def stages(self, cap: int) -> list[Stage]:
+    """Returns the programs of an update."""
+    return list(self.programs.stages(cap, self.teacher_params))
 
   def evaluation(self) -> list[Stage]:
-    """Returns the decoding of evaluation, when rows are as long as may be."""
+    """Returns the decoding of evaluation, for each size of the cache."""
     setup, spec = self.setup, self.setup.config.evaluation
-    stages = [_evaluate(setup, setup.student, EVALUATION["student"])]
+    if not spec.sets:
+      return []
+    stages = list(_evaluate(self, setup.student, EVALUATION["student"]))
     if spec.teacher:
-      stages.append(_evaluate(setup, setup.teacher, EVALUATION["teacher"]))
-    return stages if spec.sets else []
+      stages += _evaluate(self, setup.teacher, EVALUATION["teacher"])
+    return stages
 
   def mesh(self, name: str) -> jax.sharding.Mesh:
     """Returns the mesh that a program runs on."""
@@ -111,39 +116,52 @@ class Plan:
     return lying
 
 
-def _evaluate(setup: setup_lib.Setup, model: Model, name: str) -> Stage:
-  """Returns the program that decodes a segment of evaluation's answers."""
-  mesh, spec = setup.sampling_mesh, setup.config.evaluation
-  model = setup.for_sampling(model)
-  place = decode_state.state_shardings(model.config.num_kv_heads, mesh)
+def _evaluate(plan: Plan, model: Model, name: str) -> Iterator[Stage]:
+  """Yields the program that decodes a segment of evaluation's answers.
+
+  One for each size of the cache; the last is for rows as long as may be.
+  """
+  setup, spec = plan.setup, plan.setup.config.evaluation
+  mesh, model = setup.sampling_mesh, setup.for_sampling(model)
+  config = decode_state.SamplerConfig(
+      setup.stop_ids, setup.chat.pad_id, setup.chat.num_tokens,
+      truncation=Truncation(spec.top_k, spec.top_p),
+  )  # fmt: skip
+  place = decode_state.state_shardings(model, config)
   prompt = max(
       one.max_prompt_len or setup.config.data.max_prompt_len
       for one in spec.sets.values()
   )
-  state = jax.eval_shape(
-      lambda: decode_state.empty(
-          model.config, model.dtype,
-          (spec.batch_size, slots.most_columns(prompt, spec.max_len)), prompt,
-          jax.random.key(0),
-      )
-  )  # fmt: skip
-  layout = jax.eval_shape(model.decode_layout, model.abstract_params())
-  chat = setup.chat
-  args = (
-      model,
-      decode_state.SamplerConfig(
-          setup.stop_ids, chat.pad_id, chat.num_tokens,
-          truncation=Truncation(spec.top_k, spec.top_p),
-      ),
-      sharding.placed(layout, sharding.decode_params(layout, mesh)),
-      sharding.placed(state, place),
-      decode_state.Draw.of(spec.max_len),
-      decode_state.count(slots.SEGMENT),
-  )  # fmt: skip
-  program = Program(
-      sampler.decode, 2, out_shardings=place, donate_argnums=3
+  rows = capacity.answers(
+      setup, model, config, plan.programs.resting(), prompt
   )
-  return Stage(name, program, args, trips=slots.SEGMENT)
+  layout = jax.eval_shape(model.decode_layout, model.abstract_params())
+  layout = sharding.placed(layout, sharding.decode_params(layout, mesh))
+  steps, drawn = sampler.segment(model), 1
+  program = Program(
+      sampler.decode,
+      3,
+      out_shardings=(place, sharding.batch_sharding(mesh)),
+      donate_argnums=4,
+      compiler_options=sampler.compiler_options(mesh),
+  )
+  kernel = model.cache_kernel(decode_state.cache_dtype(model, config))
+  for room in slots.rooms(model, config, prompt, spec.max_len):
+    columns = decode_state.columns(model, config, prompt + room)
+    state = jax.eval_shape(
+        lambda columns=columns: decode_state.empty(
+            model, config, rows, columns, jax.random.key(0)
+        )
+    )
+    segments = Segments(
+        steps, -(-(room + 1 - drawn) // steps), drawn,
+        setup.config.data.max_prompt_len, columns, kernel.reads_lengths,
+    ).until(spec.max_len)  # fmt: skip
+    draw = decode_state.Draw.of(spec.max_len)
+    args = (model, config, steps, layout, sharding.placed(state, place), draw)
+    if segments.count:
+      yield Stage(name, program, args, rows=rows, segments=segments)
+      drawn += segments.count * steps
 
 
 def architecture(path: str) -> tuple[ModelConfig, bool]:
@@ -169,8 +187,15 @@ def _model(spec: ModelSpec, mesh: jax.sharding.Mesh) -> Model:
   return setup_lib.make_model(config, spec, mesh)
 
 
-def build(config: Config, devices: list) -> Plan:
+def build(
+    config: Config, devices: list, memory: float | None = None
+) -> Plan:
   """Puts a run together.
+
+  Args:
+    config: of the run.
+    devices: of the machine.
+    memory: bytes of a device that programs may use; None for no limit.
 
   Raises:
     ConfigError: the mesh does not fill the devices, a batch does not split
@@ -188,8 +213,9 @@ def build(config: Config, devices: list) -> Plan:
   )
   rows = min(student.config.vocab_size, teacher.config.vocab_size)
   setup = setup_lib.Setup(
-      config, mesh, student, teacher, _Tokens(rows), (0,), (0,), None, {}
-  )
+      config, mesh, student, teacher, _Tokens(rows), (0,), (0,), None, {},
+      memory,
+  )  # fmt: skip
   shapes = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, config.teacher.param_dtype),
       teacher.abstract_params(),

@@ -18,7 +18,6 @@ import math
 import operator
 from typing import Any
 
-import jax
 from jax.extend import core
 import jax.numpy as jnp
 
@@ -110,24 +109,6 @@ def flops(
   """
   jaxpr = _open(jaxpr)
   return _Counter(trips, elementwise).count(jaxpr, [None] * len(jaxpr.invars))
-
-
-def bytes_per_device(tree: Any) -> int:
-  """Returns the bytes that arrays or shapes take on each device.
-
-  A bound from below on a program's traffic with HBM: a step of decoding reads
-  the weights and the cache once.
-
-  Args:
-    tree: arrays or `jax.ShapeDtypeStruct`; without a sharding, they are whole.
-  """
-
-  def size(x) -> int:
-    sharding = getattr(x, "sharding", None)
-    shape = sharding.shard_shape(x.shape) if sharding else x.shape
-    return math.prod(shape) * x.dtype.itemsize
-
-  return sum(map(size, jax.tree.leaves(tree)))
 
 
 @dataclasses.dataclass(frozen=True)

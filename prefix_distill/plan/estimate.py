@@ -1,20 +1,24 @@
 """What an update moves at least, how long it takes at least, which mesh."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator
+from collections.abc import Sequence
 import dataclasses
 import math
 
+from prefix_distill import sharding
 from prefix_distill.config import Config
+from prefix_distill.data import records
 from prefix_distill.distill import prefix_length
 from prefix_distill.errors import UserError
+from prefix_distill.evaluate import benchmarks
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.config import num_params
 from prefix_distill.plan import build
-from prefix_distill.plan import count
 from prefix_distill.plan.collectives import Planned
 from prefix_distill.plan.collectives import UNKNOWN
 from prefix_distill.plan.machines import Machine
 from prefix_distill.plan.measure import Measured
+from prefix_distill.specs import EvaluationSpec
 from prefix_distill.specs import MeshSpec
 
 _GIB = 2**30
@@ -134,20 +138,35 @@ def seconds(
   return one.times * parts[why], why
 
 
-def run_seconds(
-    config: Config, per_update: Mapping[int, float]
-) -> float:
-  """Adds an update's seconds up over the caps of the whole run.
+def evaluations(
+    config: Config,
+) -> Iterator[tuple[str, Sequence[str], int]]:
+  """Yields a run's evaluations: whose program, names of sets, how often."""
+  spec = config.evaluation
+  if not spec.sets:
+    return
+  every = tuple(spec.sets)
+  # Before the first update, and on the way.
+  before = 1 + (max(config.steps - 1, 0) // spec.every if spec.every else 0)
+  yield build.EVALUATION["student"], spec.between or every, before
+  yield build.EVALUATION["student"], every, 1
+  if spec.teacher:
+    yield build.EVALUATION["teacher"], every, 1
 
-  Args:
-    config: of the run.
-    per_update: bucket -> seconds.
+
+def answers(spec: EvaluationSpec, names: Sequence[str]) -> int:
+  """Returns how many answers an evaluation of some sets writes.
+
+  Raises:
+    UserError: a set cannot be read, and its size is not known.
   """
-  buckets = sorted(per_update)
-  total = 0.0
-  for step in range(config.steps):
-    cap = prefix_length.cap(config, step)
-    total += per_update[min(b for b in buckets if b >= cap)]
+  total = 0
+  for name in names:
+    one = spec.sets[name]
+    number = one.size or benchmarks.PROBLEMS.get(one.source)
+    if number is None:
+      number = len(records.read(one))
+    total += number * (one.samples + int(spec.greedy))
   return total
 
 
@@ -249,4 +268,5 @@ def held(plan: build.Plan) -> dict[str, float]:
       "moments": state.opt_state,
       "teacher": plan.teacher_params,
   }
-  return {name: count.bytes_per_device(tree) for name, tree in parts.items()}
+  size = sharding.bytes_per_device
+  return {name: float(size(tree)) for name, tree in parts.items()}

@@ -33,7 +33,7 @@ class Job:
 
   @property
   def rows(self) -> int:
-    return measure.rows_of(self.stage)
+    return self.stage.rows
 
 
 def jobs(plan: build.Plan, buckets: Sequence[int]) -> Iterator[Job]:
@@ -43,7 +43,8 @@ def jobs(plan: build.Plan, buckets: Sequence[int]) -> Iterator[Job]:
   does not depend on the bucket is looked at once.
   """
   longest = plan.setup.config.evaluation.max_len
-  found = [Job(plan, stage, longest) for stage in plan.evaluation()]
+  last = {stage.name: stage for stage in plan.evaluation()}
+  found = [Job(plan, stage, longest) for stage in last.values()]
   for i, bucket in enumerate(buckets):
     by_name = {stage.name: stage for stage in plan.stages(bucket)}
     for name, stage in by_name.items():
@@ -70,7 +71,7 @@ class Look:
 
   def at(self, config: Config, buckets: Sequence[int]) -> list[Measured]:
     """Compiles all programs of a config."""
-    plan = build.build(config, self.devices)
+    plan = build.build(config, self.devices, self.machine.chip.memory)
     todo = list(jobs(plan, buckets))
     return [
         self.measure(job, f"[{i}/{len(todo)}] ")
@@ -79,7 +80,7 @@ class Look:
 
   def job(self, config: Config, name: str, bucket: int) -> Job:
     """Returns one program of a config."""
-    plan = build.build(config, self.devices)
+    plan = build.build(config, self.devices, self.machine.chip.memory)
     found = jobs(plan, (bucket,))
     return next(job for job in found if job.stage.name == name)
 

@@ -16,10 +16,12 @@ from typing import Any
 
 import jax
 
+from prefix_distill import sharding
 from prefix_distill.plan import build
 from prefix_distill.plan import collectives
 from prefix_distill.plan import count
 from prefix_distill.plan.machines import Machine
+from prefix_distill.rollout.decode_state import DecodeState
 from prefix_distill.train.compile import Stage
 
 _GIB = 2**30
@@ -85,32 +87,33 @@ def directory() -> pathlib.Path:
   return pathlib.Path(home).expanduser() / "prefix_distill" / "plan"
 
 
-def rows_of(stage: Stage) -> int:
-  """Returns the rows that a stage works on; 0 if it has none."""
-  decoding = ("decode", *build.EVALUATION.values())
-  sizes = {
-      "prefill": lambda args: args[4].tokens.shape[0],
-      **dict.fromkeys(decoding, lambda args: args[3].tokens.shape[0]),
-      "score": lambda args: args[4].tokens.shape[0],
-      "gradient": lambda args: args[2][1].tokens.shape[0],
-  }
-  return sizes[stage.name](stage.args) if stage.name in sizes else 0
-
-
 def reckon(stage: Stage, bucket: int) -> Measured:
   """Says what follows from a program's trace alone."""
   traced = stage.program.trace(*stage.args)
-  flops = count.flops(traced.jaxpr, stage.trips)
-  arrays = [a for a in stage.args if _has_shapes(a)]
-  moved = count.bytes_per_device(arrays)
-  if stage.name in ("decode", *build.EVALUATION.values()):
-    moved *= stage.trips
-  else:
-    moved += count.bytes_per_device(stage.program.shapes(*stage.args))
+  flops = count.flops(traced.jaxpr, stage.trips).flops
   return Measured(
-      stage.name, bucket, stage.times, rows_of(stage), flops.flops,
-      float(moved),
-  )  # fmt: skip
+      stage.name, bucket, stage.times, stage.rows, flops, moved(stage)
+  )
+
+
+def moved(stage: Stage) -> float:
+  """Returns the bytes that a device at least reads and writes in one run.
+
+  A step of decoding reads the weights, and of the cache what its kernel does;
+  any other program its arguments, and it writes its results.
+  """
+  arrays = [a for a in stage.args if _has_shapes(a)]
+  size = sharding.bytes_per_device
+  if stage.segments is None:
+    return float(size(arrays) + size(stage.program.shapes(*stage.args)))
+  cache = sum(
+      size(a.cache.layers) for a in arrays if isinstance(a, DecodeState)
+  )
+  rest = size(arrays) - cache
+  for tree in arrays:  # Of a table of its own a few lines are looked up.
+    if isinstance(tree, dict) and "head" in tree:
+      rest -= size(tree["embed"])
+  return stage.segments.length * (rest + stage.segments.share * cache)
 
 
 def _has_shapes(argument: Any) -> bool:

@@ -20,6 +20,7 @@ from prefix_distill.plan.estimate import Assumptions
 from prefix_distill.plan.machines import Machine
 from prefix_distill.plan.measure import Measured
 from prefix_distill.specs import MeshSpec
+from prefix_distill.train.compile import Stage
 
 # Searches, each for what the last one's settings still do not fit.
 _ROUNDS = 3
@@ -116,32 +117,81 @@ def _lengths(question: Question) -> tuple[int, ...]:
   }))  # fmt: skip
 
 
-def _updates(
-    plan: build.Plan,
-    buckets: Sequence[int],
-    compiled: Sequence[Measured],
-    question: Question,
-) -> list[show.Update]:
-  """Reckons updates; what was not compiled sends what its like do."""
-  machine, updates = question.machine, []
-  for bucket in buckets:
-    seconds, limits, flops = {}, {}, 0.0
-    for stage in plan.stages(bucket):
-      if stage.name not in jobs.ORDER:
-        continue
+class _Reckoner:
+  """Reckons what updates and evaluations take; traces each program once."""
+
+  def __init__(
+      self, plan: build.Plan, compiled: Sequence[Measured], question: Question
+  ):
+    """Starts with nothing traced.
+
+    Args:
+      plan: the run on the machine.
+      compiled: what was compiled; what was not sends what its like do.
+      question: with the machine and the assumptions.
+    """
+    self._plan, self._compiled, self._question = plan, compiled, question
+    self._known: dict[tuple, Measured] = {}
+    self._stages: dict[int, list[Stage]] = {}
+
+  def _run(self, stage: Stage, bucket: int) -> tuple[float, str, float]:
+    """Returns seconds of all runs in an update, what limits them, FLOPs."""
+    # Of one size of the cache, a segment differs in what it reads alone.
+    size = stage.segments.columns if stage.segments else bucket
+    key = (stage.name, size, stage.rows)
+    if key not in self._known:
       one = measure.reckon(stage, bucket)
-      like = [c for c in compiled if c.name == stage.name and not c.refused]
+      like = [
+          c for c in self._compiled if c.name == stage.name and not c.refused
+      ]
       if like:
         near = min(like, key=lambda c: abs(c.bucket - bucket))
         one = dataclasses.replace(one, sent=near.sent)
-      time, why = estimate.seconds(
-          one, machine, question.assumptions, machine.size
-      )
+      self._known[key] = one
+    one = dataclasses.replace(self._known[key], times=stage.times)
+    if stage.segments:
+      one = dataclasses.replace(one, moved=measure.moved(stage))
+    machine, assumed = self._question.machine, self._question.assumptions
+    seconds, why = estimate.seconds(one, machine, assumed, machine.size)
+    return seconds, why, one.times * one.flops
+
+  def update(self, cap: int) -> show.Update:
+    """Returns an update whose rollouts all reach a cap."""
+    config = self._plan.setup.config
+    bucket = min(b for b in prefix_length.buckets(config) if b >= cap)
+    if bucket not in self._stages:
+      self._stages[bucket] = self._plan.stages(bucket)
+    seconds, limits, flops = {}, {}, 0.0
+    for stage in self._stages[bucket]:
+      stage = stage.until(cap)
+      if stage.name not in jobs.ORDER or not stage.times:
+        continue
+      time, why, work = self._run(stage, bucket)
       seconds[stage.name] = seconds.get(stage.name, 0.0) + time
       limits[stage.name] = why
-      flops += one.times * one.flops
-    updates.append(show.Update(bucket, seconds, limits, flops))
-  return updates
+      flops += work
+    return show.Update(cap, seconds, limits, flops)
+
+  def evaluation(self) -> dict[str, float]:
+    """Returns hours of evaluation, if every answer is as long as may be.
+
+    Prompts are not counted. A set whose size is not known raises ConfigError.
+    """
+    config = self._plan.setup.config
+    spec, hours = config.evaluation, {}
+    stages = self._plan.evaluation()
+    for name, sets, times in estimate.evaluations(config):
+      seconds = 0.0
+      number = estimate.answers(spec, sets)
+      for stage in stages:
+        if stage.name == name:
+          time, _, _ = self._run(stage, spec.max_len)
+          seconds += time * max(number / stage.rows, 1.0)
+      which = "teacher" if name == build.EVALUATION["teacher"] else "student"
+      often = f"{times} x " if times > 1 else ""
+      shown = f"{which}, {often}{number:,} answers"
+      hours[shown] = hours.get(shown, 0.0) + times * seconds / 3600
+    return hours
 
 
 def plan(question: Question, console: rich.console.Console) -> show.Result:
@@ -154,7 +204,8 @@ def plan(question: Question, console: rich.console.Console) -> show.Result:
   config, note = _choose_mesh(question)
   buckets = _lengths(question)
   devices = machines.devices(question.machine)
-  built = build.build(config, devices)
+  memory = question.machine.chip.memory
+  built = build.build(config, devices, memory)
   estimate.check_weights(built, question.machine)
   notes = [note]
   for spec in (config.student, config.teacher):
@@ -178,25 +229,26 @@ def plan(question: Question, console: rich.console.Console) -> show.Result:
       break
     latest = mended = look.at(found.config, buckets)
   settled = found.config
-  built = build.build(settled, devices)
+  built = build.build(settled, devices, memory)
   needed = prefix_length.needed(settled)
-  updates = _updates(built, needed, latest, question)
-  seconds = {update.bucket: update.total for update in updates}
+  reckoner = _Reckoner(built, latest, question)
+  caps = [prefix_length.cap(settled, step) for step in range(settled.steps)]
+  seconds = sum(reckoner.update(cap).total for cap in caps)
+  evaluation = reckoner.evaluation()
   whole = dataclasses.replace(settled, method="full")
+  full = reckoner
   if settled.longest_prefix < whole.longest_prefix:
-    full_plan = build.build(whole, devices)
-    lengths = prefix_length.needed(whole)
-    (full,) = _updates(full_plan, lengths[-1:], latest, question)
-  else:
-    full = updates[-1]
+    full = _Reckoner(build.build(whole, devices, memory), latest, question)
+  longest = full.update(whole.longest_prefix)
   hours = {
-      "This run": estimate.run_seconds(settled, seconds) / 3600,
-      f"Full distillation, all answers of {full.bucket:,} tokens":
-      settled.steps * full.total / 3600,
+      "This run's updates": seconds / 3600,
+      f"Full distillation's, all answers of {whole.longest_prefix:,} tokens":
+      settled.steps * longest.total / 3600,
   }  # fmt: skip
   return show.Result(
       question.machine, dict(built.setup.mesh.shape), notes,
-      estimate.held(built), compiled, mended, updates, hours,
+      estimate.held(built), compiled, mended,
+      [reckoner.update(bucket) for bucket in needed], hours, evaluation,
       estimate.least_sent(built), search.advice(question.config, found),
       question.assumptions,
   )  # fmt: skip

@@ -177,9 +177,11 @@ def _largest_batch(
     return config if one.verdict(look.machine) else None
   part, field = wanted.setting
   start = getattr(getattr(config, part), field)
-  if not start:  # No limit: of all rows.
-    length = config.data.max_prompt_len + bucket
-    start = 2 ** (config.rollouts_per_step * length - 1).bit_length()
+  if not start:  # As many rows as it was measured with.
+    start = wanted.measured.rows
+    if field == "batch_tokens":
+      start *= config.data.max_prompt_len + bucket
+    start = 2 ** (start - 1).bit_length()
   limit, best, previous = start, None, None
   for _ in range(_TRIES):
     candidate = _with(config, part, **{field: limit})

@@ -56,7 +56,8 @@ class Result:
     mended: the same with other settings, if `programs` do not fit or larger
       batches were looked for.
     updates: one for each bucket.
-    hours: of the run, and of full distillation, at least.
+    hours: of the run's updates, and of full distillation's, at least.
+    evaluation: hours of a run's evaluations, by what is evaluated.
     least_sent: bytes of one run of `gradient` by the analytic minimum.
     advice: the settings of `mended`, or what cannot be made to fit.
     assumptions: behind the seconds.
@@ -70,6 +71,7 @@ class Result:
   mended: list[Measured]
   updates: list[Update]
   hours: dict[str, float]
+  evaluation: dict[str, float]
   least_sent: float
   advice: list[str]
   assumptions: Assumptions
@@ -191,10 +193,7 @@ def show(result: Result, console: rich.console.Console) -> None:
     console.print(Text("No collective that is not planned."))
   console.print(_updates(result))
   console.print(Text(_assumed(result)))
-  for name, hours in result.hours.items():
-    price = result.assumptions.price * machine.size * hours
-    cost = f", {price:,.0f} at {result.assumptions.price:g}" if price else ""
-    console.print(Text(f"{name}: at least {hours:.1f} hours{cost}."))
+  console.print(_hours(result))
   _verdict(result, console)
 
 
@@ -205,9 +204,27 @@ def _assumed(result: Result) -> str:
       f" run at {a.utilization:.0%} of {chip.flops / 1e12:.0f} TFLOP/s, memory"
       f" at {a.reach:.0%} of {chip.bandwidth / 1e9:.0f} GB/s, links at"
       f" {a.reach:.0%} of {chip.link / 1e9:.0f} GB/s a device, one way; nothing"
-      " overlaps but these three; evaluation, checkpoints and compiling are"
-      " left out."
+      " overlaps but these three; every answer of an evaluation is as long as"
+      " it may be; checkpoints and compiling are left out."
   )
+
+
+def _hours(result: Result) -> rich.table.Table:
+  """The run's hours, what its evaluations are of them, and the price."""
+  updates, full = result.hours.items()
+  evaluation = sum(result.evaluation.values())
+  rows = {
+      updates[0]: updates[1],
+      **{f"Evaluation, {n}": h for n, h in result.evaluation.items()},
+      "This run": updates[1] + evaluation,
+      full[0]: full[1],
+  }
+  price = result.assumptions.price * result.machine.size
+  table = _table("at least", "hours", *(["price"] if price else []))
+  for name, hours in rows.items():
+    cost = [f"{price * hours:,.0f}"] if price else []
+    table.add_row(name, f"{hours:.1f}", *cost)
+  return table
 
 
 def _verdict(result: Result, console: rich.console.Console) -> None:

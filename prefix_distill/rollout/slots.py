@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
-import jax.numpy as jnp
 import numpy as np
 
 from prefix_distill import sharding
@@ -24,7 +23,7 @@ from prefix_distill.structs import Rollout
 
 # Of the rows, that are given to new prompts at a time: with few, rows wait
 # less for each other to end; with many, prompts are read faster.
-_REFILL = 1 / 8
+REFILL = 1 / 8
 # The cache has room for answers of at least so many tokens.
 _SMALLEST_ROOM = 256
 
@@ -79,7 +78,7 @@ class Engine:
     self._model, self._config = model, config
     self._segment = sampler.segment(model)
     batch_shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    groups = max(int(rows * _REFILL) // batch_shards, 1)
+    groups = max(int(rows * REFILL) // batch_shards, 1)
     self._refill = groups * batch_shards
     self._stop_ids = config.stop_ids
     self._programs = _programs(model, config, mesh)
@@ -128,7 +127,7 @@ class Engine:
     )
 
   def _take(self, prompts: PromptBatch, numbers: list[int]) -> PromptBatch:
-    """Returns prompts as a batch of the refill's size; the rest is no matter."""
+    """Returns prompts as a batch of the refill's size; some come twice."""
     padded = np.resize(numbers, self._refill)
     batch = jax.tree.map(lambda x: x[padded], prompts)
     return sharding.global_batch(batch, self._mesh)

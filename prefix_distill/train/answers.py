@@ -21,6 +21,7 @@ from prefix_distill.rollout import decode_state
 from prefix_distill.rollout import slots
 from prefix_distill.specs import DatasetSpec
 from prefix_distill.structs import PromptBatch
+from prefix_distill.train import capacity
 from prefix_distill.train import setup as setup_lib
 
 FILE = "answers.parquet"
@@ -92,18 +93,20 @@ def _answers(setup: setup_lib.Setup) -> Iterator[dict[str, Any]]:
       np.stack([mask for _, (_, mask) in kept]),
       np.arange(len(kept), dtype=np.int32),
   )
+  model = setup.for_sampling(setup.teacher)
+  sampler_config = decode_state.SamplerConfig(
+      stop_ids=setup.teacher_stop_ids,
+      pad_id=chat.pad_id,
+      num_tokens=chat.num_tokens,
+  )
+  params = setup_lib.load_model(
+      config.teacher, setup.teacher, setup.mesh, config.seed
+  )
+  rows = capacity.answers(
+      setup, model, sampler_config, params, batch.tokens.shape[1]
+  )
   engine = slots.Engine(
-      setup.for_sampling(setup.teacher),
-      decode_state.SamplerConfig(
-          stop_ids=setup.teacher_stop_ids,
-          pad_id=chat.pad_id,
-          num_tokens=chat.num_tokens,
-      ),
-      setup_lib.load_model(
-          config.teacher, setup.teacher, setup.mesh, config.seed
-      ),
-      config.evaluation.batch_size,
-      setup.sampling_mesh,
+      model, sampler_config, params, rows, setup.sampling_mesh
   )
   draw = decode_state.Draw.of(
       config.rollout.max_len, config.rollout.temperature

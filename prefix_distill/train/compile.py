@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from concurrent import futures
 import dataclasses
+import math
 import threading
 from typing import Any
 
@@ -120,6 +121,41 @@ class Program:
 
 
 @dataclasses.dataclass(frozen=True)
+class Segments:
+  """How a rollout goes through the segments of one size of the cache.
+
+  Attributes:
+    length: tokens of a segment.
+    count: segments of a rollout.
+    drawn: tokens that its rows have drawn before.
+    prompt: S.
+    columns: M, of the cache.
+    reads_lengths: whether a row's columns are read up to its length only.
+  """
+
+  length: int
+  count: int
+  drawn: int
+  prompt: int
+  columns: int
+  reads_lengths: bool
+
+  def until(self, cap: int) -> "Segments":
+    """Returns those that are left when rows end at a cap."""
+    wanted = math.ceil((cap - self.drawn) / self.length)
+    count = min(max(wanted, 0), self.count)
+    return dataclasses.replace(self, count=count)
+
+  @property
+  def share(self) -> float:
+    """Of the cache, that is read for a token, on average."""
+    if not self.reads_lengths:
+      return 1.0
+    half = self.length * self.count / 2
+    return min((self.prompt + self.drawn + half) / self.columns, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Stage:
   """A program of an update, and what it is called with.
 
@@ -128,14 +164,27 @@ class Stage:
       "apply".
     program: to be compiled.
     args: its arguments, as shapes.
-    times: how often it runs in an update.
+    batches: how often it runs in an update; "decode" for each segment.
     trips: how often a loop in it runs whose end depends on data, at most.
-    drawn: tokens that its rows have drawn before, of "decode".
+    rows: of one run, over all devices; 0 if it has none.
+    segments: of "decode".
   """
 
   name: str
   program: Program
   args: tuple[Any, ...]
-  times: int = 1
+  batches: int = 1
   trips: int = 1
-  drawn: int = 0
+  rows: int = 0
+  segments: Segments | None = None
+
+  @property
+  def times(self) -> int:
+    """How often it runs in an update."""
+    return self.batches * (self.segments.count if self.segments else 1)
+
+  def until(self, cap: int) -> "Stage":
+    """Returns the stage of an update whose rollouts end at a cap."""
+    if self.segments is None:
+      return self
+    return dataclasses.replace(self, segments=self.segments.until(cap))

@@ -29,6 +29,7 @@ from prefix_distill.report import report
 from prefix_distill.report import termination
 from prefix_distill.report.flops import Lengths
 from prefix_distill.train import answers
+from prefix_distill.train import capacity
 from prefix_distill.train import control
 from prefix_distill.train import setup as setup_lib
 from prefix_distill.train import signals
@@ -128,10 +129,26 @@ class Run:
       if self.writes:
         tqdm.tqdm.write(report.evaluation_line(which, step, values))
 
-    evaluator.evaluate(
-        setup.for_sampling(model), params, setup.chat, self.config.evaluation,
-        setup.problems, setup.sampling_mesh, stop_ids, self.config.seed, write,
+    spec, model = self.config.evaluation, setup.for_sampling(model)
+    sets = self._sets(step)
+    if not sets:
+      return
+    rows = capacity.answers(
+        setup, model, evaluator.sampler_config(setup.chat, spec, stop_ids),
+        self.programs.resting(), evaluator.longest_prompt(sets),
     )  # fmt: skip
+    evaluator.evaluate(
+        model, params, setup.chat, spec, sets, setup.sampling_mesh, stop_ids,
+        rows, self.config.seed, write,
+    )  # fmt: skip
+
+  def _sets(self, step: int) -> dict[str, evaluator.Problems]:
+    """Returns the sets to evaluate after update `step`."""
+    between, sets = self.config.evaluation.between, self.setup.problems
+    last = step == self.config.steps or self.control.finished
+    if last or not between:
+      return sets
+    return {name: sets[name] for name in between}
 
   def update(self, step: int) -> dict[str, Any]:
     """Does update number `step` (from 0) and returns its metrics line."""

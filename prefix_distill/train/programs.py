@@ -17,6 +17,7 @@ from prefix_distill.models.transformer import Params
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 from prefix_distill.structs import TeacherScores
+from prefix_distill.train import capacity
 from prefix_distill.train import optimizer
 from prefix_distill.train import setup as setup_lib
 from prefix_distill.train import step as step_lib
@@ -37,7 +38,6 @@ class Programs:
     self._setup = setup
     self._tx = optimizer.make(config.optimizer, config.steps)
     self._buckets = prefix_length.buckets(config)
-    self.rows = Rows(setup, self._buckets)
     self._thread: threading.Thread | None = None
     self._closed = threading.Event()
     rows = sharding.batch_sharding(setup.mesh)
@@ -52,6 +52,11 @@ class Programs:
       self._sampling["teacher"] = Sampling(
           setup, setup.teacher, self._buckets
       )
+    self.rows = Rows(
+        setup,
+        self._buckets,
+        None if setup.memory is None else self._capacity,
+    )
     self._score = Program(teacher_lib.score, 2, out_shardings=rows)
     self._init = jax.jit(
         functools.partial(step_lib.init_state, tx=self._tx),
@@ -102,6 +107,30 @@ class Programs:
     return dataclasses.replace(
         state, opt_state=sharding.moved(sharding.on_host, state.opt_state)
     )
+
+  def resting(self) -> Any:
+    """Returns shapes of what lies in the memory while answers are sampled."""
+    setup, teacher = self._setup, None
+    if setup.teacher is not None:
+      spec = setup.config.teacher
+      teacher = jax.tree.map(
+          lambda x: jax.ShapeDtypeStruct(x.shape, spec.param_dtype),
+          setup.teacher.abstract_params(),
+      )
+      teacher = sharding.with_shardings(teacher, setup.mesh)
+      if spec.offload:
+        teacher = sharding.moved(sharding.on_host, teacher)
+    return self.abstract_state(), teacher
+
+  def _capacity(self, prompt: int, length: int) -> int:
+    """Returns how many rollouts a device samples at a time."""
+    return min(
+        capacity.rollouts(
+            self._setup, sampling.model, sampling.config, self.resting(),
+            prompt, length, 1 / sampling.config.per_prompt,
+        )
+        for sampling in self._sampling.values()
+    )  # fmt: skip
 
   def init(self, params: Params) -> TrainState:
     """Builds the first state; the parameters are donated."""
@@ -258,19 +287,21 @@ class Programs:
     for stage in self._sampling["student"].stages(
         working.params, prompts, cap
     ):
-      yield dataclasses.replace(stage, times=groups * stage.times)
+      yield dataclasses.replace(stage, batches=groups)
     rollout = stage.program.shapes(*stage.args)
     batch, rollout, parts = self.rows.part_shapes(prompts, rollout)
     args = (setup.teacher, setup.objective, teacher_params, batch, rollout)
     parts, chunks = groups * parts, self._chunks(rollout)
-    yield Stage("score", self._score, args, parts, chunks)
+    rows = len(rollout.tokens)
+    yield Stage("score", self._score, args, parts, chunks, rows)
     scores = self._score.shapes(*args)
     head = self._teacher_head(teacher_params, scores)
     args = (working.params, head, (batch, rollout, scores))
     total = self._zeros.shapes(*args)
     before = total if parts > 1 else None
-    yield Stage("gradient", self._gradient, (*args, before), parts, chunks)
-    yield Stage("apply", self._apply, (working, total), 1)
+    args = (*args, before)
+    yield Stage("gradient", self._gradient, args, parts, chunks, rows)
+    yield Stage("apply", self._apply, (working, total))
 
   def _chunks(self, rollout: Rollout) -> int:
     """Returns in how many chunks the output head takes a part's tokens."""

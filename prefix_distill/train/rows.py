@@ -5,6 +5,7 @@ are sampled and scored at a time, at its end a few. Programs are compiled for
 each length anyway.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import math
 from typing import Any
@@ -91,8 +92,22 @@ class Rows:
     per_prompt: rollouts of a prompt.
   """
 
-  def __init__(self, setup: setup_lib.Setup, buckets: tuple[int, ...]):
+  def __init__(
+      self,
+      setup: setup_lib.Setup,
+      buckets: tuple[int, ...],
+      capacity: Callable[[int, int], int] | None = None,
+  ):
+    """Describes what is done.
+
+    Args:
+      setup: of the run.
+      buckets: lengths of prefixes.
+      capacity: of S and P, how many rollouts a device samples at a time, if
+        `rollout.batch_tokens` does not say; None for no limit.
+    """
     config = setup.config
+    self._capacity = capacity
     self.mesh, self.per_prompt = setup.mesh, config.rollout.per_prompt
     self._sampling_mesh = setup.sampling_mesh
     self._config, self._buckets = config, buckets
@@ -116,6 +131,9 @@ class Rows:
     rows, length = prompts.tokens.shape
     tokens = self.per_prompt * (length + bucket)
     most = self._config.rollout.batch_tokens
+    if not most and self._capacity:
+      most = self._capacity(length, bucket) * (length + bucket)
+      most *= sharding.batch_shards(self._sampling_mesh)
     # Prompts split evenly over one mesh, and their rollouts over the other.
     least = self._shards // math.gcd(self._shards, self.per_prompt)
     shards = math.lcm(sharding.batch_shards(self._sampling_mesh), least)

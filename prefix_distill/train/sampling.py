@@ -20,6 +20,7 @@ from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 from prefix_distill.train import setup as setup_lib
 from prefix_distill.train.compile import Program
+from prefix_distill.train.compile import Segments
 from prefix_distill.train.compile import Stage
 
 
@@ -28,16 +29,18 @@ class Sampling:
 
   Attributes:
     mesh: where prompts have to lie.
+    model: on that mesh.
+    config: how it samples.
   """
 
   def __init__(
       self, setup: setup_lib.Setup, model: Model, buckets: tuple[int, ...]
   ):
     self.mesh, self._buckets = setup.sampling_mesh, buckets
-    self._model = model = setup.for_sampling(model)
+    self.model = model = setup.for_sampling(model)
     spec = setup.config.rollout
     self._temperature = spec.temperature
-    self._config = decode_state.SamplerConfig(
+    self.config = decode_state.SamplerConfig(
         stop_ids=setup.stop_ids,
         pad_id=setup.chat.pad_id,
         num_tokens=setup.chat.num_tokens,
@@ -46,7 +49,7 @@ class Sampling:
         cache_dtype=spec.cache_dtype,
     )
     self._segment = sampler.segment(model)
-    place = decode_state.state_shardings(model, self._config)
+    place = decode_state.state_shardings(model, self.config)
     rows = sharding.batch_sharding(self.mesh)
     params = model.abstract_params()
     layout = jax.eval_shape(model.decode_layout, params)
@@ -87,7 +90,7 @@ class Sampling:
 
   def _sizes(self, prompt: int, bucket: int) -> Iterator[tuple[int, int]]:
     """Yields caches: columns behind the prompts, and columns in all."""
-    model, config = self._model, self._config
+    model, config = self.model, self.config
     for room in decode_state.rooms(model, config, prompt, bucket):
       yield room, decode_state.columns(model, config, prompt + room)
 
@@ -116,7 +119,7 @@ class Sampling:
           f"The cap is {cap}, but the run's longest prefix is"
           f" {self._buckets[-1]}; sample with that at most."
       )
-    model, config, segment = self._model, self._config, self._segment
+    model, config, segment = self.model, self.config, self._segment
     bucket = self._bucket(cap)
     sizes = list(self._sizes(batch.tokens.shape[1], bucket))
     draw = decode_state.Draw.of(cap, self._temperature)
@@ -153,25 +156,35 @@ class Sampling:
       batch: shapes of the prompts, on `mesh`.
       cap: in tokens.
     """
-    model, config, segment = self._model, self._config, self._segment
+    model, config, segment = self.model, self.config, self._segment
     bucket, draw = self._bucket(cap), decode_state.Draw.of(cap)
-    sizes = list(self._sizes(batch.tokens.shape[1], bucket))
+    prompt = batch.tokens.shape[1]
+    sizes = list(self._sizes(prompt, bucket))
     key = sharding.abstract_key(self.mesh)
     if self._move:
       yield Stage("move", self._move, (params,))
       params = self._move.shapes(params)
     args = (model, config, sizes[0][1], params, batch, key, draw)
-    yield Stage("prefill", self._prefill, args)
+    yield Stage("prefill", self._prefill, args, rows=len(batch.tokens))
     state, first = self._prefill.shapes(*args)
     yield Stage("layout", self._layout, (params,))
     layout, drawn = self._layout.shapes(params), 1
+    kernel = model.cache_kernel(decode_state.cache_dtype(model, config))
     for room, columns in sizes:
       state = self._resize.shapes(state, columns)
-      times = -(-(min(cap, room + 1) - drawn) // segment)
-      if times > 0:
-        args = (model, config, segment, layout, state, draw)
-        yield Stage("decode", self._decode, args, times, drawn=drawn)
-        drawn += times * segment
+      segments = Segments(
+          segment, -(-(room + 1 - drawn) // segment), drawn, prompt, columns,
+          kernel.reads_lengths,
+      ).until(cap)  # fmt: skip
+      if segments.count:
+        yield Stage(
+            "decode",
+            self._decode,
+            (model, config, segment, layout, state, draw),
+            rows=len(state.newest),
+            segments=segments,
+        )
+        drawn += segments.count * segment
     args = (self._whole(bucket), config.pad_id, first)
     yield Stage("cut", self._cut, (bucket, self._start.shapes(*args)))
 

@@ -55,6 +55,7 @@ class Setup:
     teacher_stop_ids: tokens that end the teacher's.
     data: whole batches, the same in all processes.
     problems: the evaluation sets.
+    memory: bytes of a device that programs may use; None for no limit.
   """
 
   config: Config
@@ -66,6 +67,7 @@ class Setup:
   teacher_stop_ids: tuple[int, ...]
   data: PromptIterator
   problems: dict[str, evaluator.Problems]
+  memory: float | None = None
 
   @property
   def sampling_mesh(self) -> jax.sharding.Mesh:
@@ -325,7 +327,7 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
     print(note, flush=True)
   return Setup(
       config, mesh, student, teacher, chat, stop_ids, teacher_stop_ids, data,
-      problems,
+      problems, processes.from_first("memory", sharding.memory(mesh)),
   )  # fmt: skip
 
 
