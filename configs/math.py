@@ -49,9 +49,11 @@ qwen3-1.7b, qwen3-8b
   512 tokens, the exact reverse KL (the paper's sampled form is
   --config.loss.form=policy_gradient), which 30.7k questions, and `<think>`
   appended to the prompt in evaluation as in training.
-  Evaluated on MATH500, AIME24, AIME25, GPQA, MMLU-Pro, HMMT and AMC, as
-  `prefix_distill/evaluate/benchmarks.py` says. AIME24 chose the paper's
-  checkpoint, so it is no held-out score. GPQA needs a login on the hub.
+  Evaluated at the end on MATH500, AIME24, AIME25, GPQA, MMLU-Pro, HMMT and AMC, as
+  `prefix_distill/evaluate/benchmarks.py` says; before and every ten updates on
+  AIME24 alone (--config.evaluation.between='()' for all sets), which chose the
+  paper's checkpoint, so it is no held-out score. The teacher is not evaluated
+  (--config.evaluation.teacher=True). GPQA needs a login on the hub.
 """
 
 import dataclasses
@@ -209,7 +211,10 @@ def _choose(
         f"configs/math.py:sets={name} is not one of {', '.join(sets)}.",
     )
   chosen = {name: sets[name] for name in names}
-  evaluation = dataclasses.replace(config.evaluation, sets=chosen)
+  between = tuple(n for n in config.evaluation.between if n in chosen)
+  evaluation = dataclasses.replace(
+      config.evaluation, sets=chosen, between=between
+  )
   return dataclasses.replace(config, evaluation=evaluation)
 
 

@@ -253,7 +253,7 @@ def test_missing_fields_are_named(name):
         ("mesh.tensor", -1),
         ("mesh.sampling_tensor", -1),
         ("evaluation.max_len", 0),
-        ("evaluation.batch_size", 0),
+        ("evaluation.batch_size", -1),
         ("evaluation.every", -1),
         ("evaluation.temperature", 0.0),
         ("checkpoint.every", 0),

@@ -85,11 +85,6 @@ def test_the_report_needs_no_jax():
   assert PACKAGE / "models" / "config.py" in seen
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_no_file_is_longer_than_350_lines(path):
-  assert len(path.read_text().splitlines()) <= 350
-
-
 @pytest.mark.parametrize("path", EVERYWHERE, ids=lambda p: p.stem)
 def test_nothing_that_runs_code_from_files_is_used(path):
   roots = {name.split(".")[0] for name in imports(path)}

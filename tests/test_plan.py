@@ -9,8 +9,10 @@ import jax
 import pytest
 import toys
 
+from prefix_distill import sharding
 from prefix_distill.config import Config
 from prefix_distill.errors import UserError
+from prefix_distill.evaluate import benchmarks
 from prefix_distill.plan import build
 from prefix_distill.plan import estimate
 from prefix_distill.plan import jobs
@@ -21,9 +23,12 @@ from prefix_distill.plan import search
 from prefix_distill.plan.estimate import Assumptions
 from prefix_distill.plan.measure import Measured
 from prefix_distill.report import paper_tables
-from prefix_distill.rollout import slots
+from prefix_distill.recipe import RolloutSpec
+from prefix_distill.specs import DatasetSpec
+from prefix_distill.specs import EvaluationSpec
 from prefix_distill.specs import MeshSpec
 from prefix_distill.specs import ModelSpec
+from prefix_distill.train.compile import Segments
 
 SMALL, LARGE = paper_tables.QWEN3_1_7B, paper_tables.QWEN3_8B
 
@@ -196,9 +201,74 @@ def test_a_program_takes_as_long_as_its_slowest_part():
   assert estimate.seconds(links, machine, half, 8) == (4.0, "links")
 
 
-def test_a_run_is_the_sum_of_its_updates():
-  made = config(steps=3)  # At a cap of 8 throughout.
-  assert estimate.run_seconds(made, {8: 2.0}) == 6.0
+def test_segments_end_at_the_cap():
+  whole = Segments(64, 16, drawn=129, prompt=512, columns=2048,
+                   reads_lengths=True)  # fmt: skip
+  assert whole.until(129).count == 0
+  assert whole.until(130).count == 1
+  assert whole.until(129 + 128).count == 2
+  assert whole.until(10_000).count == 16
+  assert whole.share == (512 + 129 + 512) / 2048
+  assert dataclasses.replace(whole, reads_lengths=False).share == 1.0
+
+
+def test_evaluations_are_counted_as_the_run_makes_them():
+  sets = {
+      "aime24": benchmarks.SETS["aime24"],  # 30 problems, 16 samples.
+      "own": DatasetSpec("math_task", answer="answer", size=10, samples=3),
+  }
+  spec = EvaluationSpec(sets, every=2, between=("own",))
+  made = config(steps=7, evaluation=spec)
+  # Before the first update, after 2, 4 and 6; after 7 all, and the teacher's.
+  assert list(estimate.evaluations(made)) == [
+      ("evaluate", ("own",), 4),
+      ("evaluate", ("aime24", "own"), 1),
+      ("evaluate teacher", ("aime24", "own"), 1),
+  ]
+  # A greedy answer each beside the samples.
+  assert estimate.answers(spec, ("own",)) == 40
+  assert estimate.answers(spec, ("aime24", "own")) == 30 * 17 + 40
+  quiet = dataclasses.replace(spec, every=0, between=(), teacher=False)
+  assert list(estimate.evaluations(config(steps=7, evaluation=quiet))) == [
+      ("evaluate", ("aime24", "own"), 1),
+      ("evaluate", ("aime24", "own"), 1),
+  ]
+
+
+def test_a_device_takes_as_many_rows_as_its_memory_holds(models):
+  rollout = RolloutSpec(per_prompt=2, max_len=8)
+  made = toys.run_config(*models)
+  made = dataclasses.replace(
+      made, rollout=rollout, evaluation=dataclasses.replace(
+          made.evaluation, batch_size=0
+      ),
+      data=dataclasses.replace(made.data, batch_size=64),
+  )  # fmt: skip
+
+  def look(made, memory):
+    plan = build.build(made, jax.devices()[:1], memory)
+    (decode,) = (s for s in plan.stages(8) if s.name == "decode")
+    assert decode.rows * decode.batches == 128
+    return plan, decode, plan.evaluation()[-1]
+
+  plan, whole, evaluate = look(made, None)
+  assert (whole.rows, evaluate.rows) == (128, 64)
+  held = sharding.bytes_per_device([plan.programs.resting(), whole.args[3]])
+  cache = sharding.bytes_per_device(whole.args[4].cache.layers) / whole.rows
+  before = 0
+  for wanted in (8, 32, 128):
+    memory = (held + 2 * wanted * cache) / 0.96
+    plan, decode, evaluate = look(made, memory)
+    assert before < decode.rows < 2 * wanted
+    before = decode.rows
+    for stage in (decode, evaluate):
+      found = measure.compile_stage(plan, stage, 8, machines.parse("h100:1"), [])
+      assert found.memory <= memory
+  _, least, evaluate = look(made, 1.0)  # A prompt at a time is the least.
+  assert (least.rows, evaluate.rows) == (2, 1)
+  given = dataclasses.replace(rollout, batch_tokens=3 * (96 + 8))
+  made = dataclasses.replace(made, rollout=given)
+  assert look(made, 1e12)[1].rows == 2
 
 
 def test_the_compilers_refusal_is_read():
@@ -247,12 +317,12 @@ def test_a_plan_looks_at_evaluation_with_rows_as_long_as_they_get(models):
   ]  # fmt: skip
   spec = made.evaluation
   for stage in plan.evaluation():
-    state = stage.args[3]
-    prompt = made.data.max_prompt_len
-    table = slots._Table(spec.batch_size, prompt, spec.max_len)
-    table.claim(list(range(spec.batch_size)), spec.batch_size)
-    table._count[:] = spec.max_len - 1  # All are about to end.
-    assert state.tokens.shape == (spec.batch_size, table.next_columns())
+    assert stage.rows == spec.batch_size
+    columns = made.data.max_prompt_len + spec.max_len
+    assert stage.segments.columns == columns
+    # A row draws its first token when its prompt is read.
+    drawn = stage.segments.count * stage.segments.length
+    assert 0 <= drawn - (spec.max_len - 1) < stage.segments.length
   beside = plan.beside("evaluate", several=False)
   assert {"student", "teacher", "moments"} <= set(beside)
   quiet = dataclasses.replace(spec, teacher=False)

@@ -17,7 +17,7 @@ from prefix_distill.structs import Rollout
 
 # Columns: the least by which a cache grows. A power of two, of which a segment
 # is a part.
-_LEAST_STEP = 128
+LEAST_STEP = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,11 +118,11 @@ def rooms(
     length: the longest answer.
   """
   kernel = model.cache_kernel(cache_dtype(model, config))
-  sizes, room = [], _LEAST_STEP
+  sizes, room = [], LEAST_STEP
   while room < length and not kernel.reads_lengths:
     sizes.append(room)
     power = 2 ** ((prompt + room).bit_length() - 1)
-    room += max(_LEAST_STEP, power // 8)
+    room += max(LEAST_STEP, power // 8)
   return (*sizes, length)
 
 

@@ -80,13 +80,21 @@ class Sampling:
     self._cut = Program(
         _cut, 1, out_shardings=sharding.batch_sharding(setup.mesh)
     )
-    self._any_live = jax.jit(
-        lambda state: jnp.any(state.live),
+    self._look = jax.jit(
+        lambda state: (jnp.any(state.live), jnp.max(state.count)),
         out_shardings=sharding.replicated(self.mesh),
     )
 
   def _bucket(self, length: int) -> int:
     return min(b for b in self._buckets if b >= length)
+
+  def _first(self, prompt: int) -> int:
+    """Returns the columns of a cache that prompts are read into.
+
+    They are few, so that one program reads the prompts of all lengths.
+    """
+    room = min(self._buckets[0], decode_state.LEAST_STEP)
+    return decode_state.columns(self.model, self.config, prompt + room)
 
   def _sizes(self, prompt: int, bucket: int) -> Iterator[tuple[int, int]]:
     """Yields caches: columns behind the prompts, and columns in all."""
@@ -121,26 +129,28 @@ class Sampling:
       )
     model, config, segment = self.model, self.config, self._segment
     bucket = self._bucket(cap)
-    sizes = list(self._sizes(batch.tokens.shape[1], bucket))
+    prompt = batch.tokens.shape[1]
+    sizes = self._sizes(prompt, bucket)
     draw = decode_state.Draw.of(cap, self._temperature)
     key = sharding.replicate_key(key, self.mesh)
     if self._move:
       params = self._move(params)
     state, first = self._prefill(
-        model, config, sizes[0][1], params, batch, key, draw
+        model, config, self._first(prompt), params, batch, key, draw
     )
     layout, drawn = self._layout(params), 1
     del params  # Those that were moved are not needed any more.
     rollout = self._start(self._whole(bucket), config.pad_id, first)
-    live = cap > 1
+    live, longest = map(np.asarray, self._look(state))
     for room, columns in sizes:
       while live and drawn < cap and drawn <= room:
         state = self._resize(state, columns)
         state, new = self._decode(model, config, segment, layout, state, draw)
         rollout = self._append(rollout, new, np.int32(drawn))
         drawn += segment
-        live = bool(self._any_live(state))
-    return self._cut(self._bucket(min(drawn, cap)), rollout)
+        live, longest = map(np.asarray, self._look(state))
+    length = bucket if live else self._bucket(int(longest))
+    return self._cut(length, rollout)
 
   def _whole(self, bucket: int) -> int:
     """Returns a length that holds the first token and whole segments."""
@@ -159,18 +169,17 @@ class Sampling:
     model, config, segment = self.model, self.config, self._segment
     bucket, draw = self._bucket(cap), decode_state.Draw.of(cap)
     prompt = batch.tokens.shape[1]
-    sizes = list(self._sizes(prompt, bucket))
     key = sharding.abstract_key(self.mesh)
     if self._move:
       yield Stage("move", self._move, (params,))
       params = self._move.shapes(params)
-    args = (model, config, sizes[0][1], params, batch, key, draw)
+    args = (model, config, self._first(prompt), params, batch, key, draw)
     yield Stage("prefill", self._prefill, args, rows=len(batch.tokens))
     state, first = self._prefill.shapes(*args)
     yield Stage("layout", self._layout, (params,))
     layout, drawn = self._layout.shapes(params), 1
     kernel = model.cache_kernel(decode_state.cache_dtype(model, config))
-    for room, columns in sizes:
+    for room, columns in self._sizes(prompt, bucket):
       state = self._resize.shapes(state, columns)
       segments = Segments(
           segment, -(-(room + 1 - drawn) // segment), drawn, prompt, columns,
