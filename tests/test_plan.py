@@ -22,14 +22,15 @@ from prefix_distill.plan import planner
 from prefix_distill.plan import search
 from prefix_distill.plan.estimate import Assumptions
 from prefix_distill.plan.measure import Measured
-from prefix_distill.report import paper_tables
 from prefix_distill.recipe import RolloutSpec
+from prefix_distill.report import paper_tables
 from prefix_distill.specs import DatasetSpec
 from prefix_distill.specs import EvaluationSpec
 from prefix_distill.specs import MeshSpec
 from prefix_distill.specs import ModelSpec
 from prefix_distill.train.compile import Segments
 
+GPU = machines.parse("h100:1")
 SMALL, LARGE = paper_tables.QWEN3_1_7B, paper_tables.QWEN3_8B
 
 
@@ -262,7 +263,7 @@ def test_a_device_takes_as_many_rows_as_its_memory_holds(models):
     assert before < decode.rows < 2 * wanted
     before = decode.rows
     for stage in (decode, evaluate):
-      found = measure.compile_stage(plan, stage, 8, machines.parse("h100:1"), [])
+      found = measure.compile_stage(plan, stage, 8, GPU, [])
       assert found.memory <= memory
   _, least, evaluate = look(made, 1.0)  # A prompt at a time is the least.
   assert (least.rows, evaluate.rows) == (2, 1)

@@ -34,6 +34,9 @@ _ATTENTION = {
     "dot_product_attention_fwd": 2,
     "dot_product_attention_bwd": 5,
 }
+# Kernels of one query a row over a cache, and which axis of their keys is that
+# of the heads.
+_OVER_CACHE = {"decode_attention": 1, "paged_attention": 0}
 _ELEMENTWISE = frozenset((
     "add", "add_any", "cos", "div", "erf", "exp", "exp2", "expm1",
     "integer_pow", "log", "log1p", "logistic", "max", "min", "mul", "neg",
@@ -97,8 +100,9 @@ def flops(
   remat does again is counted again. Sorts, gathers, ragged products,
   convolutions by FFT and solvers count nothing.
 
-  A Pallas kernel counts by its name if `_ATTENTION` has it, and as causal; any
-  other as its body times its grid, conditionals inside as always taken.
+  A Pallas kernel counts by its name if `_ATTENTION` has it, and as causal, or
+  if `_OVER_CACHE` has it; any other as its body times its grid, conditionals
+  inside as always taken.
 
   Args:
     jaxpr: such as `jax.jit(f).trace(*args).jaxpr`.
@@ -175,8 +179,11 @@ class _Counter:
     return total + cond.times(number + 1) + body.times(number)
 
   def _kernel(self, eqn: core.JaxprEqn) -> Count:
-    if _products(eqn.params["name"] or ""):
+    name = eqn.params["name"] or ""
+    if _products(name):
       return Count(_attention(eqn, causal=True))
+    if name in _OVER_CACHE:
+      return Count(_over_cache(eqn, _OVER_CACHE[name]))
     grid = eqn.params["grid_mapping"].grid
     steps = [n for n in grid if isinstance(n, int)]
     body = self._inside(eqn.params["jaxpr"], ())
@@ -235,6 +242,18 @@ def _attention(eqn: core.JaxprEqn, causal: bool) -> float:
   pairs = length * (length + 1) / 2 if causal else length * columns
   name = eqn.params.get("name") or eqn.primitive.name
   return 2.0 * _products(name) * math.prod(queries) / length * pairs
+
+
+def _over_cache(eqn: core.JaxprEqn, axis: int) -> float:
+  """Counts two products of each query and all columns of a row's cache.
+
+  Of queries [B, ...] and keys, whose last axis is the width of a head.
+  """
+  arrays = [v.aval for v in eqn.invars if len(v.aval.shape) > 2]
+  keys = next(a for a in arrays if len(a.shape) == 4 and a is not arrays[0])
+  rows, heads, width = arrays[0].shape[0], keys.shape[axis], keys.shape[-1]
+  columns = keys.size / (rows * heads * width)
+  return 2.0 * 2 * arrays[0].size * columns
 
 
 def _elements(eqn: core.JaxprEqn) -> float:

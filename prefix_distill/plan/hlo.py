@@ -50,6 +50,12 @@ _COMPARISON = {
 }
 _MOST_TRIPS = 2**31
 
+# Instructions that start no kernel.
+_FREE = (
+    "after-all", "bitcast", "constant", "get-tuple-element", "iota",
+    "opt-barrier", "parameter", "partition-id", "replica-id", "tuple",
+)  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class Op:
@@ -343,3 +349,48 @@ def _mesh_groups(text: str) -> Groups:
   rest = [i for i in range(len(shape)) if i not in last]
   count = math.prod(shape[i] for i in last)
   return ids.reshape(shape).transpose(rest + last).reshape(-1, count).tolist()
+
+
+def _kernels(module: Module, computation: str, loops: bool = True) -> int:
+  """Counts the kernels that a computation starts, of branches the larger one's.
+
+  Args:
+    module: of the computation.
+    computation: its name.
+    loops: whether to count what is in its loops.
+  """
+  total = 0
+  for op in module.computations[computation].values():
+    if op.opcode in _FREE or op.opcode.endswith("-done"):
+      continue
+    if op.opcode == "while":
+      trips, _ = module.trip_count(op, computation, {})
+      inside = _kernels(module, op.attribute("body")) if loops else 0
+      total += (trips or 1) * inside
+    elif op.opcode == "call":
+      total += sum(_kernels(module, name, loops) for name in op.called)
+    elif op.opcode == "conditional":
+      total += max(_kernels(module, name, loops) for name in op.called)
+    else:
+      total += 1
+  return total
+
+
+def kernels_a_token(text: str) -> int:
+  """Returns the kernels of one turn of the loop over tokens.
+
+  It is the one that has the layers in it, and not in a loop of its own.
+  """
+  module = Module(text)
+  bodies = [
+      op.attribute("body")
+      for name, ops in module.computations.items()
+      if name not in module.fused
+      for op in ops.values()
+      if op.opcode == "while"
+  ]
+  if not bodies:
+    return 0
+  return _kernels(
+      module, max(bodies, key=lambda body: _kernels(module, body, False))
+  )
