@@ -50,10 +50,10 @@ qwen3-1.7b, qwen3-8b
   --config.loss.form=policy_gradient), which 30.7k questions, and `<think>`
   appended to the prompt in evaluation as in training.
   Evaluated at the end on MATH500, AIME24, AIME25, GPQA, MMLU-Pro, HMMT and AMC,
-  as `prefix_distill/evaluate/benchmarks.py` says; before and every ten updates on
-  AIME24 alone (--config.evaluation.between='()' for all sets), which chose the
-  paper's checkpoint, so it is no held-out score. The teacher is not evaluated
-  (--config.evaluation.teacher=True). GPQA needs a login on the hub.
+  as `prefix_distill/evaluate/benchmarks.py` says; before and every ten updates
+  on AIME24 alone (--config.evaluation.between='()' for all sets), which chose
+  the paper's checkpoint, so it is no held-out score. The teacher is not
+  evaluated (--config.evaluation.teacher=True). GPQA needs a login on the hub.
 """
 
 import dataclasses

@@ -193,13 +193,67 @@ def measured(**changes) -> Measured:
 
 def test_a_program_takes_as_long_as_its_slowest_part():
   machine = machines.parse("h100:8")
-  half = Assumptions(utilization=0.5, reach=0.5)
+  half = Assumptions(utilization=0.5, reach=0.5, links=0.5)
   flops = measured(flops=8 * 989e12, moved=3352e9 / 4, times=3)
   assert estimate.seconds(flops, machine, half, 8) == (6.0, "FLOPs")
   memory = measured(flops=989e12, moved=3352e9)
   assert estimate.seconds(memory, machine, half, 8) == (2.0, "memory")
   links = measured(sent={"all-gather over fsdp": 450e9, "x": 450e9})
   assert estimate.seconds(links, machine, half, 8) == (4.0, "links")
+
+
+def _results(tmp_path, *lines):
+  file = tmp_path / "results.jsonl"
+  text = (json.dumps(one | {"status": "done"}) + "\n" for one in lines)
+  file.write_text("".join(text))
+  return file
+
+
+_DEVICE = {"stage": "machine", "name": "device", "device": "NVIDIA H100 80GB"}
+_UPDATES = [
+    # 300 and 500 TFLOP/s, of 989, for one second and three.
+    {"stage": "update", "name": "256: score", "flops": 3e14, "phase": 1.0},
+    {"stage": "update", "name": "256: gradient", "flops": 15e14, "phase": 3.0},
+    {"stage": "update", "name": "256: sample", "flops": 1.0, "phase": 9.0},
+]
+_ROLLOUTS = [
+    {"stage": "rollout", "name": "a", "rows": 1, "new": 257,
+     "least_bytes": 1.0, "ms_per_token": 9.0},
+    {"stage": "rollout", "name": "b", "rows": 64, "new": 257,
+     "least_bytes": 256 * 5e9, "ms_per_token": 2.5},
+]  # fmt: skip
+
+
+def test_measured_shares_take_the_place_of_assumed_ones(tmp_path):
+  file = _results(tmp_path, _DEVICE, *_UPDATES, *_ROLLOUTS)
+  found = estimate.measured(file, price=2.0)
+  assert found.utilization == pytest.approx(18e14 / 4 / 989e12)
+  assert found.reach == pytest.approx(2e12 / 3352e9)
+  assert found.price == 2.0
+  assert "H100" in found.source
+
+
+@pytest.mark.parametrize(
+    ("lines", "text"),
+    [
+        ([*_UPDATES, *_ROLLOUTS], "device of a known kind"),
+        ([_DEVICE | {"device": "T4"}, *_UPDATES], "device of a known kind"),
+        ([_DEVICE, *_ROLLOUTS], "score and gradient"),
+        ([_DEVICE, *_UPDATES], "a rollout"),
+    ],
+)
+def test_results_that_lack_something_are_refused(lines, text, tmp_path):
+  with pytest.raises(UserError, match=text):
+    estimate.measured(_results(tmp_path, *lines))
+
+
+def test_a_file_that_holds_no_results_is_refused(tmp_path):
+  for name, content in (("a", "no json"), ("b", "[1]"), ("c", None)):
+    file = tmp_path / name
+    if content is not None:
+      file.write_text(content)
+    with pytest.raises(UserError, match="cannot be read"):
+      estimate.measured(file)
 
 
 def test_segments_end_at_the_cap():

@@ -25,7 +25,9 @@ from absl import logging  # noqa: E402
 import rich.console  # noqa: E402
 
 from prefix_distill import command_line  # noqa: E402
+from prefix_distill.errors import ConfigError  # noqa: E402
 from prefix_distill.errors import UserError  # noqa: E402
+from prefix_distill.plan import estimate  # noqa: E402
 from prefix_distill.plan import planner  # noqa: E402
 from prefix_distill.plan import show  # noqa: E402
 from prefix_distill.plan.estimate import Assumptions  # noqa: E402
@@ -46,6 +48,11 @@ _MESH = flags.DEFINE_string(
 _UTILIZATION = flags.DEFINE_float(
     "utilization", 0.5, "Share of the peak FLOPs that products reach."
 )
+_MEASURED = flags.DEFINE_string(
+    "measured", "",
+    "The results.jsonl of benchmarks/accelerator.py, whose shares of the peak"
+    " FLOPs and of the memory's bandwidth are used instead of assumed ones.",
+)  # fmt: skip
 _PRICE = flags.DEFINE_float(
     "price", 0.0, "Of a device and hour, in any currency; 0 for none."
 )
@@ -55,6 +62,17 @@ _SEARCH = flags.DEFINE_bool(
     " those of the config do not.",
 )  # fmt: skip
 _JSON = flags.DEFINE_string("json", "", "A file for the results.")
+
+
+def _assumptions() -> Assumptions:
+  """Returns what was measured, or what is assumed."""
+  if not _MEASURED.value:
+    return Assumptions(_UTILIZATION.value, price=_PRICE.value)
+  if flags.FLAGS["utilization"].present:
+    raise ConfigError(
+        "--measured and --utilization are both given; leave one out."
+    )
+  return estimate.measured(pathlib.Path(_MEASURED.value), _PRICE.value)
 
 
 def main(argv: list[str]) -> None:
@@ -69,7 +87,7 @@ def main(argv: list[str]) -> None:
         machines.parse(_TOPOLOGY.value),
         planner.read_lengths(_PREFIX.value),
         _MESH.value,
-        Assumptions(_UTILIZATION.value, price=_PRICE.value),
+        _assumptions(),
         _SEARCH.value,
     )
     # What the compilers log meanwhile goes elsewhere.

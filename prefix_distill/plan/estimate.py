@@ -3,8 +3,11 @@
 from collections.abc import Iterator
 from collections.abc import Sequence
 import dataclasses
+import json
 import math
+import pathlib
 
+from prefix_distill import errors
 from prefix_distill import sharding
 from prefix_distill.config import Config
 from prefix_distill.data import records
@@ -14,6 +17,7 @@ from prefix_distill.evaluate import benchmarks
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.config import num_params
 from prefix_distill.plan import build
+from prefix_distill.plan import machines
 from prefix_distill.plan.collectives import Planned
 from prefix_distill.plan.collectives import UNKNOWN
 from prefix_distill.plan.machines import Machine
@@ -39,13 +43,72 @@ class Assumptions:
 
   Attributes:
     utilization: of the peak FLOPs, in what is limited by them.
-    reach: of the bandwidths of memory and links.
+    reach: of the memory's bandwidth.
+    links: of the bandwidth of links.
     price: of a device and hour, in any currency; 0 for none.
+    source: where the first two were measured; empty for assumed.
   """
 
   utilization: float = 0.5
   reach: float = 0.8
+  links: float = 0.8
   price: float = 0.0
+  source: str = ""
+
+
+def measured(file: pathlib.Path, price: float = 0.0) -> Assumptions:
+  """Reads what `benchmarks/accelerator.py` measured on one device.
+
+  Utilization is that of its updates, scores and gradients together; the
+  memory's that of its rollouts with the most rows. Shares are of that device's
+  data sheet, so one device's shares can be used for another kind.
+
+  Args:
+    file: its results.jsonl.
+    price: see `Assumptions`.
+
+  Raises:
+    ConfigError: the file cannot be read or lacks what is wanted.
+  """
+  try:
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    done = [one for one in lines if one.get("status") == "done"]
+  except (OSError, ValueError, AttributeError) as error:
+    raise errors.ConfigError(
+        f"--measured={file} cannot be read ({error}); give the results.jsonl"
+        " of benchmarks/accelerator.py."
+    ) from error
+  name = next((str(one["device"]) for one in done if "device" in one), "")
+  kind = next((k for k in machines.CHIPS if k in name.lower()), None)
+  updates = [
+      one
+      for one in done
+      if one.get("stage") == "update"
+      and one["name"].rpartition(" ")[2] in ("score", "gradient")
+  ]
+  rollouts = [one for one in done if "least_bytes" in one]
+  for found, wanted in (
+      (kind, f"a device of a known kind ({', '.join(machines.CHIPS)})"),
+      (updates, "the seconds of score and gradient"),
+      (rollouts, "a rollout"),
+  ):
+    if not found:
+      raise errors.ConfigError(
+          f"--measured={file} holds no line of {wanted}; run"
+          " benchmarks/accelerator.py to its end, or leave --measured out."
+      )
+  chip = machines.CHIPS[kind]
+  flops, seconds = (sum(one[k] for one in updates) for k in ("flops", "phase"))
+  most = max(one["rows"] for one in rollouts)
+  largest = [one for one in rollouts if one["rows"] == most]
+  read = sum(one["least_bytes"] for one in largest)
+  spent = sum(
+      (one["new"] - 1) * one["ms_per_token"] / 1e3 for one in largest
+  )
+  return Assumptions(
+      flops / seconds / chip.flops, read / spent / chip.bandwidth,
+      price=price, source=f"{name}, {file}",
+  )  # fmt: skip
 
 
 def planned(plan: build.Plan, name: str = "") -> list[Planned]:
@@ -128,7 +191,7 @@ def seconds(
   chip = machine.chip
   links = {}
   for name, total in one.sent.items():
-    links[name] = total / (chip.link * assumptions.reach)
+    links[name] = total / (chip.link * assumptions.links)
   parts = {
       "FLOPs": one.flops / devices / (chip.flops * assumptions.utilization),
       "memory": one.moved / (chip.bandwidth * assumptions.reach),

@@ -199,11 +199,16 @@ def show(result: Result, console: rich.console.Console) -> None:
 
 def _assumed(result: Result) -> str:
   chip, a = result.machine.chip, result.assumptions
+  start = (
+      f"Seconds are reckoned with shares measured on {a.source}"
+      if a.source
+      else "Seconds are a bound from below"
+  )
   return (
-      "Seconds are a bound from below: every rollout reaches its cap, products"
+      f"{start}: every rollout reaches its cap, products"
       f" run at {a.utilization:.0%} of {chip.flops / 1e12:.0f} TFLOP/s, memory"
       f" at {a.reach:.0%} of {chip.bandwidth / 1e9:.0f} GB/s, links at"
-      f" {a.reach:.0%} of {chip.link / 1e9:.0f} GB/s a device, one way; nothing"
+      f" {a.links:.0%} of {chip.link / 1e9:.0f} GB/s a device, one way; nothing"
       " overlaps but these three; every answer of an evaluation is as long as"
       " it may be; checkpoints and compiling are left out."
   )
