@@ -44,12 +44,13 @@ import rich.table
 
 _ROOT = pathlib.Path(__file__).parent.parent
 # Stage -> its share of the time, next to those that are still to come.
-STAGES = {"right": 3, "rollout": 4, "update": 4, "peers": 2, "learn": 2}
+STAGES = {"right": 4, "rollout": 4, "update": 4, "peers": 2, "learn": 2}
 # Seconds that are kept for the table.
 _LAST = 3
 # Processes that a stage may use up; each is lost to one measurement.
 _ATTEMPTS = 4
-NO_ACCELERATOR, ANOTHER_DEVICE = 3, 4
+# Exit statuses of a stage's process: as they say, and to be started again.
+NO_ACCELERATOR, ANOTHER_DEVICE, AGAIN = 3, 4, 5
 # Of a device's memory; the rest is for libraries.
 _MEMORY = "0.92"
 
@@ -241,9 +242,12 @@ class Bench:
     for the rest.
     """
     until = time.time() + limit
-    for _ in range(_ATTEMPTS):
+    lost = 0
+    while lost < _ATTEMPTS:
       self._marker.delete()
       status, why = self._watch(stage, until)
+      if status == AGAIN:
+        continue
       if status in (0, NO_ACCELERATOR, ANOTHER_DEVICE) and not why:
         return status
       at = self._marker.read()["at"]
@@ -252,6 +256,7 @@ class Bench:
           stage, at or "start", "limit" if status is None else "failed",
           error=why, log=self._tail(),
       )  # fmt: skip
+      lost += 1
       if not at or until - time.time() < 5:
         break
     self._not_begun(stage, limit)
@@ -292,8 +297,9 @@ class Bench:
 
   def _start(self, stage: str, until: float) -> subprocess.Popen:
     args = self._args
+    script = "machine.py" if stage == "machine" else "stages.py"
     command = [
-        sys.executable, str(pathlib.Path(__file__).with_name("stages.py")),
+        sys.executable, str(pathlib.Path(__file__).with_name(script)),
         *sys.argv[1:], f"--child={stage}", f"--run={self._run}",
         f"--until={until}", f"--programs={self._programs}",
         f"--commit={_commit(args.commit)}",

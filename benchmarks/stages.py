@@ -1,39 +1,31 @@
-"""The stages of `accelerator.py`, each in the process that this file is.
-
-A stage is a list of measurements. Each is written down the moment it is known;
-one that fails is written down with its error, and the next one goes on.
-"""
+"""The stages of `accelerator.py`, each in a process of its own."""
 
 import argparse
 import ast
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import concurrent.futures
 import contextlib
 import dataclasses
-import datetime
 import functools
 import gc
-import importlib.metadata
 import importlib.util
 import json
 import math
 import os
 import pathlib
-import platform
 import shlex
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-import traceback
 from typing import Any
 
-import accelerator
+import child
+from child import Measurement
 import contest
 import jax
 import jax.numpy as jnp
@@ -46,8 +38,6 @@ from prefix_distill import config_dict
 from prefix_distill import recipe
 from prefix_distill import sharding
 from prefix_distill import specs
-from prefix_distill.data import chat as chat_lib
-from prefix_distill.evaluate import evaluator
 from prefix_distill.models import attention
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.config import num_params
@@ -55,7 +45,6 @@ from prefix_distill.models.config import RopeConfig
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.plan import hlo
-from prefix_distill.plan import machines
 from prefix_distill.report import flops
 from prefix_distill.report import metrics as metrics_lib
 from prefix_distill.report import paper_tables
@@ -66,30 +55,8 @@ from prefix_distill.train.compile import Stage
 from prefix_distill.train.programs import Programs
 
 _ROOT = pathlib.Path(__file__).parent.parent
-_GIB = 2**30
 # Keys and values of the rollouts are kept in these.
 _CACHE_DTYPES = ("bfloat16",)
-# Seconds between two looks at whether the parent is alive.
-_WATCH = 0.5
-
-
-@dataclasses.dataclass(frozen=True)
-class Measurement:
-  """Something to be measured.
-
-  Attributes:
-    name: unique in its stage.
-    run: measures; returns what goes into the line, `shown` in the table.
-    needs: bytes of the device's memory, about.
-    limit: in seconds; 0 for that of the stage.
-    skip: why it cannot be measured here; "" if it can.
-  """
-
-  name: str
-  run: Callable[[], dict[str, Any]]
-  needs: float = 0
-  limit: float = 0
-  skip: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +88,7 @@ def _toy(layers: int, dim: int) -> ModelConfig:
   )  # fmt: skip
 
 
-_TOY = Size(_toy(2, 32), _toy(2, 64), 16, (8, 24), (4, 1), 12, (8, 16, 32))
+_TOY = Size(_toy(2, 32), _toy(2, 64), 16, (8, 24), (4, 1), 12, (8, 24))
 _TRUE = Size(
     paper_tables.QWEN3_1_7B, paper_tables.QWEN3_8B, 256, (512, 2048), (64, 1),
     1024, (256, 512, 1024, 2048),
@@ -146,45 +113,12 @@ class _Tokens:
   special_ids: tuple[int, ...] = (0,)
 
 
-class Bench:
-  """What the stages share: the arguments, the device and the lines so far."""
-
-  def __init__(self, args: argparse.Namespace):
-    self.args = args
-    self.size = _TOY if args.cpu else _TRUE
-    self.results = accelerator.Results(args.out, args.run)
-
-  @functools.cached_property
-  def device(self) -> jax.Device:
-    return jax.devices()[0]
+class Bench(child.Bench):
+  """With sizes, and runs of random models."""
 
   @property
-  def machine(self) -> dict[str, Any]:
-    """What the stage `machine` has found, by this run or one before."""
-    out = {}
-    for (stage, _), line in self.results.latest().items():
-      if stage == "machine" and line["status"] == "done":
-        out |= line
-    return out
-
-  @property
-  def memory(self) -> float:
-    """Bytes that are free on the device."""
-    stats = self.device.memory_stats()
-    if self.device.platform == "cpu" or not stats:
-      found = 1024 * int(_proc("/proc/meminfo", "MemAvailable").split()[0])
-    else:
-      found = stats["bytes_limit"] - stats["bytes_in_use"]
-    return min(found, self.args.memory * _GIB or math.inf)
-
-  def peak(self) -> tuple[float, float]:
-    """Returns bytes in use on the device, and the most since it began."""
-    stats = self.device.memory_stats() or {}
-    return stats.get("bytes_in_use", 0), stats.get("peak_bytes_in_use", 0)
-
-  def share(self, flop: float, seconds: float) -> float:
-    """Returns the share of the measured rate of bfloat16 products."""
-    return flop / seconds / self.machine.get("matrix_flops", math.nan)
+  def size(self) -> Size:
+    return _TOY if self.args.cpu else _TRUE
 
   def setup(
       self, config: config_lib.Config, student: Model, teacher: Model
@@ -196,14 +130,6 @@ class Bench:
     return setup_lib.Setup(
         config, mesh, *models, tokens, (), (), None, {}
     )
-
-
-def _proc(file: str, name: str) -> str:
-  for line in pathlib.Path(file).read_text().splitlines():
-    key, _, value = line.partition(":")
-    if key.strip() == name:
-      return value.strip()
-  return ""
 
 
 def _config(
@@ -301,96 +227,6 @@ def _tree_off(found: Any, reference: Any) -> float:
   return math.sqrt(sum(squares[0]) / sum(squares[1]))
 
 
-# machine
-
-
-def machine(bench: Bench) -> Iterator[Measurement]:
-  """What the device is, and what it can do at most."""
-  yield Measurement("device", functools.partial(_device, bench))
-  yield Measurement("ceilings", functools.partial(_ceilings, bench.args.cpu))
-
-
-def _device(bench: Bench) -> dict[str, Any]:
-  device, cpu = bench.device, bench.args.cpu
-  kind = f"{device.device_kind} (rehearsal)" if cpu else device.device_kind
-  found = {
-      "device": kind,
-      "platform": device.platform,
-      "compute_capability": getattr(device, "compute_capability", None),
-      "topology": next(
-          (n for n in machines.CHIPS if n.upper() in kind.upper().split()), ""
-      ),
-      "memory": _memory_limit(device),
-      "driver": _driver(),
-      "jax": jax.__version__,
-      "jaxlib": jax.lib.__version__,
-      "cudnn": _version("nvidia-cudnn-cu13") or _version("nvidia-cudnn-cu12"),
-      "python": platform.python_version(),
-      "processor": _proc("/proc/cpuinfo", "model name"),
-      "cores": len(os.sched_getaffinity(0)),
-      "date": datetime.date.today().isoformat(),
-      "commit": bench.args.commit,
-  }
-  memory = found["memory"]
-  shown = f"{memory / _GIB:.1f} GiB for programs" if memory else "the host's"
-  capability = found["compute_capability"]
-  if capability:
-    shown += f", compute capability {capability}"
-  return found | {"shown": shown}
-
-
-def _memory_limit(device: jax.Device) -> float:
-  return (device.memory_stats() or {}).get("bytes_limit", 0)
-
-
-def _driver() -> str:
-  query = ("--query-gpu=driver_version", "--format=csv,noheader")
-  command = ["nvidia-smi", *query]
-  try:
-    found = subprocess.run(command, capture_output=True, text=True, timeout=20)
-  except (OSError, subprocess.TimeoutExpired):
-    return ""
-  return found.stdout.strip().partition("\n")[0] if not found.returncode else ""
-
-
-def _version(package: str) -> str:
-  try:
-    return importlib.metadata.version(package)
-  except importlib.metadata.PackageNotFoundError:
-    return ""
-
-
-def _rate(run: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
-  """Returns the median seconds of a call, of many in a row."""
-  calls, times = 10, []
-  jax.block_until_ready(run(x))
-  for _ in range(5):
-    start = time.perf_counter()
-    for _ in range(calls):
-      out = run(x)
-    jax.block_until_ready(out)
-    times.append((time.perf_counter() - start) / calls)
-  return statistics.median(times)
-
-
-def _ceilings(cpu: bool) -> dict[str, Any]:
-  size, side = (2**24, 256) if cpu else (2**31, 8192)
-  x = jax.random.normal(jax.random.key(0), (size // 4,), jnp.float32)
-  copy = 2 * x.nbytes / _rate(jax.jit(lambda x: x + 1), x)
-  read = x.nbytes / _rate(jax.jit(jnp.max), x)
-  a = jax.random.normal(jax.random.key(1), (side, side), jnp.bfloat16)
-  product = 2 * side**3 / _rate(jax.jit(lambda a: a @ a), a)
-  return {
-      "copy_bandwidth": copy,
-      "read_bandwidth": read,
-      "matrix_flops": product,
-      "shown": (
-          f"copies {copy / 1e9:,.0f} GB/s, reads {read / 1e9:,.0f} GB/s,"
-          f" bfloat16 products {product / 1e12:,.1f} TFLOP/s"
-      ),
-  }
-
-
 # right
 
 # Relative errors that pass, of values and of gradients.
@@ -399,8 +235,12 @@ _BOUNDS = {
     ("float32", "default"): (5e-3, 2e-2),
     ("bfloat16", "default"): (4e-2, 8e-2),
 }
+# Lengths that the cache grows to in these.
+_BUCKETS = (8, 40)
 # Of log-probabilities sampled with such a cache, root mean square, in nats.
 _SAMPLED_BOUNDS = {"float32": 1e-4, "bfloat16": 5e-2, "int8": 1e-1}
+# Of what differs by the order of its sums alone.
+_SAME = 1e-5
 _ATTENTION_LENGTHS = (64, 320, 1024, 4096)
 _ATTENTION_BOUND = 2e-2
 
@@ -560,19 +400,17 @@ def _judged(passed: bool, shown: str, **values: Any) -> dict[str, Any]:
   return {"passed": passed, "shown": f"{word}: {shown}", **values}
 
 
-def _two_ways(
-    bench: Bench, bound: float, first: dict[str, Any], second: dict[str, Any]
+def _another_way(
+    bench: Bench, plain: Callable[[], Any], changes: dict[str, Any]
 ) -> dict[str, Any]:
-  """Compares loss and gradient with two settings, in full float32."""
+  """Compares loss and gradient with other settings, in full float32."""
+  value, grads = plain()
   with _precision("highest"):
-    (value, grads), (other, others) = (
-        _gradient(_case(bench, "float32", **changes))
-        for changes in (first, second)
-    )
+    other, others = _gradient(_case(bench, "float32", **changes))
   off = {"loss": _off(other, value), "gradient": _tree_off(others, grads)}
   shown = ", ".join(f"{k} off by {x:.1e}" for k, x in off.items())
   return _judged(
-      max(off.values()) <= bound, f"{shown}; bound {bound:g}", off=off
+      max(off.values()) <= _SAME, f"{shown}; bound {_SAME:g}", off=off
   )
 
 
@@ -583,8 +421,9 @@ def _teacher_forced(
   precision = "highest" if dtype == "float32" else "default"
   with _precision(precision):
     case = _case(
-        bench, dtype, rollout__cache_dtype=cache_dtype, prefix__buckets=(8, 40)
-    )
+        bench, dtype, rollout__cache_dtype=cache_dtype,
+        prefix__buckets=_BUCKETS,
+    )  # fmt: skip
     length = case.setup.config.prefix.length
     rollout = case.programs.sample(
         case.params, case.batch, jax.random.key(0), length
@@ -654,10 +493,13 @@ def _twice(bench: Bench) -> dict[str, Any]:
   """Does the same update twice."""
   states = []
   for _ in range(2):
-    case = _case(bench, "bfloat16")
+    case = _case(
+        bench, "bfloat16", rollout__cache_dtype=_CACHE_DTYPES[0],
+        prefix__buckets=_BUCKETS,
+    )  # fmt: skip
     state = case.programs.init(case.params)
     rollout = case.programs.sample(
-        state.params, case.batch, jax.random.key(0), 40
+        state.params, case.batch, jax.random.key(0), _BUCKETS[-1]
     )
     scores = case.programs.score(case.teacher, case.batch, rollout)
     state, _ = case.programs.update(
@@ -724,10 +566,13 @@ def _readme(cpu: bool) -> dict[str, Any]:
 
 def right(bench: Bench) -> Iterator[Measurement]:
   """Whether the device computes what it should."""
+  on_cpu = bench.device.platform == "cpu"
   for dtype, precision in _BOUNDS:
+    same = on_cpu and (dtype, precision) == ("float32", "default")
     yield Measurement(
         f"{dtype}, {precision} precision, against float64",
         functools.partial(_against_reference, bench, dtype, precision),
+        skip="a CPU has no other products of float32" if same else "",
     )
   pairs = [("float32", "float32"), *(("bfloat16", c) for c in _CACHE_DTYPES)]
   for dtype, cache in pairs:
@@ -740,16 +585,19 @@ def right(bench: Bench) -> Iterator[Measurement]:
       given.prompt.shape[1] + given.tokens.shape[1]
   )
   ways = {
-      "chunked head": (
-          {"loss": recipe.LossSpec(logits_mib=64)},
-          {"loss": recipe.LossSpec(logits_mib=1)},
-      ),
-      "microbatches": ({}, {"optimizer__batch_tokens": half}),
-      "layers' inputs on the host": ({"remat": "full"}, {"remat": "offload"}),
+      "chunked head": {"loss": recipe.LossSpec(logits_mib=1)},
+      "microbatches": {"optimizer__batch_tokens": half},
+      "layers' inputs on the host": {"remat": "offload"},
   }
-  for name, (first, second) in ways.items():
+
+  @functools.cache
+  def plain() -> tuple[float, Params]:
+    with _precision("highest"):
+      return _gradient(_case(bench, "float32"))
+
+  for name, changes in ways.items():
     yield Measurement(
-        name, functools.partial(_two_ways, bench, 1e-5, first, second)
+        name, functools.partial(_another_way, bench, plain, changes)
     )
   on_gpu = bench.device.platform in ("gpu", "cuda")
   for length in _ATTENTION_LENGTHS:
@@ -802,7 +650,7 @@ def _rollout_bytes(size: Size, rows: int, cache_dtype: str) -> float:
   # Logits in float32, their log-probabilities and what draws from them.
   logits = 4 * 4 * size.student.vocab_size
   weights = 2 * 2 * num_params(size.student)
-  return 1.05 * (weights + rows * (cache + logits)) + _GIB / 2
+  return 1.05 * (weights + rows * (cache + logits)) + child.GIB / 2
 
 
 def _largest(bench: Bench, cache_dtype: str) -> int:
@@ -966,7 +814,7 @@ def _compiled(
           f"{found['cold']:.1f} s cold for {found['programs']} programs side by"
           f" side (the longest, {slowest[0]}, {slowest[1]:.1f} s),"
           f" {found['warm']:.1f} s warm; {found['kernels']} kernels a token;"
-          f" {found['decode_bytes'] / _GIB:.2f} GiB for the last decoder"
+          f" {found['decode_bytes'] / child.GIB:.2f} GiB for the last decoder"
       ),
   }
 
@@ -1023,7 +871,7 @@ def _write(
 
 
 def _gib(size: float) -> str:
-  return f"{size / _GIB:.1f} GiB" if size else "unknown memory"
+  return f"{size / child.GIB:.1f} GiB" if size else "unknown memory"
 
 
 def _retried(
@@ -1101,6 +949,13 @@ class _Planned:
     return (exact or (near if name in same else []) or [{}])[-1]
 
 
+def _literal(text: str) -> Any:
+  try:
+    return ast.literal_eval(text)
+  except (SyntaxError, ValueError):
+    return text
+
+
 def read_plan(file: pathlib.Path) -> tuple[dict[str, Any], list[dict]]:
   """Returns the settings that a plan names, and its programs with them."""
   found = json.loads(file.read_text())
@@ -1110,10 +965,7 @@ def read_plan(file: pathlib.Path) -> tuple[dict[str, Any], list[dict]]:
   for flag in " ".join(found["advice"][:1]).split():
     if flag.startswith("--config."):
       name, _, value = flag.removeprefix("--config.").partition("=")
-      try:
-        flags[name] = ast.literal_eval(value)
-      except (SyntaxError, ValueError):
-        flags[name] = value
+      flags[name] = _literal(value)
   return flags, found["mended"] or found["programs"]
 
 
@@ -1133,15 +985,21 @@ def _plan(bench: Bench) -> _Planned:
   return _Planned(*read_plan(file), str(file))
 
 
-def _recipe(flags: dict[str, Any]) -> config_lib.Config:
-  """Returns the paper's recipe with other settings."""
+def _read_config(
+    argument: str, values: dict[str, Any]
+) -> config_lib.Config:
+  """Returns what `configs/math.py` has, with other settings."""
   file = _ROOT / "configs" / "math.py"
   spec = importlib.util.spec_from_file_location("recipe_file", file)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  config = module.get_config("qwen3-1.7b")
-  config.update_from_flattened_dict({"mesh.fsdp": 1, **flags})
+  config = module.get_config(argument)
+  config.update_from_flattened_dict(values)
   return config_dict.from_dict(config.to_dict())
+
+
+def _recipe(values: dict[str, Any]) -> config_lib.Config:
+  return _read_config("qwen3-1.7b", {"mesh.fsdp": 1, **values})
 
 
 class _Updater:
@@ -1200,7 +1058,6 @@ class _Updater:
     )
     self.prompts = _prompts(setup)
     self.scores: Any = None
-    self.total: Any = None
 
   @functools.cached_property
   def part(self) -> tuple[PromptBatch, Rollout]:
@@ -1243,18 +1100,19 @@ class _Updater:
     total = self.programs.zeros(*args) if several else None
     for _ in range(2):
       seconds, total = _seconds(self.programs.gradient, *args, total)
-      if not several:
-        self.total, total = total, None
-    self.total = self.total if total is None else total
+      total = total if several else None
     return seconds, len(self.part[1].tokens)
 
   def apply(self) -> tuple[float, int]:
-    if self.total is None:
-      self.gradient()
-    seconds, (self.state, _) = _seconds(
-        self.programs.apply, self.state, self.total
+    """Steps twice, with gradients of zero; the second is timed."""
+    shapes = self.compiled["apply"][0].args[1]
+    total = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), shapes
     )
-    self.total = None
+    for _ in range(2):
+      seconds, (self.state, _) = _seconds(
+          self.programs.apply, self.state, total
+      )
     return seconds, 0
 
   def flops(self, name: str, rows: int) -> float:
@@ -1289,11 +1147,17 @@ def _updater(
   return memo[bucket]
 
 
-# A phase, and those of its programs that take most.
-_PROGRAMS = {
-    "sample": ("decode", "prefill", "layout"), "score": ("score",),
-    "gradient": ("gradient",), "apply": ("apply",),
-}  # fmt: skip
+# In the order of the memory that they take, so that each one's peak is seen.
+_PHASES = ("apply", "score", "sample", "gradient")
+
+
+def _programs_of(phase: str, names: Iterable[str]) -> list[str]:
+  """Returns the programs of a phase; sampling has all that no other has."""
+  if phase != "sample":
+    return [phase]
+  return [
+      n for n in names if n not in _PHASES and not n.startswith("evaluate")
+  ]
 
 
 def _phase(
@@ -1304,12 +1168,13 @@ def _phase(
   before, old = bench.peak()
   seconds, rows = getattr(updater, name)()
   _, peak = bench.peak()
-  planned = [updater.plan.of(n, bucket) for n in _PROGRAMS[name]]
-  most = max(planned, key=lambda p: p.get("memory", 0))
+  names = {p["name"] for p in updater.plan.programs}
+  planned = [updater.plan.of(n, bucket) for n in _programs_of(name, names)]
+  most = max(planned, key=lambda p: p.get("memory", 0), default={})
   compiled = max(
       _total_bytes(updater.compiled[n][1])
-      for n in _PROGRAMS[name] if n in updater.compiled
-  )  # fmt: skip
+      for n in _programs_of(name, updater.compiled)
+  )
   flop = updater.flops(name, rows)
   share = bench.share(flop, seconds)
   times = -(-updater.whole // rows) if rows else 1
@@ -1367,12 +1232,12 @@ def _whole_update(bench: Bench, bucket: int) -> dict[str, Any]:
       if stage == "update" and line.get("bucket") == bucket
       and line["status"] == "done"
   }  # fmt: skip
-  missing = _PROGRAMS.keys() - found.keys()
+  missing = set(_PHASES) - found.keys()
   if missing:
     raise RuntimeError(f"{', '.join(sorted(missing))} could not be measured")
-  seconds = {n: found[n]["phase"] * found[n]["times"] for n in _PROGRAMS}
+  seconds = {n: found[n]["phase"] * found[n]["times"] for n in _PHASES}
   whole = sum(seconds.values())
-  flop = sum(found[n]["flops"] * found[n]["times"] for n in _PROGRAMS)
+  flop = sum(found[n]["flops"] * found[n]["times"] for n in _PHASES)
   parts = ", ".join(f"{n} {s:.1f}" for n, s in seconds.items())
   return {
       "phases": seconds,
@@ -1402,17 +1267,11 @@ def update(bench: Bench) -> Iterator[Measurement]:
     options = {"bench": bench, "memo": memo, "bucket": bucket}
     yield Measurement(
         f"{name} compiling", functools.partial(_compiled_update, **options),
-        needs,
+        needs, fresh=True,
     )  # fmt: skip
-    # What takes least comes first, so that each one's peak is seen.
-    for phase in ("apply", "score", "gradient", "sample"):
-      if phase != "apply":
-        run = functools.partial(_phase, name=phase, **options)
-        yield Measurement(f"{name} {phase}", run, needs)
-    yield Measurement(
-        f"{name} apply", functools.partial(_phase, name="apply", **options),
-        needs,
-    )  # fmt: skip
+    for phase in _PHASES:
+      run = functools.partial(_phase, name=phase, **options)
+      yield Measurement(f"{name} {phase}", run, needs)
     yield Measurement(
         f"{name} update", functools.partial(_whole_update, bench, bucket)
     )
@@ -1426,14 +1285,14 @@ class _Match:
   """What everybody does in turn.
 
   Attributes:
-    names: contestants, ours first.
-    args: of each.
+    args: of each contestant's process.
+    ways: what is timed: a contestant and what it is asked besides; ours first.
     shape: rows, prompt and new tokens.
     repeats: turns.
   """
 
-  names: tuple[str, ...]
-  args: tuple[tuple[str, ...], ...]
+  args: dict[str, tuple[str, ...]]
+  ways: dict[str, tuple[str, dict[str, Any]]]
   shape: tuple[int, int, int]
   repeats: int
 
@@ -1478,35 +1337,36 @@ def _programs() -> str:
 def _contest(match: Callable[[], _Match], vocabulary: int) -> dict[str, Any]:
   """Lets all do the same in turn; the first warms up."""
   match = match()
-  contestants = [
-      contest.Contestant(name.partition(" ")[0], sys.executable, *args)
-      for name, args in zip(match.names, match.args, strict=True)
-  ]
+  contestants = {
+      name: contest.Contestant(name, sys.executable, *args)
+      for name, args in match.args.items()
+  }
   rows, prompt, new = match.shape
   rng = np.random.default_rng(0)
   tokens = rng.integers(10, vocabulary, (rows, prompt)).tolist()
-  seconds = {name: [] for name in match.names}
+  seconds = {way: [] for way in match.ways}
   errors: dict[str, str] = {}
   try:
     for _ in range(match.repeats):
-      for name, one in zip(match.names, contestants, strict=True):
-        if name in errors:
+      for way, (name, options) in match.ways.items():
+        if way in errors:
           continue
         try:
-          seconds[name].append(one.ask(tokens=tokens, new=new)["seconds"])
+          answer = contestants[name].ask(tokens=tokens, new=new, **options)
+          seconds[way].append(answer["seconds"])
         except RuntimeError as error:
-          errors[name] = str(error)[:300]
+          errors[way] = str(error)[:300]
   finally:
-    for one in contestants:
+    for one in contestants.values():
       one.close()
-  if match.names[0] in errors or len(errors) > 1:
+  found = {way: statistics.median(s) for way, s in seconds.items() if s}
+  ours = found.get(next(iter(match.ways)), math.nan)
+  if len(found) < 2:
     raise RuntimeError("; ".join(f"{k}: {v}" for k, v in errors.items()))
-  found = {n: statistics.median(s) for n, s in seconds.items() if s}
-  ours = found[match.names[0]]
   shown = ", ".join(
-      f"{n} {s:.2f} s ({s / ours:.2f} x)" for n, s in found.items()
+      f"{way} {s:.2f} s ({s / ours:.2f} x)" for way, s in found.items()
   )
-  shown += "".join(f"; {n} left out: {e}" for n, e in errors.items())
+  shown += "".join(f"; {way} left out: {e}" for way, e in errors.items())
   return {
       "rows": rows,
       "prompt": prompt,
@@ -1537,21 +1397,26 @@ def peers(bench: Bench) -> Iterator[Measurement]:
 
   def rollouts() -> _Match:
     model = _random_model(cpu, layers)
+    ways = {
+        "ours": ("ours", {}),
+        "transformers, dynamic cache": ("torch_generate", {}),
+        "transformers, static cache": ("torch_generate", {"static": True}),
+    }
     return _Match(
-        ("ours", "torch_generate static", "torch_generate dynamic"),
-        ((model, dtype), (model, dtype, "static"), (model, dtype)),
+        {"ours": (model, dtype), "torch_generate": (model, dtype)}, ways,
         (2, 8, 8) if cpu else (32, 256, 256), repeats,
     )  # fmt: skip
 
   def updates() -> _Match:
     models = _random_model(cpu, layers), _random_model(cpu, layers // 2)
     return _Match(
-        ("ours_step", "torch_step"), ((*models, dtype),) * 2,
+        dict.fromkeys(("ours_step", "torch_step"), (*models, dtype)),
+        {"ours": ("ours_step", {}), "torch": ("torch_step", {})},
         (2, 8, 8) if cpu else (16, 256, 256), repeats,
     )  # fmt: skip
 
   # Weights of three processes, and caches and logits.
-  needs = 0 if cpu else 24 * _GIB
+  needs = 0 if cpu else 24 * child.GIB
   for name, match in (("rollouts", rollouts), ("update", updates)):
     yield Measurement(
         name, functools.partial(_contest, match, vocabulary), needs, skip=skip
@@ -1626,8 +1491,12 @@ def _resolved(path: str) -> str:
   return str(pathlib.Path(path).resolve())
 
 
+@functools.cache
 def _held_out(bench: Bench, lesson: _Lesson, student: str) -> float:
   """Returns the reverse KL a token of whole answers to held-out prompts."""
+  from prefix_distill.data import chat as chat_lib  # noqa: PLC0415
+  from prefix_distill.evaluate import evaluator  # noqa: PLC0415
+
   cpu = bench.args.cpu
   dtype = "float32" if cpu else "bfloat16"
   config = _config(lesson.rows, lesson.prompt, lesson.length)
@@ -1663,24 +1532,34 @@ def _held_out(bench: Bench, lesson: _Lesson, student: str) -> float:
   return float(value / count)
 
 
+def _settings(flags: Sequence[str]) -> config_lib.Config:
+  """Returns `configs/math.py` with flags as `prefix_distill.main` has them."""
+  values = {}
+  for flag in flags:
+    name, _, value = flag.removeprefix("--config.").partition("=")
+    values[name] = _literal(value)
+  return _read_config("", values)
+
+
 def _learn(
-    bench: Bench, lesson: _Lesson, name: str, flags: tuple[str, ...]
+    bench: Bench, lesson: _Lesson, flags: tuple[str, ...]
 ) -> dict[str, Any]:
   """Trains with prefixes of some kind; says what it did to the divergence."""
+  from prefix_distill.train import loop  # noqa: PLC0415
+
   student, teacher = map(_resolved, (lesson.student, lesson.teacher))
   before = _held_out(bench, lesson, student)
+  models = (
+      f"--config.student.path={student}", f"--config.teacher.path={teacher}",
+  )  # fmt: skip
+  config = _settings((*lesson.flags, *flags, *models))
   with tempfile.TemporaryDirectory(dir=_programs()) as directory:
-    workdir = f"{directory}/{name}"
+    workdir = pathlib.Path(directory, "run")
     start = time.perf_counter()
-    lines = _main(
-        [
-            "--config=configs/math.py", f"--config.student.path={student}",
-            f"--config.teacher.path={teacher}", *lesson.flags, *flags,
-        ],
-        workdir,
-    )  # fmt: skip
+    loop.train(config, workdir)
     whole = time.perf_counter() - start
-    after = _held_out(bench, lesson, f"{workdir}/export")
+    lines = metrics_lib.read(workdir / "metrics.jsonl")
+    after = _held_out(bench, lesson, str(workdir / "export"))
   updates = [x for x in lines if "prefix_len" in x]
   phases = ("seconds_sample", "seconds_score", "seconds_update")
   # The first of a length compiles.
@@ -1712,87 +1591,15 @@ def learn(bench: Bench) -> Iterator[Measurement]:
   }.items():
     yield Measurement(
         f"{name} prefixes",
-        functools.partial(_learn, bench, lesson, name, flags),
+        functools.partial(_learn, bench, lesson, flags),
         skip="" if lesson else "neither --student nor --teacher is given",
     )
 
 
-# The process
-
-
-def _measure(bench: Bench, stage: str, one: Measurement) -> None:
-  """Measures, and writes the line."""
-  if one.skip:
-    bench.results.add(stage, one.name, "skipped", error=one.skip)
-    return
-  if one.needs and one.needs > bench.memory:
-    bench.results.add(
-        stage, one.name, "skipped", needed=one.needs, available=bench.memory,
-        error=(
-            f"needs {one.needs / _GIB:.3g} GiB, and"
-            f" {bench.memory / _GIB:.3g} GiB are there"
-        ),
-    )  # fmt: skip
-    return
-  start = time.perf_counter()
-  try:
-    found = one.run()
-  except Exception as error:  # pylint: disable=broad-except
-    text = f"{type(error).__name__}: {error}"
-    trace = "".join(traceback.format_tb(error.__traceback__)[-4:])
-    print(f"{one.name}: {text}\n{trace}", file=sys.stderr)
-    bench.results.add(
-        stage, one.name, "failed", error=text[:300], trace=trace[-1200:],
-        seconds=time.perf_counter() - start,
-    )  # fmt: skip
-    return
-  seconds = time.perf_counter() - start
-  bench.results.add(stage, one.name, "done", seconds=seconds, **found)
-
-
-def _die_with_parent() -> None:
-  """Ends this process and what it has started when its parent is gone."""
-  parent = os.getppid()
-
-  def watch() -> None:
-    while os.getppid() == parent:
-      time.sleep(_WATCH)
-    os.killpg(0, signal.SIGKILL)
-
-  threading.Thread(target=watch, daemon=True).start()
-
-
-def _check_device(bench: Bench) -> None:
-  """Ends the process if there is no accelerator, or not the one of before."""
-  if not bench.args.cpu and bench.device.platform == "cpu":
-    sys.exit(accelerator.NO_ACCELERATOR)
-  known = bench.machine.get("device")
-  if known and known != _device(bench)["device"]:
-    sys.exit(accelerator.ANOTHER_DEVICE)
-
-
 def main() -> None:
-  _die_with_parent()
-  args = accelerator.arguments()
-  bench, stage = Bench(args), args.child
-  if stage == "machine":
-    _check_device(bench)
-  stages = {
-      f.__name__: f for f in (machine, right, rollout, update, peers, learn)
-  }
-  measurements = list(stages[stage](bench))
-  names = [one.name for one in measurements]
-  marker = accelerator.Marker(args.out)
-  marker.write(stage, names)
-  settled = bench.results.settled(stage)
-  if stage == "machine":
-    settled -= {"device"}  # It says when and with what the rest was measured.
-  for one in measurements:
-    if one.name not in settled:
-      marker.write(stage, names, one.name, one.limit)
-      _measure(bench, stage, one)
-      gc.collect()
-  marker.write(stage, names)
+  bench = child.start(Bench)
+  stages = {f.__name__: f for f in (right, rollout, update, peers, learn)}
+  child.measure(bench, stages[bench.args.child](bench))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """transformers.generate on torch.
 
-Arguments: the model's directory, what to compute in, and "static" for a cache
-of fixed size, for which generate compiles the model where it can.
+Arguments: the model's directory, and what to compute in. With a static cache
+generate compiles the model where it can.
 """
 
 import sys
@@ -12,20 +12,20 @@ import transformers
 
 
 def main() -> None:
-  path, dtype, *form = sys.argv[1:]
+  path, dtype = sys.argv[1:]
   device = "cuda" if torch.cuda.is_available() else "cpu"
   model = transformers.AutoModelForCausalLM.from_pretrained(
       path, dtype=getattr(torch, dtype)
   ).eval().to(device)
 
   @torch.inference_mode()
-  def answer(tokens, new):
+  def answer(tokens, new, static=False):
     tokens = torch.tensor(tokens, device=device)
     out = model.generate(
         tokens, attention_mask=torch.ones_like(tokens), do_sample=True,
         temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new,
         min_new_tokens=new, pad_token_id=0,
-        cache_implementation=form[0] if form else None,
+        cache_implementation="static" if static else None,
     )  # fmt: skip
     assert out.shape[1] == tokens.shape[1] + new
     return {"drawn": out[0, tokens.shape[1] :][:4].tolist()}
