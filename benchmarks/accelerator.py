@@ -53,6 +53,8 @@ _ATTEMPTS = 4
 NO_ACCELERATOR, ANOTHER_DEVICE, AGAIN = 3, 4, 5
 # Of a device's memory; the rest is for libraries.
 _MEMORY = "0.92"
+# On fewer the plan would slow down what is measured, and not be ready.
+_PLANNING_CORES = 8
 
 
 class Stopped(Exception):
@@ -190,6 +192,7 @@ def arguments() -> argparse.Namespace:
   parser.add_argument("--until", type=float, default=0, help=argparse.SUPPRESS)
   parser.add_argument("--programs", default="", help=argparse.SUPPRESS)
   args = parser.parse_args()
+  args.out = args.out.resolve()
   unknown = set(args.stages.split(",")) - STAGES.keys()
   if unknown:
     parser.error(f"--stages={args.stages} is none of {', '.join(STAGES)}.")
@@ -319,17 +322,21 @@ class Bench:
 
   def plan(self, topology: str) -> None:
     """Starts the plan of the update, which is ready when its stage is."""
-    if self._args.plan or self._args.cpu or not topology:
+    few = len(os.sched_getaffinity(0)) < _PLANNING_CORES
+    if self._args.plan or self._args.cpu or not topology or few:
       return
     command = [
-        "nice", sys.executable, "-m", "prefix_distill.plan",
-        "--config=configs/math.py:qwen3-1.7b", f"--topology={topology}:1",
-        "--prefix=256,2048", f"--json={self._args.out / 'plan.json'}",
+        # It ends in time even if this process is killed.
+        "timeout", str(int(max(self.left, 1))), "nice", sys.executable, "-m",
+        "prefix_distill.plan", "--config=configs/math.py:qwen3-1.7b",
+        f"--topology={topology}:1", "--prefix=256,2048",
+        f"--json={self._args.out / 'plan.json'}",
     ]  # fmt: skip
     with self._log.open("ab") as log:
       self._others.append(subprocess.Popen(
           command, cwd=_ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-          env=os.environ | {"PYTHONPATH": str(_ROOT)}, start_new_session=True,
+          env=environment(False, "plan", self._programs),
+          start_new_session=True,
       ))  # fmt: skip
 
 
@@ -452,6 +459,8 @@ def tables(results: Results, directory: pathlib.Path) -> None:
 
 def _stop(number: int, frame: Any) -> None:
   del frame
+  for other in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(other, signal.SIG_IGN)  # Once is enough.
   raise Stopped(signal.Signals(number).name)
 
 

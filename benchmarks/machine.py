@@ -88,7 +88,12 @@ def _device(bench: child.Bench) -> dict[str, Any]:
       "platform": device.platform,
       "compute_capability": getattr(device, "compute_capability", None),
       "topology": next(
-          (n for n in machines.CHIPS if n.upper() in kind.upper().split()), ""
+          (
+              name
+              for name, chip in machines.CHIPS.items()
+              if chip.platform == "gpu" and name.upper() in kind.upper()
+          ),
+          "",
       ),
       "memory": _memory_limit(device),
       "driver": _driver(),

@@ -28,6 +28,7 @@ import child
 from child import Measurement
 import contest
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 import jax.numpy as jnp
 import make_reference
 import numpy as np
@@ -492,12 +493,12 @@ def _cudnn(length: int) -> dict[str, Any]:
 def _twice(bench: Bench) -> dict[str, Any]:
   """Does the same update twice."""
   states = []
+  case = _case(
+      bench, "bfloat16", rollout__cache_dtype=_CACHE_DTYPES[0],
+      prefix__buckets=_BUCKETS,
+  )  # fmt: skip
   for _ in range(2):
-    case = _case(
-        bench, "bfloat16", rollout__cache_dtype=_CACHE_DTYPES[0],
-        prefix__buckets=_BUCKETS,
-    )  # fmt: skip
-    state = case.programs.init(case.params)
+    state = case.programs.init(jax.tree.map(jnp.copy, case.params))
     rollout = case.programs.sample(
         state.params, case.batch, jax.random.key(0), _BUCKETS[-1]
     )
@@ -679,12 +680,12 @@ def _fresh_cache() -> Iterator[None]:
   before = jax.config.jax_compilation_cache_dir
   with tempfile.TemporaryDirectory() as directory:
     jax.config.update("jax_compilation_cache_dir", directory)
-    jax.experimental.compilation_cache.compilation_cache.reset_cache()
+    compilation_cache.reset_cache()
     try:
       yield
     finally:
       jax.config.update("jax_compilation_cache_dir", before)
-      jax.experimental.compilation_cache.compilation_cache.reset_cache()
+      compilation_cache.reset_cache()
 
 
 def _compile(
@@ -715,35 +716,49 @@ _FREE = (
 )  # fmt: skip
 
 
-def _kernels(module: hlo.Module, computation: str) -> int:
-  """Counts the kernels that a computation starts, or its larger branch."""
+def _kernels(module: hlo.Module, computation: str, loops: bool = True) -> int:
+  """Counts the kernels that a computation starts, of branches the larger one's.
+
+  Args:
+    module: of the computation.
+    computation: its name.
+    loops: whether to count what is in its loops.
+  """
   total = 0
   for op in module.computations[computation].values():
     if op.opcode in _FREE or op.opcode.endswith("-done"):
       continue
     if op.opcode == "while":
       trips, _ = module.trip_count(op, computation, {})
-      total += (trips or 1) * _kernels(module, op.attribute("body"))
+      inside = _kernels(module, op.attribute("body")) if loops else 0
+      total += (trips or 1) * inside
     elif op.opcode == "call":
-      total += sum(_kernels(module, name) for name in op.called)
+      total += sum(_kernels(module, name, loops) for name in op.called)
     elif op.opcode == "conditional":
-      total += max(_kernels(module, name) for name in op.called)
+      total += max(_kernels(module, name, loops) for name in op.called)
     else:
       total += 1
   return total
 
 
 def _kernels_a_token(text: str) -> int:
-  """Returns the kernels of one turn of a program's largest loop."""
+  """Returns the kernels of one turn of the loop over tokens.
+
+  It is the one that has the layers in it, and not in a loop of its own.
+  """
   module = hlo.Module(text)
-  counts = [
-      _kernels(module, op.attribute("body"))
+  bodies = [
+      op.attribute("body")
       for name, ops in module.computations.items()
       if name not in module.fused
       for op in ops.values()
       if op.opcode == "while"
   ]
-  return max(counts, default=0)
+  if not bodies:
+    return 0
+  return _kernels(
+      module, max(bodies, key=lambda body: _kernels(module, body, False))
+  )
 
 
 def _total_bytes(compiled: Any) -> float:
@@ -1267,7 +1282,7 @@ def update(bench: Bench) -> Iterator[Measurement]:
     options = {"bench": bench, "memo": memo, "bucket": bucket}
     yield Measurement(
         f"{name} compiling", functools.partial(_compiled_update, **options),
-        needs, fresh=True,
+        needs, fresh=bench.device.memory_stats() is not None,
     )  # fmt: skip
     for phase in _PHASES:
       run = functools.partial(_phase, name=phase, **options)
