@@ -255,9 +255,12 @@ class Bench:
         return status
       at = self._marker.read()["at"]
       why = why or f"the process ended with {_ending(status)}"
+      name = at or "start"
+      if at in self.results.settled(stage):
+        name = f"after {at}"  # Whose line was there already.
       self.results.add(
-          stage, at or "start", "limit" if status is None else "failed",
-          error=why, log=self._tail(),
+          stage, name, "limit" if status is None else "failed", error=why,
+          log=self._tail(),
       )  # fmt: skip
       lost += 1
       if not at or until - time.time() < 5:
@@ -268,7 +271,7 @@ class Bench:
   def interrupted(self, why: str) -> None:
     """Adds a line for what was running."""
     found = self._marker.read()
-    if found["at"]:
+    if found["at"] and found["at"] not in self.results.settled(found["stage"]):
       self.results.add(found["stage"], found["at"], "limit", error=why)
 
   def _not_begun(self, stage: str, limit: float) -> None:
