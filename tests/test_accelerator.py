@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -72,6 +73,11 @@ def _alive(pid):
     return False
 
 
+def _processor_seconds():
+  used = resource.getrusage(resource.RUSAGE_CHILDREN)
+  return used.ru_utime + used.ru_stime
+
+
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory):
   """A rehearsal that is killed in each stage, and then goes to its end.
@@ -80,6 +86,7 @@ def rehearsed(tmp_path_factory):
   is nothing left to do in those before would take as long as all the rest.
   """
   out, kept, left = tmp_path_factory.mktemp("accelerator"), [], [*_STAGES]
+  before = _processor_seconds()
   for i, stage in enumerate(_STAGES):
     process = _start(out, "--cpu", f"--stages={','.join(left)}")
     _wait(process, lambda s=stage: any(x["stage"] == s for x in _lines(out)))
@@ -90,7 +97,11 @@ def rehearsed(tmp_path_factory):
       time.sleep(0.05)
     kept.append(_content(out))
     left = _STAGES[i:]
-  return out, kept, _finish(_start(out, "--cpu", f"--stages={left[0]}"))
+  end = _finish(_start(out, "--cpu", f"--stages={left[0]}"))
+  # Three minutes on two cores, all starts included; how long that takes here
+  # depends on what else runs.
+  assert _processor_seconds() - before < 2 * 180
+  return out, kept, end
 
 
 def test_all_stages_are_rehearsed(rehearsed):
@@ -109,8 +120,6 @@ def test_all_stages_are_rehearsed(rehearsed):
   skipped = {s for (s, _), x in lines.items() if x["status"] == "skipped"}
   # Peers where torch is not installed; of right, what needs a GPU.
   assert skipped <= {"right", "peers"}
-  # Three minutes on two cores that do nothing else; here tests run beside it.
-  assert sum(x.get("seconds", 0) for x in lines.values()) < 240
 
 
 def test_finished_lines_survive_a_kill_and_are_not_measured_again(rehearsed):
