@@ -28,6 +28,7 @@ class Contestant:
     self.name = name
     root = pathlib.Path(__file__).parent.parent
     paths = [str(root), str(root / "benchmarks")]
+    paths += filter(None, [os.environ.get("PYTHONPATH")])
     self._process = subprocess.Popen(
         [python, str(_SCRIPTS / f"{name}.py"), *args],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},

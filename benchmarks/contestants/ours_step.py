@@ -1,5 +1,9 @@
-"""This package's update: sample, score, train."""
+"""This package's update: sample, score, train.
 
+Arguments: the teacher's directory, the student's, and what to compute in.
+"""
+
+import dataclasses
 import functools
 import sys
 
@@ -11,24 +15,34 @@ from prefix_distill import config as config_lib
 from prefix_distill import recipe
 from prefix_distill import sharding
 from prefix_distill import specs
-from prefix_distill.data import chat as chat_lib
 from prefix_distill.structs import PromptBatch
 from prefix_distill.train import setup as setup_lib
 from prefix_distill.train.programs import Programs
 
 
+@dataclasses.dataclass(frozen=True)
+class _Tokens:
+  """What programs want to know of a tokenizer."""
+
+  num_tokens: int
+  pad_id: int = 0
+  special_ids: tuple[int, ...] = (0,)
+
+
 class _Trainer:
   """A student and its teacher, for rollouts of one length."""
 
-  def __init__(self, teacher: str, student: str, shape: tuple[int, int, int]):
+  def __init__(
+      self, teacher: str, student: str, dtype: str, shape: tuple[int, int, int]
+  ):
     batch, prompt, new = shape
     # Prompts are made here; the config wants to know of some all the same.
     problems = specs.DatasetSpec("math_task", answer="answer", size=1)
     self._config = config = config_lib.Config(
         method="prefix",
         steps=1000,
-        student=specs.ModelSpec(student),
-        teacher=specs.ModelSpec(teacher),
+        student=specs.ModelSpec(student, dtype),
+        teacher=specs.ModelSpec(teacher, dtype, dtype),
         data=specs.DataSpec(problems, batch, prompt),
         rollout=recipe.RolloutSpec(per_prompt=1, max_len=new),
         prefix=recipe.PrefixSpec("fixed", length=new, buckets=(new,)),
@@ -41,8 +55,9 @@ class _Trainer:
         for spec in (config.student, config.teacher)
     ]
     setup = setup_lib.Setup(
-        config, mesh, *models, chat_lib.load(student), (), (), None, {}
-    )
+        config, mesh, *models, _Tokens(models[0].config.vocab_size), (), (),
+        None, {},
+    )  # fmt: skip
     self._programs = Programs(setup)
     params, self._teacher = (
         setup_lib.load_model(spec, model, mesh, 0)
@@ -71,11 +86,11 @@ class _Trainer:
 
 
 def main() -> None:
-  teacher, student = sys.argv[1:]
+  teacher, student, dtype = [*sys.argv[1:], "float32"][:3]
 
   @functools.lru_cache(maxsize=1)
   def trainer(*shape):
-    return _Trainer(teacher, student, shape)
+    return _Trainer(teacher, student, dtype, shape)
 
   def answer(tokens, new):
     tokens = np.array(tokens, np.int32)
