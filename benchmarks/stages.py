@@ -57,7 +57,7 @@ from prefix_distill.train.programs import Programs
 
 _ROOT = pathlib.Path(__file__).parent.parent
 # Keys and values of the rollouts are kept in these.
-_CACHE_DTYPES = ("bfloat16",)
+_CACHE_DTYPES = ("bfloat16", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Bench(child.Bench):
     models = [dataclasses.replace(m, mesh=mesh) for m in (student, teacher)]
     tokens = _Tokens(min(m.config.vocab_size for m in models))
     return setup_lib.Setup(
-        config, mesh, *models, tokens, (), (), None, {}
+        config, mesh, *models, tokens, (), (), None, {}, self.memory or None
     )
 
 
@@ -635,8 +635,10 @@ class _Writer:
 
 def _row_bytes(model: ModelConfig, cache_dtype: str) -> float:
   """Returns bytes of a position's keys and values, in all layers."""
-  size = 1 if cache_dtype == "int8" else jnp.dtype(cache_dtype).itemsize
-  return 2 * model.num_layers * model.num_kv_heads * model.head_dim * size
+  size = model.head_dim * jnp.dtype(cache_dtype).itemsize
+  if cache_dtype == "int8":
+    size += 4  # The scale.
+  return 2 * model.num_layers * model.num_kv_heads * size
 
 
 def _read_weights(model: ModelConfig) -> float:
@@ -709,58 +711,6 @@ def _compile(
   return time.perf_counter() - start, found
 
 
-# What starts no kernel.
-_FREE = (
-    "after-all", "bitcast", "constant", "get-tuple-element", "iota",
-    "opt-barrier", "parameter", "partition-id", "replica-id", "tuple",
-)  # fmt: skip
-
-
-def _kernels(module: hlo.Module, computation: str, loops: bool = True) -> int:
-  """Counts the kernels that a computation starts, of branches the larger one's.
-
-  Args:
-    module: of the computation.
-    computation: its name.
-    loops: whether to count what is in its loops.
-  """
-  total = 0
-  for op in module.computations[computation].values():
-    if op.opcode in _FREE or op.opcode.endswith("-done"):
-      continue
-    if op.opcode == "while":
-      trips, _ = module.trip_count(op, computation, {})
-      inside = _kernels(module, op.attribute("body")) if loops else 0
-      total += (trips or 1) * inside
-    elif op.opcode == "call":
-      total += sum(_kernels(module, name, loops) for name in op.called)
-    elif op.opcode == "conditional":
-      total += max(_kernels(module, name, loops) for name in op.called)
-    else:
-      total += 1
-  return total
-
-
-def _kernels_a_token(text: str) -> int:
-  """Returns the kernels of one turn of the loop over tokens.
-
-  It is the one that has the layers in it, and not in a loop of its own.
-  """
-  module = hlo.Module(text)
-  bodies = [
-      op.attribute("body")
-      for name, ops in module.computations.items()
-      if name not in module.fused
-      for op in ops.values()
-      if op.opcode == "while"
-  ]
-  if not bodies:
-    return 0
-  return _kernels(
-      module, max(bodies, key=lambda body: _kernels(module, body, False))
-  )
-
-
 def _total_bytes(compiled: Any) -> float:
   """Returns what a program takes, by its compiler."""
   sizes = compiled.memory_analysis()
@@ -806,7 +756,7 @@ def _writer(
       "cold": cold,
       "cold_each": [(stage.name, seconds) for stage, _, seconds in found],
       "warm": warm,
-      "kernels": _kernels_a_token(decoding[-1][1].as_text()),
+      "kernels": hlo.kernels_a_token(decoding[-1][1].as_text()),
       "programs": len(found),
       "decode_bytes": _total_bytes(decoding[-1][1]),
   }
@@ -1033,18 +983,20 @@ class _Updater:
           prefix=dataclasses.replace(config.prefix, buckets=size.buckets),
       )
     # A group that is sampled at a time, instead of all of them.
-    length = config.data.max_prompt_len + bucket
-    per_prompt = config.rollout.per_prompt
-    rows = config.rollout.batch_tokens // length
+    models = [
+        Model(size.student, "bfloat16", config.student.remat),
+        Model(size.teacher, "bfloat16", config.teacher.remat),
+    ]
+    prompt, per_prompt = config.data.max_prompt_len, config.rollout.per_prompt
+    rows = config.rollout.batch_tokens // (prompt + bucket)
+    if not rows:
+      whole = Programs(bench.setup(config, *models))
+      rows = whole.capacity(prompt, bucket)
     rows = 2 ** int(math.log2(min(max(rows, per_prompt), 2048)))
     prompts = max(rows // per_prompt, 1)
     self.config = config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, batch_size=prompts)
     )
-    models = [
-        Model(size.student, "bfloat16", config.student.remat),
-        Model(size.teacher, "bfloat16", config.teacher.remat),
-    ]
     self.setup = setup = bench.setup(config, *models)
     self.programs = Programs(setup)
     self.whole = _recipe(plan.flags).rollouts_per_step

@@ -55,7 +55,7 @@ class Programs:
     self.rows = Rows(
         setup,
         self._buckets,
-        None if setup.memory is None else self._capacity,
+        None if setup.memory is None else self.capacity,
     )
     self._score = Program(teacher_lib.score, 2, out_shardings=rows)
     self._init = jax.jit(
@@ -122,8 +122,13 @@ class Programs:
         teacher = sharding.moved(sharding.on_host, teacher)
     return self.abstract_state(), teacher
 
-  def _capacity(self, prompt: int, length: int) -> int:
-    """Returns how many rollouts a device samples at a time."""
+  def capacity(self, prompt: int, length: int) -> int:
+    """Returns how many rollouts a device samples at a time.
+
+    Args:
+      prompt: S.
+      length: P.
+    """
     return min(
         capacity.rollouts(
             self._setup, sampling.model, sampling.config, self.resting(),
