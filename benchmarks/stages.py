@@ -129,7 +129,7 @@ class Bench(child.Bench):
     models = [dataclasses.replace(m, mesh=mesh) for m in (student, teacher)]
     tokens = _Tokens(min(m.config.vocab_size for m in models))
     return setup_lib.Setup(
-        config, mesh, *models, tokens, (), (), None, {}, self.memory or None
+        config, mesh, *models, tokens, (), (), None, {}, sharding.memory(mesh)
     )
 
 
@@ -736,7 +736,8 @@ def _writer(
   config = _config(
       rows // per_prompt, size.prompt, size.news[-1],
       rollout__per_prompt=per_prompt, rollout__cache_dtype=cache_dtype,
-      prefix__buckets=size.buckets,
+      # All rows at a time: there are no moments and no teacher here.
+      rollout__batch_tokens=2**40, prefix__buckets=size.buckets,
   )  # fmt: skip
   setup = bench.setup(
       config, HalfModel(size.student, "bfloat16"),
@@ -989,9 +990,9 @@ class _Updater:
     ]
     prompt, per_prompt = config.data.max_prompt_len, config.rollout.per_prompt
     rows = config.rollout.batch_tokens // (prompt + bucket)
-    if not rows:
-      whole = Programs(bench.setup(config, *models))
-      rows = whole.capacity(prompt, bucket)
+    setup = bench.setup(config, *models)
+    if not rows and setup.memory:
+      rows = Programs(setup).capacity(prompt, bucket)
     rows = 2 ** int(math.log2(min(max(rows, per_prompt), 2048)))
     prompts = max(rows // per_prompt, 1)
     self.config = config = dataclasses.replace(
