@@ -311,6 +311,8 @@ def bytes_per_device(tree: Any) -> int:
 
 def memory(mesh: jax.sharding.Mesh) -> float | None:
   """Returns the bytes of a device that programs may use; None for no limit."""
-  device = mesh.local_devices[0]
+  every = list(mesh.devices.flat)
+  mine = [d for d in every if d.process_index == jax.process_index()]
+  device = (mine or every)[0]
   stats = None if device.platform == "cpu" else device.memory_stats()
   return float(stats["bytes_limit"]) if stats else None

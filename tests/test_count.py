@@ -216,7 +216,7 @@ def test_the_kernel_for_gpus_counts_half_of_the_pairs():
   )
 
   def loss(q, k, v):
-    return jnp.sum(attention._cudnn(q, k, v).astype(jnp.float32))
+    return jnp.sum(attention.cudnn(q, k, v).astype(jnp.float32))
 
   product = 2 * rows * heads * dim * length * (length + 1) / 2
   assert counted(loss, q, kv, kv) == known(2 * product)
@@ -305,7 +305,7 @@ def test_a_rollout_costs_what_the_ledger_says():
     return sampler.sample(model, settings, SAMPLED, params, batch, key, draw)
 
   args = model.abstract_params(), BATCH, key
-  found = counted(rollout, *args, trips=SAMPLED - 1)
+  found = counted(rollout, *args)
   phases = flops.distillation(STUDENT, STUDENT, LENGTHS)
   # A step attends to all columns of the cache, which are one more than the
   # tokens that are fed: to W instead of PROMPT + 1 to W - 1.
@@ -314,7 +314,6 @@ def test_a_rollout_costs_what_the_ledger_says():
   masked *= ROWS * 4 * width(STUDENT)
   wanted = phases.prefill + phases.decode
   check(found, wanted + hidden_pairs(STUDENT, PROMPT) + masked)
-  assert not counted(rollout, *args).exact
 
 
 def objective(form: str) -> Objective:

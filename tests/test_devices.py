@@ -17,6 +17,7 @@ from prefix_distill import sharding
 from prefix_distill import specs
 from prefix_distill.models import attention
 from prefix_distill.plan import build
+from prefix_distill.rollout import sampler
 from prefix_distill.train import setup as setup_lib
 
 
@@ -29,6 +30,9 @@ class Fake:
   device_kind: str = "Tesla T4"
   id: int = 0
   process_index: int = 0
+
+  def memory_stats(self) -> dict[str, int]:
+    return {"bytes_limit": 2**34}
 
 
 _SILENT = types.SimpleNamespace(platform="gpu", device_kind="A new GPU")
@@ -79,7 +83,7 @@ def test_attention_takes_the_kernel_that_the_device_has(name):
   mesh, other = _mesh(device), attention.blocked
   if device.platform == "tpu":
     other = attention.splash_kernel
-  wanted = attention._cudnn if cudnn else other
+  wanted = attention.cudnn if cudnn else other
   assert attention._kernel(mesh, _queries()) is wanted
   unit = 128 if device.platform == "tpu" else 64 if cudnn else 1
   assert attention.aligned(65, mesh) == -(-65 // unit) * unit
@@ -101,7 +105,7 @@ def test_all_devices_of_a_mesh_must_have_it():
   for pair in ((old, new), (new, old)):
     assert attention._kernel(_mesh(*pair), _queries()) is attention.blocked
     assert devices.first_without(devices.has_bfloat16, _mesh(*pair)) is old
-  assert attention._kernel(_mesh(new, new), _queries()) is attention._cudnn
+  assert attention._kernel(_mesh(new, new), _queries()) is attention.cudnn
   assert devices.first_without(devices.has_bfloat16, _mesh(new, new)) is None
 
 
@@ -154,6 +158,7 @@ def test_a_run_says_once_that_it_computes_in_float32(
   machine(capability)
   config = _config(student, teacher)
   setup = setup_lib.prepare(config, tmp_path)
+  assert setup.memory == 2**34
   assert capsys.readouterr().out == (said + "\n" if said else "")
   wanted = "float32" if capability == "7.5" else student
   assert setup.student.dtype == setup.teacher.dtype == wanted
@@ -171,7 +176,9 @@ def test_a_run_says_once_that_it_computes_in_float32(
 @pytest.mark.parametrize(
     ("capability", "dtype"), [("7.5", "float32"), ("9.0", "bfloat16")]
 )
-def test_the_plan_computes_in_the_same(capability, dtype):
+def test_the_plan_computes_in_the_same(capability, dtype, monkeypatch):
+  # A faked device has no compiler to ask.
+  monkeypatch.setattr(sampler, "compiler_options", lambda mesh: {})
   config = dataclasses.replace(
       _config("bfloat16", "bfloat16"), mesh=specs.MeshSpec(fsdp=2)
   )

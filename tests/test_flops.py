@@ -201,13 +201,13 @@ def test_a_step_of_decoding_agrees_with_the_compiler():
   prefill = functools.partial(model.prefill, columns=before + 1)
   _, cache = jax.eval_shape(prefill, params, tokens, mask)
 
-  def decode(params, tokens, mask, cache):
-    hidden, cache = model.decode(params, tokens, mask, cache)
+  def decode(params, tokens, live, cache):
+    hidden, cache = model.decode(params, tokens, live, cache)
     return model.logits(params, hidden), cache
 
   xla = counted(
-      decode, jax.eval_shape(model.decode_layout, params), array(ROWS, 1),
-      array(ROWS, 1, dtype=bool), cache,
+      decode, jax.eval_shape(model.decode_layout, params), array(ROWS),
+      array(ROWS, dtype=bool), cache,
   )  # fmt: skip
   ledger = flops.decode(config, np.full(ROWS, before), np.full(ROWS, 2))
   check(ledger, 0, xla)
