@@ -1,14 +1,17 @@
 """Every way to attend computes the same, and compiles where it belongs."""
 
+import dataclasses
 import json
 
 import jax
+from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
 
 from prefix_distill.models import attention
+from prefix_distill.models import kv_cache
 
 
 def _inputs(length, head_dim=8, heads=4, kv_heads=2, dtype=jnp.float32):
@@ -82,3 +85,30 @@ def test_programs_compile_with_the_platforms_kernel(platform, kernel):
   for program in ("forward", "backward", "rollout"):
     calls = [name for name in found[program] if name.startswith(kernel)]
     assert calls, (program, found[program])
+
+
+def test_a_tpus_kernel_over_the_cache_looks_up_to_each_rows_length():
+  """Interpreted: the pages of the cache as our layout has them."""
+  rng = np.random.default_rng(0)
+  rows, heads, groups, columns, size = 3, 2, 2, 512, 128
+  kernel = attention.CacheKernel("paged", kv_cache.Layout("kbmh", "kbmh"))
+
+  def draw(*shape):
+    return jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+
+  layer = kv_cache.LayerCache(
+      draw(heads, rows, columns, size), draw(heads, rows, columns, size)
+  )
+  lengths = jnp.array([0, 130, 511], jnp.int32)
+  projected = (
+      draw(rows, heads * groups, size), draw(rows, heads, size),
+      draw(rows, heads, size),
+  )  # fmt: skip
+  with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+    found, kept = attention.over_cache(kernel, layer, projected, lengths)
+  plain = dataclasses.replace(kernel, name="plain")
+  wanted, same = attention.over_cache(plain, layer, projected, lengths)
+  np.testing.assert_array_equal(kept.keys, same.keys)
+  np.testing.assert_allclose(
+      np.asarray(found, np.float32), np.asarray(wanted, np.float32), atol=0.03
+  )

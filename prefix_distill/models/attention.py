@@ -240,7 +240,9 @@ class CacheKernel:
 # projected: both products are plain matrix products over contiguous memory.
 CPU = CacheKernel("plain", kv_cache.Layout("bkhm", "bkmh"))
 _PLAIN = CacheKernel("plain", kv_cache.Layout("bkmh", "bkmh"))
-_CUDNN = CacheKernel("cudnn", kv_cache.Layout("bmkh", "bmkh"), True)
+_CUDNN = CacheKernel(
+    "cudnn", kv_cache.Layout("bmkh", "bmkh"), True, _CUDNN_BLOCK
+)
 _FLASH = CacheKernel("flash", kv_cache.Layout("bkmh", "bkmh"), True)
 _PAGED = CacheKernel(
     "paged", kv_cache.Layout("kbmh", "kbmh"), True, _PAGE * _SMALL_BLOCK

@@ -55,7 +55,7 @@ class Programs:
     self.rows = Rows(
         setup,
         self._buckets,
-        None if setup.memory is None else self.capacity,
+        None if setup.memory is None else functools.cache(self.capacity),
     )
     self._score = Program(teacher_lib.score, 2, out_shardings=rows)
     self._init = jax.jit(
