@@ -6,6 +6,7 @@ for; none of the ways builds [T, T] for a long sequence.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import math
 
 import jax
@@ -223,7 +224,7 @@ class CacheKernel:
   """How a platform attends over a cache; hashable.
 
   Attributes:
-    name: of the function in `_OVER_CACHE`.
+    name: of the function in `_OVER_CACHE`; "plain" for plain XLA.
     layout: what it wants the cache to be.
     reads_lengths: whether it reads a row's columns up to its length only, and
       not all that the cache has.
@@ -292,6 +293,10 @@ def over_cache(
   Returns:
     [B, N, H], and the layer with the token in it.
   """
+  # The only one that serves several layouts is plain XLA.
+  attend = _OVER_CACHE.get(
+      kernel.name, functools.partial(_plain, kernel.layout)
+  )
 
   def local(
       layer: LayerCache, queries: jax.Array, keys: jax.Array,
@@ -301,7 +306,7 @@ def over_cache(
     # A row that has ended may be full.
     columns = layer.keys.shape[kernel.layout.keys.index("m")]
     seen = jnp.minimum(lengths + 1, columns)
-    return _OVER_CACHE[kernel.name](queries, layer, seen, kernel.layout), layer
+    return attend(queries, layer, seen), layer
 
   if mesh is None or (mesh.size == 1 and kernel.name == "plain"):
     return local(layer, *projected, lengths)
@@ -339,10 +344,10 @@ def cache_specs(
 
 
 def _plain(
+    layout: kv_cache.Layout,
     queries: jax.Array,
     layer: LayerCache,
     lengths: jax.Array,
-    layout: kv_cache.Layout,
 ) -> jax.Array:
   """Plain XLA, with a float32 softmax; reads all columns."""
   batch, num_heads, head_dim = queries.shape
@@ -372,13 +377,9 @@ def _plain(
 
 
 def _cudnn_over_cache(
-    queries: jax.Array,
-    layer: LayerCache,
-    lengths: jax.Array,
-    layout: kv_cache.Layout,
+    queries: jax.Array, layer: LayerCache, lengths: jax.Array
 ) -> jax.Array:
   """CuDNN's fused attention, one kernel."""
-  del layout
   out = jax.nn.dot_product_attention(
       queries[:, None].astype(layer.keys.dtype), layer.keys, layer.values,
       query_seq_lengths=jnp.ones_like(lengths),
@@ -388,13 +389,9 @@ def _cudnn_over_cache(
 
 
 def _paged_over_cache(
-    queries: jax.Array,
-    layer: LayerCache,
-    lengths: jax.Array,
-    layout: kv_cache.Layout,
+    queries: jax.Array, layer: LayerCache, lengths: jax.Array
 ) -> jax.Array:
   """JAX's own kernel for TPU, the cache seen as pages that lie in order."""
-  del layout
   heads, rows, columns, head_dim = layer.keys.shape
   count = columns // _PAGE
   keys, values = (
@@ -411,13 +408,9 @@ def _paged_over_cache(
 
 
 def _flash_over_cache(
-    queries: jax.Array,
-    layer: LayerCache,
-    lengths: jax.Array,
-    layout: kv_cache.Layout,
+    queries: jax.Array, layer: LayerCache, lengths: jax.Array
 ) -> jax.Array:
   """Our own kernel, which widens int8 in registers."""
-  del layout
   return decode_attention.attend(
       queries, layer.keys, layer.values, lengths, layer.key_scales,
       layer.value_scales,
@@ -426,7 +419,6 @@ def _flash_over_cache(
 
 _OVER_CACHE = {
     "flash": _flash_over_cache,
-    "plain": _plain,
     "cudnn": _cudnn_over_cache,
     "paged": _paged_over_cache,
 }

@@ -216,10 +216,5 @@ def build(
       config, mesh, student, teacher, _Tokens(rows), (0,), (0,), None, {},
       memory,
   )  # fmt: skip
-  shapes = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, config.teacher.param_dtype),
-      teacher.abstract_params(),
-  )
-  return Plan(
-      setup, Programs(setup), sharding.with_shardings(shapes, mesh)
-  )
+  programs = Programs(setup)
+  return Plan(setup, programs, programs.abstract_teacher())

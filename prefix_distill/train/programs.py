@@ -108,18 +108,24 @@ class Programs:
         state, opt_state=sharding.moved(sharding.on_host, state.opt_state)
     )
 
+  def abstract_teacher(self) -> Params | None:
+    """Shapes, dtypes and shardings of the teacher on the device, if any."""
+    setup = self._setup
+    if setup.teacher is None:
+      return None
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, setup.config.teacher.param_dtype
+        ),
+        setup.teacher.abstract_params(),
+    )
+    return sharding.with_shardings(shapes, setup.mesh)
+
   def resting(self) -> Any:
     """Returns shapes of what lies in the memory while answers are sampled."""
-    setup, teacher = self._setup, None
-    if setup.teacher is not None:
-      spec = setup.config.teacher
-      teacher = jax.tree.map(
-          lambda x: jax.ShapeDtypeStruct(x.shape, spec.param_dtype),
-          setup.teacher.abstract_params(),
-      )
-      teacher = sharding.with_shardings(teacher, setup.mesh)
-      if spec.offload:
-        teacher = sharding.moved(sharding.on_host, teacher)
+    teacher = self.abstract_teacher()
+    if teacher is not None and self._setup.config.teacher.offload:
+      teacher = sharding.moved(sharding.on_host, teacher)
     return self.abstract_state(), teacher
 
   def capacity(self, prompt: int, length: int) -> int:
