@@ -62,11 +62,16 @@ def attend(
   kv_heads, columns = keys.shape[1:3]
   scaled = keys.dtype == jnp.int8
   if scaled != (key_scales is not None) or scaled != (value_scales is not None):
-    raise ValueError("int8 keys and values have scales, and no others have")
+    raise ValueError(
+        f"The cache is {keys.dtype}; give scales for int8, and for nothing else."
+    )
   if scaled and 2**31 <= keys.size <= 2**32:
     # Pallas indexes up to 2**32 bytes with 32 bits, which Triton takes for
     # signed: half of them for int8, all of them for wider numbers.
-    raise ValueError("an int8 cache of 2 to 4 GiB cannot be indexed")
+    raise ValueError(
+        f"A layer's int8 cache takes {keys.size / 2**30:.1f} GiB on a device,"
+        " and the kernel cannot index 2 to 4 GiB; sample fewer rows at a time."
+    )
   group = num_heads // kv_heads
   block = _block_columns(head_dim, keys.dtype)
   if splits is None:
