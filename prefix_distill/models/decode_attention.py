@@ -63,7 +63,7 @@ def attend(
   scaled = keys.dtype == jnp.int8
   if scaled != (key_scales is not None) or scaled != (value_scales is not None):
     raise ValueError(
-        f"The cache is {keys.dtype}; give scales for int8, and for nothing else."
+        f"The cache is {keys.dtype}; give scales for int8 and nothing else."
     )
   if scaled and 2**31 <= keys.size <= 2**32:
     # Pallas indexes up to 2**32 bytes with 32 bits, which Triton takes for
