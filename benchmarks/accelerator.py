@@ -53,6 +53,9 @@ _ATTEMPTS = 4
 NO_ACCELERATOR, ANOTHER_DEVICE, AGAIN = 3, 4, 5
 # Of a device's memory; the rest is for libraries.
 _MEMORY = "0.92"
+# The stage `right` has many small programs, and trying all kernels for each of
+# them would be most of its time.
+UNTUNED = "--xla_gpu_autotune_level=0"
 # On fewer the plan would slow down what is measured, and not be ready.
 _PLANNING_CORES = 8
 
@@ -296,6 +299,8 @@ class Bench:
       elif running["limit"] and now > running["since"] + running["limit"]:
         why = f"the measurement's limit of {running['limit']:.0f} s was reached"
       if why:
+        child.send_signal(signal.SIGUSR1)  # It says where it is.
+        time.sleep(0.3)
         _end(child)
         return None, why
     _end(child)  # What it has started and left.
@@ -356,6 +361,8 @@ def environment(cpu: bool, stage: str, programs: str) -> dict[str, str]:
     env.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   env.setdefault("JAX_COMPILATION_CACHE_DIR", programs)
   env.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+  if stage == "right" and not cpu:
+    env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {UNTUNED}"
   if cpu:
     # Toys gain nothing from better machine code, as in `tests/conftest.py`.
     env["JAX_PLATFORMS"] = "cpu"

@@ -8,8 +8,10 @@ import argparse
 from collections.abc import Callable
 from collections.abc import Iterable
 import dataclasses
+import faulthandler
 import functools
 import gc
+import logging
 import math
 import os
 import pathlib
@@ -72,12 +74,15 @@ class Bench:
 
   @property
   def memory(self) -> float:
-    """Bytes that are free on the device."""
+    """Bytes of the device that a measurement may take.
+
+    All of them: what the one before has left is deleted before they are taken.
+    """
     stats = self.device.memory_stats()
     if self.device.platform == "cpu" or not stats:
       found = 1024 * int(proc("/proc/meminfo", "MemAvailable").split()[0])
     else:
-      found = stats["bytes_limit"] - stats["bytes_in_use"]
+      found = stats["bytes_limit"]
     return min(found, self.args.memory * GIB or math.inf)
 
   def peak(self) -> tuple[float, float]:
@@ -126,8 +131,8 @@ def _measure(bench: Bench, stage: str, one: Measurement) -> None:
         seconds=time.perf_counter() - start,
     )  # fmt: skip
     return
-  seconds = time.perf_counter() - start
-  bench.results.add(stage, one.name, "done", seconds=seconds, **found)
+  values = {"seconds": time.perf_counter() - start} | found
+  bench.results.add(stage, one.name, "done", **values)
 
 
 def _die_with_parent() -> None:
@@ -145,6 +150,11 @@ def _die_with_parent() -> None:
 def start(make: Callable[[argparse.Namespace], Bench]) -> Bench:
   """Begins a stage's process."""
   _die_with_parent()
+  # The log tells what took how long, and where a process was when it was ended.
+  faulthandler.register(signal.SIGUSR1, all_threads=True)
+  jax.config.update("jax_log_compiles", True)
+  # Which would log the places of all arguments.
+  logging.getLogger("jax._src.interpreters.pxla").setLevel(logging.ERROR)
   return make(accelerator.arguments())
 
 

@@ -14,6 +14,7 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -29,12 +30,14 @@ class Contestant:
     root = pathlib.Path(__file__).parent.parent
     paths = [str(root), str(root / "benchmarks")]
     paths += filter(None, [os.environ.get("PYTHONPATH")])
+    # No pipe: nobody reads it while an answer is awaited.
+    self._errors = tempfile.TemporaryFile("w+")
     self._process = subprocess.Popen(
         [python, str(_SCRIPTS / f"{name}.py"), *args],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=self._errors,
         text=True,
     )
 
@@ -52,12 +55,15 @@ class Contestant:
     for line in self._process.stdout:
       if line.startswith(_MARK):
         return json.loads(line.removeprefix(_MARK))
-    error = self._process.stderr.read().strip().splitlines()
+    self._process.wait()
+    self._errors.seek(0)
+    error = self._errors.read().strip().splitlines()
     raise RuntimeError(error[-1] if error else "it ended without a word")
 
   def close(self) -> None:
     self._process.kill()
     self._process.wait()
+    self._errors.close()
 
 
 def serve(answer: Callable[..., Any]) -> None:

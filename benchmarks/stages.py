@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import gc
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -21,9 +22,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from typing import Any
 
+import accelerator
 import child
 from child import Measurement
 import contest
@@ -58,6 +61,9 @@ from prefix_distill.train.programs import Programs
 _ROOT = pathlib.Path(__file__).parent.parent
 # Keys and values of the rollouts are kept in these.
 _CACHE_DTYPES = ("bfloat16", "int8")
+# Seconds; beside so many it is next to nothing what is done but once: in a
+# program, and in a rollout, which compiles little things on its way.
+_LONG, _LONG_ROLLOUT = 3, 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +211,15 @@ def _seconds(run: Callable[..., Any], *args: Any) -> tuple[float, Any]:
   start = time.perf_counter()
   out = jax.block_until_ready(run(*args))
   return time.perf_counter() - start, out
+
+
+def _steady(run: Callable[[], Any]) -> tuple[float, Any]:
+  """Returns the same of a second call, unless the first one was long."""
+  seconds, out = _seconds(run)
+  if seconds < _LONG:
+    del out
+    seconds, out = _seconds(run)
+  return seconds, out
 
 
 def _off(found: Any, reference: Any) -> float:
@@ -526,7 +541,12 @@ def _main(flags: Sequence[str], workdir: str) -> list[dict[str, Any]]:
       sys.executable, "-m", "prefix_distill.main", f"--workdir={workdir}",
       *flags,
   ]  # fmt: skip
-  found = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
+  env = dict(os.environ)
+  # As a user has it.
+  env["XLA_FLAGS"] = env.get("XLA_FLAGS", "").replace(accelerator.UNTUNED, "")
+  found = subprocess.run(
+      command, cwd=_ROOT, capture_output=True, text=True, env=env
+  )
   if found.returncode:
     raise RuntimeError(
         f"exit status {found.returncode}: {found.stderr.strip()[-300:]}"
@@ -565,8 +585,7 @@ def _readme(cpu: bool) -> dict[str, Any]:
   }
 
 
-def right(bench: Bench) -> Iterator[Measurement]:
-  """Whether the device computes what it should."""
+def _computations(bench: Bench) -> Iterator[Measurement]:
   on_cpu = bench.device.platform == "cpu"
   for dtype, precision in _BOUNDS:
     same = on_cpu and (dtype, precision) == ("float32", "default")
@@ -591,15 +610,25 @@ def right(bench: Bench) -> Iterator[Measurement]:
       "layers' inputs on the host": {"remat": "offload"},
   }
 
+  lock = threading.Lock()
+
   @functools.cache
-  def plain() -> tuple[float, Params]:
+  def once() -> tuple[float, Params]:
     with _precision("highest"):
       return _gradient(_case(bench, "float32"))
+
+  def plain() -> tuple[float, Params]:
+    with lock:
+      return once()
 
   for name, changes in ways.items():
     yield Measurement(
         name, functools.partial(_another_way, bench, plain, changes)
     )
+  yield Measurement("twice the same", functools.partial(_twice, bench))
+
+
+def _attentions(bench: Bench) -> Iterator[Measurement]:
   on_gpu = bench.device.platform in ("gpu", "cuda")
   for length in _ATTENTION_LENGTHS:
     yield Measurement(
@@ -607,10 +636,44 @@ def right(bench: Bench) -> Iterator[Measurement]:
         functools.partial(_cudnn, length),
         skip="" if on_gpu else f"it is no GPU, but {bench.device.platform}",
     )
-  yield Measurement("twice the same", functools.partial(_twice, bench))
-  yield Measurement(
+
+
+def _side_by_side(
+    bench: Bench, stage: str, measurements: Sequence[Measurement]
+) -> list[Measurement]:
+  """Lets all measure at a time, since most of it is compiling on one core.
+
+  Each one's line is written when it and those before it have ended.
+  """
+  threads = max(len(os.sched_getaffinity(0)) // 2, 2)
+  pool = concurrent.futures.ThreadPoolExecutor(threads)
+  settled = bench.results.settled(stage)
+
+  def timed(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    start = time.perf_counter()
+    found = run()
+    return {"seconds": time.perf_counter() - start} | found
+
+  out = []
+  for one in measurements:
+    if not one.skip and one.name not in settled:
+      future = pool.submit(timed, one.run)
+      one = dataclasses.replace(one, run=future.result)
+    out.append(one)
+  return out
+
+
+def right(bench: Bench) -> list[Measurement]:
+  """Whether the device computes what it should."""
+  readme = Measurement(
       "the README's command", functools.partial(_readme, bench.args.cpu)
   )
+  # The longest begins first.
+  readme, *others = _side_by_side(
+      bench, "right", [readme, *_computations(bench)]
+  )
+  # What is timed has the device for itself, but for the README's tiny models.
+  return [*others, *_attentions(bench), readme]
 
 
 # rollout
@@ -666,14 +729,17 @@ def _largest(bench: Bench, cache_dtype: str) -> int:
   return rows
 
 
-def _sampling_stages(programs: Programs, bucket: int) -> list[Stage]:
-  """Returns the programs that write, up to a length."""
-  out = []
-  for stage in programs.stages(bucket, None):
-    if stage.name == "score":
-      break
-    out.append(stage)
-  return out
+def _sampling_stages(
+    programs: Programs, news: Sequence[int]
+) -> list[Stage]:
+  """Returns the programs that write so many tokens, the longest last."""
+  return [
+      stage
+      for new in news
+      for stage in itertools.takewhile(
+          lambda stage: stage.name != "score", programs.stages(new, None)
+      )
+  ]
 
 
 @contextlib.contextmanager
@@ -701,7 +767,7 @@ def _compile(
 
   def one(stage: Stage) -> tuple[Stage, Any, float]:
     start = time.perf_counter()
-    compiled = stage.program.trace(*stage.args).lower().compile()
+    compiled = stage.program.executable(*stage.args)
     return stage, compiled, time.perf_counter() - start
 
   start = time.perf_counter()
@@ -729,6 +795,7 @@ def _writer(
   key = rows, cache_dtype
   if key in memo:
     return memo[key]
+  params = next((x.params for x in memo.values()), None)
   memo.clear()
   gc.collect()
   size = bench.size
@@ -743,15 +810,11 @@ def _writer(
       config, HalfModel(size.student, "bfloat16"),
       HalfModel(size.student, "bfloat16"),
   )  # fmt: skip
-  programs = Programs(setup)
   with _fresh_cache():
-    stages = _sampling_stages(programs, size.buckets[-1])
-    cold, found = _compile(stages)
+    cold, found = _compile(_sampling_stages(Programs(setup), size.news))
     jax.clear_caches()
-    start = time.perf_counter()
-    for stage in stages:
-      stage.program.compile(*stage.args)
-    warm = time.perf_counter() - start
+    programs = Programs(setup)
+    warm, _ = _compile(_sampling_stages(programs, size.news))
   decoding = [x for x in found if x[0].name == "decode"] or found[-1:]
   compiled = {
       "cold": cold,
@@ -761,10 +824,11 @@ def _writer(
       "programs": len(found),
       "decode_bytes": _total_bytes(decoding[-1][1]),
   }
-  shardings = sharding.param_shardings(
-      setup.student.abstract_params(), setup.mesh
-  )
-  params = _weights(setup.student, "bfloat16", shardings)
+  if params is None:
+    shardings = sharding.param_shardings(
+        setup.student.abstract_params(), setup.mesh
+    )
+    params = _weights(setup.student, "bfloat16", shardings)
   memo[key] = _Writer(setup, programs, params, compiled)
   return memo[key]
 
@@ -798,8 +862,7 @@ def _write(
 
   first = min(_seconds(sample, 1)[0] for _ in range(3))
   times = [_seconds(sample, new)]
-  # Of long ones once is enough: it is the mean of thousands of tokens.
-  if times[0][0] < 5:
+  if times[0][0] < _LONG_ROLLOUT:
     times.append(_seconds(sample, new))
   whole, rollout = min(times, key=lambda x: x[0])
   assert np.asarray(rollout.mask).sum() == rows * new, "a rollout ended early"
@@ -865,26 +928,26 @@ def _retried(
 def rollout(bench: Bench) -> Iterator[Measurement]:
   """How fast the student writes."""
   size, memo = bench.size, {}
-  for cache_dtype in _CACHE_DTYPES:
-    first, *rest = size.rows
-    # Of another dtype only where the cache is most of what is read.
-    every = (first, None, *rest)
-    for rows in every if cache_dtype == _CACHE_DTYPES[0] else (None,):
-      count = rows or _largest(bench, cache_dtype)
-      name = f"{rows or 'most'} rows, {cache_dtype} cache"
-      options = {"bench": bench, "memo": memo, "cache_dtype": cache_dtype}
-      needs = _rollout_bytes(size, count, cache_dtype)
-      yield Measurement(
-          f"{name}: compiling",
-          functools.partial(_compiled, rows=count, **options), needs,
-      )  # fmt: skip
-      for new in size.news:
-        run = functools.partial(_write, rows=count, new=new, **options)
-        if rows is None:
-          run = functools.partial(
-              _retried, _write, count, new=new, **options
-          )
-        yield Measurement(f"{name}, {new} new", run, needs)
+  half, narrow = _CACHE_DTYPES
+  first, *rest = size.rows
+  for rows, cache_dtype in (
+      (first, half), (None, half), (first, narrow),
+      # A few rows read little of the cache.
+      *((rows, half) for rows in rest), (None, narrow),
+  ):  # fmt: skip
+    count = rows or _largest(bench, cache_dtype)
+    name = f"{rows or 'most'} rows, {cache_dtype} cache"
+    options = {"bench": bench, "memo": memo, "cache_dtype": cache_dtype}
+    needs = _rollout_bytes(size, count, cache_dtype)
+    yield Measurement(
+        f"{name}: compiling",
+        functools.partial(_compiled, rows=count, **options), needs,
+    )  # fmt: skip
+    for new in size.news:
+      run = functools.partial(_write, rows=count, new=new, **options)
+      if rows is None:
+        run = functools.partial(_retried, _write, count, new=new, **options)
+      yield Measurement(f"{name}, {new} new", run, needs)
 
 
 # update
@@ -1055,10 +1118,9 @@ class _Updater:
 
   def score(self) -> tuple[float, int]:
     teacher = self.programs.on_device(self.teacher)
-    run = functools.partial(self.programs.score, teacher, *self.part)
-    _seconds(run)
-    self.scores = None
-    seconds, self.scores = _seconds(run)
+    seconds, self.scores = _steady(
+        functools.partial(self.programs.score, teacher, *self.part)
+    )
     return seconds, len(self.part[1].tokens)
 
   def gradient(self) -> tuple[float, int]:
@@ -1068,9 +1130,15 @@ class _Updater:
     args = (self.state.params, teacher, *self.part, self.scores)
     several = self.compiled["gradient"][0].times > 1
     total = self.programs.zeros(*args) if several else None
-    for _ in range(2):
-      seconds, total = _seconds(self.programs.gradient, *args, total)
-      total = total if several else None
+
+    def run() -> Any:
+      nonlocal total
+      if several:  # It is donated.
+        total = self.programs.gradient(*args, total)
+        return total
+      return self.programs.gradient(*args)
+
+    seconds, _ = _steady(run)
     return seconds, len(self.part[1].tokens)
 
   def apply(self) -> tuple[float, int]:
@@ -1365,16 +1433,17 @@ def peers(bench: Bench) -> Iterator[Measurement]:
       skip = "torch sees no GPU here"
   repeats = 1 if cpu else 3
 
-  def rollouts() -> _Match:
+  def rollouts(cache: str) -> _Match:
     model = _random_model(cpu, layers)
     ways = {
         "ours": ("ours", {}),
-        "transformers, dynamic cache": ("torch_generate", {}),
-        "transformers, static cache": ("torch_generate", {"static": True}),
-    }
+        f"transformers, {cache} cache": (
+            "torch_generate", {"static": cache == "static"}
+        ),
+    }  # fmt: skip
     return _Match(
         {"ours": (model, dtype), "torch_generate": (model, dtype)}, ways,
-        (2, 8, 8) if cpu else (32, 256, 256), repeats,
+        (2, 8, 8) if cpu else (32, 256, 128), repeats,
     )  # fmt: skip
 
   def updates() -> _Match:
@@ -1387,7 +1456,11 @@ def peers(bench: Bench) -> Iterator[Measurement]:
 
   # Weights of three processes, and caches and logits.
   needs = 0 if cpu else 24 * child.GIB
-  for name, match in (("rollouts", rollouts), ("update", updates)):
+  for name, match in (
+      ("rollouts, dynamic cache", functools.partial(rollouts, "dynamic")),
+      ("update", updates),
+      ("rollouts, static cache", functools.partial(rollouts, "static")),
+  ):
     yield Measurement(
         name, functools.partial(_contest, match, vocabulary), needs, skip=skip
     )

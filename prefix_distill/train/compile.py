@@ -61,7 +61,7 @@ class Program:
 
   def compile(self, *args: Any) -> Any:
     """Compiles for arguments of these shapes; returns the results' shapes."""
-    _, compiled = self._get(args)
+    compiled = self.executable(*args)
     return jax.tree.map(
         lambda info, place: jax.ShapeDtypeStruct(
             info.shape, info.dtype, sharding=place
@@ -69,6 +69,10 @@ class Program:
         compiled.out_info,
         compiled.output_shardings,
     )
+
+  def executable(self, *args: Any) -> jax.stages.Compiled:
+    """Compiles for arguments of these shapes, as a call with such does."""
+    return self._get(args)[1]
 
   def trace(self, *args: Any) -> jax.stages.Traced:
     """Traces for arguments of these shapes; the jaxpr is in the result."""
