@@ -179,6 +179,9 @@ def arguments() -> argparse.Namespace:
       "--stages", default=",".join(STAGES), help="some of them, in order"
   )
   parser.add_argument(
+      "--only", default="", help="those whose names hold this expression"
+  )
+  parser.add_argument(
       "--plan", default="", help="what `plan --topology=h100:1 --json` wrote"
   )
   parser.add_argument("--student", default="", help="learn: a model directory")

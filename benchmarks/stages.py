@@ -17,6 +17,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shlex
 import statistics
 import subprocess
@@ -469,6 +470,18 @@ def _teacher_forced(
 def _cudnn(length: int) -> dict[str, Any]:
   """Compares cuDNN's attention and the plain one with float32."""
   cudnn = getattr(attention, "cudnn", None) or attention._cudnn
+
+  @jax.jit
+  def off_by(found: Any, wanted: Any) -> jax.Array:
+    squares = lambda tree: sum(  # noqa: E731
+        jnp.sum(jnp.square(x.astype(jnp.float32)))
+        for x in jax.tree.leaves(tree)
+    )
+    difference = jax.tree.map(
+        lambda a, b: a.astype(jnp.float32) - b, found, wanted
+    )
+    return jnp.sqrt(squares(difference) / squares(wanted))
+
   keys = jax.random.split(jax.random.key(length), 4)
   shapes = [(2, length, n, 128) for n in (16, 8, 8, 16)]
   exact = [
@@ -477,8 +490,8 @@ def _cudnn(length: int) -> dict[str, Any]:
   ]
   *inputs, weight = [x.astype(jnp.bfloat16) for x in exact]
 
-  def both(kernel, weight):
-    def total(*inputs):
+  def both(kernel):
+    def total(*inputs, weight):
       out = kernel(*inputs)
       loss = out.astype(jnp.float32) * weight.astype(jnp.float32)
       return jnp.sum(loss), out
@@ -487,12 +500,16 @@ def _cudnn(length: int) -> dict[str, Any]:
     return jax.jit(run)
 
   with _precision("highest"):
-    (_, wanted), wanted_grads = both(attention.blocked, exact[3])(*exact[:3])
+    (_, wanted), wanted_grads = both(attention.blocked)(
+        *exact[:3], weight=exact[3]
+    )
   off, seconds = {}, {}
   for name, kernel in (("cudnn", cudnn), ("plain", attention.blocked)):
-    run = both(kernel, weight)
+    run = functools.partial(both(kernel), weight=weight)
     (_, value), grads = run(*inputs)
-    off[name] = (_off(value, wanted), _tree_off(grads, wanted_grads))
+    off[name] = tuple(
+        float(off_by(*x)) for x in ((value, wanted), (grads, wanted_grads))
+    )
     seconds[name] = statistics.median(
         _seconds(run, *inputs)[0] for _ in range(5)
     )
@@ -656,7 +673,8 @@ def _side_by_side(
 
   out = []
   for one in measurements:
-    if not one.skip and one.name not in settled:
+    wanted = re.search(bench.args.only, one.name)
+    if wanted and not one.skip and one.name not in settled:
       future = pool.submit(timed, one.run)
       one = dataclasses.replace(one, run=future.result)
     out.append(one)
@@ -672,8 +690,8 @@ def right(bench: Bench) -> list[Measurement]:
   readme, *others = _side_by_side(
       bench, "right", [readme, *_computations(bench)]
   )
-  # What is timed has the device for itself, but for the README's tiny models.
-  return [*others, *_attentions(bench), readme]
+  # What is timed has the device for itself.
+  return [*others, readme, *_attentions(bench)]
 
 
 # rollout
@@ -1642,7 +1660,13 @@ def learn(bench: Bench) -> Iterator[Measurement]:
 def main() -> None:
   bench = child.start(Bench)
   stages = {f.__name__: f for f in (right, rollout, update, peers, learn)}
-  child.measure(bench, stages[bench.args.child](bench))
+  child.measure(
+      bench,
+      [
+          one for one in stages[bench.args.child](bench)
+          if re.search(bench.args.only, one.name)
+      ],
+  )  # fmt: skip
 
 
 if __name__ == "__main__":
