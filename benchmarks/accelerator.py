@@ -22,8 +22,8 @@ table, which is kept in DIR/accelerator.md.
 """
 
 import argparse
-from collections.abc import Iterator
 from collections.abc import Sequence
+import concurrent.futures
 import datetime
 import importlib.metadata
 import json
@@ -75,15 +75,16 @@ class Results:
     file: one JSON object a line.
   """
 
-  def __init__(self, directory: pathlib.Path, run: str):
-    """Opens the file; what a kill left of a line is cut off.
+  def __init__(self, directory: pathlib.Path, run: str, mend: bool = False):
+    """Opens the file.
 
     Args:
       directory: of the file.
       run: what this run's lines are marked with.
+      mend: cut off what a kill has left of a line; not while others write.
     """
     self.file, self._run = directory / "results.jsonl", run
-    if self.file.is_file():
+    if mend and self.file.is_file():
       content = self.file.read_bytes()
       whole = content[: content.rfind(b"\n") + 1]
       if whole != content:
@@ -135,23 +136,21 @@ def _finite(value: Any) -> Any:
 class Marker:
   """What a stage's process is at: read by the one that watches it."""
 
-  def __init__(self, directory: pathlib.Path):
-    self._file = directory / "running.json"
+  def __init__(self, directory: pathlib.Path, stage: str):
+    self._file = directory / f"running-{stage}.json"
 
   def write(
-      self, stage: str, names: Sequence[str], at: str = "", limit: float = 0
+      self, names: Sequence[str], at: str = "", limit: float = 0
   ) -> None:
     """Says what is measured now.
 
     Args:
-      stage: of the process.
-      names: of all that it measures.
+      names: of all that the process measures.
       at: the one that begins; "" for none.
       limit: in seconds; 0 for that of the stage.
     """
     content = {
-        "stage": stage, "names": list(names), "at": at, "since": time.time(),
-        "limit": limit,
+        "names": list(names), "at": at, "since": time.time(), "limit": limit,
     }  # fmt: skip
     partial = self._file.with_suffix(".partial")
     partial.write_text(json.dumps(content))
@@ -223,13 +222,12 @@ class Bench:
 
   def __init__(self, args: argparse.Namespace, run: str):
     self._args, self._run = args, run
-    self.results = Results(args.out, run)
-    self._marker = Marker(args.out)
-    self._log = args.out / "log.txt"
+    self.results = Results(args.out, run, mend=True)
     self._ends = time.time() + max(args.seconds - _LAST, 0)
     self._programs = tempfile.mkdtemp(prefix="accelerator")
-    self._child: subprocess.Popen | None = None
-    self._others: list[subprocess.Popen] = []
+    # Of a stage that is running; and of the plan.
+    self._children: dict[str, subprocess.Popen] = {}
+    self._closed = False
 
   @property
   def left(self) -> float:
@@ -237,12 +235,17 @@ class Bench:
 
   def close(self) -> None:
     """Ends what runs; its lines are in the file already."""
-    for process in (self._child, *self._others):
-      if process is not None:
-        _end(process)
-    self._child = None
-    self._marker.delete()
+    self._closed = True
+    for stage, process in list(self._children.items()):
+      _end(process)
+      self._marker(stage).delete()
     shutil.rmtree(self._programs, ignore_errors=True)
+
+  def _marker(self, stage: str) -> Marker:
+    return Marker(self._args.out, stage)
+
+  def _log(self, stage: str) -> pathlib.Path:
+    return self._args.out / f"log-{stage}.txt"
 
   def stage(self, stage: str, limit: float) -> int:
     """Runs a stage until it ends or its time is up; returns its exit status.
@@ -251,38 +254,43 @@ class Bench:
     for the rest.
     """
     until = time.time() + limit
-    lost = 0
+    lost, marker = 0, self._marker(stage)
     while lost < _ATTEMPTS:
-      self._marker.delete()
+      marker.delete()
       status, why = self._watch(stage, until)
+      if self._closed:
+        return 1
       if status == AGAIN:
         continue
       if status in (0, NO_ACCELERATOR, ANOTHER_DEVICE) and not why:
+        marker.delete()
         return status
-      at = self._marker.read()["at"]
+      at = marker.read()["at"]
       why = why or f"the process ended with {_ending(status)}"
       name = at or "start"
       if at in self.results.settled(stage):
         name = f"after {at}"  # Whose line was there already.
       self.results.add(
           stage, name, "limit" if status is None else "failed", error=why,
-          log=self._tail(),
+          log=self._tail(stage),
       )  # fmt: skip
       lost += 1
       if not at or until - time.time() < 5:
         break
     self._not_begun(stage, limit)
+    marker.delete()
     return 1
 
   def interrupted(self, why: str) -> None:
-    """Adds a line for what was running."""
-    found = self._marker.read()
-    if found["at"] and found["at"] not in self.results.settled(found["stage"]):
-      self.results.add(found["stage"], found["at"], "limit", error=why)
+    """Adds a line for whatever was running."""
+    for stage in self._children:
+      at = self._marker(stage).read()["at"]
+      if at and at not in self.results.settled(stage):
+        self.results.add(stage, at, "limit", error=why)
 
   def _not_begun(self, stage: str, limit: float) -> None:
     settled = self.results.settled(stage)
-    for name in self._marker.read()["names"]:
+    for name in self._marker(stage).read()["names"]:
       if name not in settled:
         self.results.add(
             stage, name, "limit",
@@ -291,11 +299,13 @@ class Bench:
 
   def _watch(self, stage: str, until: float) -> tuple[int | None, str]:
     """Runs one process; returns its exit status and why it was ended."""
-    child = self._child = self._start(stage, until)
-    begun = time.time()
+    child = self._children[stage] = self._start(stage, until)
+    begun, marker = time.time(), self._marker(stage)
     while child.poll() is None:
+      if self._closed:  # It was started while the others were ended.
+        _end(child)
       time.sleep(0.05)
-      now, running = time.time(), self._marker.read()
+      now, running = time.time(), marker.read()
       why = ""
       if now > until:
         why = f"the stage's limit of {until - begun:.0f} s was reached"
@@ -318,7 +328,7 @@ class Bench:
         f"--until={until}", f"--programs={self._programs}",
         f"--commit={_commit(args.commit)}",
     ]  # fmt: skip
-    with self._log.open("ab") as log:
+    with self._log(stage).open("ab") as log:
       log.write(f"\n== {stage}, {time.strftime('%H:%M:%S')}\n".encode())
       log.flush()
       return subprocess.Popen(
@@ -327,8 +337,8 @@ class Bench:
           start_new_session=True,
       )  # fmt: skip
 
-  def _tail(self) -> str:
-    text = self._log.read_text(errors="replace").rpartition("\n== ")[2]
+  def _tail(self, stage: str) -> str:
+    text = self._log(stage).read_text(errors="replace").rpartition("\n== ")[2]
     return text[-600:]
 
   def plan(self, topology: str) -> None:
@@ -343,12 +353,12 @@ class Bench:
         f"--topology={topology}:1", "--prefix=256,2048",
         f"--json={self._args.out / 'plan.json'}",
     ]  # fmt: skip
-    with self._log.open("ab") as log:
-      self._others.append(subprocess.Popen(
+    with self._log("plan").open("ab") as log:
+      self._children["plan"] = subprocess.Popen(
           command, cwd=_ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
           env=environment(False, "plan", self._programs),
           start_new_session=True,
-      ))  # fmt: skip
+      )  # fmt: skip
 
 
 def environment(cpu: bool, stage: str, programs: str) -> dict[str, str]:
@@ -392,13 +402,23 @@ def _ending(status: int) -> str:
   return f"signal {signal.Signals(-status).name}"
 
 
-def _limits(
-    stages: Sequence[str], bench: Bench
-) -> Iterator[tuple[str, float]]:
-  """Yields stages with their share of what is left of the time."""
-  for i, stage in enumerate(stages):
-    weights = [STAGES[name] for name in stages[i:]]
-    yield stage, max(bench.left, 0) * weights[0] / sum(weights)
+def _stage(bench: Bench, stages: Sequence[str], together: int) -> None:
+  """Runs the first stage in its share of the time that is left.
+
+  Args:
+    bench: runs it.
+    stages: that are still to be begun.
+    together: how many run at a time.
+  """
+  weights = [STAGES[name] for name in stages]
+  share = min(weights[0] / sum(weights) * together, 1)
+  limit = max(bench.left, 0) * share
+  if limit < 1:
+    bench.results.add(
+        stages[0], "start", "limit", error="not begun: the time was up"
+    )
+    return
+  bench.stage(stages[0], limit)
 
 
 def _run(bench: Bench, stages: Sequence[str], cpu: bool) -> None:
@@ -419,13 +439,18 @@ def _run(bench: Bench, stages: Sequence[str], cpu: bool) -> None:
     )
   machine = bench.results.latest().get(("machine", "device"), {})
   bench.plan("" if cpu else machine.get("topology", ""))
-  for stage, limit in _limits(stages, bench):
-    if limit < 1:
-      bench.results.add(
-          stage, "start", "limit", error="not begun: the time was up"
-      )
-      continue
-    bench.stage(stage, limit)
+  # Of a rehearsal's times nothing is to be learned.
+  together = 2 if cpu else 1
+  pool = concurrent.futures.ThreadPoolExecutor(together)
+  running = [
+      pool.submit(_stage, bench, stages[i:], together)
+      for i in range(len(stages))
+  ]
+  try:
+    for one in running:
+      one.result()
+  finally:  # After a signal nothing is begun any more.
+    pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _shown(line: dict[str, Any]) -> str:

@@ -170,8 +170,8 @@ def measure(
   """
   stage, measurements = bench.args.child, list(measurements)
   names = [one.name for one in measurements]
-  marker = accelerator.Marker(bench.args.out)
-  marker.write(stage, names)
+  marker = accelerator.Marker(bench.args.out, stage)
+  marker.write(names)
   settled, begun = bench.results.settled(stage) - {always}, False
   for one in measurements:
     if one.name in settled:
@@ -179,7 +179,7 @@ def measure(
     if one.fresh and begun:
       sys.exit(accelerator.AGAIN)
     begun = True
-    marker.write(stage, names, one.name, one.limit)
+    marker.write(names, one.name, one.limit)
     _measure(bench, stage, one)
     gc.collect()
-  marker.write(stage, names)
+  marker.write(names)

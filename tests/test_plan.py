@@ -2,6 +2,7 @@ from collections.abc import Callable
 import dataclasses
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -233,13 +234,29 @@ def test_measured_shares_take_the_place_of_assumed_ones(tmp_path):
   assert "H100" in found.source
 
 
+def test_a_share_that_was_not_measured_is_assumed(tmp_path):
+  usual = estimate.Assumptions()
+  found = estimate.measured(_results(tmp_path, _DEVICE, *_ROLLOUTS))
+  assert found.reach == pytest.approx(2e12 / 3352e9)
+  assert found.utilization == usual.utilization
+  assert found.missing == "the products"
+  found = estimate.measured(_results(tmp_path, _DEVICE, *_UPDATES))
+  assert found.utilization == pytest.approx(18e14 / 4 / 989e12)
+  assert (found.reach, found.missing) == (usual.reach, "the memory")
+
+
+def test_the_results_that_are_published_can_be_planned_with():
+  file = pathlib.Path(__file__).parent.parent / "docs/results/h200.jsonl"
+  found = estimate.measured(file)
+  assert 0.3 < found.reach < estimate.Assumptions().reach
+
+
 @pytest.mark.parametrize(
     ("lines", "text"),
     [
         ([*_UPDATES, *_ROLLOUTS], "device of a known kind"),
         ([_DEVICE | {"device": "T4"}, *_UPDATES], "device of a known kind"),
-        ([_DEVICE, *_ROLLOUTS], "score and gradient"),
-        ([_DEVICE, *_UPDATES], "a rollout"),
+        ([_DEVICE], "a rollout, of score or of gradient"),
     ],
 )
 def test_results_that_lack_something_are_refused(lines, text, tmp_path):

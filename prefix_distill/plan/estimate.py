@@ -43,17 +43,20 @@ class Assumptions:
 
   Attributes:
     utilization: of the peak FLOPs, in what is limited by them.
-    reach: of the memory's bandwidth.
+    reach: of the memory's bandwidth. An H200 reached 0.56 to 0.58 while it
+      decoded (docs/results/accelerator.md).
     links: of the bandwidth of links.
     price: of a device and hour, in any currency; 0 for none.
-    source: where the first two were measured; empty for assumed.
+    source: where some of the first two were measured; empty for assumed.
+    missing: which of them was not, and is assumed.
   """
 
   utilization: float = 0.5
-  reach: float = 0.8
+  reach: float = 0.6
   links: float = 0.8
   price: float = 0.0
   source: str = ""
+  missing: str = ""
 
 
 def measured(file: pathlib.Path, price: float = 0.0) -> Assumptions:
@@ -61,14 +64,15 @@ def measured(file: pathlib.Path, price: float = 0.0) -> Assumptions:
 
   Utilization is that of its updates, scores and gradients together; the
   memory's that of its rollouts with the most rows. Shares are of that device's
-  data sheet, so one device's shares can be used for another kind.
+  data sheet, so one device's shares can be used for another kind. One that the
+  file lacks is assumed.
 
   Args:
     file: its results.jsonl.
     price: see `Assumptions`.
 
   Raises:
-    ConfigError: the file cannot be read or lacks what is wanted.
+    ConfigError: the file cannot be read, or lacks both.
   """
   try:
     lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -89,25 +93,29 @@ def measured(file: pathlib.Path, price: float = 0.0) -> Assumptions:
   rollouts = [one for one in done if "least_bytes" in one]
   for found, wanted in (
       (kind, f"a device of a known kind ({', '.join(machines.CHIPS)})"),
-      (updates, "the seconds of score and gradient"),
-      (rollouts, "a rollout"),
+      (updates or rollouts, "a rollout, of score or of gradient"),
   ):
     if not found:
       raise errors.ConfigError(
           f"--measured={file} holds no line of {wanted}; run"
           " benchmarks/accelerator.py to its end, or leave --measured out."
       )
-  chip = machines.CHIPS[kind]
-  flops, seconds = (sum(one[k] for one in updates) for k in ("flops", "phase"))
-  most = max(one["rows"] for one in rollouts)
-  largest = [one for one in rollouts if one["rows"] == most]
-  read = sum(one["least_bytes"] for one in largest)
-  spent = sum(
-      (one["new"] - 1) * one["ms_per_token"] / 1e3 for one in largest
-  )
+  chip, found = machines.CHIPS[kind], {}
+  if updates:
+    flops, spent = (sum(one[k] for one in updates) for k in ("flops", "phase"))
+    found["utilization"] = flops / spent / chip.flops
+  if rollouts:
+    most = max(one["rows"] for one in rollouts)
+    largest = [one for one in rollouts if one["rows"] == most]
+    read = sum(one["least_bytes"] for one in largest)
+    spent = sum(
+        (one["new"] - 1) * one["ms_per_token"] / 1e3 for one in largest
+    )
+    found["reach"] = read / spent / chip.bandwidth
+  missing = {"utilization": "the products", "reach": "the memory"}
   return Assumptions(
-      flops / seconds / chip.flops, read / spent / chip.bandwidth,
-      price=price, source=f"{name}, {file}",
+      **found, price=price, source=f"{name}, {file}",
+      missing="".join(v for k, v in missing.items() if k not in found),
   )  # fmt: skip
 
 

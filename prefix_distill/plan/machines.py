@@ -74,7 +74,7 @@ CHIPS: Mapping[str, Chip] = {
         "gpu", 989e12, 0.9 * 79.1 * _GIB, 3352e9, 450e9, host=8, network=50e9
     ),
     "h200": Chip(
-        "gpu", 989e12, 0.9 * 140.4 * _GIB, 4800e9, 450e9, host=8, network=50e9
+        "gpu", 989e12, 0.9 * 139.8 * _GIB, 4800e9, 450e9, host=8, network=50e9
     ),
 }  # fmt: skip
 

@@ -204,8 +204,9 @@ def _assumed(result: Result) -> str:
       if a.source
       else "Seconds are a bound from below"
   )
+  assumed = f" (the share of {a.missing} is assumed)" if a.missing else ""
   return (
-      f"{start}: every rollout reaches its cap, products"
+      f"{start}{assumed}: every rollout reaches its cap, products"
       f" run at {a.utilization:.0%} of {chip.flops / 1e12:.0f} TFLOP/s, memory"
       f" at {a.reach:.0%} of {chip.bandwidth / 1e9:.0f} GB/s, links at"
       f" {a.links:.0%} of {chip.link / 1e9:.0f} GB/s a device, one way; nothing"
