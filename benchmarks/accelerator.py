@@ -475,8 +475,9 @@ def tables(results: Results, directory: pathlib.Path) -> None:
   """Prints the table, and keeps it as Markdown."""
   heading = _heading(results)
   table = rich.table.Table(
-      "stage", "measured", "result", box=rich.box.SIMPLE_HEAD, title=heading
-  )
+      "stage", rich.table.Column("measured", no_wrap=True), "result",
+      box=rich.box.SIMPLE_HEAD, title=heading,
+  )  # fmt: skip
   text = [
       f"## {heading.partition(':')[0]}", "", heading.partition(": ")[2] + ".",
       "", "| stage | measured | result |", "|---|---|---|",

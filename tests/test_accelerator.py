@@ -84,15 +84,11 @@ def _processor_seconds():
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory):
-  """A rehearsal that is killed in each stage, and then goes to its end.
-
-  It goes on with the stage that it was killed in; only to find out that there
-  is nothing left to do in those before would take as long as all the rest.
-  """
-  out, kept, left = tmp_path_factory.mktemp("accelerator"), [], [*_STAGES]
+  """A rehearsal that is killed once in each stage, and then goes to its end."""
+  out, kept = tmp_path_factory.mktemp("accelerator"), []
   before = _processor_seconds()
-  for i, stage in enumerate(_STAGES):
-    process = _start(out, "--cpu", f"--stages={','.join(left)}")
+  for stage in _STAGES:
+    process = _start(out, "--cpu", f"--stages={stage}")
     _wait(process, lambda s=stage: any(x["stage"] == s for x in _lines(out)))
     children = _children(process)
     process.kill()
@@ -100,11 +96,10 @@ def rehearsed(tmp_path_factory):
     while any(map(_alive, children)):
       time.sleep(0.05)
     kept.append(_content(out))
-    left = _STAGES[i:]
-  end = _finish(_start(out, "--cpu", f"--stages={left[0]}"))
-  # Three minutes on two cores, all starts included; how long that takes here
-  # depends on what else runs.
-  assert _processor_seconds() - before < 2 * 180
+  end = _finish(_start(out, "--cpu"))
+  # Three minutes on two cores, and a sixth more for what the kills have cost;
+  # how long that takes here depends on what else runs.
+  assert _processor_seconds() - before < 2 * 210
   return out, kept, end
 
 
@@ -118,8 +113,8 @@ def test_all_stages_are_rehearsed(rehearsed):
     assert line["status"] in ("done", "skipped"), line
     assert line["status"] == "done" or line["error"]
     assert line.get("passed") is not False, line
-    assert f"| {stage} | {name} |" in text
-  for words in ("commit", "jax", "rehearsal", "the README's command"):
+    assert f"| {stage} | {name} |" in text and name in shown
+  for words in ("commit", "jax", "rehearsal"):
     assert words in text and words in shown
   skipped = {s for (s, _), x in lines.items() if x["status"] == "skipped"}
   # Peers where torch is not installed; of right, what needs a GPU.
