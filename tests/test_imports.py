@@ -19,15 +19,15 @@ ORDER = (
     {"recipe"},
     {"specs"},
     {"config", "sharding"},
-    {"config_dict", "processes"},
+    {"config_dict", "distributed"},
     {"models"},
     {"data", "rollout", "report"},
     {"distill"},
     {"evaluate"},
-    {"train", "preflight", "distributed"},
+    {"train", "preflight"},
     {"command_line"},
-    {"main", "analyze", "plan"},
-    {"reproduce"},
+    {"main", "plan"},
+    {"experiments"},
 )
 RANK = {part: i for i, parts in enumerate(ORDER) for part in parts}
 

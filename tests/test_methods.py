@@ -10,8 +10,8 @@ import toys
 
 from configs import math as experiment
 from prefix_distill import config_dict
-from prefix_distill import reproduce
 from prefix_distill.data import records
+from prefix_distill.experiments import reproduce
 from prefix_distill.recipe import LossSpec
 from prefix_distill.recipe import PrefixSpec
 from prefix_distill.recipe import RolloutSpec

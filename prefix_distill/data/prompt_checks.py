@@ -9,8 +9,8 @@ import dataclasses
 import itertools
 import re
 
-from prefix_distill.data.chat import Chat
-from prefix_distill.data.chat import TokenizerError
+from prefix_distill.data.tokenizer import Chat
+from prefix_distill.data.tokenizer import TokenizerError
 from prefix_distill.errors import ConfigError
 from prefix_distill.specs import DataSpec
 

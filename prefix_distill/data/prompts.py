@@ -20,7 +20,7 @@ import grain
 import numpy as np
 
 from prefix_distill.data import records
-from prefix_distill.data.chat import Chat
+from prefix_distill.data.tokenizer import Chat
 from prefix_distill.errors import ConfigError
 from prefix_distill.specs import DataSpec
 from prefix_distill.specs import FIELD
