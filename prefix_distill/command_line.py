@@ -10,6 +10,7 @@ from ml_collections import config_flags
 from prefix_distill import config_dict
 from prefix_distill import distributed
 from prefix_distill.config import Config
+from prefix_distill.errors import check
 from prefix_distill.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -26,6 +27,13 @@ PREFLIGHT = flags.DEFINE_bool(
     False,
     "Whether to check and show what the models would be fed, and stop there:"
     " no weights are read, nothing is written.",
+)
+_TRACE = flags.DEFINE_list(
+    "trace",
+    [],
+    "Updates, counted from 1, whose trace is written to WORKDIR/trace for xprof"
+    " and Perfetto, as --trace=3,4. The first updates compile; later ones show"
+    " the steady state.",
 )
 _DISTRIBUTED = flags.DEFINE_string(
     "distributed",
@@ -89,6 +97,21 @@ def processes() -> distributed.Spec:
       _DISTRIBUTED.value, _NUM_PROCESSES.value, _PROCESS_ID.value,
       _TIMEOUT.value, _HEARTBEAT.value,
   )  # fmt: skip
+
+
+def traced(config: Config) -> frozenset[int]:
+  """Returns the updates to trace, counted from 1.
+
+  Raises:
+    ConfigError: --trace names something else than updates of the run.
+  """
+  for text in _TRACE.value:
+    check(
+        text.isdecimal() and 1 <= int(text) <= config.steps,
+        f"--trace={','.join(_TRACE.value)} names {text!r}, but the run's"
+        f" updates are 1 to {config.steps}; give some of those.",
+    )
+  return frozenset(map(int, _TRACE.value))
 
 
 def config() -> Config:

@@ -29,12 +29,13 @@ def _train() -> str:
   # Of a GPU's memory, what `plan` counts on; JAX takes three quarters itself.
   os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
   config = command_line.config()
+  traced = command_line.traced(config)
   with distributed.joined(command_line.processes()):
     # Takes seconds, which what is wrong so far need not wait for.
     from prefix_distill.train import loop
 
     try:
-      loop.train(config, command_line.workdir(sys.argv))
+      loop.train(config, command_line.workdir(sys.argv), traced)
     except loop.Stopped as stopped:  # All processes stop together.
       return str(stopped)
   return ""

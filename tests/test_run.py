@@ -119,12 +119,26 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(
   compiled = _programs(cache)
   for seed, same in ((0, True), (1, False)):
     workdir = tmp_path / str(seed)
-    code, _, err = _finish(_start(workdir, cache, f"--config.seed={seed}"))
+    # Nor does a trace of some updates change a number.
+    code, _, err = _finish(
+        _start(workdir, cache, f"--config.seed={seed}", "--trace=2,5")
+    )
     assert code == 0, err
     assert (_metrics(workdir) == _metrics(whole[0])) is same
+    assert len(list(workdir.glob("trace/**/*.xplane.pb"))) == 2
   # And every program was found in the cache.
   assert len(compiled) > 10
   assert _programs(cache) == compiled
+
+
+@pytest.mark.parametrize("steps", ["0", "7", "one", "2,-1"])
+def test_a_trace_of_what_is_no_update_is_refused(steps, cache, tmp_path):
+  workdir = tmp_path / "run"
+  code, _, err = _finish(_start(workdir, cache, f"--trace={steps}"))
+  assert code == 1 and not workdir.exists()
+  (sentence,) = err.strip().splitlines()
+  assert sentence.startswith(f"error: --trace={steps} ")
+  assert "1 to 6" in sentence
 
 
 def _programs(cache):

@@ -330,9 +330,10 @@ def prefill(
     tokens [B * per_prompt, 1].
   """
   rows, n = batch.tokens.shape[0], config.per_prompt
-  hidden, cache = model.prefill(
-      params, batch.tokens, batch.mask, columns, config.cache_dtype
-  )
+  with jax.named_scope("prefill"):
+    hidden, cache = model.prefill(
+        params, batch.tokens, batch.mask, columns, config.cache_dtype
+    )
   numbers = jnp.concatenate(
       [
           jnp.repeat(batch.index.reshape(rows, -1), n, axis=0),
@@ -380,9 +381,10 @@ def decode(
   """
 
   def step(state: DecodeState, _: None) -> tuple[DecodeState, Rollout]:
-    hidden, cache = model.decode(
-        params, state.newest, state.live, state.cache
-    )
+    with jax.named_scope("decode"):
+      hidden, cache = model.decode(
+          params, state.newest, state.live, state.cache
+      )
     distribution = _distribution(model, config, params, hidden, draw)
     state = dataclasses.replace(state, cache=cache)
     return _draw(model, config, state, distribution, draw)
@@ -423,8 +425,9 @@ def _distribution(
     draw: Draw,
 ) -> jax.Array:
   """Returns the next token's log-probabilities [B, V]."""
-  logits = model.logits(params, hidden)
-  return sampling.log_probs(logits, draw.temperature, config.num_tokens)
+  with jax.named_scope("head"):
+    logits = model.logits(params, hidden)
+    return sampling.log_probs(logits, draw.temperature, config.num_tokens)
 
 
 def _draw(
@@ -437,7 +440,8 @@ def _draw(
   """Draws each live row's next token; returns it as a rollout of [B]."""
   keys = jax.vmap(jax.random.fold_in)(state.keys, state.count)
   allowed = sampling.truncate(distribution, config.truncation)
-  token = sampling.choose(keys, allowed, draw.greedy, model.mesh)
+  with jax.named_scope("sample"):
+    token = sampling.choose(keys, allowed, draw.greedy, model.mesh)
   live = state.live
   token = jnp.where(live, token, config.pad_id)
   drawn = Rollout(

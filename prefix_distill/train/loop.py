@@ -6,6 +6,7 @@ anywhere goes on from its last checkpoint, after cutting what was written past
 it, and so ends with the numbers of a run that was never stopped.
 """
 
+from collections.abc import Collection
 from collections.abc import Iterator
 import contextlib
 import pathlib
@@ -259,7 +260,17 @@ def _any_process(wanted: bool) -> bool:
   return bool(np.any(multihost_utils.process_allgather(np.array(wanted))))
 
 
-def _steps(run: Run, stop: Stop) -> None:
+@contextlib.contextmanager
+def _trace(directory: pathlib.Path, step: int) -> Iterator[None]:
+  """Writes what the host and the devices do inside, for xprof and Perfetto."""
+  with (
+      jax.profiler.trace(directory / "trace"),
+      jax.profiler.StepTraceAnnotation("update", step_num=step),
+  ):
+    yield
+
+
+def _steps(run: Run, stop: Stop, traced: Collection[int]) -> None:
   """Evaluates, then updates until the last step."""
   config, first = run.config, int(run.state.step)
   every = config.evaluation.every
@@ -279,7 +290,10 @@ def _steps(run: Run, stop: Stop) -> None:
     for step in range(first, config.steps):
       if run.control.finished:
         break
-      line = run.update(step)
+      with contextlib.ExitStack() as stack:
+        if step + 1 in traced:
+          stack.enter_context(_trace(run.workdir, step + 1))
+        line = run.update(step)
       run.write(line)
       bar.set_postfix(report.progress(line), refresh=step == first)
       bar.update()
@@ -297,8 +311,15 @@ def _steps(run: Run, stop: Stop) -> None:
         )
 
 
-def train(config: Config, workdir: pathlib.Path) -> None:
+def train(
+    config: Config, workdir: pathlib.Path, traced: Collection[int] = ()
+) -> None:
   """Runs to the last update, and writes the report and the export.
+
+  Args:
+    config: the settings.
+    workdir: see the README.
+    traced: updates, counted from 1, whose trace is written to workdir/trace.
 
   Raises:
     ValueError: a setting, file or model does not fit; see `setup.prepare`.
@@ -316,7 +337,7 @@ def train(config: Config, workdir: pathlib.Path) -> None:
       setup, spent = answers.with_answers(setup, workdir)
     run = Run(setup, workdir, spent)
     with stop_on_signal() as stop:
-      _steps(run, stop)
+      _steps(run, stop, traced)
     if setup.teacher is not None and config.evaluation.teacher:
       run.evaluate(int(run.state.step), "teacher")
     run.programs.close()

@@ -172,7 +172,8 @@ def distillation_loss(
   mask = rollout.mask
   weights = window.weights(mask)
   # Inputs and not only terms: the gradient of a discarded NaN is 0 * NaN.
-  hidden = _masked(model.prefix_hidden(params, batch, rollout), mask)
+  with jax.named_scope("student"):
+    hidden = _masked(model.prefix_hidden(params, batch, rollout), mask)
   scores, sampler = jax.tree.map(
       lambda x: _masked(x, mask), (scores, rollout.choice_log_probs)
   )
@@ -264,8 +265,9 @@ def apply(
   # Of all micro-batches and devices, or it would be a mean of means.
   count = total.rows if normalize == "rollouts" else total.sums["loss"][1]
   grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1), total.grads)
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
+  with jax.named_scope("optimizer"):
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
   metrics = {
       name: summed / number  # NaN in a bin without tokens.
       for name, (summed, number) in total.sums.items()
