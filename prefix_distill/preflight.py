@@ -21,7 +21,7 @@ from prefix_distill.data import records
 from prefix_distill.data.chat import Chat
 from prefix_distill.data.prompt_checks import Fed
 from prefix_distill.distill import prefix_length
-from prefix_distill.models import hf
+from prefix_distill.models import huggingface as hf
 
 _SPECIAL = "bold cyan"
 _QUIET = "dim"

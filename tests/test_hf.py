@@ -14,11 +14,11 @@ import safetensors.numpy
 import toys
 
 from prefix_distill import assets
+from prefix_distill import sharding
 from prefix_distill.data import chat as chat_lib
-from prefix_distill.models import hf
-from prefix_distill.models import hf_export
-from prefix_distill.models import hf_names
-from prefix_distill.models.config import UnsupportedModelError
+from prefix_distill.models import families
+from prefix_distill.models import huggingface as hf
+from prefix_distill.models.families import UnsupportedModelError
 from prefix_distill.models.transformer import Model
 from prefix_distill.rollout import decode_state
 from prefix_distill.rollout import sampler
@@ -110,14 +110,16 @@ def _check_right_padding(model, params, batch, wanted):
 def _check_gradients(directory, model, params, batch):
   wanted = safetensors.numpy.load_file(directory / "gradients.safetensors")
   seen = set()
-  for ours, leaf in hf_names.leaves(_gradients(model, params, batch)):
-    layout = hf_names.NAMES[ours][1]
-    names = hf_names.hf_names(ours, model.config.num_layers)
-    for i, name in enumerate(names):
+  tensors = families.FAMILIES[model.config.family].tensors
+  grads = _gradients(model, params, batch)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+    ours = sharding.path_name(path)
+    tensor = tensors[ours]
+    for i, name in enumerate(tensor.names(model.config.num_layers)):
       part = leaf[i] if ours.startswith("layers/") else leaf
       scale = np.abs(wanted[name]).max()
       assert scale > 1e-2
-      _close(layout.write(np.asarray(part)) / scale, wanted[name] / scale)
+      _close(tensor.write(np.asarray(part)) / scale, wanted[name] / scale)
       seen.add(name)
   assert seen == set(wanted)
 
@@ -136,7 +138,7 @@ def _copy(name, directory):
 
 def _export(params, directory, dtype="float32"):
   source = "bundled:teacher"
-  hf_export.export(params, source, source, directory, dtype)
+  hf.export(params, source, source, directory, dtype)
 
 
 @goldens
@@ -195,7 +197,7 @@ def test_transformers_answers_as_we_do_after_an_export(tmp_path):
 def test_an_export_loads_back_bit_for_bit(name, tmp_path):
   source = str(_GOLDEN / name)
   _, params = _load(source)
-  hf_export.export(params, source, source, tmp_path / "out", "float32")
+  hf.export(params, source, source, tmp_path / "out", "float32")
   model, found = _load(tmp_path / "out")
   _assert_equal(found, params)
   assert model.config == hf.read_config(source)
@@ -236,8 +238,8 @@ def test_float32_weights_load_as_bfloat16():
 def test_a_large_export_is_split_and_indexed(tmp_path, monkeypatch):
   source = str(_GOLDEN / "qwen2")
   _, params = _load(source)
-  monkeypatch.setattr(hf_export, "_SHARD_BYTES", 4000)
-  hf_export.export(params, source, source, tmp_path / "out", "float32")
+  monkeypatch.setattr(hf, "_SHARD_BYTES", 4000)
+  hf.export(params, source, source, tmp_path / "out", "float32")
   index = json.loads((tmp_path / "out" / _INDEX).read_text())
   files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
   count = len(files)
@@ -268,14 +270,14 @@ def test_a_large_export_is_split_and_indexed(tmp_path, monkeypatch):
 def test_a_small_export_is_one_file(tmp_path):
   source = str(_GOLDEN / "llama3_rope")
   _, params = _load(source)
-  hf_export.export(params, source, source, tmp_path / "out", "float32")
+  hf.export(params, source, source, tmp_path / "out", "float32")
   names = {p.name for p in (tmp_path / "out").iterdir()}
   assert names == {"config.json", "generation_config.json", _WEIGHTS}
 
 
 def test_an_export_takes_its_tokenizer_from_where_it_is_told(tmp_path):
   model = Model(hf.read_config("bundled:teacher"))
-  hf_export.export(
+  hf.export(
       _random_params(model), "bundled:teacher", "bundled:capable",
       tmp_path / "out", "float32",
   )  # fmt: skip
@@ -295,16 +297,16 @@ def test_an_export_takes_its_tokenizer_from_where_it_is_told(tmp_path):
 def test_an_export_appears_whole_or_not_at_all(tmp_path):
   source, out = str(_GOLDEN / "qwen3"), tmp_path / "out"
   _, params = _load(source)
-  hf_export.export(params, source, source, out, "float32")
+  hf.export(params, source, source, out, "float32")
   (out / "stale").touch()
   before = (out / _WEIGHTS).read_bytes()
   changed = jax.tree.map(lambda x: x + 1, params)
   unknown = changed | {"zzz": jnp.ones(1)}
   with pytest.raises(KeyError):
-    hf_export.export(unknown, source, source, out, "float32")
+    hf.export(unknown, source, source, out, "float32")
   assert (out / _WEIGHTS).read_bytes() == before
   assert (out / "stale").exists()
-  hf_export.export(changed, source, source, out, "float32")
+  hf.export(changed, source, source, out, "float32")
   assert [p.name for p in tmp_path.iterdir()] == ["out"]
   assert not (out / "stale").exists()
   _, found = _load(out)
@@ -533,9 +535,9 @@ def test_loading_needs_one_shard_above_the_models_size(tmp_path, monkeypatch):
   params = jax.tree.map(
       lambda x: np.full(x.shape, 0.01, np.float32), model.abstract_params()
   )
-  monkeypatch.setattr(hf_export, "_SHARD_BYTES", 2**26)
+  monkeypatch.setattr(hf, "_SHARD_BYTES", 2**26)
   directory = tmp_path / "model"
-  hf_export.export(
+  hf.export(
       params, str(source), "bundled:teacher", directory, "float32"
   )
   # Or malloc would keep freed blocks of up to 32 MB, much at this size.

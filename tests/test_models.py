@@ -14,11 +14,11 @@ import transformers
 
 from prefix_distill.models import attention
 from prefix_distill.models import config as model_config
+from prefix_distill.models import embedding
 from prefix_distill.models import kv_cache
-from prefix_distill.models import layers
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.config import RopeConfig
-from prefix_distill.models.config import UnsupportedModelError
+from prefix_distill.models.families import UnsupportedModelError
 from prefix_distill.models.transformer import Model
 
 _TINY = toys.model_config(
@@ -331,9 +331,9 @@ def _wavelengths(theta, head_dim):
 
 def test_default_and_linear_rope_frequencies():
   wanted = 2 * math.pi / _wavelengths(500.0, 10)
-  found = layers.rope_frequencies(RopeConfig(500.0), 10)
+  found = embedding.rope_frequencies(RopeConfig(500.0), 10)
   np.testing.assert_allclose(found, wanted, rtol=1e-5)
-  found = layers.rope_frequencies(RopeConfig(500.0, "linear", 4.0), 10)
+  found = embedding.rope_frequencies(RopeConfig(500.0, "linear", 4.0), 10)
   np.testing.assert_allclose(found, wanted / 4, rtol=1e-5)
 
 
@@ -356,19 +356,18 @@ def test_llama3_rope_frequencies():
   assert kinds == {"short", "between", "long"}
   rope = RopeConfig(theta, "llama3", factor, low, high, original)
   np.testing.assert_allclose(
-      layers.rope_frequencies(rope, 128), wanted, rtol=1e-4
+      embedding.rope_frequencies(rope, 128), wanted, rtol=1e-4
   )
 
 
 def test_rope_keeps_lengths_and_relative_angles():
   rng = np.random.default_rng(0)
   x, y = rng.standard_normal((2, 1, 1, 1, 8), np.float32)
-  freqs = layers.rope_frequencies(RopeConfig(100.0), 8)
+  rope = RopeConfig(100.0)
 
   def at(vector, position):
-    return np.asarray(
-        layers.apply_rope(jnp.array(vector), position * freqs[None, None])
-    ).ravel()
+    rotation = embedding.Rotation.of(rope, 8, jnp.array([[position]]))
+    return np.asarray(rotation.apply(jnp.array(vector))).ravel()
 
   np.testing.assert_allclose(at(x, 0), x.ravel(), rtol=1e-6)
   np.testing.assert_allclose(

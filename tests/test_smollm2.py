@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from prefix_distill.data import chat as chat_lib
-from prefix_distill.models import hf
+from prefix_distill.models import huggingface as hf
 from prefix_distill.models.transformer import Model
 from prefix_distill.rollout import decode_state
 from prefix_distill.rollout import sampler

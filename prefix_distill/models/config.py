@@ -6,23 +6,24 @@ from typing import Any
 
 import transformers
 
-from prefix_distill.errors import UserError
+from prefix_distill.models import families
+from prefix_distill.models.families import UnsupportedModelError
 
-# Hugging Face model type -> (norm on queries and keys, bias on q, k and v).
-FAMILIES = {
-    "qwen3": (True, False),
-    "qwen2": (False, True),
-    "llama": (False, False),
+# Options of a config.json to the only value that is implemented.
+_OPTIONS = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "attention_dropout": 0.0,
+    "quantization_config": None,
 }
-
-
-class UnsupportedModelError(UserError):
-  """A model that this package would compute wrongly, or not at all."""
+_LAYER_TYPE = "full_attention"
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-  """Rotary position embedding.
+  """Rotary position embedding; `embedding.rope_frequencies` computes it.
 
   Attributes:
     theta: the base of the wavelengths.
@@ -30,7 +31,8 @@ class RopeConfig:
     factor: by how much positions (linear) or long wavelengths (llama3) shrink.
     low_freq_factor: llama3: wavelengths above original_length / this shrink.
     high_freq_factor: llama3: wavelengths below original_length / this do not.
-    original_length: llama3: the length the model was first trained on.
+    original_length: llama3: the length the model was first trained on, in
+      tokens.
   """
 
   theta: float
@@ -43,7 +45,23 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A decoder-only transformer; hashable, so jit takes it as static."""
+  """A decoder-only transformer; hashable, so jit takes it as static.
+
+  Attributes:
+    family: a key of `families.FAMILIES`.
+    vocab_size: V, rows of the embedding table.
+    dim: D, the width of the hidden states.
+    mlp_dim: F, the width inside of the MLP.
+    num_layers: L.
+    num_heads: N, of queries.
+    num_kv_heads: K, of keys and values.
+    head_dim: H.
+    norm_eps: what norms add to the mean square.
+    rope: the rotary position embedding.
+    tied: whether the embedding table is the output head.
+    max_length: the config's `max_position_embeddings`, in tokens.
+    rotary: for each layer whether it rotates queries and keys; () if all do.
+  """
 
   family: str
   vocab_size: int
@@ -57,14 +75,15 @@ class ModelConfig:
   rope: RopeConfig
   tied: bool
   max_length: int
+  rotary: tuple[bool, ...] = ()
 
   @property
   def qk_norm(self) -> bool:
-    return FAMILIES[self.family][0]
+    return families.FAMILIES[self.family].qk_norm
 
   @property
   def qkv_bias(self) -> bool:
-    return FAMILIES[self.family][1]
+    return families.FAMILIES[self.family].qkv_bias
 
 
 def _rope(config: transformers.PretrainedConfig, where: str) -> RopeConfig:
@@ -82,10 +101,13 @@ def _rope(config: transformers.PretrainedConfig, where: str) -> RopeConfig:
     return RopeConfig(theta, kind, float(rope["factor"]))
   if kind == "llama3":
     return RopeConfig(
-        theta, kind, float(rope["factor"]), float(rope["low_freq_factor"]),
+        theta,
+        kind,
+        float(rope["factor"]),
+        float(rope["low_freq_factor"]),
         float(rope["high_freq_factor"]),
         int(rope["original_max_position_embeddings"]),
-    )  # fmt: skip
+    )
   raise UnsupportedModelError(
       f"{where}: rope_type {kind!r} is not implemented; default, linear and"
       " llama3 are."
@@ -94,19 +116,18 @@ def _rope(config: transformers.PretrainedConfig, where: str) -> RopeConfig:
 
 def _refuse_unsupported(config: Any, where: str) -> None:
   """Raises if the config asks for what the transformer does not compute."""
-  for field, wanted in (
-      ("hidden_act", "silu"),
-      ("attention_bias", False),
-      ("mlp_bias", False),
-      ("use_sliding_window", False),
-      ("attention_dropout", 0.0),
-      ("quantization_config", None),
-  ):
+  for field, wanted in _OPTIONS.items():
     value = getattr(config, field, wanted)
     if value != wanted:
       raise UnsupportedModelError(
           f"{where}: {field} {value!r} is not implemented; only"
           f" {wanted!r} is."
+      )
+  for kind in getattr(config, "layer_types", None) or ():
+    if kind != _LAYER_TYPE:
+      raise UnsupportedModelError(
+          f"{where}: layer_types with {kind!r} is not implemented; only"
+          f" {_LAYER_TYPE!r} is."
       )
 
 
@@ -120,15 +141,11 @@ def from_hf(config: transformers.PretrainedConfig, where: str) -> ModelConfig:
   Raises:
     UnsupportedModelError: an architecture or an option is not implemented.
   """
-  if config.model_type not in FAMILIES:
-    raise UnsupportedModelError(
-        f"{where}: model type {config.model_type!r} is not implemented;"
-        f" {', '.join(FAMILIES)} are."
-    )
+  family = families.find(config.model_type, where)
   _refuse_unsupported(config, where)
   head_dim = getattr(config, "head_dim", None)
   return ModelConfig(
-      family=config.model_type,
+      family=family.model_type,
       vocab_size=config.vocab_size,
       dim=config.hidden_size,
       mlp_dim=config.intermediate_size,
@@ -140,6 +157,7 @@ def from_hf(config: transformers.PretrainedConfig, where: str) -> ModelConfig:
       rope=_rope(config, where),
       tied=bool(config.tie_word_embeddings),
       max_length=config.max_position_embeddings,
+      rotary=family.rotary(config, where),
   )
 
 

@@ -1,9 +1,13 @@
-"""The embedding table of a whole batch, on a mesh."""
+"""What goes into the layers: embedded tokens, and rotary positions."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from prefix_distill import sharding
+from prefix_distill.models.config import RopeConfig
 
 _PartitionSpec = jax.sharding.PartitionSpec
 
@@ -56,10 +60,13 @@ def look_up(
 
   def on_mesh(function, in_specs, out_specs):
     return jax.shard_map(
-        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs,
+        function,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
         # Sums over a mesh axis are equal on it, which is not always seen.
         check_vma=False,
-    )  # fmt: skip
+    )
 
   @jax.custom_vjp
   def run(table, tokens):
@@ -113,3 +120,62 @@ def _here(tokens: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
   here = tokens - rows * jax.lax.axis_index("tensor")
   mine = (here >= 0) & (here < rows)
   return jnp.where(mine, here, 0), mine
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+  """Returns the angle that each pair of channels turns by from token to token.
+
+  Args:
+    rope: the kind, and its numbers.
+    head_dim: H.
+
+  Returns:
+    Radians, float32 [H / 2], bit for bit those of torch.
+  """
+  exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+  freqs = np.float32(1) / np.float32(rope.theta) ** exponent
+  if rope.kind == "default":
+    return freqs
+  if rope.kind == "linear":
+    return freqs / np.float32(rope.factor)
+  # Wavelengths that the first training length covers many times stay; those
+  # it covers hardly once shrink; between the two a linear blend.
+  turns = rope.original_length * freqs / (2 * np.pi)
+  low, high = rope.low_freq_factor, rope.high_freq_factor
+  blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
+  blended = (1 - blend) * freqs / rope.factor + blend * freqs
+  return blended.astype(np.float32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+  """How positions turn pairs of channels.
+
+  Attributes:
+    cos, sin: float32 [B, T, H / 2], of the angles; B is 1 if all rows have the
+      same.
+  """
+
+  cos: jax.Array
+  sin: jax.Array
+
+  @classmethod
+  def of(
+      cls, rope: RopeConfig, head_dim: int, positions: jax.Array
+  ) -> "Rotation":
+    """Returns the rotation of positions [B, T]."""
+    angles = positions.astype(jnp.float32)[..., None]
+    angles = angles * rope_frequencies(rope, head_dim)
+    return cls(jnp.cos(angles), jnp.sin(angles))
+
+  def apply(self, x: jax.Array) -> jax.Array:
+    """Rotates the channel pairs (i, i + H / 2) of [B, T, N, H].
+
+    Source: RoFormer (arXiv 2104.09864), in the half-split layout of Llama's
+    Hugging Face weights.
+    """
+    cos, sin = self.cos[:, :, None], self.sin[:, :, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

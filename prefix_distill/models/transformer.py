@@ -20,6 +20,7 @@ from prefix_distill.models import embedding
 from prefix_distill.models import kv_cache
 from prefix_distill.models import layers
 from prefix_distill.models.config import ModelConfig
+from prefix_distill.models.embedding import Rotation
 from prefix_distill.models.kv_cache import KVCache
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
@@ -174,21 +175,20 @@ class Model:
     c, length = self.config, tokens.shape[1]
     more = attention.aligned(length, self.mesh) - length
     tokens = jnp.pad(tokens, ((0, 0), (0, more)))
-    positions = jnp.arange(length + more, dtype=jnp.float32)[None, :, None]
-    angles = positions * layers.rope_frequencies(c.rope, c.head_dim)
+    rotation = Rotation.of(
+        c.rope, c.head_dim, jnp.arange(length + more)[None]
+    )
+
+    def attend(queries, keys, values):
+      attended = attention.causal(queries, keys, values, self.mesh)
+      return attended, (keys, values) if keep else (None, None)
 
     def body(x, layer):
       if self.remat == "offload":
         x = ad_checkpoint.checkpoint_name(x, _LAYER_INPUT)
       layer = jax.tree.map(lambda p: p.astype(self.dtype), layer)
       block = self._block(sharding.gather_layer(layer, self.mesh))
-      queries, keys, values = block.attention.project(
-          block.attention_norm(x), angles
-      )
-      attended = attention.causal(queries, keys, values, self.mesh)
-      x = x + block.attention.merge(attended)
-      x = x + block.mlp(block.mlp_norm(x))
-      return x, (keys, values) if keep else (None, None)
+      return block(x, rotation, attend)
 
     if self.remat != "none":
       body = jax.checkpoint(body, policy=_POLICIES[self.remat])
@@ -237,21 +237,20 @@ class Model:
       token in it.
     """
     c, kernel = self.config, self.cache_kernel(cache.layers[0].keys.dtype)
-    positions = cache.lengths.astype(jnp.float32)
-    freqs = layers.rope_frequencies(c.rope, c.head_dim)
-    angles = (positions[:, None] * freqs)[:, None]
+    rotation = Rotation.of(c.rope, c.head_dim, cache.lengths[:, None])
     x = params["embed"]["weight"].astype(self.dtype)[tokens][:, None]
     kept = []
     for layer, cached in zip(params["layers"], cache.layers, strict=True):
-      block = self._block(layer)
-      projected = block.attention.project(block.attention_norm(x), angles)
-      attended, cached = attention.over_cache(
-          kernel, cached, tuple(y[:, 0] for y in projected), cache.lengths,
-          self.mesh,
-      )  # fmt: skip
+
+      def attend(*projected, cached=cached):
+        one = tuple(y[:, 0] for y in projected)
+        attended, cached = attention.over_cache(
+            kernel, cached, one, cache.lengths, self.mesh
+        )
+        return attended[:, None], cached
+
+      x, cached = self._block(layer)(x, rotation, attend)
       kept.append(cached)
-      x = x + block.attention.merge(attended[:, None])
-      x = x + block.mlp(block.mlp_norm(x))
     cache = KVCache(tuple(kept), cache.lengths + live, cache.layout)
     return self._final_norm(params, x[:, 0]), cache
 
