@@ -27,12 +27,19 @@ class RopeConfig:
 
   Attributes:
     theta: the base of the wavelengths.
-    kind: "default", "linear" or "llama3".
-    factor: by how much positions (linear) or long wavelengths (llama3) shrink.
+    kind: "default", "linear", "llama3" or "yarn".
+    factor: by how much positions (linear) or long wavelengths (llama3, yarn)
+      shrink.
     low_freq_factor: llama3: wavelengths above original_length / this shrink.
     high_freq_factor: llama3: wavelengths below original_length / this do not.
-    original_length: llama3: the length the model was first trained on, in
+    original_length: llama3, yarn: the length the model was first trained on, in
       tokens.
+    beta_fast: yarn: pairs of channels that turn more often than this in
+      original_length do not shrink.
+    beta_slow: yarn: pairs that turn less often than this shrink.
+    truncate: yarn: whether the blend between the two begins and ends at whole
+      pairs.
+    attention_factor: yarn: what rotated queries and keys are multiplied by.
   """
 
   theta: float
@@ -41,6 +48,10 @@ class RopeConfig:
   low_freq_factor: float = 1.0
   high_freq_factor: float = 4.0
   original_length: int = 8192
+  beta_fast: float = 32.0
+  beta_slow: float = 1.0
+  truncate: bool = True
+  attention_factor: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,30 +98,81 @@ class ModelConfig:
 
 
 def _rope(config: transformers.PretrainedConfig, where: str) -> RopeConfig:
+  """Reads `rope_parameters`, which transformers makes of older names, too."""
   rope = dict(config.rope_parameters)
   kind = rope.get("rope_type", "default")
+
+  def number(
+      field: str, default: float | None = None, low: float = 0.0
+  ) -> float:
+    """Returns a number that is above 0, and `low` or more."""
+    value = rope.get(field)
+    if value is None:
+      value = default
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (real and 0 < value < math.inf and value >= low):
+      bound = f"a number from {low:g} on" if low else "a positive number"
+      raise UnsupportedModelError(
+          f"{where}: {field} {value!r} of rope_type {kind!r} is not"
+          f" implemented; only {bound} is."
+      )
+    return float(value)
+
   if rope.get("partial_rotary_factor", 1.0) != 1.0:
     raise UnsupportedModelError(
         f"{where}: partial_rotary_factor"
         f" {rope['partial_rotary_factor']} is not implemented; only 1.0 is."
     )
-  theta = float(rope["rope_theta"])
+  theta = number("rope_theta")
   if kind == "default":
     return RopeConfig(theta)
   if kind == "linear":
-    return RopeConfig(theta, kind, float(rope["factor"]))
+    return RopeConfig(theta, kind, number("factor"))
+  if kind not in ("llama3", "yarn"):
+    raise UnsupportedModelError(
+        f"{where}: rope_type {kind!r} is not implemented; default, linear,"
+        " llama3 and yarn are."
+    )
+  length = int(number("original_max_position_embeddings", low=1))
   if kind == "llama3":
     return RopeConfig(
         theta,
         kind,
-        float(rope["factor"]),
-        float(rope["low_freq_factor"]),
-        float(rope["high_freq_factor"]),
-        int(rope["original_max_position_embeddings"]),
+        number("factor"),
+        number("low_freq_factor"),
+        number("high_freq_factor"),
+        length,
     )
-  raise UnsupportedModelError(
-      f"{where}: rope_type {kind!r} is not implemented; default, linear and"
-      " llama3 are."
+  factor = number("factor", config.max_position_embeddings / length, low=1)
+  # transformers takes a 0 for a value that is missing.
+  fast, slow = (
+      number(field, default) if rope.get(field) != 0 else default
+      for field, default in (("beta_fast", 32.0), ("beta_slow", 1.0))
+  )
+  truncate = rope.get("truncate", True)
+  if theta <= 1 or fast < slow or not isinstance(truncate, bool):
+    raise UnsupportedModelError(
+        f"{where}: rope_type 'yarn' with rope_theta {theta:g}, beta_fast"
+        f" {fast:g}, beta_slow {slow:g} and truncate {truncate!r} is not"
+        " implemented; only a rope_theta above 1, a beta_fast from beta_slow on"
+        " and a truncate of true or false are."
+    )
+
+  def mscale(weight: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0
+
+  attention = mscale(1.0)
+  if rope.get("mscale") and rope.get("mscale_all_dim"):
+    attention = mscale(number("mscale")) / mscale(number("mscale_all_dim"))
+  return RopeConfig(
+      theta,
+      kind,
+      factor,
+      original_length=length,
+      beta_fast=fast,
+      beta_slow=slow,
+      truncate=truncate,
+      attention_factor=number("attention_factor", attention),
   )
 
 

@@ -1,6 +1,7 @@
 """What goes into the layers: embedded tokens, and rotary positions."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -125,26 +126,47 @@ def _here(tokens: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
   """Returns the angle that each pair of channels turns by from token to token.
 
+  A scaling that knows the first training length keeps the short wavelengths,
+  which that length covers many times. The scaling shrinks the frequencies of
+  the long wavelengths by a factor. Between the two lies a linear blend: in
+  llama3 over the turns that a pair makes in that length, in yarn over the
+  pair's number.
+
+  Sources: arXiv 2306.15595 (linear), arXiv 2407.21783 (llama3), arXiv
+  2309.00071 (yarn); the numbers are those of transformers.
+
   Args:
     rope: the kind, and its numbers.
     head_dim: H.
 
   Returns:
-    Radians, float32 [H / 2], bit for bit those of torch.
+    Radians, float32 [H / 2].
   """
   exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
   freqs = np.float32(1) / np.float32(rope.theta) ** exponent
   if rope.kind == "default":
     return freqs
   if rope.kind == "linear":
-    return freqs / np.float32(rope.factor)
-  # Wavelengths that the first training length covers many times stay; those
-  # it covers hardly once shrink; between the two a linear blend.
-  turns = rope.original_length * freqs / (2 * np.pi)
-  low, high = rope.low_freq_factor, rope.high_freq_factor
-  blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
-  blended = (1 - blend) * freqs / rope.factor + blend * freqs
-  return blended.astype(np.float32)
+    kept = 0.0
+  elif rope.kind == "llama3":
+    turns = rope.original_length * freqs / (2 * np.pi)
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+  else:
+    length, per_pair = rope.original_length, 2 * math.log(rope.theta) / head_dim
+    # The numbers of the pairs that turn beta_fast and beta_slow times.
+    first, last = (
+        math.log(length / (2 * math.pi * beta)) / per_pair
+        for beta in (rope.beta_fast, rope.beta_slow)
+    )
+    if rope.truncate:
+      first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    # No blend, but a step.
+    width = last - first or 1e-3
+    pair = np.arange(head_dim // 2, dtype=np.float32)
+    kept = 1 - np.clip((pair - first) / width, 0, 1)
+  return (1 - kept) * (freqs / rope.factor) + kept * freqs
 
 
 @jax.tree_util.register_dataclass
@@ -153,8 +175,8 @@ class Rotation:
   """How positions turn pairs of channels.
 
   Attributes:
-    cos, sin: float32 [B, T, H / 2], of the angles; B is 1 if all rows have the
-      same.
+    cos, sin: float32 [B, T, H / 2], of the angles, times
+      `RopeConfig.attention_factor`; B is 1 if all rows have the same positions.
   """
 
   cos: jax.Array
@@ -167,7 +189,20 @@ class Rotation:
     """Returns the rotation of positions [B, T]."""
     angles = positions.astype(jnp.float32)[..., None]
     angles = angles * rope_frequencies(rope, head_dim)
-    return cls(jnp.cos(angles), jnp.sin(angles))
+    scale = rope.attention_factor
+    return cls(jnp.cos(angles) * scale, jnp.sin(angles) * scale)
+
+  def where(self, rotates: jax.Array | None) -> "Rotation":
+    """Returns the rotation if the traced flag is true, or one by nothing.
+
+    Args:
+      rotates: bool []; None for true.
+    """
+    if rotates is None:
+      return self
+    return Rotation(
+        jnp.where(rotates, self.cos, 1.0), jnp.where(rotates, self.sin, 0.0)
+    )
 
   def apply(self, x: jax.Array) -> jax.Array:
     """Rotates the channel pairs (i, i + H / 2) of [B, T, N, H].

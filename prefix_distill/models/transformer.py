@@ -1,4 +1,4 @@
-"""One decoder-only transformer for the Qwen3, Qwen2 and Llama families.
+"""One decoder-only transformer for all of `families`.
 
 NNX modules describe a layer; `Model` turns the description into pure functions
 over nested dicts of arrays, with the layers stacked along a leading axis so
@@ -183,18 +183,21 @@ class Model:
       attended = attention.causal(queries, keys, values, self.mesh)
       return attended, (keys, values) if keep else (None, None)
 
-    def body(x, layer):
+    def body(x, inputs):
+      layer, rotates = inputs
       if self.remat == "offload":
         x = ad_checkpoint.checkpoint_name(x, _LAYER_INPUT)
       layer = jax.tree.map(lambda p: p.astype(self.dtype), layer)
       block = self._block(sharding.gather_layer(layer, self.mesh))
-      return block(x, rotation, attend)
+      return block(x, rotation.where(rotates), attend)
 
     if self.remat != "none":
       body = jax.checkpoint(body, policy=_POLICIES[self.remat])
     table = params["embed"]["weight"]
     x = embedding.look_up(table, tokens, self.dtype, self.mesh)
-    x, kept = jax.lax.scan(body, x, params["layers"])
+    # No flags take no part in the scan.
+    rotates = jnp.array(c.rotary) if c.rotary else None
+    x, kept = jax.lax.scan(body, x, (params["layers"], rotates))
     keys, values = jax.tree.map(lambda kv: kv[:, :, :length], kept)
     return self._final_norm(params, x[:, :length]), keys, values
 
@@ -239,8 +242,10 @@ class Model:
     c, kernel = self.config, self.cache_kernel(cache.layers[0].keys.dtype)
     rotation = Rotation.of(c.rope, c.head_dim, cache.lengths[:, None])
     x = params["embed"]["weight"].astype(self.dtype)[tokens][:, None]
-    kept = []
-    for layer, cached in zip(params["layers"], cache.layers, strict=True):
+    rotary, kept = c.rotary or (True,) * c.num_layers, []
+    for layer, rotates, cached in zip(
+        params["layers"], rotary, cache.layers, strict=True
+    ):
 
       def attend(*projected, cached=cached):
         one = tuple(y[:, 0] for y in projected)
@@ -249,7 +254,8 @@ class Model:
         )
         return attended[:, None], cached
 
-      x, cached = self._block(layer)(x, rotation, attend)
+      block = self._block(layer)
+      x, cached = block(x, rotation if rotates else None, attend)
       kept.append(cached)
     cache = KVCache(tuple(kept), cache.lengths + live, cache.layout)
     return self._final_norm(params, x[:, 0]), cache
