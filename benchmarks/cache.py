@@ -16,7 +16,7 @@ import numpy as np
 
 from prefix_distill import sharding
 from prefix_distill.data import tokenizer
-from prefix_distill.models import hf
+from prefix_distill.models import huggingface as hf
 from prefix_distill.models.transformer import Model
 from prefix_distill.rollout import generate
 from prefix_distill.specs import MeshSpec

@@ -20,7 +20,7 @@ import numpy as np
 import rich.console
 import rich.table
 
-from prefix_distill.models import hf
+from prefix_distill.models import huggingface as hf
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.config import num_params
 from prefix_distill.report import flops

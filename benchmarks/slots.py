@@ -22,7 +22,7 @@ from prefix_distill import sharding
 from prefix_distill.data import math_task
 from prefix_distill.data import prompts as prompts_lib
 from prefix_distill.data import tokenizer
-from prefix_distill.models import hf
+from prefix_distill.models import huggingface as hf
 from prefix_distill.models.transformer import Model
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate

@@ -1358,8 +1358,7 @@ def _random_model(cpu: bool, layers: int) -> str:
   """Writes a model of random weights, as everybody reads them."""
   import transformers  # noqa: PLC0415
 
-  from prefix_distill.models import hf  # noqa: PLC0415
-  from prefix_distill.models import hf_export  # noqa: PLC0415
+  from prefix_distill.models import huggingface as hf  # noqa: PLC0415
 
   wide = (
       {"hidden_size": 32, "intermediate_size": 64, "head_dim": 16,
@@ -1381,7 +1380,7 @@ def _random_model(cpu: bool, layers: int) -> str:
   mesh = sharding.make_mesh(specs.MeshSpec())
   shardings = sharding.param_shardings(model.abstract_params(), mesh)
   params = _weights(model, "bfloat16", shardings, layers)
-  hf_export.export(params, source, source, out, "bfloat16")
+  hf.export(params, source, source, out, "bfloat16")
   return str(out)
 
 

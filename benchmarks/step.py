@@ -13,7 +13,7 @@ import numpy as np
 import rich.console
 import rich.table
 
-from prefix_distill.models import hf
+from prefix_distill.models import huggingface as hf
 
 NAMES = ("ours_step", "torch_step", "trl_step")
 

@@ -21,7 +21,7 @@ from prefix_distill.data import tokenizer
 from prefix_distill.data.prompt_checks import Fed
 from prefix_distill.data.tokenizer import Chat
 from prefix_distill.distill import prefix_length
-from prefix_distill.models import hf
+from prefix_distill.models import huggingface as hf
 
 _SPECIAL = "bold cyan"
 _QUIET = "dim"

@@ -13,8 +13,7 @@ from prefix_distill import config_dict
 from prefix_distill import errors
 from prefix_distill.distill import prefix_length
 from prefix_distill.evaluate import benchmarks
-from prefix_distill.models import hf
-from prefix_distill.models import hf_export
+from prefix_distill.models import huggingface as hf
 from prefix_distill.models.transformer import Model
 from prefix_distill.train import loop
 
@@ -75,7 +74,7 @@ def _toy_directory(path, seed):
   """A random Qwen3 model with the bundled tokenizer."""
   config = json.loads((assets.path("weak") / "config.json").read_text())
   model = Model(hf.read_config("bundled:weak"))
-  hf_export.export(
+  hf.export(
       model.init(jax.random.key(seed)), "bundled:weak", "bundled:weak", path,
       "bfloat16",
   )  # fmt: skip

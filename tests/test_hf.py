@@ -1,5 +1,6 @@
 """Hugging Face directories in and out, and torch's logits of them."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -14,17 +15,20 @@ import safetensors.numpy
 import toys
 
 from prefix_distill import assets
+from prefix_distill import sharding
 from prefix_distill.data import tokenizer
-from prefix_distill.models import hf
-from prefix_distill.models import hf_export
-from prefix_distill.models import hf_names
-from prefix_distill.models.config import UnsupportedModelError
+from prefix_distill.models import families
+from prefix_distill.models import huggingface as hf
+from prefix_distill.models.config import ModelConfig
+from prefix_distill.models.config import num_params
+from prefix_distill.models.config import RopeConfig
+from prefix_distill.models.families import UnsupportedModelError
 from prefix_distill.models.transformer import Model
 from prefix_distill.rollout import generate
 from prefix_distill.structs import PromptBatch
 
 _GOLDEN = pathlib.Path(__file__).parent / "golden"
-_NAMES = ("qwen3", "qwen2", "llama3_rope", "linear_rope")
+_NAMES = ("qwen3", "qwen2", "llama3_rope", "linear_rope", "smollm3", "yarn")
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _QUERY = "model.layers.1.self_attn.q_proj.weight"
@@ -109,14 +113,16 @@ def _check_right_padding(model, params, batch, wanted):
 def _check_gradients(directory, model, params, batch):
   wanted = safetensors.numpy.load_file(directory / "gradients.safetensors")
   seen = set()
-  for ours, leaf in hf_names.leaves(_gradients(model, params, batch)):
-    layout = hf_names.NAMES[ours][1]
-    names = hf_names.hf_names(ours, model.config.num_layers)
-    for i, name in enumerate(names):
+  tensors = families.FAMILIES[model.config.family].tensors
+  grads = _gradients(model, params, batch)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+    ours = sharding.path_name(path)
+    tensor = tensors[ours]
+    for i, name in enumerate(tensor.names(model.config.num_layers)):
       part = leaf[i] if ours.startswith("layers/") else leaf
       scale = np.abs(wanted[name]).max()
       assert scale > 1e-2
-      _close(layout.write(np.asarray(part)) / scale, wanted[name] / scale)
+      _close(tensor.write(np.asarray(part)) / scale, wanted[name] / scale)
       seen.add(name)
   assert seen == set(wanted)
 
@@ -135,7 +141,7 @@ def _copy(name, directory):
 
 def _export(params, directory, dtype="float32"):
   source = "bundled:teacher"
-  hf_export.export(params, source, source, directory, dtype)
+  hf.export(params, source, source, directory, dtype)
 
 
 @goldens
@@ -144,7 +150,7 @@ def test_all_that_torch_computes_is_computed_here(name):
 
 
 @pytest.mark.torch
-@goldens
+@pytest.mark.parametrize("name", (*_NAMES, "smollm3_yarn"))
 def test_all_that_torch_computes_is_computed_here_live(name, tmp_path):
   from golden import make_golden
 
@@ -190,11 +196,36 @@ def test_transformers_answers_as_we_do_after_an_export(tmp_path):
   assert len(set(ours)) == 2
 
 
+@pytest.mark.torch
+@goldens
+def test_transformers_reads_an_export_of_every_family(name, tmp_path):
+  from golden import make_golden
+  import torch
+  import transformers
+
+  source = str(_GOLDEN / name)
+  model, _ = _load(source)
+  params = _random_params(model)
+  hf.export(params, source, source, tmp_path / "out", "float32")
+  theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+      tmp_path / "out",
+      dtype=torch.float32,
+      attn_implementation="eager",
+      output_loading_info=True,
+  )
+  assert not report["missing_keys"] and not report["unexpected_keys"]
+  expected = np.load(_GOLDEN / name / "expected.npz")
+  tokens, mask = expected["tokens"], expected["mask"]
+  wanted = make_golden.expected(theirs, tokens, mask)
+  logits = model.logits(params, model.apply(params, tokens, mask))
+  _close(np.asarray(logits)[mask], wanted["logits"][mask])
+
+
 @goldens
 def test_an_export_loads_back_bit_for_bit(name, tmp_path):
   source = str(_GOLDEN / name)
   _, params = _load(source)
-  hf_export.export(params, source, source, tmp_path / "out", "float32")
+  hf.export(params, source, source, tmp_path / "out", "float32")
   model, found = _load(tmp_path / "out")
   _assert_equal(found, params)
   assert model.config == hf.read_config(source)
@@ -235,8 +266,8 @@ def test_float32_weights_load_as_bfloat16():
 def test_a_large_export_is_split_and_indexed(tmp_path, monkeypatch):
   source = str(_GOLDEN / "qwen2")
   _, params = _load(source)
-  monkeypatch.setattr(hf_export, "_SHARD_BYTES", 4000)
-  hf_export.export(params, source, source, tmp_path / "out", "float32")
+  monkeypatch.setattr(hf, "_SHARD_BYTES", 4000)
+  hf.export(params, source, source, tmp_path / "out", "float32")
   index = json.loads((tmp_path / "out" / _INDEX).read_text())
   files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
   count = len(files)
@@ -267,14 +298,14 @@ def test_a_large_export_is_split_and_indexed(tmp_path, monkeypatch):
 def test_a_small_export_is_one_file(tmp_path):
   source = str(_GOLDEN / "llama3_rope")
   _, params = _load(source)
-  hf_export.export(params, source, source, tmp_path / "out", "float32")
+  hf.export(params, source, source, tmp_path / "out", "float32")
   names = {p.name for p in (tmp_path / "out").iterdir()}
   assert names == {"config.json", "generation_config.json", _WEIGHTS}
 
 
 def test_an_export_takes_its_tokenizer_from_where_it_is_told(tmp_path):
   model = Model(hf.read_config("bundled:teacher"))
-  hf_export.export(
+  hf.export(
       _random_params(model), "bundled:teacher", "bundled:capable",
       tmp_path / "out", "float32",
   )  # fmt: skip
@@ -294,16 +325,16 @@ def test_an_export_takes_its_tokenizer_from_where_it_is_told(tmp_path):
 def test_an_export_appears_whole_or_not_at_all(tmp_path):
   source, out = str(_GOLDEN / "qwen3"), tmp_path / "out"
   _, params = _load(source)
-  hf_export.export(params, source, source, out, "float32")
+  hf.export(params, source, source, out, "float32")
   (out / "stale").touch()
   before = (out / _WEIGHTS).read_bytes()
   changed = jax.tree.map(lambda x: x + 1, params)
   unknown = changed | {"zzz": jnp.ones(1)}
   with pytest.raises(KeyError):
-    hf_export.export(unknown, source, source, out, "float32")
+    hf.export(unknown, source, source, out, "float32")
   assert (out / _WEIGHTS).read_bytes() == before
   assert (out / "stale").exists()
-  hf_export.export(changed, source, source, out, "float32")
+  hf.export(changed, source, source, out, "float32")
   assert [p.name for p in tmp_path.iterdir()] == ["out"]
   assert not (out / "stale").exists()
   _, found = _load(out)
@@ -467,15 +498,121 @@ def test_other_architectures_are_refused_before_transformers_sees_them(
 
 def test_unsupported_rope_is_refused_from_a_file(tmp_path):
   directory = _copy("llama3_rope", tmp_path)
-  yarn = {
-      "rope_type": "yarn",
-      "rope_theta": 1000.0,
-      "factor": 4.0,
-      "original_max_position_embeddings": 64,
-  }
-  _edit_config(directory, rope_parameters=yarn)
-  with pytest.raises(UnsupportedModelError, match="rope_type 'yarn'"):
+  dynamic = {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 4.0}
+  _edit_config(directory, rope_parameters=dynamic)
+  with pytest.raises(UnsupportedModelError, match="rope_type 'dynamic'"):
     hf.read_config(str(directory))
+
+
+def _published(directory, settings):
+  (directory / "config.json").write_text(json.dumps(settings))
+  return hf.read_config(str(directory))
+
+
+def test_the_published_config_of_smollm3_is_read(tmp_path):
+  """That of HuggingFaceTB/SmolLM3-3B, with the names of transformers 4."""
+  settings = {
+      "architectures": ["SmolLM3ForCausalLM"],
+      "attention_bias": False,
+      "attention_dropout": 0.0,
+      "bos_token_id": None,
+      "eos_token_id": 128012,
+      "hidden_act": "silu",
+      "hidden_size": 2048,
+      "initializer_range": 0.02,
+      "intermediate_size": 11008,
+      "layer_types": ["full_attention"] * 36,
+      "max_position_embeddings": 65536,
+      "max_window_layers": 28,
+      "mlp_bias": False,
+      "model_type": "smollm3",
+      "no_rope_layer_interval": 4,
+      "no_rope_layers": [1, 1, 1, 0] * 9,
+      "num_attention_heads": 16,
+      "num_hidden_layers": 36,
+      "num_key_value_heads": 4,
+      "pad_token_id": 128004,
+      "pretraining_tp": 2,
+      "rms_norm_eps": 1e-06,
+      "rope_scaling": None,
+      "rope_theta": 5000000.0,
+      "sliding_window": None,
+      "torch_dtype": "bfloat16",
+      "transformers_version": "4.54.0.dev0",
+      "use_cache": False,
+      "use_sliding_window": False,
+      "vocab_size": 128256,
+  }
+  found = _published(tmp_path, settings)
+  assert found == ModelConfig(
+      family="smollm3",
+      vocab_size=128256,
+      dim=2048,
+      mlp_dim=11008,
+      num_layers=36,
+      num_heads=16,
+      num_kv_heads=4,
+      head_dim=128,
+      norm_eps=1e-6,
+      rope=RopeConfig(5e6),
+      tied=True,
+      max_length=65536,
+      rotary=(True, True, True, False) * 9,
+  )
+  assert num_params(found) == pytest.approx(3.08e9, rel=1e-3)
+  # transformers makes the list of the interval.
+  del settings["no_rope_layers"], settings["layer_types"]
+  assert _published(tmp_path, settings) == found
+
+
+def test_the_yarn_of_qwen3s_model_card_is_read(tmp_path):
+  """For 131,072 tokens; Qwen2.5's card says "type"."""
+  settings = {
+      "architectures": ["Qwen3ForCausalLM"],
+      "attention_bias": False,
+      "attention_dropout": 0.0,
+      "bos_token_id": 151643,
+      "eos_token_id": 151645,
+      "head_dim": 128,
+      "hidden_act": "silu",
+      "hidden_size": 4096,
+      "initializer_range": 0.02,
+      "intermediate_size": 12288,
+      "max_position_embeddings": 40960,
+      "max_window_layers": 36,
+      "model_type": "qwen3",
+      "num_attention_heads": 32,
+      "num_hidden_layers": 36,
+      "num_key_value_heads": 8,
+      "rms_norm_eps": 1e-06,
+      "rope_scaling": None,
+      "rope_theta": 1000000,
+      "sliding_window": None,
+      "tie_word_embeddings": False,
+      "torch_dtype": "bfloat16",
+      "transformers_version": "4.51.0",
+      "use_cache": True,
+      "use_sliding_window": False,
+      "vocab_size": 151936,
+  }
+  plain = _published(tmp_path, settings)
+  wanted = RopeConfig(
+      1e6,
+      "yarn",
+      4.0,
+      original_length=32768,
+      attention_factor=pytest.approx(1.1386294),
+  )
+  for name in ("rope_type", "type"):
+    settings["rope_scaling"] = {
+        name: "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32768,
+    }
+    found = _published(tmp_path, settings)
+    assert found.rope == wanted
+    assert dataclasses.replace(found, rope=plain.rope) == plain
+  assert found.max_length == 40960
 
 
 @pytest.mark.parametrize(
@@ -483,8 +620,21 @@ def test_unsupported_rope_is_refused_from_a_file(tmp_path):
     (
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10.0}},
         {"hidden_size": "sixteen"},
+        {"no_rope_layers": "all", "model_type": "smollm3"},
+        {"no_rope_layers": [1, "no"], "model_type": "smollm3"},
+        {"no_rope_layer_interval": 0, "model_type": "smollm3"},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10.0}},
+        {"rope_parameters": "yarn"},
     ),
-    ids=("rope without its factor", "a size that is a word"),
+    ids=(
+        "rope without its factor",
+        "a size that is a word",
+        "a word for layers",
+        "a word for a layer",
+        "no interval",
+        "yarn without its factor",
+        "a word for rope",
+    ),
 )
 def test_a_config_that_transformers_refuses_is_refused(changes, tmp_path):
   directory = _copy("llama3_rope", tmp_path)
@@ -492,6 +642,7 @@ def test_a_config_that_transformers_refuses_is_refused(changes, tmp_path):
   with pytest.raises(hf.ModelFilesError) as error:
     hf.read_config(str(directory))
   assert f"{directory}/config.json" in str(error.value)
+  assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -532,9 +683,9 @@ def test_loading_needs_one_shard_above_the_models_size(tmp_path, monkeypatch):
   params = jax.tree.map(
       lambda x: np.full(x.shape, 0.01, np.float32), model.abstract_params()
   )
-  monkeypatch.setattr(hf_export, "_SHARD_BYTES", 2**26)
+  monkeypatch.setattr(hf, "_SHARD_BYTES", 2**26)
   directory = tmp_path / "model"
-  hf_export.export(
+  hf.export(
       params, str(source), "bundled:teacher", directory, "float32"
   )
   # Or malloc would keep freed blocks of up to 32 MB, much at this size.

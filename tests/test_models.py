@@ -14,11 +14,11 @@ import transformers
 
 from prefix_distill.models import attention
 from prefix_distill.models import config as model_config
+from prefix_distill.models import embedding
 from prefix_distill.models import kv_cache
-from prefix_distill.models import layers
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.config import RopeConfig
-from prefix_distill.models.config import UnsupportedModelError
+from prefix_distill.models.families import UnsupportedModelError
 from prefix_distill.models.transformer import Model
 
 _TINY = toys.model_config(
@@ -30,6 +30,16 @@ _TINY = toys.model_config(
     max_length=64,
 )
 _LLAMA3 = RopeConfig(1000.0, "llama3", 8.0, 1.0, 4.0, 32)
+_YARN = RopeConfig(
+    100.0,
+    "yarn",
+    4.0,
+    original_length=4,
+    beta_fast=1.0,
+    beta_slow=0.2,
+    truncate=False,
+    attention_factor=1.2,
+)
 _MODELS = {
     "qwen3": Model(_TINY),
     "qwen2": Model(
@@ -37,6 +47,11 @@ _MODELS = {
     ),
     "llama": Model(
         dataclasses.replace(_TINY, family="llama", rope=_LLAMA3, tied=False)
+    ),
+    "smollm3": Model(
+        dataclasses.replace(
+            _TINY, family="smollm3", rope=_YARN, rotary=(True, False)
+        )
     ),
 }
 _LENGTH = 8
@@ -122,13 +137,16 @@ _LAYOUTS = [
 
 
 @pytest.mark.parametrize("keys, values", _LAYOUTS)
-def test_a_cache_of_any_layout_decodes_the_same(keys, values, monkeypatch):
+@pytest.mark.parametrize("family", ("qwen3", "smollm3"))
+def test_a_cache_of_any_layout_decodes_the_same(
+    family, keys, values, monkeypatch
+):
   kernel = attention.CacheKernel("plain", kv_cache.Layout(keys, values))
   monkeypatch.setattr(attention, "cache_kernel", lambda *_: kernel)
   with jax.disable_jit():  # Or a program of another layout would be taken.
-    found = _decode(_MODELS["qwen3"], _params("qwen3"))
+    found = _decode(_MODELS[family], _params(family))
   np.testing.assert_allclose(
-      found[_MASK], _full("qwen3")[_MASK], atol=1e-5, rtol=1e-5
+      found[_MASK], _full(family)[_MASK], atol=1e-5, rtol=1e-5
   )
 
 
@@ -223,6 +241,39 @@ def test_the_order_of_tokens_matters(family):
   swapped[0, [1, 2]] = swapped[0, [2, 1]]
   logits = _run(_MODELS[family], _params(family), swapped, _MASK)
   assert np.abs(logits[0, -1] - _full(family)[0, -1]).max() > 1e-2
+
+
+@pytest.mark.parametrize("rotates", (True, False))
+def test_a_layer_without_rotation_does_not_see_the_order_of_tokens(rotates):
+  """Of those before the last one, which stays."""
+  model, params = _MODELS["smollm3"], _params("smollm3")
+  config = dataclasses.replace(model.config, num_layers=1, rotary=(rotates,))
+  params = params | {"layers": jax.tree.map(lambda x: x[:1], params["layers"])}
+  swapped = _BATCH.copy()
+  swapped[0, [1, 5]] = swapped[0, [5, 1]]
+  first, second = (
+      _run(Model(config), params, tokens, _MASK)[0, -1]
+      for tokens in (_BATCH, swapped)
+  )
+  difference = np.abs(first - second).max()
+  assert difference > 1e-2 if rotates else difference < 1e-5
+
+
+def test_layers_that_all_rotate_need_no_flags():
+  """The scanned arrays are the parameters' and no more."""
+
+  def scanned(family, rotary):
+    config = dataclasses.replace(_MODELS[family].config, rotary=rotary)
+    jaxpr = jax.make_jaxpr(Model(config).apply)(_params(family), _BATCH, _MASK)
+    (scan,) = (e for e in jaxpr.eqns if e.primitive.name == "scan")
+    held = scan.params["num_consts"] + scan.params["num_carry"]
+    return len(scan.invars) - held, str(jaxpr)
+
+  count, plain = scanned("smollm3", ())
+  assert count == len(jax.tree.leaves(_params("smollm3")["layers"]))
+  more, flagged = scanned("smollm3", (True, True))
+  assert more == count + 1
+  assert len(flagged) > len(plain)
 
 
 @families
@@ -331,9 +382,9 @@ def _wavelengths(theta, head_dim):
 
 def test_default_and_linear_rope_frequencies():
   wanted = 2 * math.pi / _wavelengths(500.0, 10)
-  found = layers.rope_frequencies(RopeConfig(500.0), 10)
+  found = embedding.rope_frequencies(RopeConfig(500.0), 10)
   np.testing.assert_allclose(found, wanted, rtol=1e-5)
-  found = layers.rope_frequencies(RopeConfig(500.0, "linear", 4.0), 10)
+  found = embedding.rope_frequencies(RopeConfig(500.0, "linear", 4.0), 10)
   np.testing.assert_allclose(found, wanted / 4, rtol=1e-5)
 
 
@@ -356,19 +407,91 @@ def test_llama3_rope_frequencies():
   assert kinds == {"short", "between", "long"}
   rope = RopeConfig(theta, "llama3", factor, low, high, original)
   np.testing.assert_allclose(
-      layers.rope_frequencies(rope, 128), wanted, rtol=1e-4
+      embedding.rope_frequencies(rope, 128), wanted, rtol=1e-4
+  )
+
+
+@pytest.mark.parametrize("truncate", (True, False))
+def test_yarn_rope_frequencies(truncate):
+  """Compares with the paper's rule, one pair of channels at a time."""
+  theta, factor, fast, slow, original = 1e6, 4.0, 32.0, 1.0, 32768
+
+  def number(turns):  # Of the pair that turns so often.
+    wave = original / turns
+    return 128 * math.log(wave / (2 * math.pi)) / (2 * math.log(theta))
+
+  low, high = number(fast), number(slow)
+  if truncate:
+    low, high = math.floor(low), math.ceil(high)
+  assert 0 < low < high < 64
+  wanted = []
+  for i, wave in enumerate(_wavelengths(theta, 128)):
+    shrunk = min(max((i - low) / (high - low), 0), 1)
+    freq = 2 * math.pi / wave
+    wanted.append(shrunk * freq / factor + (1 - shrunk) * freq)
+  rope = RopeConfig(
+      theta, "yarn", factor, original_length=original, truncate=truncate
+  )
+  found = embedding.rope_frequencies(rope, 128)
+  assert found.dtype == np.float32
+  np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+_YARNS = (
+    {},
+    {"truncate": False},
+    {"beta_fast": 16, "beta_slow": 2.5},
+    {"beta_fast": None, "beta_slow": 0},
+    {"beta_fast": 1.0, "beta_slow": 1.0, "truncate": False},
+    {"factor": 1.0},
+    {"factor": None},
+    {"original_max_position_embeddings": 4},
+    {"original_max_position_embeddings": 10**9},
+    {"attention_factor": 0.7},
+    {"mscale": 0.707, "mscale_all_dim": 1.0},
+    {"mscale": 1.0, "mscale_all_dim": 0.5},
+    {"mscale": 2.0},
+    {"mscale": 2.0, "mscale_all_dim": 0},
+    {"rope_theta": 1e4, "factor": 40},
+)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("changes", _YARNS)
+def test_yarn_is_that_of_transformers(changes):
+  from transformers import modeling_rope_utils
+
+  rope = {
+      "rope_type": "yarn",
+      "rope_theta": 1e6,
+      "factor": 4.0,
+      "original_max_position_embeddings": 32768,
+  }
+  config = transformers.Qwen3Config(
+      **(_HF_SIZES | {"max_position_embeddings": 131072}),
+      head_dim=128,
+      rope_parameters=rope | changes,
+  )
+  ours = model_config.from_hf(config, "some/model").rope
+  wanted, scale = modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](config)
+  found = embedding.rope_frequencies(ours, 128)
+  np.testing.assert_allclose(found, wanted.numpy(), rtol=3e-7)
+  assert ours.attention_factor == pytest.approx(scale, rel=1e-12)
+  rotation = embedding.Rotation.of(ours, 128, jnp.array([[131071]]))
+  angles = 131071 * wanted.numpy()
+  np.testing.assert_allclose(
+      rotation.cos[0, 0], np.cos(angles) * np.float32(scale), atol=3e-2
   )
 
 
 def test_rope_keeps_lengths_and_relative_angles():
   rng = np.random.default_rng(0)
   x, y = rng.standard_normal((2, 1, 1, 1, 8), np.float32)
-  freqs = layers.rope_frequencies(RopeConfig(100.0), 8)
+  rope = RopeConfig(100.0)
 
   def at(vector, position):
-    return np.asarray(
-        layers.apply_rope(jnp.array(vector), position * freqs[None, None])
-    ).ravel()
+    rotation = embedding.Rotation.of(rope, 8, jnp.array([[position]]))
+    return np.asarray(rotation.apply(jnp.array(vector))).ravel()
 
   np.testing.assert_allclose(at(x, 0), x.ravel(), rtol=1e-6)
   np.testing.assert_allclose(
@@ -383,6 +506,7 @@ _HF = {
     "qwen3": transformers.Qwen3Config,
     "qwen2": transformers.Qwen2Config,
     "llama": transformers.LlamaConfig,
+    "smollm3": transformers.SmolLM3Config,
 }
 _HF_SIZES = {
     "vocab_size": 23,
@@ -416,7 +540,7 @@ def test_from_hf_reads_every_size(family, tied):
   assert hash(found) == hash(dataclasses.replace(found))
 
 
-@pytest.mark.parametrize("family", ("qwen2", "llama"))
+@pytest.mark.parametrize("family", ("qwen2", "llama", "smollm3"))
 def test_head_width_defaults_to_an_even_split(family):
   assert _read(family).head_dim == 4
 
@@ -437,12 +561,21 @@ def test_from_hf_reads_published_rope_settings():
   assert found.rope == RopeConfig(1000.0, "linear", 2.0)
 
 
-_YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 1000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
+_DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 4.0}
+
+
+def _yarn(**changes):
+  return {
+      "rope_parameters": {
+          "rope_type": "yarn",
+          "rope_theta": 1000.0,
+          "factor": 4.0,
+          "original_max_position_embeddings": 16,
+      }
+      | changes
+  }
+
+
 _PARTIAL = {
     "rope_type": "default", "rope_theta": 10.0, "partial_rotary_factor": 0.5
 }  # fmt: skip
@@ -451,7 +584,7 @@ _PARTIAL = {
 @pytest.mark.parametrize(
     "family, changes, named",
     (
-        ("qwen3", {"rope_parameters": _YARN}, "rope_type 'yarn'"),
+        ("qwen3", {"rope_parameters": _DYNAMIC}, "rope_type 'dynamic'"),
         ("llama", {"rope_parameters": _PARTIAL}, "partial_rotary_factor 0.5"),
         ("qwen2", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ("llama", {"attention_bias": True}, "attention_bias True"),
@@ -464,6 +597,48 @@ _PARTIAL = {
             {"quantization_config": {"quant_method": "fp8"}},
             "quantization_config",
         ),
+        ("smollm3", {"attention_bias": True}, "attention_bias True"),
+        (
+            "smollm3",
+            {"use_sliding_window": True, "sliding_window": 8},
+            "use_sliding_window True",
+        ),
+        (
+            "qwen3",
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types with 'sliding_attention'",
+        ),
+        ("smollm3", {"no_rope_layers": [1, 2]}, "no_rope_layers [1, 2]"),
+        (
+            "smollm3",
+            {"no_rope_layers": [1], "layer_types": ["full_attention"] * 2},
+            "no_rope_layers [1]",
+        ),
+        ("qwen3", _yarn(factor="four"), "factor 'four'"),
+        ("qwen3", _yarn(factor=0.5), "factor 0.5"),
+        ("qwen3", _yarn(factor=math.nan), "factor nan"),
+        ("qwen3", _yarn(factor=True), "factor True"),
+        (
+            "qwen3",
+            _yarn(original_max_position_embeddings=0.5),
+            "original_max_position_embeddings 0.5",
+        ),
+        ("qwen3", _yarn(beta_fast=-1), "beta_fast -1"),
+        ("qwen3", _yarn(beta_slow=-1), "beta_slow -1"),
+        ("qwen3", _yarn(beta_fast=1, beta_slow=2), "rope_type 'yarn' with"),
+        ("qwen3", _yarn(rope_theta=1.0), "rope_type 'yarn' with rope_theta 1,"),
+        ("qwen3", _yarn(truncate="no"), "rope_type 'yarn' with"),
+        ("qwen3", _yarn(attention_factor=-1.0), "attention_factor -1.0"),
+        (
+            "qwen3",
+            _yarn(mscale="a", mscale_all_dim=1.0),
+            "mscale 'a'",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "factor": "two"}},
+            "factor 'two'",
+        ),
     ),
 )
 def test_from_hf_refuses_by_name(family, changes, named):
@@ -471,10 +646,11 @@ def test_from_hf_refuses_by_name(family, changes, named):
     _read(family, **changes)
   assert str(error.value).startswith(f"some/model: {named}")
   assert "not implemented" in str(error.value)
+  assert "\n" not in str(error.value)
 
 
 def test_from_hf_refuses_other_architectures_by_name():
   with pytest.raises(UnsupportedModelError) as error:
     model_config.from_hf(transformers.GemmaConfig(), "some/model")
   assert str(error.value).startswith("some/model: model type 'gemma'")
-  assert "qwen3, qwen2, llama" in str(error.value)
+  assert "qwen3, qwen2, llama, smollm3 are" in str(error.value)

@@ -23,7 +23,7 @@ from prefix_distill import preflight
 from prefix_distill.data import prompt_checks
 from prefix_distill.data import records
 from prefix_distill.data import tokenizer
-from prefix_distill.models import hf
+from prefix_distill.models import huggingface as hf
 from prefix_distill.specs import DatasetSpec
 from prefix_distill.train import setup
 

@@ -19,8 +19,7 @@ from prefix_distill import config as config_lib
 from prefix_distill import recipe
 from prefix_distill import specs
 from prefix_distill.distill.divergence import Distribution
-from prefix_distill.models import hf
-from prefix_distill.models import hf_export
+from prefix_distill.models import huggingface as hf
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.config import RopeConfig
 from prefix_distill.models.transformer import Model
@@ -109,7 +108,7 @@ def write_model(directory: pathlib.Path, seed: int, tokenizer: str) -> str:
   source.mkdir(parents=True)
   (source / "config.json").write_text(json.dumps(settings))
   params = Model(hf.read_config(str(source))).init(jax.random.key(seed))
-  hf_export.export(
+  hf.export(
       params, str(source), f"bundled:{tokenizer}", directory, "float32"
   )
   return str(directory)

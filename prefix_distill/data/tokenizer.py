@@ -10,7 +10,7 @@ import numpy as np
 import transformers
 
 from prefix_distill.errors import UserError
-from prefix_distill.models import hf
+from prefix_distill.models import huggingface as hf
 
 _MARKUP = re.compile(r"<[^<>\s]+>")
 

@@ -144,14 +144,18 @@ def splash_kernel(
   mask = splash_mask.MultiHeadMask(
       [splash_mask.CausalMask((padded, padded))] * num_heads
   )
-  sizes = dict.fromkeys(
-      ("block_q", "block_kv", "block_kv_compute", "block_q_dkv",
-       "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq"),
-      block,
-  )  # fmt: skip
   kernel = splash.make_splash_mha(
       mask,
-      block_sizes=splash.BlockSizes(**sizes),
+      block_sizes=splash.BlockSizes(
+          block_q=block,
+          block_kv=block,
+          block_kv_compute=block,
+          block_q_dkv=block,
+          block_kv_dkv=block,
+          block_kv_dkv_compute=block,
+          block_q_dq=block,
+          block_kv_dq=block,
+      ),
       head_shards=1,
       q_seq_shards=1,
       interpret=interpret,
@@ -298,10 +302,7 @@ def over_cache(
       kernel.name, functools.partial(_plain, kernel.layout)
   )
 
-  def local(
-      layer: LayerCache, queries: jax.Array, keys: jax.Array,
-      values: jax.Array, lengths: jax.Array,
-  ) -> tuple[jax.Array, LayerCache]:  # fmt: skip
+  def local(layer, queries, keys, values, lengths):
     layer = kv_cache.write(kernel.layout, layer, keys, values, lengths)
     # A row that has ended may be full.
     columns = layer.keys.shape[kernel.layout.keys.index("m")]
@@ -358,9 +359,11 @@ def _plain(
   keys, values = (x.astype(dtype) for x in (layer.keys, layer.values))
   q = queries.astype(dtype).reshape(batch, num_kv_heads, -1, head_dim)
   scores = jnp.einsum(
-      f"bkgh,{layout.keys}->bkgm", q, keys,
+      f"bkgh,{layout.keys}->bkgm",
+      q,
+      keys,
       preferred_element_type=jnp.float32,
-  )  # fmt: skip
+  )
   if narrow:
     scores = scores * layer.key_scales[:, :, None]
   look = jnp.arange(scores.shape[-1]) < lengths[:, None]
@@ -381,10 +384,13 @@ def _cudnn_over_cache(
 ) -> jax.Array:
   """CuDNN's fused attention, one kernel."""
   out = jax.nn.dot_product_attention(
-      queries[:, None].astype(layer.keys.dtype), layer.keys, layer.values,
+      queries[:, None].astype(layer.keys.dtype),
+      layer.keys,
+      layer.values,
       query_seq_lengths=jnp.ones_like(lengths),
-      key_value_seq_lengths=lengths, implementation="cudnn",
-  )  # fmt: skip
+      key_value_seq_lengths=lengths,
+      implementation="cudnn",
+  )
   return out[:, 0].astype(queries.dtype)
 
 
@@ -402,9 +408,13 @@ def _paged_over_cache(
   large = count % _LARGE_BLOCK == 0
   queries = queries * jnp.asarray(head_dim**-0.5, queries.dtype)
   return paged_attention.paged_attention(
-      queries, keys, values, lengths, pages,
+      queries,
+      keys,
+      values,
+      lengths,
+      pages,
       pages_per_compute_block=_LARGE_BLOCK if large else _SMALL_BLOCK,
-  )  # fmt: skip
+  )
 
 
 def _flash_over_cache(
@@ -412,9 +422,13 @@ def _flash_over_cache(
 ) -> jax.Array:
   """Our own kernel, which widens int8 in registers."""
   return decode_attention.attend(
-      queries, layer.keys, layer.values, lengths, layer.key_scales,
+      queries,
+      layer.keys,
+      layer.values,
+      lengths,
+      layer.key_scales,
       layer.value_scales,
-  )  # fmt: skip
+  )
 
 
 _OVER_CACHE = {

@@ -6,31 +6,40 @@ from typing import Any
 
 import transformers
 
-from prefix_distill.errors import UserError
+from prefix_distill.models import families
+from prefix_distill.models.families import UnsupportedModelError
 
-# Hugging Face model type -> (norm on queries and keys, bias on q, k and v).
-FAMILIES = {
-    "qwen3": (True, False),
-    "qwen2": (False, True),
-    "llama": (False, False),
+# Options of a config.json to the only value that is implemented.
+_OPTIONS = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "attention_dropout": 0.0,
+    "quantization_config": None,
 }
-
-
-class UnsupportedModelError(UserError):
-  """A model that this package would compute wrongly, or not at all."""
+_LAYER_TYPE = "full_attention"
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-  """Rotary position embedding.
+  """Rotary position embedding; `embedding.rope_frequencies` computes it.
 
   Attributes:
     theta: the base of the wavelengths.
-    kind: "default", "linear" or "llama3".
-    factor: by how much positions (linear) or long wavelengths (llama3) shrink.
+    kind: "default", "linear", "llama3" or "yarn".
+    factor: by how much positions (linear) or long wavelengths (llama3, yarn)
+      shrink.
     low_freq_factor: llama3: wavelengths above original_length / this shrink.
     high_freq_factor: llama3: wavelengths below original_length / this do not.
-    original_length: llama3: the length the model was first trained on.
+    original_length: llama3, yarn: the length the model was first trained on, in
+      tokens.
+    beta_fast: yarn: pairs of channels that turn more often than this in
+      original_length do not shrink.
+    beta_slow: yarn: pairs that turn less often than this shrink.
+    truncate: yarn: whether the blend between the two begins and ends at whole
+      pairs.
+    attention_factor: yarn: what rotated queries and keys are multiplied by.
   """
 
   theta: float
@@ -39,11 +48,31 @@ class RopeConfig:
   low_freq_factor: float = 1.0
   high_freq_factor: float = 4.0
   original_length: int = 8192
+  beta_fast: float = 32.0
+  beta_slow: float = 1.0
+  truncate: bool = True
+  attention_factor: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A decoder-only transformer; hashable, so jit takes it as static."""
+  """A decoder-only transformer; hashable, so jit takes it as static.
+
+  Attributes:
+    family: a key of `families.FAMILIES`.
+    vocab_size: V, rows of the embedding table.
+    dim: D, the width of the hidden states.
+    mlp_dim: F, the width inside of the MLP.
+    num_layers: L.
+    num_heads: N, of queries.
+    num_kv_heads: K, of keys and values.
+    head_dim: H.
+    norm_eps: what norms add to the mean square.
+    rope: the rotary position embedding.
+    tied: whether the embedding table is the output head.
+    max_length: the config's `max_position_embeddings`, in tokens.
+    rotary: for each layer whether it rotates queries and keys; () if all do.
+  """
 
   family: str
   vocab_size: int
@@ -57,56 +86,110 @@ class ModelConfig:
   rope: RopeConfig
   tied: bool
   max_length: int
+  rotary: tuple[bool, ...] = ()
 
   @property
   def qk_norm(self) -> bool:
-    return FAMILIES[self.family][0]
+    return families.FAMILIES[self.family].qk_norm
 
   @property
   def qkv_bias(self) -> bool:
-    return FAMILIES[self.family][1]
+    return families.FAMILIES[self.family].qkv_bias
 
 
 def _rope(config: transformers.PretrainedConfig, where: str) -> RopeConfig:
+  """Reads `rope_parameters`, which transformers makes of older names, too."""
   rope = dict(config.rope_parameters)
   kind = rope.get("rope_type", "default")
+
+  def number(
+      field: str, default: float | None = None, low: float = 0.0
+  ) -> float:
+    """Returns a number that is above 0, and `low` or more."""
+    value = rope.get(field)
+    if value is None:
+      value = default
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (real and 0 < value < math.inf and value >= low):
+      bound = f"a number from {low:g} on" if low else "a positive number"
+      raise UnsupportedModelError(
+          f"{where}: {field} {value!r} of rope_type {kind!r} is not"
+          f" implemented; only {bound} is."
+      )
+    return float(value)
+
   if rope.get("partial_rotary_factor", 1.0) != 1.0:
     raise UnsupportedModelError(
         f"{where}: partial_rotary_factor"
         f" {rope['partial_rotary_factor']} is not implemented; only 1.0 is."
     )
-  theta = float(rope["rope_theta"])
+  theta = number("rope_theta")
   if kind == "default":
     return RopeConfig(theta)
   if kind == "linear":
-    return RopeConfig(theta, kind, float(rope["factor"]))
+    return RopeConfig(theta, kind, number("factor"))
+  if kind not in ("llama3", "yarn"):
+    raise UnsupportedModelError(
+        f"{where}: rope_type {kind!r} is not implemented; default, linear,"
+        " llama3 and yarn are."
+    )
+  length = int(number("original_max_position_embeddings", low=1))
   if kind == "llama3":
     return RopeConfig(
-        theta, kind, float(rope["factor"]), float(rope["low_freq_factor"]),
-        float(rope["high_freq_factor"]),
-        int(rope["original_max_position_embeddings"]),
-    )  # fmt: skip
-  raise UnsupportedModelError(
-      f"{where}: rope_type {kind!r} is not implemented; default, linear and"
-      " llama3 are."
+        theta,
+        kind,
+        number("factor"),
+        number("low_freq_factor"),
+        number("high_freq_factor"),
+        length,
+    )
+  factor = number("factor", config.max_position_embeddings / length, low=1)
+  # transformers takes a 0 for a value that is missing.
+  fast, slow = (
+      number(field, default) if rope.get(field) != 0 else default
+      for field, default in (("beta_fast", 32.0), ("beta_slow", 1.0))
+  )
+  truncate = rope.get("truncate", True)
+  if theta <= 1 or fast < slow or not isinstance(truncate, bool):
+    raise UnsupportedModelError(
+        f"{where}: rope_type 'yarn' with rope_theta {theta:g}, beta_fast"
+        f" {fast:g}, beta_slow {slow:g} and truncate {truncate!r} is not"
+        " implemented; only a rope_theta above 1, a beta_fast from beta_slow on"
+        " and a truncate of true or false are."
+    )
+
+  def mscale(weight: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0
+
+  attention = mscale(1.0)
+  if rope.get("mscale") and rope.get("mscale_all_dim"):
+    attention = mscale(number("mscale")) / mscale(number("mscale_all_dim"))
+  return RopeConfig(
+      theta,
+      kind,
+      factor,
+      original_length=length,
+      beta_fast=fast,
+      beta_slow=slow,
+      truncate=truncate,
+      attention_factor=number("attention_factor", attention),
   )
 
 
 def _refuse_unsupported(config: Any, where: str) -> None:
   """Raises if the config asks for what the transformer does not compute."""
-  for field, wanted in (
-      ("hidden_act", "silu"),
-      ("attention_bias", False),
-      ("mlp_bias", False),
-      ("use_sliding_window", False),
-      ("attention_dropout", 0.0),
-      ("quantization_config", None),
-  ):
+  for field, wanted in _OPTIONS.items():
     value = getattr(config, field, wanted)
     if value != wanted:
       raise UnsupportedModelError(
           f"{where}: {field} {value!r} is not implemented; only"
           f" {wanted!r} is."
+      )
+  for kind in getattr(config, "layer_types", None) or ():
+    if kind != _LAYER_TYPE:
+      raise UnsupportedModelError(
+          f"{where}: layer_types with {kind!r} is not implemented; only"
+          f" {_LAYER_TYPE!r} is."
       )
 
 
@@ -120,15 +203,11 @@ def from_hf(config: transformers.PretrainedConfig, where: str) -> ModelConfig:
   Raises:
     UnsupportedModelError: an architecture or an option is not implemented.
   """
-  if config.model_type not in FAMILIES:
-    raise UnsupportedModelError(
-        f"{where}: model type {config.model_type!r} is not implemented;"
-        f" {', '.join(FAMILIES)} are."
-    )
+  family = families.find(config.model_type, where)
   _refuse_unsupported(config, where)
   head_dim = getattr(config, "head_dim", None)
   return ModelConfig(
-      family=config.model_type,
+      family=family.model_type,
       vocab_size=config.vocab_size,
       dim=config.hidden_size,
       mlp_dim=config.intermediate_size,
@@ -140,6 +219,7 @@ def from_hf(config: transformers.PretrainedConfig, where: str) -> ModelConfig:
       rope=_rope(config, where),
       tied=bool(config.tie_word_embeddings),
       max_length=config.max_position_embeddings,
+      rotary=family.rotary(config, where),
   )
 
 

@@ -1,9 +1,14 @@
-"""The embedding table of a whole batch, on a mesh."""
+"""What goes into the layers: embedded tokens, and rotary positions."""
+
+import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from prefix_distill import sharding
+from prefix_distill.models.config import RopeConfig
 
 _PartitionSpec = jax.sharding.PartitionSpec
 
@@ -56,10 +61,13 @@ def look_up(
 
   def on_mesh(function, in_specs, out_specs):
     return jax.shard_map(
-        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs,
+        function,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
         # Sums over a mesh axis are equal on it, which is not always seen.
         check_vma=False,
-    )  # fmt: skip
+    )
 
   @jax.custom_vjp
   def run(table, tokens):
@@ -113,3 +121,96 @@ def _here(tokens: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
   here = tokens - rows * jax.lax.axis_index("tensor")
   mine = (here >= 0) & (here < rows)
   return jnp.where(mine, here, 0), mine
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+  """Returns the angle that each pair of channels turns by from token to token.
+
+  A scaling that knows the first training length keeps the short wavelengths,
+  which that length covers many times. The scaling shrinks the frequencies of
+  the long wavelengths by a factor. Between the two lies a linear blend: in
+  llama3 over the turns that a pair makes in that length, in yarn over the
+  pair's number.
+
+  Sources: arXiv 2306.15595 (linear), arXiv 2407.21783 (llama3), arXiv
+  2309.00071 (yarn); the numbers are those of transformers.
+
+  Args:
+    rope: the kind, and its numbers.
+    head_dim: H.
+
+  Returns:
+    Radians, float32 [H / 2].
+  """
+  exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+  freqs = np.float32(1) / np.float32(rope.theta) ** exponent
+  if rope.kind == "default":
+    return freqs
+  if rope.kind == "linear":
+    kept = 0.0
+  elif rope.kind == "llama3":
+    turns = rope.original_length * freqs / (2 * np.pi)
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+  else:
+    length, per_pair = rope.original_length, 2 * math.log(rope.theta) / head_dim
+    # The numbers of the pairs that turn beta_fast and beta_slow times.
+    first, last = (
+        math.log(length / (2 * math.pi * beta)) / per_pair
+        for beta in (rope.beta_fast, rope.beta_slow)
+    )
+    if rope.truncate:
+      first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    # No blend, but a step.
+    width = last - first or 1e-3
+    pair = np.arange(head_dim // 2, dtype=np.float32)
+    kept = 1 - np.clip((pair - first) / width, 0, 1)
+  return (1 - kept) * (freqs / rope.factor) + kept * freqs
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+  """How positions turn pairs of channels.
+
+  Attributes:
+    cos, sin: float32 [B, T, H / 2], of the angles, times
+      `RopeConfig.attention_factor`; B is 1 if all rows have the same positions.
+  """
+
+  cos: jax.Array
+  sin: jax.Array
+
+  @classmethod
+  def of(
+      cls, rope: RopeConfig, head_dim: int, positions: jax.Array
+  ) -> "Rotation":
+    """Returns the rotation of positions [B, T]."""
+    angles = positions.astype(jnp.float32)[..., None]
+    angles = angles * rope_frequencies(rope, head_dim)
+    scale = rope.attention_factor
+    return cls(jnp.cos(angles) * scale, jnp.sin(angles) * scale)
+
+  def where(self, rotates: jax.Array | None) -> "Rotation":
+    """Returns the rotation if the traced flag is true, or one by nothing.
+
+    Args:
+      rotates: bool []; None for true.
+    """
+    if rotates is None:
+      return self
+    return Rotation(
+        jnp.where(rotates, self.cos, 1.0), jnp.where(rotates, self.sin, 0.0)
+    )
+
+  def apply(self, x: jax.Array) -> jax.Array:
+    """Rotates the channel pairs (i, i + H / 2) of [B, T, N, H].
+
+    Source: RoFormer (arXiv 2104.09864), in the half-split layout of Llama's
+    Hugging Face weights.
+    """
+    cos, sin = self.cos[:, :, None], self.sin[:, :, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

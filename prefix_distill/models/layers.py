@@ -1,47 +1,22 @@
-"""The parts of a transformer block, described as Flax NNX modules."""
+"""A transformer block and its parts, described as Flax NNX modules."""
+
+from collections.abc import Callable
+from typing import TypeVar
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
 from prefix_distill.models.config import ModelConfig
-from prefix_distill.models.config import RopeConfig
+from prefix_distill.models.embedding import Rotation
 
+_Kept = TypeVar("_Kept")
 # Up to here a product is bound by the weights' bytes; see `linear`.
 _FEW_ROWS = 128
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> nnx.Param:
   return nnx.Param(jax.random.normal(rngs.params(), shape) * fan_in**-0.5)
-
-
-def rope_frequencies(rope: RopeConfig, head_dim: int) -> jax.Array:
-  """Returns the angle per position of each pair of channels: [H / 2]."""
-  exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-  freqs = 1.0 / rope.theta**exponent
-  if rope.kind == "linear":
-    return freqs / rope.factor
-  if rope.kind == "llama3":
-    # Wavelengths that the first training length covers many times stay; those
-    # it covers hardly once shrink; between the two a linear blend.
-    turns = rope.original_length * freqs / (2 * jnp.pi)
-    low, high = rope.low_freq_factor, rope.high_freq_factor
-    blend = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-    return (1 - blend) * freqs / rope.factor + blend * freqs
-  return freqs
-
-
-def apply_rope(x: jax.Array, angles: jax.Array) -> jax.Array:
-  """Rotates channel pairs (i, i + H/2) of [B, T, N, H] by angles [B, T, H/2].
-
-  Source: RoFormer (arXiv 2104.09864), in the half-split layout of Llama's
-  Hugging Face weights.
-  """
-  cos = jnp.cos(angles)[:, :, None]
-  sin = jnp.sin(angles)[:, :, None]
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  rotated = (first * cos - second * sin, second * cos + first * sin)
-  return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 def linear(
@@ -125,9 +100,14 @@ class Attention(nnx.Module):
     self.config = config
 
   def project(
-      self, x: jax.Array, angles: jax.Array
+      self, x: jax.Array, rotation: Rotation | None
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns queries [B, T, N, H] and keys, values [B, T, K, H]."""
+    """Returns queries [B, T, N, H] and keys, values [B, T, K, H].
+
+    Args:
+      x: [B, T, D].
+      rotation: of each position; None for a layer that does not rotate.
+    """
     query = linear(x, self.query[...])
     key = linear(x, self.key[...])
     value = linear(x, self.value[...])
@@ -137,7 +117,9 @@ class Attention(nnx.Module):
       value = value + self.value_bias[...]
     if self.config.qk_norm:
       query, key = self._norms(query, key)
-    return apply_rope(query, angles), apply_rope(key, angles), value
+    if rotation is not None:
+      query, key = rotation.apply(query), rotation.apply(key)
+    return query, key, value
 
   def _norms(
       self, query: jax.Array, key: jax.Array
@@ -182,10 +164,34 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-  """One pre-norm layer; the caller owns the keys and values."""
+  """One pre-norm layer; the caller attends, and owns the keys and values."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     self.attention_norm = RMSNorm(config.dim, config.norm_eps)
     self.attention = Attention(config, rngs)
     self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
     self.mlp = MLP(config, rngs)
+
+  def __call__(
+      self,
+      x: jax.Array,
+      rotation: Rotation | None,
+      attend: Callable[
+          [jax.Array, jax.Array, jax.Array], tuple[jax.Array, _Kept]
+      ],
+  ) -> tuple[jax.Array, _Kept]:
+    """Runs the layer.
+
+    Args:
+      x: hidden states [B, T, D].
+      rotation: of each position; None for a layer that does not rotate.
+      attend: queries [B, T, N, H], keys and values [B, T, K, H] to what the
+        heads read, [B, T, N, H], and to anything else.
+
+    Returns:
+      Hidden states [B, T, D], and what else `attend` returned.
+    """
+    projected = self.attention.project(self.attention_norm(x), rotation)
+    attended, kept = attend(*projected)
+    x = x + self.attention.merge(attended)
+    return x + self.mlp(self.mlp_norm(x)), kept

@@ -1,4 +1,4 @@
-"""One decoder-only transformer for the Qwen3, Qwen2 and Llama families.
+"""One decoder-only transformer for all of `families`.
 
 NNX modules describe a layer; `Model` turns the description into pure functions
 over nested dicts of arrays, with the layers stacked along a leading axis so
@@ -20,6 +20,7 @@ from prefix_distill.models import embedding
 from prefix_distill.models import kv_cache
 from prefix_distill.models import layers
 from prefix_distill.models.config import ModelConfig
+from prefix_distill.models.embedding import Rotation
 from prefix_distill.models.kv_cache import KVCache
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
@@ -174,27 +175,29 @@ class Model:
     c, length = self.config, tokens.shape[1]
     more = attention.aligned(length, self.mesh) - length
     tokens = jnp.pad(tokens, ((0, 0), (0, more)))
-    positions = jnp.arange(length + more, dtype=jnp.float32)[None, :, None]
-    angles = positions * layers.rope_frequencies(c.rope, c.head_dim)
+    rotation = Rotation.of(
+        c.rope, c.head_dim, jnp.arange(length + more)[None]
+    )
 
-    def body(x, layer):
+    def attend(queries, keys, values):
+      attended = attention.causal(queries, keys, values, self.mesh)
+      return attended, (keys, values) if keep else (None, None)
+
+    def body(x, inputs):
+      layer, rotates = inputs
       if self.remat == "offload":
         x = ad_checkpoint.checkpoint_name(x, _LAYER_INPUT)
       layer = jax.tree.map(lambda p: p.astype(self.dtype), layer)
       block = self._block(sharding.gather_layer(layer, self.mesh))
-      queries, keys, values = block.attention.project(
-          block.attention_norm(x), angles
-      )
-      attended = attention.causal(queries, keys, values, self.mesh)
-      x = x + block.attention.merge(attended)
-      x = x + block.mlp(block.mlp_norm(x))
-      return x, (keys, values) if keep else (None, None)
+      return block(x, rotation.where(rotates), attend)
 
     if self.remat != "none":
       body = jax.checkpoint(body, policy=_POLICIES[self.remat])
     table = params["embed"]["weight"]
     x = embedding.look_up(table, tokens, self.dtype, self.mesh)
-    x, kept = jax.lax.scan(body, x, params["layers"])
+    # No flags take no part in the scan.
+    rotates = jnp.array(c.rotary) if c.rotary else None
+    x, kept = jax.lax.scan(body, x, (params["layers"], rotates))
     keys, values = jax.tree.map(lambda kv: kv[:, :, :length], kept)
     return self._final_norm(params, x[:, :length]), keys, values
 
@@ -237,21 +240,23 @@ class Model:
       token in it.
     """
     c, kernel = self.config, self.cache_kernel(cache.layers[0].keys.dtype)
-    positions = cache.lengths.astype(jnp.float32)
-    freqs = layers.rope_frequencies(c.rope, c.head_dim)
-    angles = (positions[:, None] * freqs)[:, None]
+    rotation = Rotation.of(c.rope, c.head_dim, cache.lengths[:, None])
     x = params["embed"]["weight"].astype(self.dtype)[tokens][:, None]
-    kept = []
-    for layer, cached in zip(params["layers"], cache.layers, strict=True):
+    rotary, kept = c.rotary or (True,) * c.num_layers, []
+    for layer, rotates, cached in zip(
+        params["layers"], rotary, cache.layers, strict=True
+    ):
+
+      def attend(*projected, cached=cached):
+        one = tuple(y[:, 0] for y in projected)
+        attended, cached = attention.over_cache(
+            kernel, cached, one, cache.lengths, self.mesh
+        )
+        return attended[:, None], cached
+
       block = self._block(layer)
-      projected = block.attention.project(block.attention_norm(x), angles)
-      attended, cached = attention.over_cache(
-          kernel, cached, tuple(y[:, 0] for y in projected), cache.lengths,
-          self.mesh,
-      )  # fmt: skip
+      x, cached = block(x, rotation if rotates else None, attend)
       kept.append(cached)
-      x = x + block.attention.merge(attended[:, None])
-      x = x + block.mlp(block.mlp_norm(x))
     cache = KVCache(tuple(kept), cache.lengths + live, cache.layout)
     return self._final_norm(params, x[:, 0]), cache
 

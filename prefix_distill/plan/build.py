@@ -9,7 +9,7 @@ import jax
 from prefix_distill import sharding
 from prefix_distill.config import Config
 from prefix_distill.errors import ConfigError
-from prefix_distill.models import hf
+from prefix_distill.models import huggingface as hf
 from prefix_distill.models import published
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.transformer import Model

@@ -25,7 +25,7 @@ from prefix_distill import sharding
 from prefix_distill.config import Config
 from prefix_distill.data import prompts as prompts_lib
 from prefix_distill.evaluate import evaluator
-from prefix_distill.models import hf_export
+from prefix_distill.models import huggingface as hf
 from prefix_distill.models.transformer import Params
 from prefix_distill.report import flops
 from prefix_distill.report import metrics as metrics_lib
@@ -342,7 +342,7 @@ def train(
       run.evaluate(int(run.state.step), "teacher")
     run.programs.close()
     run.checkpointer.close()
-    hf_export.export(
+    hf.export(
         run.state.params, config.student.path, config.student.tokenizer_path,
         workdir / "export", config.student.param_dtype,
     )  # fmt: skip

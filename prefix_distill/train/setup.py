@@ -23,7 +23,7 @@ from prefix_distill.distill.objective import Objective
 from prefix_distill.errors import ConfigError
 from prefix_distill.errors import UserError
 from prefix_distill.evaluate import evaluator
-from prefix_distill.models import hf
+from prefix_distill.models import huggingface as hf
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params

@@ -35,10 +35,19 @@ _LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 _LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+# The prompts and what follows them are longer than the original length.
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 4.0,
+    "beta_slow": 0.5,
+}
 _LENGTHS = (24, 9, 17)
 NEW_TOKENS = 12
 
-NAMES = ("qwen3", "qwen2", "llama3_rope", "linear_rope")
+NAMES = ("qwen3", "qwen2", "llama3_rope", "linear_rope", "smollm3", "yarn")
 
 
 def _config(name: str) -> transformers.PretrainedConfig:
@@ -51,6 +60,17 @@ def _config(name: str) -> transformers.PretrainedConfig:
   if name == "llama3_rope":
     return transformers.LlamaConfig(
         **_SIZES, head_dim=8, rope_parameters=_LLAMA3, tie_word_embeddings=False
+    )
+  if name == "smollm3":
+    return transformers.SmolLM3Config(**_SIZES, no_rope_layer_interval=2)
+  if name == "smollm3_yarn":
+    return transformers.SmolLM3Config(
+        **_SIZES, no_rope_layers=[0, 1], rope_parameters=_YARN
+    )
+  if name == "yarn":
+    sizes = _SIZES | {"max_position_embeddings": 64}
+    return transformers.Qwen3Config(
+        **sizes, head_dim=16, rope_parameters=_YARN, tie_word_embeddings=True
     )
   return transformers.LlamaConfig(
       **_SIZES, rope_parameters=_LINEAR, tie_word_embeddings=True

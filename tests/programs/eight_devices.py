@@ -15,7 +15,7 @@ import toys
 from prefix_distill import sharding
 from prefix_distill.data import tokenizer
 from prefix_distill.data.prompts import PromptIterator
-from prefix_distill.models import hf
+from prefix_distill.models import huggingface as hf
 from prefix_distill.models.transformer import Model
 from prefix_distill.recipe import RolloutSpec
 from prefix_distill.specs import MeshSpec

@@ -1,15 +1,18 @@
-"""Reads Hugging Face model directories: config and safetensors.
+"""Reads and writes Hugging Face model directories: config and safetensors.
 
 Only safetensors are read, and code from a model's repository is never run.
 """
 
+from collections.abc import Iterator
 import json
 import pathlib
+import shutil
 from typing import Any
 
 import huggingface_hub
 import jax
-import ml_dtypes
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -19,13 +22,30 @@ from prefix_distill import assets
 from prefix_distill import sharding
 from prefix_distill.errors import UserError
 from prefix_distill.models import config as model_config
-from prefix_distill.models import hf_names
+from prefix_distill.models import families
 from prefix_distill.models.config import ModelConfig
+from prefix_distill.models.families import Family
+from prefix_distill.models.families.family import Index
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# Bytes of a file of an export; larger models are split, as the hub does it.
+_SHARD_BYTES = 5_000_000_000
+# What an export takes along from the model it was made of.
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+# What an export's config.json repeats from the tokenizer.
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class ModelFilesError(UserError):
@@ -84,13 +104,8 @@ def read_config(path: str) -> ModelConfig:
         " model."
     )
   try:
-    raw = json.loads((directory / "config.json").read_text())
-    kind = raw.get("model_type")
-    if kind not in model_config.FAMILIES:
-      raise model_config.UnsupportedModelError(
-          f"{path}: model type {kind!r} is not implemented;"
-          f" {', '.join(model_config.FAMILIES)} are."
-      )
+    # Before transformers sees a model type that it may know and we do not.
+    families.find(_settings(directory).get("model_type"), path)
     config = transformers.AutoConfig.from_pretrained(
         directory, trust_remote_code=False
     )
@@ -102,6 +117,15 @@ def read_config(path: str) -> ModelConfig:
         f"{directory}/config.json cannot be read ({reason}); download it again."
     ) from error
   return model_config.from_hf(config, path)
+
+
+def _settings(directory: pathlib.Path) -> dict[str, Any]:
+  return json.loads((directory / "config.json").read_text())
+
+
+def _stacked(ours: str) -> bool:
+  """Whether a parameter has an axis of layers, and the file has it not."""
+  return ours.startswith("layers/")
 
 
 class _Weights:
@@ -150,21 +174,27 @@ class _Weights:
   def shape(self, name: str) -> tuple[int, ...]:
     return tuple(self._files[name].get_slice(name).get_shape())
 
-  def read(self, name: str, index: hf_names.Index) -> np.ndarray:
+  def read(self, name: str, index: Index) -> np.ndarray:
     return self._files[name].get_slice(name)[index]
+
+
+def _leaves(tree: Any, family: Family) -> Iterator[tuple[str, Any, Any]]:
+  """Yields our path of each parameter, its leaf, and its tensor in a file."""
+  for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    name = sharding.path_name(path)
+    yield name, leaf, family.tensors[name]
 
 
 def _check_tensors(weights: _Weights, model: Model, path: str) -> None:
   """Refuses missing, unexpected and misshapen tensors, by name."""
   config = model.config
+  family = families.FAMILIES[config.family]
   wanted = {}
-  for ours, leaf in hf_names.leaves(model.abstract_params()):
-    layout = hf_names.NAMES[ours][1]
-    shape = leaf.shape[1:] if ours.startswith("layers/") else leaf.shape
+  for ours, leaf, tensor in _leaves(model.abstract_params(), family):
+    shape = leaf.shape[1:] if _stacked(ours) else leaf.shape
     whole = tuple(slice(0, n) for n in shape)
-    stops = tuple(s.stop for s in layout.index(whole, config.head_dim))
-    for name in hf_names.hf_names(ours, config.num_layers):
-      wanted[name] = stops
+    stops = tuple(s.stop for s in tensor.index(whole, config.head_dim))
+    wanted |= dict.fromkeys(tensor.names(config.num_layers), stops)
   found = weights.names()
   for name in wanted:
     if name not in found:
@@ -215,25 +245,24 @@ def load_params(
   """
   weights = _Weights(resolve(path, weights=True))
   _check_tensors(weights, model, path)
-  target = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-  head_dim = model.config.head_dim
+  target, config = jnp.dtype(dtype), model.config
+  tensors = families.FAMILIES[config.family].tensors
 
   def load(tree_path, leaf, placement):
     ours = sharding.path_name(tree_path)
-    layout = hf_names.NAMES[ours][1]
-    names = hf_names.hf_names(ours, model.config.num_layers)
-    stacked = ours.startswith("layers/")
+    tensor = tensors[ours]
+    names = tensor.names(config.num_layers)
 
-    def read(name: str, index: hf_names.Index) -> np.ndarray:
-      block = weights.read(name, layout.index(index, head_dim))
-      return layout.read(block, head_dim).astype(target)
+    def read(name: str, index: Index) -> np.ndarray:
+      block = weights.read(name, tensor.index(index, config.head_dim))
+      return tensor.read(block, config.head_dim).astype(target)
 
-    def block(index: hf_names.Index) -> np.ndarray:
+    def block(index: Index) -> np.ndarray:
       index = tuple(
           slice(*s.indices(n)[:2])
           for s, n in zip(index, leaf.shape, strict=True)
       )
-      if not stacked:
+      if not _stacked(ours):
         return read(names[0], index)
       out = np.empty([s.stop - s.start for s in index], target)
       for i, name in enumerate(names[index[0]]):
@@ -248,3 +277,92 @@ def load_params(
   return jax.tree_util.tree_map_with_path(
       load, model.abstract_params(), shardings
   )
+
+
+def _to_host(array: jax.Array) -> np.ndarray:
+  if jax.process_count() > 1:
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+  return np.asarray(array)
+
+
+def _write_weights(
+    params: Params, family: Family, directory: pathlib.Path, dtype: jnp.dtype
+) -> None:
+  """Writes the weights in as many files as they need.
+
+  Every process gathers every file's tensors, and the first one writes them.
+  """
+  # The tensors of each file: name, parameter, number of the layer, how it lies.
+  files, room, total = [], 0, 0
+  for ours, leaf, tensor in _leaves(params, family):
+    count = leaf.shape[0] if _stacked(ours) else 1
+    size = leaf.size * dtype.itemsize // count
+    for i, name in enumerate(tensor.names(count)):
+      if size > room:
+        files.append([])
+        room = _SHARD_BYTES
+      files[-1].append((name, leaf, i if _stacked(ours) else None, tensor))
+      room -= size
+      total += size
+  places = {}
+  for number, tensors in enumerate(files, 1):
+    file = f"model-{number:05}-of-{len(files):05}.safetensors"
+    arrays = {
+        name: np.ascontiguousarray(
+            tensor.write(_to_host(leaf if i is None else leaf[i])).astype(dtype)
+        )
+        for name, leaf, i, tensor in tensors
+    }
+    if jax.process_index() == 0:
+      safetensors.numpy.save_file(
+          arrays,
+          directory / (file if len(files) > 1 else SINGLE),
+          metadata={"format": "pt"},
+      )
+    places |= dict.fromkeys(arrays, file)
+  if len(files) > 1 and jax.process_index() == 0:
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (directory / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def export(
+    params: Params,
+    source: str,
+    tokenizer: str,
+    directory: pathlib.Path,
+    dtype: str,
+) -> None:
+  """Writes a Hugging Face model directory; every process must call it.
+
+  The directory appears whole or not at all.
+
+  Args:
+    params: the weights.
+    source: the model they were made of, whose config goes along.
+    tokenizer: the model whose tokenizer, template and generation config do.
+    directory: where to; replaced if it exists.
+    dtype: what the weights are stored in, "float32" or "bfloat16".
+
+  Raises:
+    ModelFilesError: there is no such model.
+  """
+  origin, companion = resolve(source), resolve(tokenizer)
+  settings = _settings(origin)
+  family = families.find(settings["model_type"], source)
+  partial = directory.with_name(directory.name + ".partial")
+  writes = jax.process_index() == 0
+  if writes:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    settings.pop("torch_dtype", None)
+    ids = _settings(companion)
+    settings |= {name: ids[name] for name in _TOKEN_IDS if name in ids}
+    settings["dtype"] = dtype
+    (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    for name in _COMPANIONS:
+      if (companion / name).is_file():
+        shutil.copyfile(companion / name, partial / name)
+  _write_weights(params, family, partial, jnp.dtype(dtype))
+  if writes:
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
