@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from prefix_distill import sharding
+from prefix_distill.config import MeshSpec
 from prefix_distill.data import chat as chat_lib
 from prefix_distill.models import hf
 from prefix_distill.models.transformer import Model
 from prefix_distill.rollout import decode_state
 from prefix_distill.rollout import sampler
-from prefix_distill.specs import MeshSpec
 from prefix_distill.structs import PromptBatch
 
 _NARROW = ("bfloat16", "int8")

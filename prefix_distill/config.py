@@ -85,7 +85,8 @@ def _hints(cls: type) -> dict[str, Any]:
 
 def _groups(cls: type) -> list[str]:
   """Names the fields that are groups."""
-  return [n for n, kind in _hints(cls).items() if dataclasses.is_dataclass(kind)]
+  hints = _hints(cls).items()
+  return [name for name, kind in hints if dataclasses.is_dataclass(kind)]
 
 
 def _sentence(cls: type, at: str, error: pydantic.ValidationError) -> str:
@@ -480,7 +481,13 @@ class PrefixSpec:
     buckets: are the static lengths that programs are compiled for, and the
       exact cap inside one is traced; empty stands for the longest cap and its
       halves, seven at most.
-    linear: is the group of that schedule, as are the others.
+    linear: is the group of that schedule.
+    fixed: is the group of that schedule.
+    random: is the group of that schedule.
+    drift: is the group of that schedule.
+    plateau: is the group of that schedule.
+    agreement: is the group of that schedule.
+    audited: is the group of that schedule.
   """
 
   schedule: Literal[
@@ -924,14 +931,14 @@ def with_new_groups(values: Mapping[str, Any], name: str) -> dict[str, Any]:
   set `mine` gets the fields of a data set, at their defaults.
   """
   kind, values = Config, dict(values)
-  at = values
-  for part in name.split(".")[:-1]:
+  at, (*groups, last) = values, name.split(".")
+  for part in groups:
     kind = _inner(kind, part)
-    inner = at.get(part)
-    if inner is None:
-      inner = _defaults(kind) if dataclasses.is_dataclass(kind) else {}
-    at[part] = dict(inner)
+    found = at.get(part)
+    at[part] = _defaults(kind) if found is None else dict(found)
     at = at[part]
+  if last not in at:
+    at[last] = _defaults(kind)[last]
   return values
 
 
@@ -947,18 +954,22 @@ def without_idle_groups(
     values: of the file and the command line.
     given: dotted names of the command line, whose groups stay.
   """
-  given, values = set(given), dict(values)
-  prefix, loss = values.get("prefix", {}), values.get("loss", {})
-  idle = set()
+  given, values, idle = set(given), dict(values), set()
   if "prefix.schedule" in given:
-    idle |= {("prefix", n) for n in PrefixSpec.idle(prefix["schedule"])}
+    names = PrefixSpec.idle(values["prefix"]["schedule"])
+    idle |= {("prefix", name) for name in names}
   if given & {"loss.form", "loss.exact.divergence"}:
-    names = LossSpec.idle(loss["form"], loss["exact"]["divergence"])
-    idle |= {("loss", n) for n in names}
+    loss = values["loss"]
+    exact = loss.get("exact", {})
+    names = LossSpec.idle(
+        loss.get("form", LossSpec.form),
+        exact.get("divergence", ExactSpec.divergence),
+    )
+    idle |= {("loss", name) for name in names}
   for group, name in idle:
     if not any(n.startswith(f"{group}.{name}.") for n in given):
-      inner = {k: v for k, v in values[group].items() if k != name}
-      values[group] = inner
+      inner = values[group].items()
+      values[group] = {k: v for k, v in inner if k != name}
   return values
 
 
@@ -966,20 +977,24 @@ def _inner(kind: Any, name: str) -> Any:
   """Returns the type of what is called `name` in a group or mapping."""
   if dataclasses.is_dataclass(kind):
     return _hints(kind).get(name)
-  if typing.get_origin(kind) is Mapping:
-    return typing.get_args(kind)[1]
-  return None
+  return typing.get_args(kind)[1] if _is_mapping(kind) else None
 
 
-def _defaults(cls: type) -> dict[str, Any]:
+def _is_mapping(kind: Any) -> bool:
+  return typing.get_origin(kind) is Mapping
+
+
+def _defaults(cls: Any) -> dict[str, Any]:
   """Returns plain values of all fields; a required one is empty."""
   out = {}
+  if not dataclasses.is_dataclass(cls):
+    return out
   for field in dataclasses.fields(cls):
     kind, value = _hints(cls)[field.name], field.default
     if dataclasses.is_dataclass(kind):
       value = _defaults(kind)
     elif value is dataclasses.MISSING:
-      value = {} if typing.get_origin(kind) is Mapping else kind()
+      value = {} if _is_mapping(kind) else kind()
     out[field.name] = value
   return out
 

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 
 from prefix_distill import sharding
+from prefix_distill.config import MeshSpec
 from prefix_distill.models import hf
 from prefix_distill.models.transformer import Model
 from prefix_distill.rollout import decode_state
 from prefix_distill.rollout import sampler
-from prefix_distill.specs import MeshSpec
 from prefix_distill.structs import PromptBatch
 
 

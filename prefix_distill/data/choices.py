@@ -16,9 +16,9 @@ from collections.abc import Sequence
 import string
 from typing import Any
 
+from prefix_distill.config import DatasetSpec
 from prefix_distill.data import records
 from prefix_distill.data.records import DataError
-from prefix_distill.specs import DatasetSpec
 
 LETTERS = tuple(string.ascii_uppercase)
 _REQUEST = (

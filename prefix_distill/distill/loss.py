@@ -30,8 +30,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from prefix_distill.config import Config
 from prefix_distill.distill import chunked_head
 from prefix_distill.distill import divergence
+from prefix_distill.distill import prefix_schedule
 from prefix_distill.distill.chunked_head import PerToken
 from prefix_distill.distill.divergence import Distribution
 from prefix_distill.distill.divergence import Shard
@@ -125,7 +127,9 @@ class ExactLoss(Loss):
     del extras
     dist, both = self.dist, (logits, teacher_logits)
     these = divergence.events(*both, dist, shard)
-    student, teacher = (divergence.log_probs(x, dist, these, shard) for x in both)
+    student, teacher = (
+        divergence.log_probs(x, dist, these, shard) for x in both
+    )
     value, gradient = divergence.compare_with_gradient(
         divergence.named(self.kind, self.beta), student, teacher, these, dist,
         shard,
@@ -239,6 +243,38 @@ class SampledLoss(Loss):
         "top1_agreement": agree.astype(jnp.float32),
     }
     return values, gradient, metrics
+
+
+def make(config: Config, num_tokens: int, stop_ids: tuple[int, ...]) -> Loss:
+  """Returns the loss that the settings name.
+
+  Args:
+    config: of the run.
+    num_tokens: see `Distribution`.
+    stop_ids: see `Distribution`.
+
+  Raises:
+    ConfigError: the settings name no divergence.
+  """
+  spec = config.loss
+  memory = spec.logits_mib * 2**20
+  dist = Distribution(
+      temperature=1.0 if config.is_supervised else config.rollout.temperature,
+      num_tokens=num_tokens,
+      stop_ids=stop_ids,
+      top_k=spec.exact.top_k,
+      top_k_of=spec.exact.top_k_of,
+  )
+  if spec.form == "direct":
+    return SampledLoss(dist, "direct", "k3", memory=memory)
+  if spec.form == "policy_gradient":
+    settings = dataclasses.asdict(spec.policy_gradient)
+    return SampledLoss(dist, **settings, memory=memory)
+  schedule = prefix_schedule.make(config)
+  return ExactLoss(
+      dist, spec.exact.divergence, spec.jsd.beta, schedule.overlap_of,
+      schedule.score_tokens, memory=memory,
+  )
 
 
 def k1(student: jax.Array, teacher: jax.Array) -> jax.Array:

@@ -11,6 +11,8 @@ import jax
 import numpy as np
 
 from prefix_distill import sharding
+from prefix_distill.config import DatasetSpec
+from prefix_distill.config import EvaluationSpec
 from prefix_distill.data import choices
 from prefix_distill.data import prompts
 from prefix_distill.data import records
@@ -22,8 +24,6 @@ from prefix_distill.report import termination
 from prefix_distill.rollout import decode_state
 from prefix_distill.rollout import slots
 from prefix_distill.rollout.token_choice import Truncation
-from prefix_distill.specs import DatasetSpec
-from prefix_distill.specs import EvaluationSpec
 from prefix_distill.structs import PromptBatch
 
 # Rows of a set with a length of its own are cut to a multiple of this.

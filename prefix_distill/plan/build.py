@@ -8,6 +8,7 @@ import jax
 
 from prefix_distill import sharding
 from prefix_distill.config import Config
+from prefix_distill.config import ModelSpec
 from prefix_distill.errors import ConfigError
 from prefix_distill.models import hf
 from prefix_distill.models.config import ModelConfig
@@ -18,7 +19,6 @@ from prefix_distill.rollout import decode_state
 from prefix_distill.rollout import sampler
 from prefix_distill.rollout import slots
 from prefix_distill.rollout.token_choice import Truncation
-from prefix_distill.specs import ModelSpec
 from prefix_distill.train import capacity
 from prefix_distill.train import setup as setup_lib
 from prefix_distill.train.compile import Program

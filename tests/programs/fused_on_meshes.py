@@ -16,7 +16,7 @@ from test_fused import ROWS
 from test_fused import VOCABULARY
 
 from prefix_distill import sharding
-from prefix_distill.specs import MeshSpec
+from prefix_distill.config import MeshSpec
 
 MESHES = ((8, 1, 1), (2, 2, 2), (1, 2, 4))
 
