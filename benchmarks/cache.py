@@ -16,11 +16,10 @@ import numpy as np
 
 from prefix_distill import sharding
 from prefix_distill.config import MeshSpec
-from prefix_distill.data import chat as chat_lib
+from prefix_distill.data import tokenizer
 from prefix_distill.models import hf
 from prefix_distill.models.transformer import Model
-from prefix_distill.rollout import decode_state
-from prefix_distill.rollout import sampler
+from prefix_distill.rollout import generate
 from prefix_distill.structs import PromptBatch
 
 _NARROW = ("bfloat16", "int8")
@@ -85,17 +84,17 @@ def main() -> None:
   model = Model(hf.read_config(args.model), mesh=mesh)
   shardings = sharding.param_shardings(model.abstract_params(), mesh)
   params = hf.load_params(args.model, model, shardings)
-  chat = chat_lib.load(args.model)
+  chat = tokenizer.load(args.model)
   rows = [chat.encode(chat.prompt(q, "")) for q in _QUESTIONS]
   size = max(map(len, rows))
   tokens = np.array([[chat.pad_id] * (size - len(r)) + r for r in rows])
   mask = np.array([[False] * (size - len(r)) + [True] * len(r) for r in rows])
   index = np.arange(len(rows), dtype=np.int32)
   batch = PromptBatch(tokens.astype(np.int32), mask, index)
-  config = decode_state.SamplerConfig((), 0, model.config.vocab_size)
+  config = generate.SamplerConfig((), 0, model.config.vocab_size)
   written = jax.jit(
-      functools.partial(sampler.sample, model, config, args.new)
-  )(params, batch, jax.random.key(0), decode_state.Draw.of(args.new)).tokens
+      functools.partial(generate.sample, model, config, args.new)
+  )(params, batch, jax.random.key(0), generate.Draw.of(args.new)).tokens
 
   found = jax.jit(functools.partial(_compare, model))(params, batch, written)
   for name, values in found.items():

@@ -19,8 +19,7 @@ from prefix_distill.config import MeshSpec
 from prefix_distill.models import hf
 from prefix_distill.models.transformer import Model
 from prefix_distill.report import flops
-from prefix_distill.rollout import decode_state
-from prefix_distill.rollout import sampler
+from prefix_distill.rollout import generate
 from prefix_distill.structs import PromptBatch
 
 
@@ -37,7 +36,7 @@ def main() -> None:
   model = Model(hf.read_config(args.model), mesh=mesh)
   shardings = sharding.param_shardings(model.abstract_params(), mesh)
   params = hf.load_params(args.model, model, shardings)
-  rng, draw = np.random.default_rng(0), decode_state.Draw.of(args.new)
+  rng, draw = np.random.default_rng(0), generate.Draw.of(args.new)
   shape = (args.prompts, args.prompt)
   tokens = rng.integers(10, model.config.vocab_size - 10, shape, np.int32)
   key, columns = jax.random.key(0), args.prompt + args.new
@@ -48,16 +47,16 @@ def main() -> None:
     return PromptBatch(rows, np.ones(rows.shape, bool), index)
 
   def program(per_prompt: int, function, size: int):
-    config = decode_state.SamplerConfig(
+    config = generate.SamplerConfig(
         (), 0, model.config.vocab_size, per_prompt
     )
     return jax.jit(functools.partial(function, model, config, size))
 
   n = args.per_prompt
   runs = {
-      f"{n} rollouts a prompt": (program(n, sampler.sample, args.new), 1),
-      f"{n} copies of it": (program(1, sampler.sample, args.new), n),
-      "prefill alone": (program(1, sampler.prefill, columns), 1),
+      f"{n} rollouts a prompt": (program(n, generate.sample, args.new), 1),
+      f"{n} copies of it": (program(1, generate.sample, args.new), n),
+      "prefill alone": (program(1, generate.prefill, columns), 1),
   }
   seconds = {name: [] for name in runs}
   for turn in range(args.repeats + 1):

@@ -1,4 +1,4 @@
-"""The fused head against whole logits: memory and time.
+"""The chunked head against whole logits: memory and time.
 
   python benchmarks/head.py
   python benchmarks/head.py --topology=v5e:4x4 --shapes 128,2048,151936

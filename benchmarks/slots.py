@@ -20,19 +20,19 @@ import rich.table
 
 from prefix_distill import sharding
 from prefix_distill.config import MeshSpec
-from prefix_distill.data import chat as chat_lib
 from prefix_distill.data import math_task
 from prefix_distill.data import prompts as prompts_lib
+from prefix_distill.data import tokenizer
 from prefix_distill.models import hf
 from prefix_distill.models.transformer import Model
-from prefix_distill.rollout import decode_state
-from prefix_distill.rollout import slots
+from prefix_distill.rollout import continuous_batching
+from prefix_distill.rollout import generate
 from prefix_distill.structs import PromptBatch
 
 _STOP_WORDS = (" 13", " 17", "17", "13", " 19", "19")
 
 
-def _prompts(chat: chat_lib.Chat, count: int) -> PromptBatch:
+def _prompts(chat: tokenizer.Chat, count: int) -> PromptBatch:
   task = math_task.MathTask("test", count)
   rows = [
       prompts_lib.encode_prompt(chat, record["question"], 64, "<think>")
@@ -50,21 +50,23 @@ def main() -> None:
   parser.add_argument("--cap", type=int, default=224)
   parser.add_argument("--repeats", type=int, default=3)
   args = parser.parse_args()
-  chat, mesh = chat_lib.load(args.model), sharding.make_mesh(MeshSpec())
+  chat, mesh = tokenizer.load(args.model), sharding.make_mesh(MeshSpec())
   model = Model(hf.read_config(args.model), mesh=mesh)
   shardings = sharding.param_shardings(model.abstract_params(), mesh)
   params = hf.load_params(args.model, model, shardings)
   words = [w for word in _STOP_WORDS for w in chat.encode(word)[-1:]]
   prompts, key = _prompts(chat, args.problems), jax.random.key(0)
 
-  def engine(stops: tuple[int, ...]) -> slots.Engine:
-    config = decode_state.SamplerConfig(stops, chat.pad_id, chat.num_tokens)
-    return slots.Engine(model, config, params, args.rows, mesh)
+  def engine(stops: tuple[int, ...]) -> continuous_batching.Engine:
+    config = generate.SamplerConfig(stops, chat.pad_id, chat.num_tokens)
+    return continuous_batching.Engine(model, config, params, args.rows, mesh)
 
   spread, steady = engine((*chat.stop_ids, *words)), engine(())
 
-  def run(engine: slots.Engine, batch: PromptBatch) -> tuple[float, list[int]]:
-    draw = decode_state.Draw.of(args.cap)
+  def run(
+      engine: continuous_batching.Engine, batch: PromptBatch
+  ) -> tuple[float, list[int]]:
+    draw = generate.Draw.of(args.cap)
     start = time.perf_counter()
     lengths = [len(t) for _, t, _ in engine.answers(batch, key, draw)]
     return time.perf_counter() - start, lengths

@@ -41,6 +41,7 @@ from prefix_distill import assets
 from prefix_distill import config as config_lib
 from prefix_distill import sharding
 from prefix_distill.models import attention
+from prefix_distill.models import published
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.config import num_params
 from prefix_distill.models.config import RopeConfig
@@ -49,7 +50,6 @@ from prefix_distill.models.transformer import Params
 from prefix_distill.plan import hlo
 from prefix_distill.report import flops
 from prefix_distill.report import metrics as metrics_lib
-from prefix_distill.report import paper_tables
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 from prefix_distill.train import setup as setup_lib
@@ -95,7 +95,7 @@ def _toy(layers: int, dim: int) -> ModelConfig:
 
 _TOY = Size(_toy(2, 32), _toy(2, 64), 16, (8, 24), (4,), 12, (24,))
 _TRUE = Size(
-    paper_tables.QWEN3_1_7B, paper_tables.QWEN3_8B, 256, (512, 2048), (64, 1),
+    published.QWEN3_1_7B, published.QWEN3_8B, 256, (512, 2048), (64, 1),
     1024, (256, 512, 1024, 2048),
 )  # fmt: skip
 
@@ -1557,7 +1557,7 @@ def _resolved(path: str) -> str:
 @functools.cache
 def _held_out(bench: Bench, lesson: _Lesson, student: str) -> float:
   """Returns the reverse KL a token of whole answers to held-out prompts."""
-  from prefix_distill.data import chat as chat_lib  # noqa: PLC0415
+  from prefix_distill.data import tokenizer  # noqa: PLC0415
   from prefix_distill.evaluate import evaluator  # noqa: PLC0415
 
   cpu = bench.args.cpu
@@ -1569,7 +1569,7 @@ def _held_out(bench: Bench, lesson: _Lesson, student: str) -> float:
       for path in (student, lesson.teacher)
   ]
   models = [setup_lib.read_model(spec, mesh) for spec in described]
-  chat = chat_lib.load(student)
+  chat = tokenizer.load(student)
   setup = setup_lib.Setup(
       config, mesh, *models, chat, chat.stop_ids, chat.stop_ids, None, {}
   )

@@ -3,7 +3,7 @@
   python -m prefix_distill.main --config=configs/bundled.py:teacher
   python -m prefix_distill.main --config=configs/bundled.py:capable
   python -m prefix_distill.main --config=configs/bundled.py:weak
-  python -m prefix_distill.data.make_guided runs/guided-start
+  python -m prefix_distill.experiments.bundled_models guided runs/guided-start
   python -m prefix_distill.main --config=configs/bundled.py:guided
 
 The teacher learns from clean solutions. The students stand for base models:

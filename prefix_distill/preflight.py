@@ -14,12 +14,12 @@ import rich.table
 from rich.text import Text
 
 from prefix_distill.config import Config
-from prefix_distill.data import chat as chat_lib
 from prefix_distill.data import prompt_checks
 from prefix_distill.data import prompts
 from prefix_distill.data import records
-from prefix_distill.data.chat import Chat
+from prefix_distill.data import tokenizer
 from prefix_distill.data.prompt_checks import Fed
+from prefix_distill.data.tokenizer import Chat
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.models import hf
 
@@ -62,13 +62,13 @@ def _load(config: Config) -> list[Fed]:
   models = [
       Fed(
           role,
-          chat_lib.load(spec.tokenizer_path),
+          tokenizer.load(spec.tokenizer_path),
           hf.read_config(spec.path).vocab_size,
       )
       for role, spec in specs.items()
   ]
   if len(models) > 1:
-    chat_lib.check_same(*(model.chat for model in models))
+    tokenizer.check_same(*(model.chat for model in models))
   return models
 
 

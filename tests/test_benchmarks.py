@@ -10,9 +10,8 @@ import schemas
 
 from prefix_distill.config import DatasetSpec
 from prefix_distill.config import EvaluationSpec
-from prefix_distill.data import chat as chat_lib
-from prefix_distill.data import choices
 from prefix_distill.data import records
+from prefix_distill.data import tokenizer
 from prefix_distill.data.records import DataError
 from prefix_distill.errors import ConfigError
 from prefix_distill.evaluate import benchmarks
@@ -29,7 +28,7 @@ names = pytest.mark.parametrize("name", benchmarks.SETS)
 
 @pytest.fixture(scope="module")
 def chat():
-  return chat_lib.load("bundled:teacher")
+  return tokenizer.load("bundled:teacher")
 
 
 @pytest.fixture
@@ -359,9 +358,9 @@ def test_a_question_of_multiple_choice_reads_so():
       "question": "Which of these is a noble gas?\n", "answer": "B",
       "options": ["Nitrogen", " Neon"],
   }  # fmt: skip
-  question, letter = choices.problem(record, spec, "record 1")
+  question, letter = records.multiple_choice(record, spec, "record 1")
   assert letter == "B"
-  text = choices.__doc__
+  text = records.__doc__
   shown = "\n".join(
       line.removeprefix("  ")
       for line in text[text.index("  Which") :].splitlines()

@@ -19,8 +19,7 @@ from prefix_distill.models import attention
 from prefix_distill.models.transformer import Model
 from prefix_distill.plan import count
 from prefix_distill.report import flops
-from prefix_distill.rollout import decode_state
-from prefix_distill.rollout import sampler
+from prefix_distill.rollout import generate
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 from prefix_distill.train import step as step_lib
@@ -297,12 +296,12 @@ def check(found: count.Count, wanted: float) -> None:
 
 
 def test_a_rollout_costs_what_the_ledger_says():
-  model, settings = Model(STUDENT), decode_state.SamplerConfig((), 0, 13)
-  draw = decode_state.Draw.of(SAMPLED)
+  model, settings = Model(STUDENT), generate.SamplerConfig((), 0, 13)
+  draw = generate.Draw.of(SAMPLED)
   key = jax.eval_shape(lambda: jax.random.key(0))
 
   def rollout(params, batch, key):
-    return sampler.sample(model, settings, SAMPLED, params, batch, key, draw)
+    return generate.sample(model, settings, SAMPLED, params, batch, key, draw)
 
   args = model.abstract_params(), BATCH, key
   found = counted(rollout, *args)

@@ -13,13 +13,13 @@ import pytest
 from prefix_distill import assets
 from prefix_distill.config import DatasetSpec
 from prefix_distill.config import DataSpec
-from prefix_distill.data import chat as chat_lib
 from prefix_distill.data import math_task
 from prefix_distill.data import prompts
 from prefix_distill.data import records
-from prefix_distill.data.chat import TokenizerError
+from prefix_distill.data import tokenizer
 from prefix_distill.data.prompts import PromptIterator
 from prefix_distill.data.records import DataError
+from prefix_distill.data.tokenizer import TokenizerError
 from prefix_distill.errors import ConfigError
 from prefix_distill.structs import PromptBatch
 
@@ -31,7 +31,7 @@ _RECORDS = [
 
 @pytest.fixture(scope="module")
 def chat():
-  return chat_lib.load("bundled:teacher")
+  return tokenizer.load("bundled:teacher")
 
 
 def _write_jsonl(path, rows):
@@ -231,7 +231,7 @@ def test_prompts_have_the_chat_form_and_the_suffix(chat):
 def test_stop_tokens_come_from_tokenizer_and_generation_config(tmp_path):
   directory = _tokenizer_directory(tmp_path)
   end_text, end_turn = (
-      chat_lib.load(str(directory)).encode(t)[0]
+      tokenizer.load(str(directory)).encode(t)[0]
       for t in ("<|endoftext|>", "<|im_end|>")
   )
   file = directory / "generation_config.json"
@@ -242,27 +242,27 @@ def test_stop_tokens_come_from_tokenizer_and_generation_config(tmp_path):
       (None, {end_turn}),
   ):
     _edit(file, eos_token_id=listed)
-    found = chat_lib.load(str(directory))
+    found = tokenizer.load(str(directory))
     assert found.stop_ids == tuple(sorted(stops))
     assert found.pad_id == end_text
   file.unlink()
-  assert chat_lib.load(str(directory)).stop_ids == (end_turn,)
+  assert tokenizer.load(str(directory)).stop_ids == (end_turn,)
 
 
 def test_a_tokenizer_without_a_stop_token_is_refused(tmp_path):
   directory = _tokenizer_directory(tmp_path)
   _edit(directory / "tokenizer_config.json", eos_token=None)
-  listed = chat_lib.load(str(directory))
+  listed = tokenizer.load(str(directory))
   assert listed.stop_ids == (listed.encode("<|im_end|>")[0],)
   _edit(directory / "generation_config.json", eos_token_id=None)
   with pytest.raises(TokenizerError, match=f"{directory}: .*eos_token"):
-    chat_lib.load(str(directory))
+    tokenizer.load(str(directory))
 
 
 def test_padding_without_a_pad_token_is_a_stop_token(tmp_path):
   directory = _tokenizer_directory(tmp_path)
   _edit(directory / "tokenizer_config.json", pad_token=None)
-  found = chat_lib.load(str(directory))
+  found = tokenizer.load(str(directory))
   assert found.pad_id == found.stop_ids[0]
 
 
@@ -270,7 +270,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
   directory = _tokenizer_directory(tmp_path)
   (directory / "chat_template.jinja").unlink()
   with pytest.raises(TokenizerError) as error:
-    chat_lib.load(str(directory))
+    tokenizer.load(str(directory))
   assert f"{directory}: the tokenizer has no chat template" in str(error.value)
 
 
@@ -281,7 +281,7 @@ def test_missing_and_broken_tokenizers_are_refused(text, tmp_path):
   if text is not None:
     (directory / "tokenizer.json").write_text(text)
   with pytest.raises(TokenizerError) as error:
-    chat_lib.load(str(directory))
+    tokenizer.load(str(directory))
   assert str(error.value).startswith(f"{directory}: the tokenizer cannot be")
   assert "\n" not in str(error.value)
 
@@ -289,9 +289,9 @@ def test_missing_and_broken_tokenizers_are_refused(text, tmp_path):
 def test_models_may_stop_differently_but_not_tokenize_differently(
     chat, tmp_path
 ):
-  base = chat_lib.load("bundled:capable")
+  base = tokenizer.load("bundled:capable")
   assert base.stop_ids != chat.stop_ids
-  chat_lib.check_same(base, chat)
+  tokenizer.check_same(base, chat)
   directory = _tokenizer_directory(tmp_path)
   vocab = chat.tokenizer.get_vocab()
   first, second = sorted(
@@ -302,10 +302,10 @@ def test_models_may_stop_differently_but_not_tokenize_differently(
   for word, other in (("pens", "?"), ("cups", "pens"), ("?", "cups")):
     text = text.replace(f'"Ġ{word}"', f'"Ġ{other}"')
   file.write_text(text)
-  changed = chat_lib.load(str(directory))
+  changed = tokenizer.load(str(directory))
   assert changed.encode(first[1]) == [second[0]]
   with pytest.raises(TokenizerError) as error:
-    chat_lib.check_same(changed, chat)
+    tokenizer.check_same(changed, chat)
   message = str(error.value)
   assert f"id {first[0]} is 'Ġ{second[1][1:]}' for the student" in message
   assert f"and 'Ġ{first[1][1:]}' for the teacher" in message
@@ -316,10 +316,10 @@ def test_a_vocabulary_that_is_longer_differs_in_its_first_extra_token(
     chat, tmp_path
 ):
   directory = _tokenizer_directory(tmp_path)
-  longer = chat_lib.load(str(directory))
+  longer = tokenizer.load(str(directory))
   longer.tokenizer.add_tokens(["<extra>", "<more>"])
   with pytest.raises(TokenizerError) as error:
-    chat_lib.check_same(chat, longer)
+    tokenizer.check_same(chat, longer)
   wanted = f"id {chat.num_tokens} is None for the student and '<extra>'"
   assert wanted in str(error.value)
 
@@ -491,7 +491,7 @@ def test_completions_end_though_only_the_generation_config_says_how(
 ):
   directory = _tokenizer_directory(tmp_path)
   _edit(directory / "tokenizer_config.json", eos_token=None)
-  chat = chat_lib.load(str(directory))
+  chat = tokenizer.load(str(directory))
   iterator = PromptIterator(questions(), chat, seed=0, completion_len=20)
   _, completions = next(iterator)
   for row, mask in zip(completions.tokens, completions.mask, strict=True):

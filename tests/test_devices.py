@@ -16,7 +16,7 @@ from prefix_distill import devices
 from prefix_distill import sharding
 from prefix_distill.models import attention
 from prefix_distill.plan import build
-from prefix_distill.rollout import sampler
+from prefix_distill.rollout import generate
 from prefix_distill.train import setup as setup_lib
 
 
@@ -177,7 +177,7 @@ def test_a_run_says_once_that_it_computes_in_float32(
 )
 def test_the_plan_computes_in_the_same(capability, dtype, monkeypatch):
   # A faked device has no compiler to ask.
-  monkeypatch.setattr(sampler, "compiler_options", lambda mesh: {})
+  monkeypatch.setattr(generate, "compiler_options", lambda mesh: {})
   config = dataclasses.replace(
       _config("bfloat16", "bfloat16"), mesh=config_lib.MeshSpec(fsdp=2)
   )

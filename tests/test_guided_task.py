@@ -10,19 +10,18 @@ import safetensors.numpy
 
 from prefix_distill import assets
 from prefix_distill.config import DatasetSpec
-from prefix_distill.data import chat as chat_lib
 from prefix_distill.data import guided_task
-from prefix_distill.data import make_guided
-from prefix_distill.data import make_tokenizer
 from prefix_distill.data import math_task
 from prefix_distill.data import records
+from prefix_distill.data import tokenizer
+from prefix_distill.experiments import bundled_models
 
 _CONTEXTS = tuple(guided_task.CONTEXTS)
 
 
 @pytest.fixture(scope="module")
 def chat():
-  return chat_lib.load("bundled:guided")
+  return tokenizer.load("bundled:guided")
 
 
 def _completions(context, size=400):
@@ -117,25 +116,25 @@ def test_every_word_of_every_context_is_one_token(chat):
 
 def test_the_tokenizer_goes_on_from_the_others(chat, tmp_path):
   vocab = chat.tokenizer.get_vocab()
-  teacher = chat_lib.load("bundled:teacher")
+  teacher = tokenizer.load("bundled:teacher")
   assert teacher.tokenizer.get_vocab().items() <= vocab.items()
   assert len(vocab) == teacher.num_tokens + len(guided_task.WORDS)
   assert chat.stop_ids == teacher.stop_ids
   assert chat.special_ids == teacher.special_ids
-  made = make_tokenizer.make_tokenizer("<|im_end|>", guided_task.WORDS)
+  made = bundled_models.make_tokenizer("<|im_end|>", guided_task.WORDS)
   made.save_pretrained(tmp_path)
   shipped = (assets.path("guided") / "tokenizer.json").read_text()
   assert (tmp_path / "tokenizer.json").read_text() == shipped
 
 
 def test_new_words_start_as_words_that_are_known(tmp_path):
-  make_guided.make(tmp_path / "start")
+  bundled_models.make_guided(tmp_path / "start")
   name = "model.embed_tokens.weight"
   old, new = (
       safetensors.numpy.load_file(path / "model.safetensors")
       for path in (assets.path("teacher"), tmp_path / "start")
   )
-  chat = chat_lib.load(str(tmp_path / "start"))
+  chat = tokenizer.load(str(tmp_path / "start"))
   count = len(old[name])
   np.testing.assert_array_equal(new[name][:count], old[name])
   (pens,), (stifte,) = chat.encode(" pens"), chat.encode(" Stifte")

@@ -14,14 +14,13 @@ import safetensors.numpy
 import toys
 
 from prefix_distill import assets
-from prefix_distill.data import chat as chat_lib
+from prefix_distill.data import tokenizer
 from prefix_distill.models import hf
 from prefix_distill.models import hf_export
 from prefix_distill.models import hf_names
 from prefix_distill.models.config import UnsupportedModelError
 from prefix_distill.models.transformer import Model
-from prefix_distill.rollout import decode_state
-from prefix_distill.rollout import sampler
+from prefix_distill.rollout import generate
 from prefix_distill.structs import PromptBatch
 
 _GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -52,9 +51,9 @@ def _random_params(model):
 def _answer(model, config, length, params, batch):
   """Returns hidden states, logits and the greedy continuation of prompts."""
   hidden = model.apply(params, batch.tokens, batch.mask)
-  rollout = sampler.sample(
+  rollout = generate.sample(
       model, config, length, params, batch, jax.random.key(0),
-      decode_state.Draw.of(length, greedy=True),
+      generate.Draw.of(length, greedy=True),
   )  # fmt: skip
   return hidden, model.logits(params, hidden), rollout
 
@@ -81,7 +80,7 @@ def _check_golden(directory):
   """Compares what we compute with what torch did."""
   wanted = np.load(directory / "expected.npz")
   model, params = _load(directory)
-  config = decode_state.SamplerConfig(
+  config = generate.SamplerConfig(
       stop_ids=(), pad_id=0, num_tokens=model.config.vocab_size
   )
   batch = _batch(wanted["tokens"], wanted["mask"])
@@ -166,7 +165,7 @@ def test_transformers_answers_as_we_do_after_an_export(tmp_path):
       tmp_path / "export", dtype=torch.float32, attn_implementation="eager"
   )
   assert all(p.dtype == torch.float32 for p in theirs.parameters())
-  chat = chat_lib.load(str(tmp_path / "export"))
+  chat = tokenizer.load(str(tmp_path / "export"))
   rows = [
       chat.encode(chat.prompt(question, "<think>"))
       for question in ("How many pens does Ann have?", "Ann has 7 pens.")
@@ -177,7 +176,7 @@ def test_transformers_answers_as_we_do_after_an_export(tmp_path):
     row[-len(prompt) :] = prompt
   mask = np.arange(length) >= length - np.array([[len(r)] for r in rows])
   wanted = make_golden.expected(theirs, tokens, mask)
-  config = decode_state.SamplerConfig(
+  config = generate.SamplerConfig(
       chat.stop_ids, chat.pad_id, chat.num_tokens
   )
   _, logits, rollout = _answer(

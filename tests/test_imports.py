@@ -17,15 +17,15 @@ EVERYWHERE = sorted(
 ORDER = (
     {"assets", "devices", "errors", "structs"},
     {"config"},
-    {"sharding", "processes"},
+    {"sharding", "distributed"},
     {"models"},
     {"data", "rollout", "report"},
     {"distill"},
     {"evaluate"},
-    {"train", "preflight", "distributed"},
+    {"train", "preflight"},
     {"command_line"},
-    {"main", "analyze", "plan"},
-    {"reproduce"},
+    {"main", "plan"},
+    {"experiments"},
 )
 RANK = {part: i for i, parts in enumerate(ORDER) for part in parts}
 

@@ -6,7 +6,6 @@ import toys
 
 from prefix_distill.models.transformer import Model
 from prefix_distill.report import flops
-from prefix_distill.report import paper_flops
 from prefix_distill.report.flops import Lengths
 from prefix_distill.train.ledger import Ledger
 
@@ -44,7 +43,7 @@ def test_lines_hold_sums_of_both_accountings_by_phase():
   parts = sum(second[f"flops_{phase}"] for phase in flops.PHASES)
   assert second["flops"] == pytest.approx(parts)
   assert second["flops_paper"] == sum(
-      paper_flops.distillation(STUDENT, TEACHER, THESE, source)
+      flops.paper_distillation(STUDENT, TEACHER, THESE, source)
       for source in ("student", "teacher")
   )
   assert (second["tokens"], second["rollout_len"]) == (2 * 13, 6.5)
@@ -71,7 +70,7 @@ def test_it_goes_on_from_a_checkpoints_totals():
   assert before["flops"] == spent.total + step
   assert after["flops"] == spent.total + 2 * step
   assert after["flops_decode"] == spent.decode
-  assert after["flops_paper"] == 2 * paper_flops.supervised(STUDENT, THESE)
+  assert after["flops_paper"] == 2 * flops.paper_supervised(STUDENT, THESE)
 
 
 def test_what_is_computed_again_is_counted():

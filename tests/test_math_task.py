@@ -10,9 +10,9 @@ import sys
 import pytest
 
 from prefix_distill import assets
-from prefix_distill.data import chat as chat_lib
-from prefix_distill.data import make_tokenizer
 from prefix_distill.data import math_task
+from prefix_distill.data import tokenizer
+from prefix_distill.experiments import bundled_models
 
 _STOPS = {
     "teacher": "<|im_end|>",
@@ -33,7 +33,7 @@ _TEXTS = (
 
 @pytest.fixture(scope="module")
 def chat():
-  return chat_lib.load("bundled:teacher")
+  return tokenizer.load("bundled:teacher")
 
 
 def _boxed(completion: str) -> str | None:
@@ -235,8 +235,8 @@ def test_decoding_inverts_encoding(chat):
 
 @pytest.mark.parametrize("name", sorted(_STOPS))
 def test_the_bundled_tokenizer_is_what_its_maker_makes(name, tmp_path):
-  made = make_tokenizer.make_tokenizer(_STOPS[name])
-  bundled = chat_lib.load(f"bundled:{name}").tokenizer
+  made = bundled_models.make_tokenizer(_STOPS[name])
+  bundled = tokenizer.load(f"bundled:{name}").tokenizer
   assert bundled.get_vocab() == made.get_vocab()
   assert bundled.chat_template == made.chat_template
   assert bundled.eos_token == made.eos_token == _STOPS[name]

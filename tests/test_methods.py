@@ -10,7 +10,6 @@ import toys
 
 from configs import math as experiment
 from prefix_distill import config as config_lib
-from prefix_distill import reproduce
 from prefix_distill.config import AgreementSpec
 from prefix_distill.config import AuditedSpec
 from prefix_distill.config import DriftSpec
@@ -22,6 +21,7 @@ from prefix_distill.config import PrefixSpec
 from prefix_distill.config import RandomSpec
 from prefix_distill.config import RolloutSpec
 from prefix_distill.data import records
+from prefix_distill.experiments import reproduce
 from prefix_distill.train import loop
 
 
@@ -55,7 +55,7 @@ def run(models, workdir, **changes) -> list[dict]:
         PrefixSpec(
             "agreement", agreement=AgreementSpec(2, 1.0, warmup_updates=1)
         ),
-        # Nothing but their rules sets these apart; see test_controllers.
+        # Nothing but their rules sets these apart; see test_prefix_schedule.
         pytest.param(
             PrefixSpec("plateau", plateau=PlateauSpec(2, 3, 0.0, 1)),
             marks=pytest.mark.slow,

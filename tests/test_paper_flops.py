@@ -4,19 +4,20 @@ import numpy as np
 import pytest
 import toys
 
+from prefix_distill.experiments import paper_tables
+from prefix_distill.experiments.paper_tables import TABLES
+from prefix_distill.models import published
 from prefix_distill.models.config import num_params
-from prefix_distill.report import paper_flops
-from prefix_distill.report import paper_tables
+from prefix_distill.report import flops
+from prefix_distill.report.flops import Convention
 from prefix_distill.report.flops import Lengths
-from prefix_distill.report.paper_flops import Convention
-from prefix_distill.report.paper_tables import TABLES
 
 
 def test_training_equals_a_count_by_hand():
   config = toys.model_config(num_layers=2)
   layer = 16 * 32 + 2 * 16 * 16 + 32 * 16 + 2 * 8 + 3 * 16 * 32 + 2 * 16
   wanted = 6 * (2 * layer + 16) * 7 + 12 * 2 * 4 * 8 * 7**2
-  assert paper_flops.train(config, [7]) == wanted
+  assert flops.paper_train(config, [7]) == wanted
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -33,13 +34,13 @@ def test_an_update_is_what_appendix_b_says():
   student, teacher = toys.model_config(), toys.model_config(dim=64)
   these = Lengths(np.array([3]), np.array([4, 9]))
   train, forward = (
-      lambda c: paper_flops.train(c, [7, 12]),
-      lambda c: paper_flops.train(c, [7, 12]) / 3,
+      lambda c: flops.paper_train(c, [7, 12]),
+      lambda c: flops.paper_train(c, [7, 12]) / 3,
   )
   wanted = train(student) + 2 * forward(student) + forward(teacher)
-  cost = paper_flops.distillation
+  cost = flops.paper_distillation
   assert cost(student, teacher, these) == pytest.approx(wanted)
-  assert paper_flops.supervised(student, these) == train(student)
+  assert flops.paper_supervised(student, these) == train(student)
   given = cost(student, teacher, these, "data")
   assert given == pytest.approx(wanted - forward(student))
   theirs = cost(student, teacher, these, "teacher")
@@ -49,15 +50,15 @@ def test_an_update_is_what_appendix_b_says():
 def test_a_longer_teacher_prompt_and_a_shorter_update_count():
   config = toys.model_config()
   these = Lengths(np.array([3]), np.array([4, 9]))
-  base = paper_flops.distillation(config, config, these)
+  base = flops.paper_distillation(config, config, these)
   longer = dataclasses.replace(these, teacher_prompts=np.array([8]))
   shorter = dataclasses.replace(these, trained=np.array([4, 2]))
-  assert paper_flops.distillation(config, config, longer) > base
-  assert paper_flops.distillation(config, config, shorter) < base
+  assert flops.paper_distillation(config, config, longer) > base
+  assert flops.paper_distillation(config, config, shorter) < base
 
 
 def test_the_papers_models_are_as_large_as_their_cards_say():
-  small, large = paper_tables.QWEN3_1_7B, paper_tables.QWEN3_8B
+  small, large = published.QWEN3_1_7B, published.QWEN3_8B
   assert num_params(small) == pytest.approx(1.72e9, rel=0.002)
   assert num_params(large) == pytest.approx(8.19e9, rel=0.002)
   assert Convention().params(small) == pytest.approx(1.4e9, rel=0.01)

@@ -19,6 +19,7 @@ from prefix_distill.config import ModelSpec
 from prefix_distill.config import RolloutSpec
 from prefix_distill.errors import UserError
 from prefix_distill.evaluate import benchmarks
+from prefix_distill.models import published
 from prefix_distill.plan import build
 from prefix_distill.plan import estimate
 from prefix_distill.plan import jobs
@@ -28,11 +29,10 @@ from prefix_distill.plan import planner
 from prefix_distill.plan import search
 from prefix_distill.plan.estimate import Assumptions
 from prefix_distill.plan.measure import Measured
-from prefix_distill.report import paper_tables
 from prefix_distill.train.compile import Segments
 
 GPU = machines.parse("h100:1")
-SMALL, LARGE = paper_tables.QWEN3_1_7B, paper_tables.QWEN3_8B
+SMALL, LARGE = published.QWEN3_1_7B, published.QWEN3_8B
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ from prefix_distill import config as config_lib
 from prefix_distill import errors
 from prefix_distill import preflight
 from prefix_distill.config import DatasetSpec
-from prefix_distill.data import chat as chat_lib
 from prefix_distill.data import prompt_checks
 from prefix_distill.data import records
+from prefix_distill.data import tokenizer
 from prefix_distill.models import hf
 from prefix_distill.train import setup
 
@@ -104,10 +104,10 @@ def test_the_default_is_shown_whole():
 
 @pytest.mark.parametrize("suffix", ("<think>", "</think>", ""))
 def test_every_special_token_is_shown_with_its_id(suffix):
-  chat = chat_lib.load("bundled:capable")
+  chat = tokenizer.load("bundled:capable")
   rows = [line.split() for line in _shown(_config(suffix=suffix)).splitlines()]
   tokens = chat.encode(chat.prompt("How many?", suffix))
-  stops = {*chat.stop_ids, *chat_lib.load("bundled:teacher").stop_ids}
+  stops = {*chat.stop_ids, *tokenizer.load("bundled:teacher").stop_ids}
   shown = {*chat.special_ids} & {*tokens} | stops | {chat.pad_id}
   assert len(shown) == 3 + bool(suffix)
   for token in shown:
@@ -201,7 +201,7 @@ def test_templates_that_differ(tmp_path):
   )
   sentence = _refusal(_config(teacher=teacher))
   assert f"student (bundled:capable) and the teacher ({teacher})" in sentence
-  chat = chat_lib.load("bundled:teacher")
+  chat = tokenizer.load("bundled:teacher")
   ours, theirs = (
       prompt_checks.named(chat, chat.encode(word)[0])
       for word in ("user", "system")
@@ -358,7 +358,7 @@ def test_one_record_of_a_data_set_is_streamed(tmp_path, monkeypatch):
 
 
 def test_warnings_and_checks_take_any_question():
-  chat, spec = chat_lib.load("bundled:capable"), _config().data
+  chat, spec = tokenizer.load("bundled:capable"), _config().data
   student = prompt_checks.Fed("student", chat, 471)
   for question in ("", " ", "<think>", "√2\n\n"):
     prompt_checks.check(spec, question, student, student)

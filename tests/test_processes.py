@@ -219,12 +219,12 @@ def test_a_workdir_that_is_not_shared_is_refused(toy, tmp_path):
 def test_a_process_whose_output_nobody_reads_tells_the_others():
   address = f"localhost:{toys.free_port()}"
   program = (
-      "from prefix_distill import distributed, errors, processes\n"
+      "from prefix_distill import distributed, errors\n"
       "import sys\n"
       f"spec = distributed.Spec({address!r}, 2, int(sys.argv[1]))\n"
       "with distributed.joined(spec):\n"
       "  if spec.process_id == 0: raise errors.UserError('It is gone.')\n"
-      "  processes.wait('what never comes')\n"
+      "  distributed.wait('what never comes')\n"
   )
   first, second = (
       subprocess.Popen(
@@ -281,10 +281,10 @@ def test_processes_that_do_not_come_together_end_in_time(process, reason):
 def test_the_tasks_of_a_slurm_step_find_one_another():
   """Each on a node of its own, so each with all the devices of its node."""
   program = (
-      "from prefix_distill import distributed, processes\n"
+      "from prefix_distill import distributed\n"
       "import jax\n"
       "with distributed.joined(distributed.Spec('slurm', timeout=200)):\n"
-      "  got = processes.from_first('name', f'of {jax.process_index()}')\n"
+      "  got = distributed.from_first('name', f'of {jax.process_index()}')\n"
       "  print(got, jax.process_count(), jax.local_device_count())\n"
   )
   step = _STEP | {

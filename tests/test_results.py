@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from prefix_distill import config as config_lib
-from prefix_distill import reproduce
-from prefix_distill.report import results
+from prefix_distill.experiments import reproduce
+from prefix_distill.experiments import results
 
 
 def row(cell, seed, step, accuracy, flops, student="capable"):

@@ -14,13 +14,12 @@ from prefix_distill.config import MeshSpec
 from prefix_distill.config import PrefixSpec
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.models import attention
-from prefix_distill.rollout import decode_state
-from prefix_distill.rollout import sampler
-from prefix_distill.rollout import slots
-from prefix_distill.rollout import token_choice
-from prefix_distill.rollout.decode_state import Draw
-from prefix_distill.rollout.decode_state import SamplerConfig
-from prefix_distill.rollout.token_choice import Truncation
+from prefix_distill.rollout import continuous_batching
+from prefix_distill.rollout import generate
+from prefix_distill.rollout import sampling
+from prefix_distill.rollout.generate import Draw
+from prefix_distill.rollout.generate import SamplerConfig
+from prefix_distill.rollout.sampling import Truncation
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 
@@ -36,16 +35,16 @@ PROMPTS = toys.prompts(ROWS)
 def _sample(config, length, batch, key, draw, parts):
   """A prefill, and a decode in parts of so many tokens."""
   columns = batch.tokens.shape[1] + length
-  state, first = sampler.prefill(
+  state, first = generate.prefill(
       MODEL, config, columns, PARAMS, batch, key, draw
   )
   layout = MODEL.decode_layout(PARAMS)
   whole = 1 + sum(parts)
-  rollout = decode_state.start(whole, config.pad_id, first)
+  rollout = generate.start(whole, config.pad_id, first)
   at = 1
   for steps in parts:
-    state, drawn = sampler.decode(MODEL, config, steps, layout, state, draw)
-    rollout = decode_state.append(rollout, drawn, at)
+    state, drawn = generate.decode(MODEL, config, steps, layout, state, draw)
+    rollout = generate.append(rollout, drawn, at)
     at += steps
   return jax.tree.map(lambda x: x[:, :length], rollout)
 
@@ -89,7 +88,7 @@ def forced_log_probs(
 def test_log_probs_are_the_teacher_forced_ones(temperature, per_prompt):
   config = dataclasses.replace(CONFIG, per_prompt=per_prompt)
   rollout = sample(config, temperature=temperature)
-  batch = sampler.repeat_prompts(per_prompt, PROMPTS)
+  batch = generate.repeat_prompts(per_prompt, PROMPTS)
   whole = forced_log_probs(batch, rollout, temperature)
   wanted = np.take_along_axis(whole, rollout.tokens[..., None], -1)[..., 0]
   assert rollout.mask.sum() > ROWS * per_prompt
@@ -215,11 +214,11 @@ def test_padded_ids_are_never_drawn_though_they_have_most_of_the_mass(greedy):
 def test_draws_follow_the_distribution():
   count = 20_000
   logits = jnp.array([0.0, 1.0, 2.0, -1.0, 9.0])
-  log_probs = token_choice.log_probs(logits, 0.7, 4)
-  keys = token_choice.row_keys(KEY, jnp.arange(count))
+  log_probs = sampling.log_probs(logits, 0.7, 4)
+  keys = sampling.row_keys(KEY, jnp.arange(count))
   whole = jnp.broadcast_to(log_probs, (count, 5))
-  tokens = token_choice.choose(keys, whole, greedy=False)
-  chosen = token_choice.log_prob_of(tokens, whole)
+  tokens = sampling.choose(keys, whole, greedy=False)
+  chosen = sampling.log_prob_of(tokens, whole)
   probs = np.exp(np.array([0, 1, 2, -1]) / 0.7)
   probs /= probs.sum()
   error = np.sqrt(probs * (1 - probs) / count)
@@ -232,9 +231,9 @@ def test_draws_follow_the_distribution():
 @pytest.mark.parametrize("size", [471, 512, 4800, 8 * 263, 16 * 512])
 def test_draws_invert_the_cumulated_probabilities(size):
   probs = np.random.default_rng(size).dirichlet(np.full(size, 0.1))
-  keys = token_choice.row_keys(KEY, jnp.arange(1000))
+  keys = sampling.row_keys(KEY, jnp.arange(1000))
   whole = jnp.broadcast_to(jnp.log(probs), (1000, size))
-  tokens = np.asarray(token_choice.choose(keys, whole, greedy=False))
+  tokens = np.asarray(sampling.choose(keys, whole, greedy=False))
   uniform = np.asarray(jax.vmap(jax.random.uniform)(keys))
   after = np.cumsum(probs)[tokens]
   assert (after > uniform - 1e-5).all()
@@ -263,7 +262,7 @@ def test_decoding_in_segments_is_decoding_at_once(parts):
 )
 def test_truncation_keeps_the_most_probable_and_renormalises(truncation, kept):
   probs = np.array([0.05, 0.5, 0.15, 0.3])
-  cut = np.exp(token_choice.truncate(jnp.log(probs), truncation))
+  cut = np.exp(sampling.truncate(jnp.log(probs), truncation))
   order = np.argsort(-probs)
   wanted = np.zeros(4)
   wanted[order[:kept]] = probs[order[:kept]] / probs[order[:kept]].sum()
@@ -300,11 +299,11 @@ def test_the_engine_answers_as_a_batch_of_its_own_does(rows, cap):
       jnp.array(toys.STOPS)
   ].multiply(0.1)
   draw = Draw.of(cap)
-  engine = slots.Engine(model, CONFIG, params, rows, MESH)
+  engine = continuous_batching.Engine(model, CONFIG, params, rows, MESH)
   prompts = jax.tree.map(np.asarray, toys.prompts(20))
   found = {n: (t, s) for n, t, s in engine.answers(prompts, KEY, draw)}
   assert sorted(found) == list(range(20))
-  wanted = sampler.sample(model, CONFIG, cap, params, prompts, KEY, draw)
+  wanted = generate.sample(model, CONFIG, cap, params, prompts, KEY, draw)
   lengths = set()
   for number, (tokens, stopped) in found.items():
     mask = np.asarray(wanted.mask[number])
@@ -318,7 +317,7 @@ def test_the_engine_answers_as_a_batch_of_its_own_does(rows, cap):
 def test_a_narrow_cache_changes_log_probs_a_little(cache_dtype):
   config = dataclasses.replace(CONFIG, cache_dtype=cache_dtype)
   state, _ = jax.eval_shape(
-      lambda: sampler.prefill(
+      lambda: generate.prefill(
           MODEL, config, 20, PARAMS, PROMPTS, KEY, Draw.of(LENGTH)
       )
   )
@@ -337,13 +336,13 @@ def test_a_narrow_cache_changes_log_probs_a_little(cache_dtype):
 def test_rows_change_the_cache_and_keep_all_that_they_hold(size):
   model = dataclasses.replace(MODEL, mesh=MESH)
   draw = Draw.of(LENGTH)
-  state, _ = sampler.prefill(model, CONFIG, 15, PARAMS, PROMPTS, KEY, draw)
+  state, _ = generate.prefill(model, CONFIG, 15, PARAMS, PROMPTS, KEY, draw)
   layout = model.decode_layout(PARAMS)
-  state, _ = sampler.decode(model, CONFIG, 6, layout, state, draw)
-  place = decode_state.state_shardings(model, CONFIG)
+  state, _ = generate.decode(model, CONFIG, 6, layout, state, draw)
+  place = generate.state_shardings(model, CONFIG)
   state = jax.device_put(state, place)
   before = jax.tree.map(_plain, state)
-  resizer = decode_state.Resizer(place)
+  resizer = generate.Resizer(place)
   shapes = resizer.shapes(state, size)
   old = jax.tree.leaves(state.cache.layers)
   found = resizer(state, size)
@@ -364,19 +363,19 @@ def test_rows_change_the_cache_and_keep_all_that_they_hold(size):
 
 @pytest.mark.parametrize("prompt", [5, 52, 512])
 def test_a_cache_grows_by_an_eighth_at_most_and_in_whole_segments(prompt):
-  rooms = decode_state.rooms(MODEL, CONFIG, prompt, 16_384)
+  rooms = generate.rooms(MODEL, CONFIG, prompt, 16_384)
   assert rooms[-1] == 16_384
   for small, large in itertools.pairwise(rooms):
     step = large - small
     assert 0 < step <= max(128, (prompt + large) / 8)
-    assert small % sampler.segment(MODEL) == 0
+    assert small % generate.segment(MODEL) == 0
   assert len(rooms) < 45
 
 
 def test_a_kernel_that_reads_lengths_gets_its_cache_at_once(monkeypatch):
   kernel = attention.CacheKernel("cudnn", attention.CPU.layout, True)
   monkeypatch.setattr(attention, "cache_kernel", lambda *_: kernel)
-  assert decode_state.rooms(MODEL, CONFIG, 512, 16_384) == (16_384,)
+  assert generate.rooms(MODEL, CONFIG, 512, 16_384) == (16_384,)
 
 
 def _plain(x):

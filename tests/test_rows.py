@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prefix_distill.train import rows
+from prefix_distill.train import microbatch
 
 
 @pytest.mark.parametrize(
@@ -18,13 +18,13 @@ from prefix_distill.train import rows
     ],
 )
 def test_as_few_parts_as_keep_to_the_limit(most, wanted):
-  assert rows.count(32, 10, most, shards=4) == wanted
+  assert microbatch.count(32, 10, most, shards=4) == wanted
 
 
 def test_parts_are_even():
   # Of 6 rows a shard there are 1, 2, 3 and 6 parts; 4 would be enough.
-  assert rows.count(24, 10, 60, shards=4) == 6
-  assert rows.count(24, 10, 80, shards=4) == 3
+  assert microbatch.count(24, 10, 60, shards=4) == 6
+  assert microbatch.count(24, 10, 80, shards=4) == 3
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -34,14 +34,14 @@ def test_parts_together_are_the_whole_in_its_order(count):
       axis_types=(jax.sharding.AxisType.Auto,) * 3,
   )  # fmt: skip
   whole = np.arange(8 * 3).reshape(8, 3)
-  take = jax.jit(rows.take, static_argnums=(0, 1))
+  take = jax.jit(microbatch.take, static_argnums=(0, 1))
   taken = [
       np.asarray(take(count, mesh, jnp.array(whole), i)) for i in range(count)
   ]
   assert [len(x) for x in taken] == [8 // count] * count
-  np.testing.assert_array_equal(rows.join(taken), whole)
+  np.testing.assert_array_equal(microbatch.join(taken), whole)
   # Each row was then repeated, neighbours together.
   repeated = [np.repeat(x, 2, axis=0) for x in taken]
   np.testing.assert_array_equal(
-      rows.join(repeated, 2), np.repeat(whole, 2, axis=0)
+      microbatch.join(repeated, 2), np.repeat(whole, 2, axis=0)
   )

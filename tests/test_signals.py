@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from prefix_distill.train import signals
+from prefix_distill.train import loop
 
 
 @pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN])
@@ -16,7 +16,7 @@ def inherited(request):
 
 
 def test_ctrl_c_stops_a_run_unless_whoever_started_it_ignores_it(inherited):
-  with signals.stop_on_signal() as stop:
+  with loop.stop_on_signal() as stop:
     signal.raise_signal(signal.SIGINT)
     assert stop.wanted is (inherited != signal.SIG_IGN)
   assert signal.getsignal(signal.SIGINT) == inherited
@@ -24,7 +24,7 @@ def test_ctrl_c_stops_a_run_unless_whoever_started_it_ignores_it(inherited):
 
 def test_a_preemption_stops_it_and_an_ignored_ctrl_c_stays_ignored(inherited):
   before = signal.getsignal(signal.SIGTERM)
-  with signals.stop_on_signal() as stop:
+  with loop.stop_on_signal() as stop:
     assert not stop.wanted
     signal.raise_signal(signal.SIGTERM)
     assert stop.wanted

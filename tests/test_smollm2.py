@@ -12,11 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prefix_distill.data import chat as chat_lib
+from prefix_distill.data import tokenizer
 from prefix_distill.models import hf
 from prefix_distill.models.transformer import Model
-from prefix_distill.rollout import decode_state
-from prefix_distill.rollout import sampler
+from prefix_distill.rollout import generate
 from prefix_distill.structs import PromptBatch
 
 pytestmark = pytest.mark.smollm2
@@ -75,7 +74,7 @@ def _theirs(dtype):
 @functools.cache
 def _prompts():
   """All questions in one batch, padded on the left."""
-  chat = chat_lib.load(_directory())
+  chat = tokenizer.load(_directory())
   rows = [chat.encode(chat.prompt(q, "")) for q in _QUESTIONS]
   length = max(map(len, rows))
   mask = np.arange(length) >= length - np.array([[len(r)] for r in rows])
@@ -145,13 +144,13 @@ def test_greedy_text_equals_that_of_transformers():
       max_new_tokens=_NEW, pad_token_id=chat.pad_id,
   )[:, tokens.shape[1] :].numpy()  # fmt: skip
   model, params = _ours("float32")
-  config = decode_state.SamplerConfig(
+  config = generate.SamplerConfig(
       chat.stop_ids, chat.pad_id, model.config.vocab_size
   )
   batch = PromptBatch(tokens, mask, np.arange(len(tokens), dtype=np.int32))
-  rollout = jax.jit(sampler.sample, static_argnums=(0, 1, 2))(
+  rollout = jax.jit(generate.sample, static_argnums=(0, 1, 2))(
       model, config, _NEW, params, batch, jax.random.key(0),
-      decode_state.Draw.of(_NEW, greedy=True),
+      generate.Draw.of(_NEW, greedy=True),
   )  # fmt: skip
   ours = np.asarray(rollout.tokens)[:, : theirs.shape[1]]
   parted = np.flatnonzero((ours != theirs).any(axis=1))

@@ -15,13 +15,12 @@ from prefix_distill.distill import chunked_head
 from prefix_distill.distill import loss as loss_lib
 from prefix_distill.distill.loss import ExactLoss
 from prefix_distill.distill.loss import SampledLoss
-from prefix_distill.rollout import decode_state
-from prefix_distill.rollout import sampler
+from prefix_distill.rollout import generate
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 from prefix_distill.structs import TeacherScores
+from prefix_distill.train import microbatch
 from prefix_distill.train import optimizer
-from prefix_distill.train import rows
 from prefix_distill.train import step as step_lib
 
 LENGTHS = [1, 3, 8, 8, 2, 5, 8, 1]
@@ -43,7 +42,7 @@ OBJECTIVES = {
 FORMS = pytest.mark.parametrize("form", OBJECTIVES)
 WATCH = step_lib.Watch(4 * COLUMNS, toys.STOPS)
 
-sample = jax.jit(sampler.sample, static_argnums=(0, 1, 2))
+sample = jax.jit(generate.sample, static_argnums=(0, 1, 2))
 _score = jax.jit(loss_lib.score, static_argnums=(0, 1))
 
 
@@ -76,7 +75,7 @@ def train_step(
   def step(state, teacher_head, inputs):
     total = None
     for i in range(parts):
-      part = rows.take(parts, MESH, inputs, i)
+      part = microbatch.take(parts, MESH, inputs, i)
       total = step_lib.gradient(loss, state.params, teacher_head, part, total)
     return step_lib.apply(tx, normalize, state, total)
 
@@ -328,17 +327,17 @@ def _adam() -> optax.GradientTransformation:
 def kl_before_and_after(form: str) -> tuple[float, float]:
   """Runs sample, score, update 50 times; returns the exact KL per token."""
   prompts, per_prompt, cap = toys.prompts(4, seed=2), 32, 3
-  config = decode_state.SamplerConfig(
+  config = generate.SamplerConfig(
       toys.STOPS, toys.PAD, toys.NUM_TOKENS, per_prompt
   )
-  batch = sampler.repeat_prompts(per_prompt, prompts)
+  batch = generate.repeat_prompts(per_prompt, prompts)
   tx = _adam()
   state, kl = step_lib.init_state(PARAMS, tx), []
   for number in range(51):
     key = jax.random.key(number)
     rollout = sample(
         STUDENT, config, cap, state.params, prompts, key,
-        decode_state.Draw.of(cap),
+        generate.Draw.of(cap),
     )  # fmt: skip
     if number in (0, 50):
       inputs = (batch, rollout, score("exact", rollout, batch))

@@ -15,8 +15,8 @@ from prefix_distill import errors
 from prefix_distill import preflight
 from prefix_distill.config import DatasetSpec
 from prefix_distill.config import DataSpec
-from prefix_distill.data import chat as chat_lib
 from prefix_distill.data import prompts
+from prefix_distill.data import tokenizer
 from prefix_distill.data.prompts import PromptIterator
 from prefix_distill.data.records import DataError
 from prefix_distill.distill import loss as loss_lib
@@ -33,7 +33,7 @@ _TEMPLATE = "{question} \\boxed{{turns.0.text}} and {}\nAnd {question}"
 
 @pytest.fixture(scope="module")
 def chat():
-  return chat_lib.load("bundled:teacher")
+  return tokenizer.load("bundled:teacher")
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_buckets_cut_the_students_prompt_only(chat, source):
 
 def test_the_teachers_template_opens_its_thoughts_once(chat):
   assert chat.own_prompt("Ann", "<think>") == chat.prompt("Ann", "<think>")
-  thinking = chat_lib.load("bundled:teacher")
+  thinking = tokenizer.load("bundled:teacher")
   thinking.tokenizer.chat_template += "{{- '<think>\\n' }}"
   own = thinking.own_prompt("Ann", "<think>")
   assert own == chat.prompt("Ann", "<think>\n")

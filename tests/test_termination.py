@@ -5,7 +5,6 @@ import pytest
 import toys
 
 from prefix_distill.report import metrics
-from prefix_distill.report import termination
 from prefix_distill.train import loop
 
 
@@ -27,8 +26,8 @@ from prefix_distill.train import loop
 def test_repetition_counts_runs_of_four_that_were_there_before(
     tokens, repeated
 ):
-  assert termination.repetition(tokens) == pytest.approx(repeated)
-  assert termination.repetition(np.array(tokens, np.int32)) == pytest.approx(
+  assert metrics.repetition(tokens) == pytest.approx(repeated)
+  assert metrics.repetition(np.array(tokens, np.int32)) == pytest.approx(
       repeated
   )
 
@@ -44,14 +43,14 @@ def test_repetition_counts_runs_of_four_that_were_there_before(
     ],
 )
 def test_95_percent_of_answers_are_no_longer_than_p95(lengths, p95):
-  assert termination.length_p95(np.array(lengths)) == p95
+  assert metrics.length_p95(np.array(lengths)) == p95
   shape = (-1, 2) if len(lengths) % 2 == 0 else (-1, 1)
-  assert termination.length_p95(np.array(lengths[::-1]).reshape(shape)) == p95
+  assert metrics.length_p95(np.array(lengths[::-1]).reshape(shape)) == p95
 
 
 def test_answers_either_stop_or_are_cut():
   finished = np.array([[True, True], [True, False]])
-  assert termination.shares(finished) == {"finish_rate": 0.75, "cut": 0.25}
+  assert metrics.shares(finished) == {"finish_rate": 0.75, "cut": 0.25}
 
 
 def test_rollouts_that_stop_at_the_cap_were_not_cut():
@@ -65,14 +64,14 @@ def test_rollouts_that_stop_at_the_cap_were_not_cut():
   mask = np.arange(cap) < np.array([[len(row)] for row in rows])
   # What lies behind the mask is never looked at, not even a stop token.
   tokens = np.array([row + [stop] * (cap - len(row)) for row in rows])
-  found = termination.of_rollouts(tokens, mask, (8, stop))
+  found = metrics.of_rollouts(tokens, mask, (8, stop))
   assert found == {
       "finish_rate": 0.75,
       "cut": 0.25,
       "rollout_len_p95": 6,
       "repetition": pytest.approx((2 / 3) / 4),
   }
-  found = termination.of_rollouts(tokens, mask, (pad,))
+  found = metrics.of_rollouts(tokens, mask, (pad,))
   assert (found["finish_rate"], found["cut"]) == (0, 1)
 
 

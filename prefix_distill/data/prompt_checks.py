@@ -10,8 +10,8 @@ import itertools
 import re
 
 from prefix_distill.config import DataSpec
-from prefix_distill.data.chat import Chat
-from prefix_distill.data.chat import TokenizerError
+from prefix_distill.data.tokenizer import Chat
+from prefix_distill.data.tokenizer import TokenizerError
 from prefix_distill.errors import ConfigError
 
 _MARKUP = re.compile(r"<[^<>\s]+>")

@@ -22,7 +22,7 @@ import numpy as np
 from prefix_distill.config import DataSpec
 from prefix_distill.config import FIELD
 from prefix_distill.data import records
-from prefix_distill.data.chat import Chat
+from prefix_distill.data.tokenizer import Chat
 from prefix_distill.errors import ConfigError
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout

@@ -10,7 +10,7 @@ the letter in \boxed{}.
 Not stated in the paper, and chosen here: which 500 questions (those that
 `records.lot` draws with seed 0), the order of GPQA's options (the same seed;
 the data set has the right one first), the prompt of multiple choice
-(`data/choices.py`), and the room for its prompts, some of which are long.
+(`data/records.py`), and the room for its prompts, some of which are long.
 HMMT (February 2025) and AMC (AMC 23) are not the paper's; they are sampled as
 AIME is.
 

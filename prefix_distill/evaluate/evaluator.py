@@ -13,17 +13,16 @@ import numpy as np
 from prefix_distill import sharding
 from prefix_distill.config import DatasetSpec
 from prefix_distill.config import EvaluationSpec
-from prefix_distill.data import choices
 from prefix_distill.data import prompts
 from prefix_distill.data import records
-from prefix_distill.data.chat import Chat
+from prefix_distill.data.tokenizer import Chat
 from prefix_distill.evaluate import grading
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
-from prefix_distill.report import termination
-from prefix_distill.rollout import decode_state
-from prefix_distill.rollout import slots
-from prefix_distill.rollout.token_choice import Truncation
+from prefix_distill.report import metrics
+from prefix_distill.rollout import continuous_batching
+from prefix_distill.rollout import generate
+from prefix_distill.rollout.sampling import Truncation
 from prefix_distill.structs import PromptBatch
 
 # Rows of a set with a length of its own are cut to a multiple of this.
@@ -60,7 +59,7 @@ class Completions:
     lengths: int [problems, samples], in tokens, with the stop token.
     finished: bool [problems, samples], whether each stopped by itself; the
       others were cut at the longest length.
-    repetition: float [problems, samples], see `termination.repetition`.
+    repetition: float [problems, samples], see `metrics.repetition`.
   """
 
   texts: Sequence[Sequence[str]]
@@ -75,7 +74,7 @@ def _read_problem(
   """Returns what is asked and the right answer."""
   record, where = source[number], source.where(number)
   if spec.choices:
-    return choices.problem(record, spec, where)
+    return records.multiple_choice(record, spec, where)
   return (
       records.text(record, spec.question, where),
       records.text(record, spec.answer, where),
@@ -138,12 +137,12 @@ def load_problems(
 
 
 def complete(
-    engine: slots.Engine,
+    engine: continuous_batching.Engine,
     chat: Chat,
     problems: Problems,
     samples: int,
     seed: int,
-    draw: decode_state.Draw,
+    draw: generate.Draw,
 ) -> Completions:
   """Decodes every answer to its end.
 
@@ -172,7 +171,7 @@ def complete(
     at = divmod(answer, samples)
     texts[at[0]][at[1]] = chat.answer(tokens, np.ones(len(tokens), bool))
     lengths[at], finished[at] = len(tokens), stopped
-    repetition[at] = termination.repetition(tokens)
+    repetition[at] = metrics.repetition(tokens)
   return Completions(texts, lengths, finished, repetition)
 
 
@@ -199,9 +198,9 @@ def summarize(
       "accuracy_finished": float(correct[finished].mean())
       if finished.any()
       else 0.0,
-      **termination.shares(finished),
+      **metrics.shares(finished),
       "mean_length": float(completions.lengths.mean()),
-      "length_p95": termination.length_p95(completions.lengths),
+      "length_p95": metrics.length_p95(completions.lengths),
       "repetition": float(completions.repetition.mean()),
       "problems": len(answers),
       "samples": correct.shape[1],
@@ -210,9 +209,9 @@ def summarize(
 
 def sampler_config(
     chat: Chat, spec: EvaluationSpec, stop_ids: tuple[int, ...]
-) -> decode_state.SamplerConfig:
+) -> generate.SamplerConfig:
   """Returns how answers are sampled."""
-  return decode_state.SamplerConfig(
+  return generate.SamplerConfig(
       stop_ids=stop_ids,
       pad_id=chat.pad_id,
       num_tokens=chat.num_tokens,
@@ -258,12 +257,12 @@ def evaluate(
   shards = sharding.batch_shards(mesh)
   most = max(len(one.answers) * one.samples for one in sets.values())
   rows = min(rows, -(-most // shards) * shards)
-  engine = slots.Engine(model, config, params, rows, mesh)
+  engine = continuous_batching.Engine(model, config, params, rows, mesh)
   for name, problems in sets.items():
     for mode in modes:
       greedy = mode == "greedy"
       samples = 1 if greedy else problems.samples
-      draw = decode_state.Draw.of(spec.max_len, spec.temperature, greedy)
+      draw = generate.Draw.of(spec.max_len, spec.temperature, greedy)
       completions = complete(engine, chat, problems, samples, seed, draw)
       result = summarize(completions, problems.answers, problems.grading)
       write({

@@ -11,14 +11,13 @@ from prefix_distill.config import Config
 from prefix_distill.config import ModelSpec
 from prefix_distill.errors import ConfigError
 from prefix_distill.models import hf
+from prefix_distill.models import published
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
-from prefix_distill.report import paper_tables
-from prefix_distill.rollout import decode_state
-from prefix_distill.rollout import sampler
-from prefix_distill.rollout import slots
-from prefix_distill.rollout.token_choice import Truncation
+from prefix_distill.rollout import continuous_batching
+from prefix_distill.rollout import generate
+from prefix_distill.rollout.sampling import Truncation
 from prefix_distill.train import capacity
 from prefix_distill.train import setup as setup_lib
 from prefix_distill.train.compile import Program
@@ -33,8 +32,8 @@ _SAMPLING = (
 )  # fmt: skip
 # For a laptop without a network: the architectures of the paper's models.
 _KNOWN = {
-    "Qwen/Qwen3-1.7B": paper_tables.QWEN3_1_7B,
-    "Qwen/Qwen3-8B": paper_tables.QWEN3_8B,
+    "Qwen/Qwen3-1.7B": published.QWEN3_1_7B,
+    "Qwen/Qwen3-8B": published.QWEN3_8B,
 }
 
 
@@ -123,11 +122,11 @@ def _evaluate(plan: Plan, model: Model, name: str) -> Iterator[Stage]:
   """
   setup, spec = plan.setup, plan.setup.config.evaluation
   mesh, model = setup.sampling_mesh, setup.for_sampling(model)
-  config = decode_state.SamplerConfig(
+  config = generate.SamplerConfig(
       setup.stop_ids, setup.chat.pad_id, setup.chat.num_tokens,
       truncation=Truncation(spec.top_k, spec.top_p),
   )  # fmt: skip
-  place = decode_state.state_shardings(model, config)
+  place = generate.state_shardings(model, config)
   prompt = max(
       one.max_prompt_len or setup.config.data.max_prompt_len
       for one in spec.sets.values()
@@ -137,19 +136,19 @@ def _evaluate(plan: Plan, model: Model, name: str) -> Iterator[Stage]:
   )
   layout = jax.eval_shape(model.decode_layout, model.abstract_params())
   layout = sharding.placed(layout, sharding.decode_params(layout, mesh))
-  steps, drawn = sampler.segment(model), 1
+  steps, drawn = generate.segment(model), 1
   program = Program(
-      sampler.decode,
+      generate.decode,
       3,
       out_shardings=(place, sharding.batch_sharding(mesh)),
       donate_argnums=4,
-      compiler_options=sampler.compiler_options(mesh),
+      compiler_options=generate.compiler_options(mesh),
   )
-  kernel = model.cache_kernel(decode_state.cache_dtype(model, config))
-  for room in slots.rooms(model, config, prompt, spec.max_len):
-    columns = decode_state.columns(model, config, prompt + room)
+  kernel = model.cache_kernel(generate.cache_dtype(model, config))
+  for room in continuous_batching.rooms(model, config, prompt, spec.max_len):
+    columns = generate.columns(model, config, prompt + room)
     state = jax.eval_shape(
-        lambda columns=columns: decode_state.empty(
+        lambda columns=columns: generate.empty(
             model, config, rows, columns, jax.random.key(0)
         )
     )
@@ -157,7 +156,7 @@ def _evaluate(plan: Plan, model: Model, name: str) -> Iterator[Stage]:
         steps, -(-(room + 1 - drawn) // steps), drawn,
         setup.config.data.max_prompt_len, columns, kernel.reads_lengths,
     ).until(spec.max_len)  # fmt: skip
-    draw = decode_state.Draw.of(spec.max_len)
+    draw = generate.Draw.of(spec.max_len)
     args = (model, config, steps, layout, sharding.placed(state, place), draw)
     if segments.count:
       yield Stage(name, program, args, rows=rows, segments=segments)

@@ -21,7 +21,7 @@ from prefix_distill.plan import build
 from prefix_distill.plan import collectives
 from prefix_distill.plan import count
 from prefix_distill.plan.machines import Machine
-from prefix_distill.rollout.decode_state import DecodeState
+from prefix_distill.rollout.generate import DecodeState
 from prefix_distill.train.compile import Stage
 
 _GIB = 2**30

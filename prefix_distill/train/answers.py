@@ -11,15 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tqdm
 
-from prefix_distill import processes
+from prefix_distill import distributed
 from prefix_distill.config import Config
 from prefix_distill.config import DatasetSpec
 from prefix_distill.data import prompts as prompts_lib
 from prefix_distill.data import records
 from prefix_distill.data.prompts import PromptIterator
 from prefix_distill.report import flops
-from prefix_distill.rollout import decode_state
-from prefix_distill.rollout import slots
+from prefix_distill.rollout import continuous_batching
+from prefix_distill.rollout import generate
 from prefix_distill.structs import PromptBatch
 from prefix_distill.train import capacity
 from prefix_distill.train import setup as setup_lib
@@ -40,7 +40,7 @@ def with_answers(
     DataError: no answer ended within `rollout.max_len` tokens.
   """
   path = workdir / FILE
-  if not processes.from_first("answers", path.is_file()):
+  if not distributed.from_first("answers", path.is_file()):
     rows = list(_answers(setup))
     if not rows:
       raise records.DataError(
@@ -51,7 +51,7 @@ def with_answers(
       partial = path.with_suffix(".partial")
       pq.write_table(pa.Table.from_pylist(rows), partial)
       partial.rename(path)
-  processes.wait("answers")
+  distributed.wait("answers")
   spec = DatasetSpec(
       str(path), question="question", completion="completion"
   )
@@ -94,7 +94,7 @@ def _answers(setup: setup_lib.Setup) -> Iterator[dict[str, Any]]:
       np.arange(len(kept), dtype=np.int32),
   )
   model = setup.for_sampling(setup.teacher)
-  sampler_config = decode_state.SamplerConfig(
+  sampler_config = generate.SamplerConfig(
       stop_ids=setup.teacher_stop_ids,
       pad_id=chat.pad_id,
       num_tokens=chat.num_tokens,
@@ -105,10 +105,10 @@ def _answers(setup: setup_lib.Setup) -> Iterator[dict[str, Any]]:
   rows = capacity.answers(
       setup, model, sampler_config, params, batch.tokens.shape[1]
   )
-  engine = slots.Engine(
+  engine = continuous_batching.Engine(
       model, sampler_config, params, rows, setup.sampling_mesh
   )
-  draw = decode_state.Draw.of(
+  draw = generate.Draw.of(
       config.rollout.max_len, config.rollout.temperature
   )
   answers = tqdm.tqdm(

@@ -11,8 +11,8 @@ import jax
 
 from prefix_distill import sharding
 from prefix_distill.models.transformer import Model
-from prefix_distill.rollout import decode_state
-from prefix_distill.rollout import slots
+from prefix_distill.rollout import continuous_batching
+from prefix_distill.rollout import generate
 from prefix_distill.train import setup as setup_lib
 
 # Of the memory, what is left to the compiler's own needs and to fragments.
@@ -46,7 +46,7 @@ def _free(setup: setup_lib.Setup, model: Model, resting: Any) -> float:
 
 def _row_bytes(
     model: Model,
-    config: decode_state.SamplerConfig,
+    config: generate.SamplerConfig,
     prompt: int,
     length: int,
     reading: float,
@@ -63,12 +63,12 @@ def _row_bytes(
     length: P.
     reading: prompts that are read at a time, for each row.
   """
-  c, dtype = model.config, decode_state.cache_dtype(model, config)
+  c, dtype = model.config, generate.cache_dtype(model, config)
   kernel, split = model.cache_kernel(dtype), model.mesh.shape["tensor"]
   shards = split if c.num_kv_heads % split == 0 else 1
   heads = 2 * c.num_layers * c.num_kv_heads / shards
   entry = c.head_dim * dtype.itemsize + (4 if dtype.itemsize == 1 else 0)
-  columns = decode_state.columns(model, config, prompt + length)
+  columns = generate.columns(model, config, prompt + length)
   cache = columns * heads * entry
   growth = 0.0 if kernel.reads_lengths else cache / c.num_layers
   read = 2 * prompt * heads * c.head_dim * model.dtype.itemsize
@@ -78,7 +78,7 @@ def _row_bytes(
 def rollouts(
     setup: setup_lib.Setup,
     model: Model,
-    config: decode_state.SamplerConfig,
+    config: generate.SamplerConfig,
     resting: Any,
     prompt: int,
     length: int,
@@ -102,7 +102,7 @@ def rollouts(
 def answers(
     setup: setup_lib.Setup,
     model: Model,
-    config: decode_state.SamplerConfig,
+    config: generate.SamplerConfig,
     resting: Any,
     prompt: int,
 ) -> int:
@@ -127,6 +127,7 @@ def answers(
     moved = jax.eval_shape(model.cast, model.abstract_params())
     resting = [resting, sharding.with_shardings(moved, model.mesh)]
   most = rollouts(
-      setup, model, config, resting, prompt, spec.max_len, slots.REFILL
+      setup, model, config, resting, prompt, spec.max_len,
+      reading=continuous_batching.REFILL,
   )
   return shards * most

@@ -5,7 +5,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from prefix_distill import processes
+from prefix_distill import distributed
 from prefix_distill.config import CheckpointSpec
 from prefix_distill.errors import UserError
 from prefix_distill.train.step import TrainState
@@ -28,7 +28,7 @@ class Checkpointer:
 
   def latest_step(self) -> int | None:
     """Returns the last saved step, the one that process 0 sees."""
-    return processes.from_first("step", self._manager.latest_step())
+    return distributed.from_first("step", self._manager.latest_step())
 
   def save(self, state: TrainState, data: str, totals: dict[str, Any]) -> None:
     """Saves after an update; every process must call it.
@@ -70,7 +70,7 @@ class Checkpointer:
     except Exception as error:
       raise CheckpointError(
           f"The checkpoint of step {step} in {self._manager.directory} cannot"
-          f" be restored ({processes.first_line(error)}); delete that step's"
+          f" be restored ({distributed.first_line(error)}); delete that step's"
           " directory to go back to the one before."
       ) from error
     return restored.state, restored.host["data"], restored.host["totals"]

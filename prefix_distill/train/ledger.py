@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from prefix_distill.report import flops
-from prefix_distill.report import paper_flops
 from prefix_distill.report.flops import Lengths
 from prefix_distill.report.flops import StepFlops
 from prefix_distill.train import setup as setup_lib
@@ -68,8 +67,8 @@ class Ledger:
   def _paper(self, lengths: Lengths, source: str) -> float:
     student, teacher = self._setup.student, self._setup.teacher
     if teacher is None:
-      return paper_flops.supervised(student.config, lengths)
-    return paper_flops.distillation(
+      return flops.paper_supervised(student.config, lengths)
+    return flops.paper_distillation(
         student.config, teacher.config, lengths, source
     )
 

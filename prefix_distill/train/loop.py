@@ -6,7 +6,10 @@ anywhere goes on from its last checkpoint, after cutting what was written past
 it, and so ends with the numbers of a run that was never stopped.
 """
 
+from collections.abc import Iterator
+import contextlib
 import pathlib
+import signal
 import sys
 import time
 from typing import Any
@@ -16,7 +19,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 import tqdm
 
-from prefix_distill import processes
+from prefix_distill import distributed
 from prefix_distill import sharding
 from prefix_distill.config import Config
 from prefix_distill.data import prompts as prompts_lib
@@ -27,18 +30,56 @@ from prefix_distill.models.transformer import Params
 from prefix_distill.report import flops
 from prefix_distill.report import metrics as metrics_lib
 from prefix_distill.report import report
-from prefix_distill.report import termination
 from prefix_distill.report.flops import Lengths
 from prefix_distill.train import answers
 from prefix_distill.train import capacity
 from prefix_distill.train import setup as setup_lib
-from prefix_distill.train import signals
 from prefix_distill.train import step as step_lib
 from prefix_distill.train import update as update_lib
 from prefix_distill.train.checkpoint import Checkpointer
 from prefix_distill.train.ledger import Ledger
 from prefix_distill.train.programs import Programs
 from prefix_distill.train.step import TrainState
+
+
+class Stop:
+  """Turns Ctrl-C or a preemption into a wish to stop after the update."""
+
+  wanted = False
+
+  def ask(self, *_: Any) -> None:
+    self.wanted = True
+    if not _ignored(signal.SIGINT):
+      # A second Ctrl-C does not wait.
+      signal.signal(signal.SIGINT, signal.default_int_handler)
+    print("\nStopping after this update ...", file=sys.stderr, flush=True)
+
+
+def _ignored(number: signal.Signals) -> bool:
+  return signal.getsignal(number) == signal.SIG_IGN
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[Stop]:
+  """Waits for Ctrl-C and SIGTERM.
+
+  A run that was started with SIGINT ignored, as a script's background job is,
+  is not stopped by a Ctrl-C that is meant for another program.
+  """
+  stop, numbers = Stop(), [signal.SIGTERM]
+  if not _ignored(signal.SIGINT):
+    numbers.append(signal.SIGINT)
+  try:
+    before = [signal.signal(number, stop.ask) for number in numbers]
+  except ValueError:  # Not the main thread, as in some notebooks.
+    yield stop
+    return
+  try:
+    yield stop
+  finally:
+    for number, handler in zip(numbers, before, strict=True):
+      signal.signal(number, handler)
+
 
 _NOTHING = flops.StepFlops()
 
@@ -179,7 +220,7 @@ class Run:
     if done.minima is not None:
       line["trained_len"] = float(done.trained.sum(1).mean())
     if not self.config.is_supervised:
-      line |= termination.of_rollouts(done.tokens, mask, self.setup.stop_ids)
+      line |= metrics_lib.of_rollouts(done.tokens, mask, self.setup.stop_ids)
     self.totals["seconds"] += time.perf_counter() - begin
     line |= {
         "dropped": self.setup.data.dropped,
@@ -218,7 +259,7 @@ def _any_process(wanted: bool) -> bool:
   return bool(np.any(multihost_utils.process_allgather(np.array(wanted))))
 
 
-def _steps(run: Run, stop: signals.Stop) -> None:
+def _steps(run: Run, stop: Stop) -> None:
   """Evaluates, then updates until the last step."""
   config, first = run.config, int(run.state.step)
   every = config.evaluation.every
@@ -267,14 +308,14 @@ def train(config: Config, workdir: pathlib.Path) -> None:
   writes = jax.process_index() == 0
   # The export comes last and appears whole, so it marks a finished run.
   finished = (workdir / "export").is_dir()
-  if not processes.from_first("finished", finished):
+  if not distributed.from_first("finished", finished):
     if writes:
       print(report.headline(config, setup.mesh.shape, workdir), flush=True)
     spent = _NOTHING
     if config.method == "seqkd":
       setup, spent = answers.with_answers(setup, workdir)
     run = Run(setup, workdir, spent)
-    with signals.stop_on_signal() as stop:
+    with stop_on_signal() as stop:
       _steps(run, stop)
     if setup.teacher is not None and config.evaluation.teacher:
       run.evaluate(int(run.state.step), "teacher")

@@ -10,14 +10,14 @@ import jax
 
 from prefix_distill import config as config_lib
 from prefix_distill import devices
-from prefix_distill import processes
+from prefix_distill import distributed
 from prefix_distill import sharding
 from prefix_distill.config import Config
 from prefix_distill.config import ModelSpec
-from prefix_distill.data import chat as chat_lib
 from prefix_distill.data import prompt_checks
-from prefix_distill.data.chat import Chat
+from prefix_distill.data import tokenizer
 from prefix_distill.data.prompts import PromptIterator
+from prefix_distill.data.tokenizer import Chat
 from prefix_distill.distill import loss as loss_lib
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.distill.loss import Loss
@@ -220,7 +220,7 @@ def _check_same_everywhere(config: Config, workdir: pathlib.Path) -> None:
     ConfigError: this one differs from process 0.
   """
   mine = _plain(config) | {"workdir": str(workdir), "jax": jax.__version__}
-  first = processes.from_first("config", mine)
+  first = distributed.from_first("config", mine)
   if first != mine:
     name, theirs, ours = _first_difference(first, mine)
     raise ConfigError(
@@ -264,14 +264,14 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
   mesh = sharding.make_mesh(config.mesh)
   check_batches(config, mesh)
   student = read_model(config.student, mesh)
-  chat = chat_lib.load(config.student.tokenizer_path)
+  chat = tokenizer.load(config.student.tokenizer_path)
   fed = [prompt_checks.Fed("student", chat, student.config.vocab_size)]
   stop_ids, teacher_stop_ids, teacher = chat.stop_ids, (), None
   teacher_chat = None
   if config.method != "sft":
     teacher = read_model(config.teacher, mesh)
-    teacher_chat = chat_lib.load(config.teacher.tokenizer_path)
-    chat_lib.check_same(chat, teacher_chat)
+    teacher_chat = tokenizer.load(config.teacher.tokenizer_path)
+    tokenizer.check_same(chat, teacher_chat)
     teacher_stop_ids = teacher_chat.stop_ids
     if config.loss.merge_stop_tokens:
       either = tuple(sorted({*stop_ids, *teacher_stop_ids}))
@@ -296,16 +296,16 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
       for name, spec in config.evaluation.sets.items()
   }
   _check_problems(config, student, problems)
-  processes.wait("setup")  # Nothing is written unless all could get so far.
+  distributed.wait("setup")  # Nothing is written unless all could get so far.
   claim_workdir(config, workdir)
   _check_shared(workdir)
-  processes.wait("workdir")
+  distributed.wait("workdir")
   note = _dtype_note(config, mesh, student, teacher)
   if note and jax.process_index() == 0:
     print(note, flush=True)
   return Setup(
       config, mesh, student, teacher, chat, stop_ids, teacher_stop_ids, data,
-      problems, processes.from_first("memory", sharding.memory(mesh)),
+      problems, distributed.from_first("memory", sharding.memory(mesh)),
   )  # fmt: skip
 
 

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 
 from prefix_distill.models.transformer import Params
-from prefix_distill.rollout import slots
+from prefix_distill.rollout import continuous_batching
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
-from prefix_distill.train import rows
+from prefix_distill.train import microbatch
 from prefix_distill.train.programs import Programs
 from prefix_distill.train.step import TrainState
 
@@ -150,7 +150,7 @@ def _gather(
     programs: Programs, shown: list[tuple], groups: int
 ) -> list[np.ndarray | None]:
   """Brings what the parts showed to the host, in the prompts' order."""
-  found = slots.to_host(shown, programs.rows.mesh)
+  found = continuous_batching.to_host(shown, programs.rows.mesh)
   size = len(found) // groups
 
   def whole(kind: int) -> np.ndarray | None:
@@ -158,9 +158,9 @@ def _gather(
       return None
     arrays = [part[kind] for part in found]
     joined = [
-        rows.join(arrays[first : first + size])
+        microbatch.join(arrays[first : first + size])
         for first in range(0, len(arrays), size)
     ]
-    return rows.join(joined, programs.rows.per_prompt)
+    return microbatch.join(joined, programs.rows.per_prompt)
 
   return [whole(kind) for kind in range(len(found[0]))]

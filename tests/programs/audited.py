@@ -22,7 +22,7 @@ from prefix_distill.plan import collectives
 from prefix_distill.plan import estimate
 from prefix_distill.plan import machines
 from prefix_distill.plan import measure
-from prefix_distill.rollout import token_choice
+from prefix_distill.rollout import sampling
 
 _MESHES = (
     MeshSpec(8, 1, 1), MeshSpec(1, 8, 1), MeshSpec(1, 8, 1, sampling_tensor=2),
@@ -50,7 +50,7 @@ def draw() -> list[str]:
   vocabulary = sharding.PartitionSpec(sharding.BATCH_AXES, "tensor")
   place = jax.sharding.NamedSharding(mesh, vocabulary)
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
-  choose = functools.partial(token_choice.choose, greedy=False, mesh=mesh)
+  choose = functools.partial(sampling.choose, greedy=False, mesh=mesh)
   compiled = jax.jit(choose, in_shardings=(rows, place)).lower(
       keys, jax.ShapeDtypeStruct((8, 16 * 300), "float32")
   ).compile()  # fmt: skip

@@ -23,8 +23,7 @@ from prefix_distill import sharding  # noqa: E402
 from prefix_distill.models.config import ModelConfig  # noqa: E402
 from prefix_distill.models.config import RopeConfig  # noqa: E402
 from prefix_distill.models.transformer import Model  # noqa: E402
-from prefix_distill.rollout import decode_state  # noqa: E402
-from prefix_distill.rollout import sampler  # noqa: E402
+from prefix_distill.rollout import generate  # noqa: E402
 from prefix_distill.structs import PromptBatch  # noqa: E402
 
 _KERNEL = re.compile(r'custom_call_target="([^"]+)"')
@@ -69,14 +68,14 @@ def main() -> None:
   key = jax.eval_shape(lambda: jax.random.key(0))
   key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
   draw = jax.tree.map(
-      lambda x: array(x.shape, x.dtype, whole), decode_state.Draw.of(_LENGTH)
+      lambda x: array(x.shape, x.dtype, whole), generate.Draw.of(_LENGTH)
   )
-  settings = decode_state.SamplerConfig((1,), 0, config.vocab_size)
+  settings = generate.SamplerConfig((1,), 0, config.vocab_size)
   programs = {
       "forward": (model.apply, (params, batch.tokens, batch.mask)),
       "backward": (jax.grad(loss), (params, batch.tokens, batch.mask)),
       "rollout": (
-          lambda *x: sampler.sample(model, settings, _LENGTH, *x),
+          lambda *x: generate.sample(model, settings, _LENGTH, *x),
           (params, batch, key, draw),
       ),
   }

@@ -21,41 +21,40 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from prefix_distill import sharding  # noqa: E402
+from prefix_distill.models import published  # noqa: E402
 from prefix_distill.models.transformer import Model  # noqa: E402
 from prefix_distill.plan import hlo  # noqa: E402
-from prefix_distill.report import paper_tables  # noqa: E402
-from prefix_distill.rollout import decode_state  # noqa: E402
-from prefix_distill.rollout import sampler  # noqa: E402
+from prefix_distill.rollout import generate  # noqa: E402
 
 _ROWS, _COLUMNS = 64, 2304
 
 
 def _compile(mesh: jax.sharding.Mesh, layers: int, dtype: str):
   architecture = dataclasses.replace(
-      paper_tables.QWEN3_1_7B, num_layers=layers
+      published.QWEN3_1_7B, num_layers=layers
   )
   model = Model(architecture, "bfloat16", mesh=mesh)
-  config = decode_state.SamplerConfig(
+  config = generate.SamplerConfig(
       (1, 2), 0, architecture.vocab_size, cache_dtype=dtype
   )
-  place = decode_state.state_shardings(model, config)
+  place = generate.state_shardings(model, config)
   layout = jax.eval_shape(model.decode_layout, model.abstract_params())
   layout = sharding.placed(layout, sharding.decode_params(layout, mesh))
-  columns = decode_state.columns(model, config, _COLUMNS)
+  columns = generate.columns(model, config, _COLUMNS)
   state = jax.eval_shape(
-      lambda: decode_state.empty(
+      lambda: generate.empty(
           model, config, _ROWS, columns, jax.random.key(0)
       )
   )
-  state, steps = sharding.placed(state, place), sampler.segment(model)
+  state, steps = sharding.placed(state, place), generate.segment(model)
   compiled = (
       jax.jit(
-          lambda *args: sampler.decode(model, config, steps, *args),
+          lambda *args: generate.decode(model, config, steps, *args),
           donate_argnums=1,
           out_shardings=(place, sharding.batch_sharding(mesh)),
-          compiler_options=sampler.compiler_options(mesh),
+          compiler_options=generate.compiler_options(mesh),
       )
-      .trace(layout, state, decode_state.Draw.of(2048))
+      .trace(layout, state, generate.Draw.of(2048))
       .lower()
       .compile()
   )

@@ -16,7 +16,7 @@ from prefix_distill import sharding
 from prefix_distill.config import MeshSpec
 from prefix_distill.config import OptimizerSpec
 from prefix_distill.config import RolloutSpec
-from prefix_distill.data import chat as chat_lib
+from prefix_distill.data import tokenizer
 from prefix_distill.data.prompts import PromptIterator
 from prefix_distill.models import hf
 from prefix_distill.models.transformer import Model
@@ -48,7 +48,7 @@ def run(config, devices, mesh_spec) -> dict:
   loads_equal = same(params, load(config.student.path, plain)[1])
   held = sum(x.addressable_data(0).nbytes for x in jax.tree.leaves(params))
   share = held / sum(x.nbytes for x in jax.tree.leaves(params))
-  chat = chat_lib.load(config.student.path)
+  chat = tokenizer.load(config.student.path)
   # So many that some rows stop early.
   stops = tuple(range(0, chat.num_tokens, 12))
   data = PromptIterator(config.data, chat, seed=0)

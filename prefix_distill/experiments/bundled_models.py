@@ -1,13 +1,24 @@
-"""Makes the bundled tokenizers: `python -m prefix_distill.data.make_tokenizer`.
+"""Makes the bundled tokenizers and the start of `configs/bundled.py:guided`.
 
-They are byte-level like Qwen3's, with the same special tokens and chat
-template, so any text can be encoded; the words of the bundled task are whole
-tokens.
+  python -m prefix_distill.experiments.bundled_models tokenizer DIR EOS_TOKEN
+  python -m prefix_distill.experiments.bundled_models guided DIR
+
+The tokenizers are byte-level like Qwen3's, with the same special tokens and
+chat template, so any text can be encoded; the words of the bundled task are
+whole tokens. The start of the guided task is the bundled teacher with rows for
+the words of the contexts. Each of those rows starts as a copy of the row of a
+known word, and the row of a German word as a copy of the row of its English
+word.
 """
 
 from collections.abc import Iterable
+import json
+import pathlib
+import shutil
 import sys
 
+import numpy as np
+import safetensors.numpy
 from tokenizers import AddedToken
 from tokenizers import decoders
 from tokenizers import models
@@ -16,6 +27,8 @@ from tokenizers import Regex
 from tokenizers import Tokenizer
 import transformers
 
+from prefix_distill import assets
+from prefix_distill.data import guided_task
 from prefix_distill.data import math_task
 
 # As Qwen's, but a number is one token and takes the space before it.
@@ -23,6 +36,7 @@ _PATTERN = (
     r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
+_EMBEDDING = "model.embed_tokens.weight"
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _MARKUP = ("<think>", "</think>")
 _CHAT_TEMPLATE = (
@@ -88,9 +102,29 @@ def make_tokenizer(
   )
 
 
+def make_guided(directory: pathlib.Path) -> None:
+  """Writes the model's directory."""
+  shutil.copytree(assets.path("teacher"), directory)
+  tokenizer = make_tokenizer("<|im_end|>", guided_task.WORDS)
+  tokenizer.save_pretrained(directory)
+  starts = [tokenizer.encode(old) for old in guided_task.WORDS.values()]
+  tensors = safetensors.numpy.load_file(directory / "model.safetensors")
+  rows = tensors[_EMBEDDING]
+  tensors[_EMBEDDING] = np.concatenate([rows, rows[np.ravel(starts)]])
+  safetensors.numpy.save_file(
+      tensors, directory / "model.safetensors", metadata={"format": "pt"}
+  )
+  settings = json.loads((directory / "config.json").read_text())
+  settings["vocab_size"] = len(tokenizer)
+  (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
 def main() -> None:
-  directory, eos_token = sys.argv[1:]
-  make_tokenizer(eos_token).save_pretrained(directory)
+  what, directory, *rest = sys.argv[1:]
+  if what == "guided":
+    make_guided(pathlib.Path(directory))
+  else:
+    make_tokenizer(*rest).save_pretrained(directory)
 
 
 if __name__ == "__main__":

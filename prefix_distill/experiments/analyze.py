@@ -42,14 +42,13 @@ from prefix_distill.evaluate import evaluator
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.report import plots
-from prefix_distill.rollout import decode_state
-from prefix_distill.rollout import sampler
-from prefix_distill.rollout import slots
+from prefix_distill.rollout import continuous_batching
+from prefix_distill.rollout import generate
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 from prefix_distill.train import capacity
 from prefix_distill.train import setup as setup_lib
-from prefix_distill.train.sampling import Sampling
+from prefix_distill.train.programs import Sampling
 
 _WHAT = flags.DEFINE_enum(
     "what", "position", ["position", "teacher_prefix"], "Which analysis."
@@ -103,7 +102,7 @@ def position(
       rollout = sampling.sample(
           params, batch, jax.random.key(number), length
       )
-      batch = sampler.repeat_prompts(config.rollout.per_prompt, prompts)
+      batch = generate.repeat_prompts(config.rollout.per_prompt, prompts)
       batch = sharding.global_batch(batch, setup.mesh)
       sums += np.asarray(look(params, teacher_params, batch, rollout))
     count = np.maximum(sums[2], 1)
@@ -157,19 +156,19 @@ def teacher_prefix(
   """
   config, chat, out = setup.config, setup.chat, {}
   spec = config.evaluation
-  sampler_config = decode_state.SamplerConfig(
+  sampler_config = generate.SamplerConfig(
       setup.stop_ids, chat.pad_id, chat.num_tokens
   )
-  draw = decode_state.Draw.of(spec.max_len, spec.temperature)
+  draw = generate.Draw.of(spec.max_len, spec.temperature)
 
-  def engine(which: Any, model: Any) -> slots.Engine:
+  def engine(which: Any, model: Any) -> continuous_batching.Engine:
     params, model = _load(which, setup, model), setup.for_sampling(model)
     # Both models lie in the memory, and the prompts get a prefix.
     rows = capacity.answers(
         setup, model, sampler_config, [params, params],
         evaluator.longest_prompt(setup.problems) + max(lengths),
     )  # fmt: skip
-    return slots.Engine(
+    return continuous_batching.Engine(
         model, sampler_config, params, rows, setup.sampling_mesh
     )
 

@@ -135,7 +135,7 @@ def test_a_chunked_loss_equals_the_dense_one(name, tokens):
 @pytest.mark.parametrize("part", ["equal", "travels"])
 def test_a_head_on_eight_devices(part):
   (printed,) = toys.finish(
-      [toys.start("fused_on_meshes.py", part, devices=8)], seconds=240
+      [toys.start("chunked_head_on_meshes.py", part, devices=8)], seconds=240
   )
   assert printed.endswith("OK\n")
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from prefix_distill import sharding
 from prefix_distill.distill import prefix_schedule
-from prefix_distill.rollout import sampler
+from prefix_distill.rollout import generate
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 from prefix_distill.structs import TeacherScores
@@ -116,7 +116,7 @@ class Rows:
     self._deal = Program(
         take, 2, out_shardings=sharding.batch_sharding(self._sampling_mesh)
     )
-    self._repeat = Program(sampler.repeat_prompts, 1, out_shardings=rows)
+    self._repeat = Program(generate.repeat_prompts, 1, out_shardings=rows)
     self._take = Program(take, 2, out_shardings=rows)
     self._shorten = Program(_shorten, 1, out_shardings=rows)
     self._lengthen = Program(_lengthen, 1, out_shardings=rows)

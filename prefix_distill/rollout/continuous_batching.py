@@ -16,8 +16,7 @@ import numpy as np
 from prefix_distill import sharding
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
-from prefix_distill.rollout import decode_state
-from prefix_distill.rollout import sampler
+from prefix_distill.rollout import generate
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 
@@ -29,13 +28,13 @@ _SMALLEST_ROOM = 256
 
 
 def rooms(
-    model: Model, config: decode_state.SamplerConfig, prompt: int, cap: int
+    model: Model, config: generate.SamplerConfig, prompt: int, cap: int
 ) -> tuple[int, ...]:
   """Returns the sizes of the cache, as columns behind the prompts.
 
   The last one is for rows as long as they may be.
   """
-  sizes = decode_state.rooms(model, config, prompt, cap)
+  sizes = generate.rooms(model, config, prompt, cap)
   return (*(x for x in sizes[:-1] if x >= _SMALLEST_ROOM), sizes[-1])
 
 
@@ -59,7 +58,7 @@ class Engine:
   def __init__(
       self,
       model: Model,
-      config: decode_state.SamplerConfig,
+      config: generate.SamplerConfig,
       params: Params,
       rows: int,
       mesh: jax.sharding.Mesh,
@@ -76,7 +75,7 @@ class Engine:
     self._mesh, self._rows = mesh, rows
     model = dataclasses.replace(model, mesh=mesh)
     self._model, self._config = model, config
-    self._segment = sampler.segment(model)
+    self._segment = generate.segment(model)
     batch_shards = mesh.shape["data"] * mesh.shape["fsdp"]
     groups = max(int(rows * REFILL) // batch_shards, 1)
     self._refill = groups * batch_shards
@@ -89,13 +88,13 @@ class Engine:
     self._layout = self._programs.layout(params)
 
   def answers(
-      self, prompts: PromptBatch, key: jax.Array, draw: decode_state.Draw
+      self, prompts: PromptBatch, key: jax.Array, draw: generate.Draw
   ) -> Iterator[tuple[int, np.ndarray, bool]]:
     """Yields number, tokens and whether it stopped, of each answer, as it ends.
 
     Args:
       prompts: NumPy prompts [n, S], for any n; every process has all.
-      key: see `sampler.prefill`.
+      key: see `generate.prefill`.
       draw: cap, temperature, greedy.
     """
     waiting = list(range(len(prompts.tokens)))[::-1]
@@ -122,7 +121,7 @@ class Engine:
       yield from table.harvest(self._stop_ids)
 
   def _columns(self, prompt: int, table: "_Table") -> int:
-    return decode_state.columns(
+    return generate.columns(
         self._model, self._config, prompt + table.room()
     )
 
@@ -133,7 +132,7 @@ class Engine:
     return sharding.global_batch(batch, self._mesh)
 
   def _look(
-      self, drawn: Rollout, state: decode_state.DecodeState
+      self, drawn: Rollout, state: generate.DecodeState
   ) -> tuple[np.ndarray, ...]:
     """Brings tokens and mask [B, n], and who is live [B], to the host."""
     return to_host((drawn.tokens, drawn.mask, state.live), self._mesh)
@@ -212,18 +211,18 @@ class _Programs:
 
 @functools.cache
 def _programs(
-    model: Model, config: decode_state.SamplerConfig, mesh: jax.sharding.Mesh
+    model: Model, config: generate.SamplerConfig, mesh: jax.sharding.Mesh
 ) -> _Programs:
   """Jits once for a model, however often it is evaluated."""
   model = dataclasses.replace(model, mesh=mesh)
-  place = decode_state.state_shardings(model, config)
+  place = generate.state_shardings(model, config)
   rows = sharding.batch_sharding(mesh)
   params = model.abstract_params()
   layout = jax.eval_shape(model.decode_layout, params)
 
   def prefill(prompt, *args):
-    columns = decode_state.columns(model, config, prompt)
-    return sampler.prefill(model, config, columns, *args)
+    columns = generate.columns(model, config, prompt)
+    return generate.prefill(model, config, columns, *args)
 
   return _Programs(
       move=jax.jit(
@@ -237,18 +236,18 @@ def _programs(
           prefill, static_argnums=0, out_shardings=(place, rows)
       ),
       decode=jax.jit(
-          functools.partial(sampler.decode, model, config),
+          functools.partial(generate.decode, model, config),
           static_argnums=0,
           out_shardings=(place, rows),
           donate_argnums=2,
-          compiler_options=sampler.compiler_options(mesh),
+          compiler_options=generate.compiler_options(mesh),
       ),
       insert=jax.jit(
-          decode_state.insert, out_shardings=place, donate_argnums=0
+          generate.insert, out_shardings=place, donate_argnums=0
       ),
-      resize=decode_state.Resizer(place),
+      resize=generate.Resizer(place),
       empty=jax.jit(
-          functools.partial(decode_state.empty, model, config),
+          functools.partial(generate.empty, model, config),
           static_argnums=(0, 1),
           out_shardings=place,
       ),

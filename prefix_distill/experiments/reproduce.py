@@ -1,4 +1,6 @@
-"""The paper's table in the small: `python -m prefix_distill.reproduce`.
+"""The paper's table in the small.
+
+  python -m prefix_distill.experiments.reproduce
 
 Every method, schedule and ablation as one run of `configs/math.py` on the
 bundled task, for the capable and the weak student and several seeds. Cells that
@@ -15,7 +17,7 @@ import pathlib
 import subprocess
 import sys
 
-from prefix_distill.report import results
+from prefix_distill.experiments import results
 
 STUDENTS = {"capable": "tiny", "weak": "tiny-weak"}
 

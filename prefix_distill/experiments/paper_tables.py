@@ -23,11 +23,11 @@ import rich.box
 import rich.console
 import rich.table
 
+from prefix_distill.models import published
 from prefix_distill.models.config import ModelConfig
-from prefix_distill.models.config import RopeConfig
-from prefix_distill.report import paper_flops
+from prefix_distill.report import flops
+from prefix_distill.report.flops import Convention
 from prefix_distill.report.flops import Lengths
-from prefix_distill.report.paper_flops import Convention
 
 UPDATES, ROLLOUTS = 60, 512 * 4
 SEQKD_BATCH = 128
@@ -43,18 +43,6 @@ READINGS = {
     "the head too": {"head": True},
     "the table too": {"head": True, "table": True},
 }
-
-
-def _qwen3(layers: int, dim: int, mlp: int, heads: int) -> ModelConfig:
-  return ModelConfig(
-      family="qwen3", vocab_size=151936, dim=dim, mlp_dim=mlp,
-      num_layers=layers, num_heads=heads, num_kv_heads=8, head_dim=128,
-      norm_eps=1e-6, rope=RopeConfig(1e6), tied=dim < 4096, max_length=32768,
-  )  # fmt: skip
-
-
-QWEN3_1_7B = _qwen3(28, 2048, 6144, 16)
-QWEN3_8B = _qwen3(36, 4096, 12288, 32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +72,14 @@ class Table:
 
 TABLES = (
     Table(
-        "Qwen3-1.7B-Base", QWEN3_1_7B, (9.4e17, 1.4e18, 2.5e18, 4.7e18),
+        "Qwen3-1.7B-Base",
+        published.QWEN3_1_7B,
+        (9.4e17, 1.4e18, 2.5e18, 4.7e18),
         full_10=8.2e18, full=5.7e19, schedule=2.4e19, seqkd_300=1.3e19,
         seqkd=6.6e19,
     ),
     Table(
-        "Qwen3-8B-Base", QWEN3_8B, (3.4e18, 5.2e18, 8.9e18, 1.7e19),
+        "Qwen3-8B-Base", published.QWEN3_8B, (3.4e18, 5.2e18, 8.9e18, 1.7e19),
         full_10=2.7e19, full=1.8e20, schedule=7.5e19, seqkd_300=4.4e19,
         seqkd=2.2e20,
     ),
@@ -124,8 +114,8 @@ def rollouts(
 ) -> float:
   """FLOPs of updates, in each of which all rollouts are of the given length."""
   lengths = Lengths(np.full(len(sampled), prompt), np.array(sampled))
-  return ROLLOUTS * paper_flops.distillation(
-      student, QWEN3_8B, lengths, convention=convention
+  return ROLLOUTS * flops.paper_distillation(
+      student, published.QWEN3_8B, lengths, convention=convention
   )
 
 
@@ -164,7 +154,7 @@ def seqkd(
     table: Table, length: float, steps: int, convention: Convention = FITTED
 ) -> float:
   """FLOPs of steps on sequences of a length, prompt included."""
-  each = paper_flops.train(table.student, length, convention)
+  each = flops.paper_train(table.student, length, convention)
   return steps * SEQKD_BATCH * each
 
 
