@@ -15,11 +15,11 @@ import jax
 import numpy as np
 
 from prefix_distill import sharding
+from prefix_distill.config import MeshSpec
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models.transformer import Model
 from prefix_distill.report import flops
 from prefix_distill.rollout import generate
-from prefix_distill.specs import MeshSpec
 from prefix_distill.structs import PromptBatch
 
 

@@ -1,4 +1,4 @@
-"""The fused head against whole logits: memory and time.
+"""The chunked head against whole logits: memory and time.
 
   python benchmarks/head.py
   python benchmarks/head.py --topology=v5e:4x4 --shapes 128,2048,151936
@@ -24,14 +24,15 @@ import rich.console
 import rich.table
 
 from prefix_distill import sharding
+from prefix_distill.config import MeshSpec
+from prefix_distill.distill import chunked_head
 from prefix_distill.distill import divergence
 from prefix_distill.distill.divergence import Distribution
-from prefix_distill.distill.objective import Objective
+from prefix_distill.distill.loss import ExactLoss
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.config import RopeConfig
 from prefix_distill.models.transformer import head_logits
 from prefix_distill.models.transformer import Model
-from prefix_distill.specs import MeshSpec
 from prefix_distill.structs import Rollout
 from prefix_distill.structs import TeacherScores
 
@@ -61,12 +62,14 @@ def _dense(dist, mesh, hidden, head, teacher_hidden, teacher_head, mask):
   return jnp.sum(jnp.where(mask, kl, 0))
 
 
-def _fused(dist, mesh, hidden, head, teacher_hidden, teacher_head, mask):
+def _chunked(dist, mesh, hidden, head, teacher_hidden, teacher_head, mask):
   rollout = Rollout(jnp.zeros(mask.shape, jnp.int32), mask)
-  value, _ = Objective(dist).loss(
-      _model(*head.shape, mesh), {"head": {"weight": head}}, teacher_head,
-      hidden, rollout, TeacherScores(teacher_hidden), mask,
-  )  # fmt: skip
+  value, _ = chunked_head.weighted_sum(
+      *ExactLoss(dist).arguments(
+          _model(*head.shape, mesh), {"head": {"weight": head}}, teacher_head,
+          hidden, rollout, TeacherScores(teacher_hidden), mask,
+      )
+  )
   return value
 
 
@@ -130,9 +133,9 @@ def _topology_mesh(name: str) -> jax.sharding.Mesh:
 
 def _row(shape, widths, mesh, dtype, repeats) -> list[str]:
   """Measures one shape; the cells of its row."""
-  memory, times, outcome = {}, {"dense": [], "fused": []}, {}
+  memory, times, outcome = {}, {"dense": [], "chunked": []}, {}
   programs = {}
-  for name, loss in (("dense", _dense), ("fused", _fused)):
+  for name, loss in (("dense", _dense), ("chunked", _chunked)):
     try:
       program, shapes = _compile(loss, shape, widths, mesh, dtype)
     except Exception as error:  # pylint: disable=broad-except
@@ -153,7 +156,7 @@ def _row(shape, widths, mesh, dtype, repeats) -> list[str]:
         if turn:
           times[name].append(seconds)
   cells = [" x ".join(f"{n:,}" for n in shape), *outcome.values()]
-  cells.append(f"{memory['dense'] / memory['fused']:.1f}")
+  cells.append(f"{memory['dense'] / memory['chunked']:.1f}")
   medians = [statistics.median(t) if t else None for t in times.values()]
   cells += [f"{m:.2f} s" if m else "-" for m in medians]
   cells.append(f"{medians[1] / medians[0]:.2f}" if all(medians) else "-")
@@ -175,7 +178,7 @@ def main() -> None:
   parser.add_argument("--repeats", type=int, default=3)
   args = parser.parse_args()
   table = rich.table.Table(
-      "B x P x V", "dense", "fused", "less", "dense", "fused", "time",
+      "B x P x V", "dense", "chunked", "less", "dense", "chunked", "time",
       title="reverse KL with gradients: memory, and time",
   )  # fmt: skip
   if args.topology:

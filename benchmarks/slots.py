@@ -19,6 +19,7 @@ import rich.console
 import rich.table
 
 from prefix_distill import sharding
+from prefix_distill.config import MeshSpec
 from prefix_distill.data import math_task
 from prefix_distill.data import prompts as prompts_lib
 from prefix_distill.data import tokenizer
@@ -26,7 +27,6 @@ from prefix_distill.models import huggingface as hf
 from prefix_distill.models.transformer import Model
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
-from prefix_distill.specs import MeshSpec
 from prefix_distill.structs import PromptBatch
 
 _STOP_WORDS = (" 13", " 17", "17", "13", " 19", "19")

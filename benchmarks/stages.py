@@ -39,10 +39,7 @@ import numpy as np
 
 from prefix_distill import assets
 from prefix_distill import config as config_lib
-from prefix_distill import config_dict
-from prefix_distill import recipe
 from prefix_distill import sharding
-from prefix_distill import specs
 from prefix_distill.models import attention
 from prefix_distill.models import published
 from prefix_distill.models.config import ModelConfig
@@ -132,7 +129,7 @@ class Bench(child.Bench):
       self, config: config_lib.Config, student: Model, teacher: Model
   ) -> setup_lib.Setup:
     """Returns a run without data, whose answers never stop."""
-    mesh = sharding.make_mesh(specs.MeshSpec())
+    mesh = sharding.make_mesh(config_lib.MeshSpec())
     models = [dataclasses.replace(m, mesh=mesh) for m in (student, teacher)]
     tokens = _Tokens(min(m.config.vocab_size for m in models))
     return setup_lib.Setup(
@@ -152,17 +149,19 @@ def _config(
     **changes: "PART__FIELD", or a field of the config.
   """
   # Prompts are made here; the config wants to know of some all the same.
-  problems = specs.DatasetSpec("math_task", answer="answer", size=1)
+  problems = config_lib.DatasetSpec("math_task", answer="answer", size=1)
   config = config_lib.Config(
       method="prefix",
       steps=1000,
-      student=specs.ModelSpec("random"),
-      teacher=specs.ModelSpec("random"),
-      data=specs.DataSpec(problems, rows, prompt),
-      rollout=recipe.RolloutSpec(per_prompt=1, max_len=length),
-      prefix=recipe.PrefixSpec("fixed", length=length),
-      optimizer=specs.OptimizerSpec(1e-3),
-      evaluation=specs.EvaluationSpec({"none": problems}),
+      student=config_lib.ModelSpec("random"),
+      teacher=config_lib.ModelSpec("random"),
+      data=config_lib.DataSpec(problems, rows, prompt),
+      rollout=config_lib.RolloutSpec(per_prompt=1, max_len=length),
+      prefix=config_lib.PrefixSpec(
+          "fixed", fixed=config_lib.FixedSpec(length)
+      ),
+      optimizer=config_lib.OptimizerSpec(1e-3),
+      evaluation=config_lib.EvaluationSpec({"none": problems}),
   )
   for name, value in changes.items():
     part, _, field = name.partition("__")
@@ -383,7 +382,7 @@ def _against_reference(
         "log_probs": _off(taken[mask], reference["log_probs"]),
     }
     for form, name in (("exact", "exact"), ("policy_gradient", "sampled")):
-      case = _case(bench, dtype, loss=recipe.LossSpec(form=form))
+      case = _case(bench, dtype, loss=config_lib.LossSpec(form=form))
       value, grads = _gradient(case)
       off[f"{name}_loss"] = _off(value, reference[f"{name}/loss"])
       grads = _flat(grads)
@@ -441,7 +440,7 @@ def _teacher_forced(
         bench, dtype, rollout__cache_dtype=cache_dtype,
         prefix__buckets=_BUCKETS,
     )  # fmt: skip
-    length = case.setup.config.prefix.length
+    length = case.setup.config.prefix.fixed.length
     rollout = case.programs.sample(
         case.params, case.batch, jax.random.key(0), length
     )
@@ -622,7 +621,7 @@ def _computations(bench: Bench) -> Iterator[Measurement]:
       given.prompt.shape[1] + given.tokens.shape[1]
   )
   ways = {
-      "chunked head": {"loss": recipe.LossSpec(logits_mib=1)},
+      "chunked head": {"loss": config_lib.LossSpec(logits_mib=1)},
       "microbatches": {"optimizer__batch_tokens": half},
       "layers' inputs on the host": {"remat": "offload"},
   }
@@ -1044,7 +1043,8 @@ def _read_config(
   spec.loader.exec_module(module)
   config = module.get_config(argument)
   config.update_from_flattened_dict(values)
-  return config_dict.from_dict(config.to_dict())
+  plain = config_lib.without_idle_groups(config.to_dict(), values)
+  return config_lib.from_dict(plain)
 
 
 def _recipe(values: dict[str, Any]) -> config_lib.Config:
@@ -1377,7 +1377,7 @@ def _random_model(cpu: bool, layers: int) -> str:
   config.save_pretrained(directory / "config")
   source, out = str(directory / "config"), directory / "model"
   model = Model(hf.read_config(source))
-  mesh = sharding.make_mesh(specs.MeshSpec())
+  mesh = sharding.make_mesh(config_lib.MeshSpec())
   shardings = sharding.param_shardings(model.abstract_params(), mesh)
   params = _weights(model, "bfloat16", shardings, layers)
   hf.export(params, source, source, out, "bfloat16")
@@ -1496,6 +1496,8 @@ class _Lesson:
     rows: held-out prompts.
     prompt: S.
     length: of whole answers.
+    cap: of the fixed schedule.
+    increment: of the linear schedule.
   """
 
   student: str
@@ -1504,6 +1506,8 @@ class _Lesson:
   rows: int
   prompt: int
   length: int
+  cap: int
+  increment: int
 
 
 def _lesson(args: argparse.Namespace) -> _Lesson | None:
@@ -1524,8 +1528,6 @@ def _lesson(args: argparse.Namespace) -> _Lesson | None:
         "--config.evaluation.teacher=False",
         "--config.data.suffix=", "--config.optimizer.learning_rate=1e-5",
         f"--config.prefix.buckets=({length // 4},{length})",
-        f"--config.prefix.length={length // 4}",
-        f"--config.prefix.increment={length // steps}",
     )  # fmt: skip
     if not args.cpu:
       flags += (
@@ -1534,13 +1536,13 @@ def _lesson(args: argparse.Namespace) -> _Lesson | None:
           "--config.teacher.param_dtype=bfloat16",
       )
     return _Lesson(
-        args.student, args.teacher, flags + more, rows, prompt, length
+        args.student, args.teacher, flags + more, rows, prompt, length,
+        length // 4, length // steps,
     )
   if not args.cpu:
     return None
-  flags = (*_SHORT, "--config.prefix.length=4", "--config.prefix.increment=4")
   return _Lesson(
-      "bundled:capable", "bundled:teacher", flags + more, 4, 52, 8
+      "bundled:capable", "bundled:teacher", _SHORT + more, 4, 52, 8, 4, 4
   )
 
 
@@ -1562,7 +1564,7 @@ def _held_out(bench: Bench, lesson: _Lesson, student: str) -> float:
   config = _config(lesson.rows, lesson.prompt, lesson.length)
   mesh = sharding.make_mesh(config.mesh)
   described = [
-      specs.ModelSpec(path, compute_dtype=dtype)
+      config_lib.ModelSpec(path, compute_dtype=dtype)
       for path in (student, lesson.teacher)
   ]
   models = [setup_lib.read_model(spec, mesh) for spec in described]
@@ -1575,7 +1577,7 @@ def _held_out(bench: Bench, lesson: _Lesson, student: str) -> float:
       setup_lib.load_model(spec, model, mesh, 0)
       for spec, model in zip(described, models, strict=True)
   )
-  problems = specs.DatasetSpec(
+  problems = config_lib.DatasetSpec(
       "math_task", split="test", answer="answer", size=4 * lesson.rows
   )
   suffix = "" if bench.args.student else "<think>"
@@ -1644,10 +1646,17 @@ def _learn(
 def learn(bench: Bench) -> Iterator[Measurement]:
   """A distillation of real models."""
   lesson = _lesson(bench.args)
+  increment, cap = (lesson.increment, lesson.cap) if lesson else (0, 0)
   for name, flags in {
       "full": ("--config.method=full",),
-      "linear": ("--config.prefix.schedule=linear",),
-      "fixed": ("--config.prefix.schedule=fixed",),
+      "linear": (
+          "--config.prefix.schedule=linear",
+          f"--config.prefix.linear.increment={increment}",
+      ),
+      "fixed": (
+          "--config.prefix.schedule=fixed",
+          f"--config.prefix.fixed.length={cap}",
+      ),
   }.items():
     yield Measurement(
         f"{name} prefixes",

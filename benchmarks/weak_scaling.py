@@ -22,12 +22,12 @@ import rich.box  # noqa: E402
 import rich.console  # noqa: E402
 import rich.table  # noqa: E402
 
-from prefix_distill import config_dict  # noqa: E402
+from prefix_distill import config as config_lib  # noqa: E402
 from prefix_distill.config import Config  # noqa: E402
+from prefix_distill.config import MeshSpec  # noqa: E402
 from prefix_distill.plan import build  # noqa: E402
 from prefix_distill.plan import estimate  # noqa: E402
 from prefix_distill.plan import measure  # noqa: E402
-from prefix_distill.specs import MeshSpec  # noqa: E402
 
 _CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "math.py"
 _FSDP = 8
@@ -38,7 +38,7 @@ def _config(model: str, prefix: int, size: int, rows: int) -> Config:
   spec = importlib.util.spec_from_file_location("recipe_file", _CONFIG)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  config = config_dict.from_dict(module.get_config(model).to_dict())
+  config = config_lib.from_dict(module.get_config(model).to_dict())
   length = config.data.max_prompt_len + prefix
   return dataclasses.replace(
       config,

@@ -28,10 +28,7 @@ import dataclasses
 import ml_collections
 
 from prefix_distill import config as config_lib
-from prefix_distill import config_dict
 from prefix_distill import errors
-from prefix_distill import recipe
-from prefix_distill import specs
 from prefix_distill.data import guided_task
 
 
@@ -69,8 +66,8 @@ _STAGES = {
 }
 
 
-def _problems(stage: _Stage) -> specs.DatasetSpec:
-  return specs.DatasetSpec(
+def _problems(stage: _Stage) -> config_lib.DatasetSpec:
+  return config_lib.DatasetSpec(
       source="math_task",
       subset=stage.style,
       question="prompt" if stage.style == "guided" else "question",
@@ -80,7 +77,7 @@ def _problems(stage: _Stage) -> specs.DatasetSpec:
   )
 
 
-def _heldout(stage: _Stage) -> dict[str, specs.DatasetSpec]:
+def _heldout(stage: _Stage) -> dict[str, config_lib.DatasetSpec]:
   """Returns the evaluation set, or one for each context."""
   test = dataclasses.replace(_problems(stage), split="test")
   if stage.style != "guided":
@@ -102,14 +99,14 @@ def get_config(name: str) -> ml_collections.ConfigDict:
   config = config_lib.Config(
       method="sft",
       steps=stage.steps,
-      student=specs.ModelSpec(
+      student=config_lib.ModelSpec(
           stage.path, random_init=stage.random_init, tokenizer=stage.tokenizer
       ),
-      data=specs.DataSpec(
+      data=config_lib.DataSpec(
           _problems(stage), batch_size=16, max_prompt_len=stage.max_prompt_len
       ),
-      rollout=recipe.RolloutSpec(per_prompt=1, max_len=232),
-      optimizer=specs.OptimizerSpec(
+      rollout=config_lib.RolloutSpec(per_prompt=1, max_len=232),
+      optimizer=config_lib.OptimizerSpec(
           learning_rate=stage.learning_rate,
           warmup_steps=stage.warmup_steps,
           decay="cosine",
@@ -117,11 +114,11 @@ def get_config(name: str) -> ml_collections.ConfigDict:
           weight_decay=0.1,
           b2=0.99,
       ),
-      evaluation=specs.EvaluationSpec(
+      evaluation=config_lib.EvaluationSpec(
           sets=_heldout(stage), every=500, max_len=256, batch_size=200
       ),
       # So that no two of the models see the same problems in the same order.
       seed=list(_STAGES).index(name),
-      checkpoint=specs.CheckpointSpec(every=200),
+      checkpoint=config_lib.CheckpointSpec(every=200),
   )
-  return ml_collections.ConfigDict(config_dict.to_dict(config))
+  return ml_collections.ConfigDict(config_lib.to_dict(config))

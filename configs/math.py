@@ -29,7 +29,7 @@ tiny-privileged, tiny-concise, tiny-crosslingual
     crosslingual      19.2   4.0  109     92.5  99.6  174     94.6 100.0
   The evaluation set `context` is the student in the teacher's context: at the
   end 92.5 and 97.5, 93.3 and 100.0, 94.6 and 99.2. With a cap of 16 throughout
-  (--config.prefix.schedule=fixed --config.prefix.length=16) the student's
+  (--config.prefix.schedule=fixed --config.prefix.fixed.length=16) the student's
   sampled accuracy is 88.3, 77.5 and 77.5, and less than before in the teacher's
   context: 80.0, 80.8 and 85.4. Without a context (privileged with
   --config.data.teacher_prompt= --config.data.max_teacher_prompt_len=0) it goes
@@ -61,12 +61,9 @@ import dataclasses
 import ml_collections
 
 from prefix_distill import config as config_lib
-from prefix_distill import config_dict
 from prefix_distill import errors
-from prefix_distill import recipe
-from prefix_distill import specs
+from prefix_distill.config import DatasetSpec
 from prefix_distill.evaluate import benchmarks
-from prefix_distill.specs import DatasetSpec
 
 _MODELS = (
     "tiny", "tiny-weak", "tiny-privileged", "tiny-concise", "tiny-crosslingual",
@@ -89,22 +86,26 @@ def _tiny(student: str) -> config_lib.Config:
   # Half of the answers for the student that goes wrong in the opening; all of
   # them for the one that goes wrong everywhere.
   prefix = {
-      "capable": recipe.PrefixSpec(start=1, increment=2, buckets=(32, 64, 100)),
-      "weak": recipe.PrefixSpec(start=1, increment=4, buckets=(64, 128, 200)),
+      "capable": config_lib.PrefixSpec(
+          buckets=(32, 64, 100), linear=config_lib.LinearSpec(increment=2)
+      ),
+      "weak": config_lib.PrefixSpec(
+          buckets=(64, 128, 200), linear=config_lib.LinearSpec(increment=4)
+      ),
   }[student]
   return config_lib.Config(
       method="prefix",
       steps=50,
-      student=specs.ModelSpec(f"bundled:{student}"),
-      teacher=specs.ModelSpec("bundled:teacher"),
-      data=specs.DataSpec(task, batch_size=32, max_prompt_len=52),
-      rollout=recipe.RolloutSpec(per_prompt=1, max_len=256),
+      student=config_lib.ModelSpec(f"bundled:{student}"),
+      teacher=config_lib.ModelSpec("bundled:teacher"),
+      data=config_lib.DataSpec(task, batch_size=32, max_prompt_len=52),
+      rollout=config_lib.RolloutSpec(per_prompt=1, max_len=256),
       prefix=prefix,
-      optimizer=specs.OptimizerSpec(learning_rate=3e-4, warmup_steps=2),
-      evaluation=specs.EvaluationSpec(
+      optimizer=config_lib.OptimizerSpec(learning_rate=3e-4, warmup_steps=2),
+      evaluation=config_lib.EvaluationSpec(
           sets={"heldout": heldout}, every=25, max_len=256, batch_size=240
       ),
-      checkpoint=specs.CheckpointSpec(every=10),
+      checkpoint=config_lib.CheckpointSpec(every=10),
   )
 
 
@@ -123,9 +124,9 @@ def _guided(name: str) -> config_lib.Config:
   )
   return dataclasses.replace(
       config,
-      student=specs.ModelSpec("bundled:guided"),
-      teacher=specs.ModelSpec("bundled:guided"),
-      data=specs.DataSpec(
+      student=config_lib.ModelSpec("bundled:guided"),
+      teacher=config_lib.ModelSpec("bundled:guided"),
+      data=config_lib.DataSpec(
           task, batch_size=32, max_prompt_len=56, teacher_prompt=template,
           max_teacher_prompt_len=length,
       ),
@@ -146,26 +147,24 @@ def _qwen3(size: str) -> config_lib.Config:
   return config_lib.Config(
       method="prefix",
       steps=60,
-      student=specs.ModelSpec(
+      student=config_lib.ModelSpec(
           f"Qwen/Qwen3-{size}-Base", compute_dtype="bfloat16", remat="full"
       ),
-      teacher=specs.ModelSpec(
+      teacher=config_lib.ModelSpec(
           "Qwen/Qwen3-8B", compute_dtype="bfloat16", param_dtype="bfloat16"
       ),
-      data=specs.DataSpec(questions, batch_size=512, max_prompt_len=512),
-      rollout=recipe.RolloutSpec(
+      data=config_lib.DataSpec(questions, batch_size=512, max_prompt_len=512),
+      rollout=config_lib.RolloutSpec(
           # As many at a time as the memory holds.
           per_prompt=4, max_len=16_384
       ),
-      prefix=recipe.PrefixSpec(
-          start=1,
-          increment=256,
+      prefix=config_lib.PrefixSpec(
           buckets=(256, 512, 1024, 2048, 4096, 8192, 16_384),
       ),
-      optimizer=specs.OptimizerSpec(
+      optimizer=config_lib.OptimizerSpec(
           learning_rate=5e-5, warmup_steps=2, batch_tokens=2**19
       ),
-      evaluation=specs.EvaluationSpec(
+      evaluation=config_lib.EvaluationSpec(
           sets=dict(benchmarks.SETS),
           every=10,
           # All sets after the last update. On the way AIME24, which chose the
@@ -175,8 +174,8 @@ def _qwen3(size: str) -> config_lib.Config:
           batch_size=0,
           **benchmarks.PROTOCOL,
       ),
-      mesh=specs.MeshSpec(data=1, fsdp=8),
-      checkpoint=specs.CheckpointSpec(every=5),
+      mesh=config_lib.MeshSpec(data=1, fsdp=8),
+      checkpoint=config_lib.CheckpointSpec(every=5),
   )
 
 
@@ -233,4 +232,4 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     rollout = dataclasses.replace(config.rollout, per_prompt=1)
     config = dataclasses.replace(config, rollout=rollout)
   config = dataclasses.replace(config, method=method)
-  return ml_collections.ConfigDict(config_dict.to_dict(config))
+  return ml_collections.ConfigDict(config_lib.to_dict(config))

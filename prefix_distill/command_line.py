@@ -3,11 +3,13 @@
 import pathlib
 import re
 import sys
+from typing import Any
 
 from absl import flags
+import ml_collections
 from ml_collections import config_flags
 
-from prefix_distill import config_dict
+from prefix_distill import config as config_lib
 from prefix_distill import distributed
 from prefix_distill.config import Config
 from prefix_distill.errors import check
@@ -62,6 +64,8 @@ _HEARTBEAT = flags.DEFINE_integer(
 def parse(argv: list[str]) -> list[str]:
   """Parses flags, or exits with one sentence; for `absl.app.run`."""
   try:
+    for name in _overrides(argv):
+      config_lib.check_field(name)
     rest = flags.FLAGS(argv)
     processes()
     if _CONFIG.value is None:
@@ -72,19 +76,40 @@ def parse(argv: list[str]) -> list[str]:
     sys.exit(f"error: {error}")
   except (flags.Error, OSError) as error:
     sys.exit(f"error: {' '.join(str(error).split())}")
-  except (AttributeError, KeyError) as error:
-    _explain_override(argv)
-    sys.exit(f"error: an override of the config names no field ({error}).")
 
 
-def _explain_override(argv: list[str]) -> None:
-  """Exits with a sentence about the first override that is no field."""
-  for argument in argv:
-    if argument.startswith("--config."):
-      try:
-        config_dict.check_field(re.split("[=:]", argument[9:])[0])
-      except UserError as unknown:
-        sys.exit(f"error: {unknown}")
+def _overrides(argv: list[str]) -> list[str]:
+  """Returns the dotted names of the fields that flags set."""
+  matches = (re.match(r"--?config\.([^=]+)", argument) for argument in argv)
+  return [match[1] for match in matches if match]
+
+
+class _ConfigParser(flags.ArgumentParser):
+  """Reads a config file, and makes the groups that flags name anew.
+
+  So a flag can set `evaluation.sets.mine.source` in a file without that set.
+  """
+
+  def __init__(self, parser: flags.ArgumentParser):
+    self._parser = parser
+
+  def parse(self, path: str) -> Any:
+    config = self._parser.parse(path)
+    if not isinstance(config, ml_collections.ConfigDict):
+      return config  # Which says what is wrong once it is used.
+    values = plain = config.to_dict()
+    for name in _overrides(sys.argv):
+      values = config_lib.with_new_groups(values, name)
+    if values == plain:
+      return config
+    return ml_collections.ConfigDict(values).lock()
+
+  def flag_type(self) -> str:
+    return self._parser.flag_type()
+
+
+_FLAG = flags.FLAGS["config"]
+_FLAG.parser = _ConfigParser(_FLAG.parser)
 
 
 def processes() -> distributed.Spec:
@@ -120,7 +145,9 @@ def config() -> Config:
   Raises:
     ConfigError: they do not fit together.
   """
-  return config_dict.from_dict(_CONFIG.value.to_dict())
+  values = _CONFIG.value.to_dict()
+  given = _overrides(sys.argv)
+  return config_lib.from_dict(config_lib.without_idle_groups(values, given))
 
 
 def workdir(argv: list[str]) -> pathlib.Path:

@@ -1,43 +1,803 @@
-"""A run's settings, and what must fit between their parts."""
+"""A run's settings: frozen dataclasses whose fields state their limits.
 
+Pydantic checks each field; code here checks what relates several fields. A
+value that cannot work raises `ConfigError` with one sentence, which names the
+field, the value and the mend. Each schedule and each form of the loss has a
+group of its own: `prefix.schedule` is "drift" and its settings are those of
+`prefix.drift`. A group that is not in use must keep its defaults.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
 import dataclasses
+import difflib
+import functools
+import itertools
+import re
+import types
+import typing
+from typing import Annotated
+from typing import Any
+from typing import Literal
 
-from prefix_distill import errors
-from prefix_distill.recipe import LossSpec
-from prefix_distill.recipe import PrefixSpec
-from prefix_distill.recipe import RolloutSpec
-from prefix_distill.specs import CheckpointSpec
-from prefix_distill.specs import DataSpec
-from prefix_distill.specs import EvaluationSpec
-from prefix_distill.specs import MeshSpec
-from prefix_distill.specs import ModelSpec
-from prefix_distill.specs import OptimizerSpec
+import pydantic
+from pydantic import Field
+import pydantic.dataclasses
 
-METHODS = ("prefix", "full", "sft", "seqkd")
+from prefix_distill.errors import ConfigError
+
+# A field's name in a template.
+FIELD = re.compile(r"\{([^{}]+)\}")
+# Stands in a check's sentence for the dotted name of the group.
+_HERE = "\0"
+_STRICT = pydantic.ConfigDict(allow_inf_nan=False, extra="forbid")
+# How a sentence goes on after "NAME is VALUE"; pydantic's names of errors.
+_MENDS = {
+    "greater_than": "; set it above {gt:g}.",
+    "greater_than_equal": "; set it to {ge:g} or more.",
+    "less_than": "; set it below {lt:g}.",
+    "less_than_equal": "; set it to {le:g} or less.",
+    "literal_error": "; use one of {expected}.",
+    "string_too_short": ", which is empty; give a name.",
+    "finite_number": ", which is no finite number; give a float.",
+    "int_type": " ({kind}); give an int.",
+    "int_from_float": " ({kind}); give an int.",
+    "float_type": " ({kind}); give a float.",
+    "bool_type": " ({kind}); give a bool, True or False.",
+    "string_type": " ({kind}); give a str.",
+    "tuple_type": " ({kind}); give a list.",
+    "dict_type": ", but it is a group of names; set NAME.FIELD.",
+    "dataclass_type": ", but it is a group of fields; set its fields.",
+}
+
+# Nothing is made a number that was none, and nothing a string; a dictionary
+# may stand for a group, and a list for a tuple.
+_Bool = Annotated[bool, Field(strict=True)]
+_Int = Annotated[int, Field(strict=True)]
+_Float = Annotated[float, Field(strict=True)]
+_Str = Annotated[str, Field(strict=True)]
+_Name = Annotated[_Str, Field(min_length=1)]
+_Positive = Annotated[_Int, Field(ge=1)]
+_NotNegative = Annotated[_Int, Field(ge=0)]
+_AboveZero = Annotated[_Float, Field(gt=0)]
+_Amount = Annotated[_Float, Field(ge=0)]
+_Share = Annotated[_Float, Field(ge=0, le=1)]
+_Decay = Annotated[_Float, Field(ge=0, lt=1)]
+_Dtype = Literal["float32", "bfloat16"]
 
 
-@dataclasses.dataclass(frozen=True)
+def _check(ok: bool, sentence: str) -> None:
+  if not ok:
+    raise ValueError(sentence)
+
+
+def _hints(cls: type) -> dict[str, Any]:
+  """Maps each field to its type, without `None` and what is annotated."""
+  hints = typing.get_type_hints(cls)
+  for name, kind in hints.items():
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+      kind = next(a for a in typing.get_args(kind) if a is not type(None))
+    hints[name] = kind
+  return hints
+
+
+def _groups(cls: type) -> list[str]:
+  """Names the fields that are groups."""
+  hints = _hints(cls).items()
+  return [name for name, kind in hints if dataclasses.is_dataclass(kind)]
+
+
+def _sentence(cls: type, at: str, error: pydantic.ValidationError) -> str:
+  """Says what is wrong first: the field, the value and the mend."""
+  first = error.errors(include_url=False)[0]
+  kind, fields = first["type"], dataclasses.fields(cls)
+  parts = [part for part in first["loc"] if part != "[key]"]
+  if kind == "unexpected_positional_argument":
+    return f"{at} has {len(fields)} fields, and {first['input']!r} is one more."
+  if parts and isinstance(parts[0], int):  # A positional argument.
+    parts[0] = fields[parts[0]].name
+  name = ".".join(str(part) for part in (at, *parts) if part != "")
+  value, context = first["input"], first.get("ctx", {})
+  if kind == "value_error":
+    return str(context["error"]).replace(_HERE, f"{name}." if name else "")
+  if kind == "missing":
+    return f"{name} is missing; set it."
+  if kind == "unexpected_keyword_argument":
+    return _unknown(cls, at, parts)
+  mend = _MENDS.get(kind, f"; {first['msg']}.")
+  mend = mend.format(kind=type(value).__name__, **context)
+  return f"{name} is {value!r}{mend}"
+
+
+def _settings(at: str) -> Callable[[type], type]:
+  """Makes a group of settings whose dotted name is `at`."""
+
+  def decorate(cls: type) -> type:
+    made = pydantic.dataclasses.dataclass(frozen=True, config=_STRICT)(cls)
+    init = made.__init__
+
+    @functools.wraps(init)
+    def checked(self, *args, **kwargs):
+      try:
+        init(self, *args, **kwargs)
+      except pydantic.ValidationError as error:
+        raise ConfigError(_sentence(made, at, error)) from None
+
+    made.__init__ = checked
+    return made
+
+  return decorate
+
+
+@_settings("model")
+class ModelSpec:
+  """Which model, and how it computes.
+
+  Attributes:
+    path: names a local directory in Hugging Face format, a hub id, or
+      `bundled:NAME` for a model that ships with the package.
+    compute_dtype: is the dtype of activations and caches; devices without
+      bfloat16 compute in float32.
+    param_dtype: is the dtype of the weights; the optimizer updates the
+      student's.
+    remat: says what the backward pass computes again: "none", "full" (each
+      layer, from its input), "dots" (all but the products with weights) or
+      "offload" (as "full", with the layers' inputs in the host's memory).
+    offload: keeps a teacher's weights in the host's memory while the student
+      samples.
+    random_init: takes only the architecture and the tokenizer from `path`.
+    tokenizer: names a model whose tokenizer, template and stop tokens replace
+      those of `path`.
+  """
+
+  path: _Name
+  compute_dtype: _Dtype = "float32"
+  param_dtype: _Dtype = "float32"
+  remat: Literal["none", "full", "dots", "offload"] = "none"
+  offload: _Bool = False
+  random_init: _Bool = False
+  tokenizer: _Str = ""
+
+  @property
+  def tokenizer_path(self) -> str:
+    return self.tokenizer or self.path
+
+
+@_settings("dataset")
+class DatasetSpec:
+  """Where records come from.
+
+  Attributes:
+    source: names "math_task", a .jsonl or .parquet file, a local data set
+      directory, or a hub id.
+    split: names the data set's split; files have none.
+    subset: names a hub data set's configuration, or the math task's style.
+    question: names the field of the question.
+    answer: names the field of the right answer; empty if none is needed.
+    completion: names the field of a whole answer; empty if none is needed.
+    size: is how many records to take; 0 takes all, but the math task has no
+      end.
+    samples: is how many answers an evaluation samples for each problem.
+    random: takes `size` records at random instead of the first ones.
+    choices: names the field that lists a question's options, or one field for
+      each option; `answer` then holds the right one's letter, or is one of
+      these fields, and the options come in a random order.
+    seed: seeds `random` and the order of the options.
+    max_prompt_len: drops and counts longer prompts of an evaluation; 0 stands
+      for `data.max_prompt_len`.
+  """
+
+  source: _Name
+  split: _Str = "train"
+  subset: _Str = ""
+  question: _Str = "question"
+  answer: _Str = ""
+  completion: _Str = ""
+  size: _NotNegative = 0
+  samples: _Positive = 1
+  random: _Bool = False
+  choices: tuple[_Str, ...] = ()
+  seed: _Int = 0
+  max_prompt_len: _NotNegative = 0
+
+  def __post_init__(self):
+    endless = self.source == "math_task"
+    _check(
+        not endless or self.size > 0,
+        f"{_HERE}size is 0 but {_HERE}source is 'math_task', which has no end;"
+        f" set {_HERE}size above 0.",
+    )
+    _check(
+        not self.random or (self.size > 0 and not endless),
+        f"{_HERE}random is True but {_HERE}source is {self.source!r} and"
+        f" {_HERE}size is {self.size}; set {_HERE}size to how many records to"
+        f" draw from a file or data set, or {_HERE}random to False.",
+    )
+    _check(
+        all(self.choices) and len(set(self.choices)) == len(self.choices),
+        f"{_HERE}choices is {self.choices}; name each field with options"
+        " once.",
+    )
+    _check(
+        self.choices != (self.answer,),
+        f"{_HERE}choices is {self.choices} and {_HERE}answer is"
+        f" {self.answer!r}, the same field; set {_HERE}answer to the field of"
+        " the right option's letter.",
+    )
+
+  @property
+  def grading(self) -> str:
+    """How answers are graded: "letter" for multiple choice, or "math"."""
+    return "letter" if self.choices else "math"
+
+
+@_settings("data")
+class DataSpec:
+  """The training prompts.
+
+  Attributes:
+    train: says where the records come from.
+    batch_size: is the number of prompts in an update, over all devices.
+    max_prompt_len: is S, in tokens; longer prompts are dropped and counted.
+    prompt_buckets: are shorter static lengths; a batch takes the smallest one
+      that holds its prompts, and each compiles programs of its own.
+    suffix: follows the chat template's generation prompt; the paper appends
+      `<think>`, since the loss hardly teaches a base model a special token.
+    teacher_prompt: is a template over the record's fields, such as
+      "{question} Solution: {completion}", that the teacher reads instead of
+      the student's prompt; empty for the student's prompt.
+    max_teacher_prompt_len: is S', in tokens, for `teacher_prompt`; 0 stands
+      for `max_prompt_len`.
+  """
+
+  train: DatasetSpec
+  batch_size: _Positive
+  max_prompt_len: _Positive
+  prompt_buckets: tuple[_Int, ...] = ()
+  suffix: _Str = "<think>"
+  teacher_prompt: _Str = ""
+  max_teacher_prompt_len: _NotNegative = 0
+
+  def __post_init__(self):
+    lengths = (0, *self.prompt_buckets, self.max_prompt_len)
+    _check(
+        all(a < b for a, b in itertools.pairwise(lengths)),
+        f"data.prompt_buckets is {self.prompt_buckets}, which does not increase"
+        f" up to data.max_prompt_len {self.max_prompt_len}; sort the lengths,"
+        " and leave out those that are too long.",
+    )
+    _check(
+        not self.max_teacher_prompt_len or bool(self.teacher_prompt),
+        f"data.max_teacher_prompt_len is {self.max_teacher_prompt_len} but"
+        " data.teacher_prompt is empty, so the teacher reads the student's"
+        " prompt; set data.teacher_prompt, or data.max_teacher_prompt_len to"
+        " 0.",
+    )
+    _check(
+        not self.teacher_prompt or bool(self.teacher_fields),
+        f"data.teacher_prompt is {self.teacher_prompt!r}, which names no field"
+        " and is the same for every record; name a field in braces, as"
+        f" {{{self.train.question}}}.",
+    )
+
+  @property
+  def teacher_fields(self) -> tuple[_Str, ...]:
+    """The fields of the record that the teacher's prompt is made of."""
+    return tuple(dict.fromkeys(FIELD.findall(self.teacher_prompt)))
+
+  @property
+  def teacher_prompt_len(self) -> int:
+    """The static length of what the teacher reads before an answer."""
+    return self.max_teacher_prompt_len or self.max_prompt_len
+
+
+@_settings("rollout")
+class RolloutSpec:
+  """How the student samples.
+
+  Attributes:
+    per_prompt: is the number of rollouts for each prompt.
+    max_len: is the longest answer in tokens: the cap of full distillation, of
+      the schedule and of supervised answers.
+    temperature: is that of sampling *and* of both models in the loss.
+    source: says whose answers are learned from besides the student's:
+      "student" for none, "teacher" samples prefixes from the teacher, "data"
+      takes the beginnings of the records' completions.
+    source_share: is the share of updates on the source's answers (1 - lambda
+      of GKD, arXiv 2306.13649).
+    cache_dtype: is the dtype of keys and values while answers are sampled;
+      "int8" has a scale for each head and position, and empty stands for the
+      student's compute dtype.
+    top_k: draws only from so many of the most probable tokens; 0 is off.
+    top_p: draws only from the most probable tokens that together reach this
+      probability; 1 is off.
+    batch_tokens: bounds the tokens of prompts and prefixes that are sampled at
+      a time, over all devices; 0 takes what an accelerator's memory holds, and
+      all on a CPU.
+  """
+
+  per_prompt: _Positive
+  max_len: _Positive
+  temperature: _AboveZero = 1.0
+  source: Literal["student", "teacher", "data"] = "student"
+  source_share: _Share = 1.0
+  cache_dtype: Literal["", "float32", "bfloat16", "int8"] = ""
+  top_k: _NotNegative = 0
+  top_p: Annotated[_AboveZero, Field(le=1)] = 1.0
+  batch_tokens: _NotNegative = 0
+
+  def __post_init__(self):
+    _check(
+        self.source != "student" or self.source_share == 1,
+        f"rollout.source_share is {self.source_share} but rollout.source is"
+        " 'student'; set rollout.source to 'teacher' or 'data', or"
+        " rollout.source_share to 1.",
+    )
+
+
+@_settings("prefix.linear")
+class LinearSpec:
+  """The paper's schedule: the cap grows by a fixed step.
+
+  Attributes:
+    start: is the first cap in tokens.
+    increment: is by how many tokens the cap grows.
+    every: is the number of updates between two changes.
+  """
+
+  start: _Positive = 1
+  increment: _NotNegative = 256
+  every: _Positive = 1
+
+
+@_settings("prefix.fixed")
+class FixedSpec:
+  """The same cap in every update.
+
+  Attributes:
+    length: is the cap in tokens.
+  """
+
+  length: _Positive = 256
+
+
+@_settings("prefix.random")
+class RandomSpec:
+  """A cap drawn anew for every update, up to `rollout.max_len`.
+
+  Attributes:
+    min_length: is the smallest cap in tokens.
+  """
+
+  min_length: _Positive = 1
+
+
+@_settings("prefix.drift")
+class DriftSpec:
+  """Prune-OPD: the cap grows while the student stays close to the teacher.
+
+  Attributes:
+    start: is the first cap in tokens, and the smallest.
+    increment: is by how many tokens the cap grows or shrinks.
+    overlap_tokens: is how many of each model's most probable tokens are
+      compared at a position.
+    min_overlap: is the share of common tokens below which a position has
+      drifted.
+    max_drifted: is the number of drifted positions at which a rollout becomes
+      unreliable.
+    min_reliable_fraction: is the share of reliable rollouts from which the cap
+      grows.
+    patience_updates: is the number of updates below that share after which the
+      cap shrinks.
+  """
+
+  start: _Positive = 1
+  increment: _NotNegative = 256
+  overlap_tokens: _Positive = 16
+  min_overlap: _Share = 0.7
+  max_drifted: _Positive = 100
+  min_reliable_fraction: _Share = 0.5
+  patience_updates: _Positive = 3
+
+
+@_settings("prefix.plateau")
+class PlateauSpec:
+  """Adaptive FastOPD: the cap grows when the divergence has stopped falling.
+
+  Attributes:
+    start: is the first cap in tokens.
+    increment: is by how many tokens the cap grows.
+    min_reached_fraction: is the share of rollouts that must reach the cap
+      before it grows.
+    patience_updates: is the number of updates without progress after which the
+      cap grows.
+  """
+
+  start: _Positive = 1
+  increment: _NotNegative = 256
+  min_reached_fraction: _Share = 0.5
+  patience_updates: _Positive = 3
+
+
+@_settings("prefix.agreement")
+class AgreementSpec:
+  """KAT: each rollout is cut where student and teacher have come to agree.
+
+  Attributes:
+    window_tokens: is how many tokens' divergences are averaged.
+    quantile: says which quantile of past rollouts' smallest averages is the
+      threshold.
+    memory_rollouts: is the number of past rollouts that the quantile is of.
+    warmup_updates: is the number of first updates in which nothing is cut.
+  """
+
+  window_tokens: _Positive = 64
+  quantile: _Share = 0.7
+  memory_rollouts: _Positive = 4096
+  warmup_updates: _Positive = 3
+
+
+@_settings("prefix.audited")
+class AuditedSpec:
+  """Now and then a whole rollout shows where the divergence is.
+
+  Attributes:
+    start: is the first cap in tokens, and the smallest.
+    divergence_fraction: is the share of the divergence that the cap covers.
+    audit_every: is the largest number of updates between two audits.
+    min_nats: is the divergence below which a prefix is audited at once, and
+      below which a whole rollout ends the training; 0 is off.
+  """
+
+  start: _Positive = 1
+  divergence_fraction: _Share = 0.5
+  audit_every: _Positive = 8
+  min_nats: _Amount = 0.0
+
+
+def _check_idle(values: Any, idle: Iterable[str], at: str, mend: str) -> None:
+  """Refuses what differs from its default in a group that is not in use."""
+  for name in idle:
+    group = getattr(values, name)
+    for field in dataclasses.fields(group):
+      value = getattr(group, field.name)
+      where = f"{at}.{name}.{field.name}"
+      _check(
+          value == field.default,
+          f"{where} is {value!r} but {mend.format(name)}, or leave {where} at"
+          f" {field.default!r}.",
+      )
+
+
+@_settings("prefix")
+class PrefixSpec:
+  """How much of each answer is sampled and supervised.
+
+  Attributes:
+    schedule: says what chooses the cap; `distill/prefix_schedule.py` has the
+      rules and their sources.
+    buckets: are the static lengths that programs are compiled for, and the
+      exact cap inside one is traced; empty stands for the longest cap and its
+      halves, seven at most.
+    linear: is the group of that schedule.
+    fixed: is the group of that schedule.
+    random: is the group of that schedule.
+    drift: is the group of that schedule.
+    plateau: is the group of that schedule.
+    agreement: is the group of that schedule.
+    audited: is the group of that schedule.
+  """
+
+  schedule: Literal[
+      "linear", "fixed", "random", "drift", "plateau", "agreement", "audited"
+  ] = "linear"
+  buckets: tuple[_Positive, ...] = ()
+  linear: LinearSpec = LinearSpec()
+  fixed: FixedSpec = FixedSpec()
+  random: RandomSpec = RandomSpec()
+  drift: DriftSpec = DriftSpec()
+  plateau: PlateauSpec = PlateauSpec()
+  agreement: AgreementSpec = AgreementSpec()
+  audited: AuditedSpec = AuditedSpec()
+
+  def __post_init__(self):
+    _check(
+        tuple(sorted(set(self.buckets))) == self.buckets,
+        f"prefix.buckets is {self.buckets}, which does not increase; sort the"
+        " lengths.",
+    )
+    _check_idle(
+        self, self.idle(self.schedule), "prefix",
+        f"prefix.schedule is {self.schedule!r}; set prefix.schedule to '{{}}'",
+    )  # fmt: skip
+
+  @staticmethod
+  def idle(schedule: str) -> set[str]:
+    """Names the groups that a schedule does not use."""
+    return set(_groups(PrefixSpec)) - {schedule}
+
+
+@_settings("loss.exact")
+class ExactSpec:
+  """The whole distributions are compared at every token.
+
+  Attributes:
+    divergence: names one of `distill/divergence.py`: "reverse_kl" (the
+      paper's), "forward_kl" or "jsd".
+    top_k: compares so many tokens one by one and the rest as one; 0 compares
+      all one by one.
+    top_k_of: says whose most probable tokens those are.
+  """
+
+  divergence: _Name = "reverse_kl"
+  top_k: _NotNegative = 0
+  top_k_of: Literal["teacher", "student"] = "teacher"
+
+  def __post_init__(self):
+    _check(
+        self.top_k > 0 or self.top_k_of == "teacher",
+        f"loss.exact.top_k_of is {self.top_k_of!r} but loss.exact.top_k is 0;"
+        " set loss.exact.top_k, or leave loss.exact.top_k_of at 'teacher'.",
+    )
+
+
+@_settings("loss.jsd")
+class JsdSpec:
+  """The exact loss's generalised Jensen-Shannon divergence.
+
+  Attributes:
+    beta: is the teacher's weight in the mixture; 0 is the forward KL and 1 the
+      reverse KL (GKD, arXiv 2306.13649).
+  """
+
+  beta: _Share = 0.5
+
+
+@_settings("loss.policy_gradient")
+class PolicyGradientSpec:
+  """The paper's importance-weighted loss on the sampled tokens.
+
+  Attributes:
+    estimator: names the estimate of the divergence; `distill/loss.py` says
+      what the gradient of each is.
+    mixture: clips the teacher's verdict on a token at the log of this weight
+      (relaxed distillation, arXiv 2603.11137); 0 is off.
+    min_entropy: leaves out tokens at which the student's entropy in nats is
+      lower; 0 is off.
+  """
+
+  estimator: Literal["k1", "k3"] = "k1"
+  mixture: _Share = 0.0
+  min_entropy: _Amount = 0.0
+
+
+@_settings("loss")
+class LossSpec:
+  """The divergence on prefix tokens.
+
+  Attributes:
+    form: says how the divergence is taken: "exact" over the whole
+      distributions, "policy_gradient" on the sampled tokens, and "direct"
+      differentiates the estimate k3 on the sampled tokens.
+    window_start: is the first position of a rollout that is trained on; a
+      negative one counts from the rollout's end.
+    window_end: is the position behind the last one that is trained on, counted
+      as `window_start`; 0 is the rollout's end.
+    normalize: says what the loss is divided by: "rollouts" is the paper's mean
+      over rollouts of the sum over tokens, "tokens" the mean over all tokens.
+    merge_stop_tokens: takes the stop tokens of student and teacher as one
+      event, so that a base model is not punished for the name of its stop.
+    logits_mib: bounds the memory of logits in MiB a device; the chunked head
+      takes so many tokens at a time.
+    exact: is the group of that form.
+    jsd: is the group of that divergence.
+    policy_gradient: is the group of that form.
+  """
+
+  form: Literal["exact", "policy_gradient", "direct"] = "exact"
+  window_start: _Int = 0
+  window_end: _Int = 0
+  normalize: Literal["rollouts", "tokens"] = "rollouts"
+  merge_stop_tokens: _Bool = True
+  logits_mib: _Positive = 256
+  exact: ExactSpec = ExactSpec()
+  jsd: JsdSpec = JsdSpec()
+  policy_gradient: PolicyGradientSpec = PolicyGradientSpec()
+
+  def __post_init__(self):
+    start, end = self.window_start, self.window_end
+    _check(
+        start < end or (end <= 0 <= start) or (start < 0 and end == 0),
+        f"loss.window_start is {start} and loss.window_end is {end}, which"
+        " leaves no tokens; set loss.window_end behind loss.window_start.",
+    )
+    divergence = self.exact.divergence
+    idle = self.idle(self.form, divergence)
+    mend = f"loss.form is {self.form!r}; set loss.form to '{{}}'"
+    _check_idle(self, idle - {"jsd"}, "loss", mend)
+    mend = "set loss.form to 'exact' and loss.exact.divergence to '{}'"
+    shown = f"loss.form is {self.form!r}"
+    if self.form == "exact":
+      shown = f"loss.exact.divergence is {divergence!r}"
+      mend = "set loss.exact.divergence to '{}'"
+    _check_idle(self, idle & {"jsd"}, "loss", f"{shown}; {mend}")
+
+  @staticmethod
+  def idle(form: str, divergence: str) -> set[str]:
+    """Names the groups that a form and a divergence do not use."""
+    used = {form, divergence} if form == "exact" else {form}
+    return set(_groups(LossSpec)) - used
+
+
+@_settings("optimizer")
+class OptimizerSpec:
+  """AdamW with a global-norm clip and a warm-up.
+
+  Attributes:
+    learning_rate: is the peak.
+    warmup_steps: is the number of updates over which the learning rate rises
+      to the peak.
+    decay: says how the learning rate falls after the warm-up.
+    final_fraction: is the share of the peak at the last step of a cosine.
+    weight_decay: applies to matrices only.
+    clip_norm: bounds the norm of the whole gradient; 0 is off.
+    b1: is the decay of the first moment.
+    b2: is the decay of the second moment.
+    batch_tokens: bounds the tokens of prompts and prefixes that are scored and
+      differentiated at a time, over all devices; 0 takes all at a time, and
+      `python -m prefix_distill.plan` finds what fits.
+    offload: keeps the moments in the host's memory between updates.
+  """
+
+  learning_rate: _AboveZero
+  warmup_steps: _NotNegative = 0
+  decay: Literal["constant", "cosine"] = "constant"
+  final_fraction: _Share = 0.0
+  weight_decay: _Amount = 0.0
+  clip_norm: _Amount = 1.0
+  b1: _Decay = 0.9
+  b2: _Decay = 0.999
+  batch_tokens: _NotNegative = 0
+  offload: _Bool = False
+
+  def __post_init__(self):
+    _check(
+        self.decay == "cosine" or not self.final_fraction,
+        f"optimizer.final_fraction is {self.final_fraction} but optimizer.decay"
+        f" is {self.decay!r}; set optimizer.decay to 'cosine', or"
+        " optimizer.final_fraction to 0.",
+    )
+
+
+@_settings("mesh")
+class MeshSpec:
+  """Sizes of the device mesh's axes.
+
+  Attributes:
+    data: is the number of replicas of the weights; -1 takes the devices that
+      are left.
+    fsdp: is the number of shards of the weights and of the batch.
+    tensor: is the number of shards of heads, MLP columns and vocabulary.
+    sampling_tensor: is `tensor` while answers are sampled, in training and in
+      evaluation, where weights are not split over fsdp and as many times fewer
+      batch shards are left; 0 stands for `tensor`.
+  """
+
+  data: Annotated[_Int, Field(ge=-1)] = -1
+  fsdp: _Positive = 1
+  tensor: _Positive = 1
+  sampling_tensor: _NotNegative = 0
+
+  def __post_init__(self):
+    _check(
+        self.data != 0,
+        "mesh.data is 0; set it to 1 or more, or to -1 for the devices that are"
+        " left.",
+    )
+    shards = self.fsdp * self.tensor
+    _check(
+        not self.sampling_tensor or shards % self.sampling_tensor == 0,
+        f"mesh.sampling_tensor is {self.sampling_tensor}, which does not divide"
+        f" mesh.fsdp x mesh.tensor = {shards}; set it to a divisor of that, or"
+        " to 0 for mesh.tensor.",
+    )
+
+
+@_settings("evaluation")
+class EvaluationSpec:
+  """Evaluation runs to the end of the answer, whatever the training cap.
+
+  Attributes:
+    sets: maps a name to records, with `answer`.
+    every: is the number of updates between evaluations of the student; 0
+      leaves the first and the last one.
+    between: names the sets that are evaluated before the last update; empty
+      for all.
+    max_len: is the longest answer in tokens.
+    temperature: is that of the sampled answers.
+    top_k: is that of the sampled answers, as in `rollout`.
+    top_p: is that of the sampled answers, as in `rollout`.
+    greedy: evaluates greedy answers as well.
+    batch_size: is the number of answers decoded at a time; 0 takes as many as
+      an accelerator's memory holds, and 64 on a CPU.
+    teacher: evaluates the teacher after the last update.
+  """
+
+  sets: Mapping[_Str, DatasetSpec]
+  every: _NotNegative = 0
+  between: tuple[_Str, ...] = ()
+  max_len: _Positive = 256
+  temperature: _AboveZero = 1.0
+  top_k: _NotNegative = 0
+  top_p: Annotated[_AboveZero, Field(le=1)] = 1.0
+  greedy: _Bool = True
+  batch_size: _NotNegative = 64
+  teacher: _Bool = True
+
+  def __post_init__(self):
+    for name in self.between:
+      _check(
+          name in self.sets,
+          f"evaluation.between is {self.between}, of which {name!r} is not in"
+          f" evaluation.sets; use {', '.join(self.sets) or '()'}.",
+      )
+    for name, spec in self.sets.items():
+      _check(
+          bool(spec.answer),
+          f"evaluation.sets.{name}.answer is empty, so nothing can be graded;"
+          " name the field of the right answer.",
+      )
+
+
+@_settings("checkpoint")
+class CheckpointSpec:
+  """When to save.
+
+  Attributes:
+    every: is the number of updates between checkpoints.
+    keep: is the number of checkpoints that are kept.
+  """
+
+  every: _Positive = 10
+  keep: _Positive = 2
+
+
+@_settings("")
 class Config:
   """A run.
 
+  The settings of the prefix stay what they are when `method` is not "prefix",
+  so that a method can be changed alone.
+
   Attributes:
-    method: "prefix" stops rollouts at a growing or fixed cap, "full" at
-      `rollout.max_len`; "sft" trains on the records' completions; "seqkd" has
-      the teacher write an answer to each prompt once, keeps them in the
-      workdir, and trains on those (arXiv 1606.07947).
-    steps: updates.
-    seed: of the data order, sampling and random initialisation.
-    teacher: None for `sft`.
+    method: stops rollouts at a cap ("prefix") or at `rollout.max_len`
+      ("full"), trains on the records' completions ("sft"), or has the teacher
+      write an answer to each prompt once and trains on those ("seqkd", arXiv
+      1606.07947).
+    steps: is the number of updates.
+    student: is the model that learns.
+    data: is the training prompts.
+    rollout: says how the student samples.
+    optimizer: says how the student is updated.
+    evaluation: says what is evaluated, and when.
+    seed: seeds the data order, sampling and random initialisation.
+    teacher: is the model that scores; None for "sft".
+    prefix: says how much of each answer is sampled.
+    loss: says what is minimised.
+    mesh: says how devices are arranged.
+    checkpoint: says when the run is saved.
   """
 
-  method: str
-  steps: int
+  method: Literal["prefix", "full", "sft", "seqkd"]
+  steps: _NotNegative
   student: ModelSpec
   data: DataSpec
   rollout: RolloutSpec
   optimizer: OptimizerSpec
   evaluation: EvaluationSpec
-  seed: int = 0
+  seed: _NotNegative = 0
   teacher: ModelSpec | None = None
   prefix: PrefixSpec = PrefixSpec()
   loss: LossSpec = LossSpec()
@@ -45,73 +805,77 @@ class Config:
   checkpoint: CheckpointSpec = CheckpointSpec()
 
   def __post_init__(self):
-    errors.check(
-        self.method in METHODS,
-        f"method is {self.method!r}; use one of {METHODS}.",
-    )
-    errors.at_least("config", {"steps": self.steps, "seed": self.seed}, 0)
-    errors.check(
+    self._check_models()
+    self._check_answers()
+    self._check_prefix()
+
+  def _check_models(self) -> None:
+    _check(
         self.student.param_dtype == "float32",
         f"student.param_dtype is {self.student.param_dtype!r}, but AdamW's"
-        " small steps vanish in bfloat16; set it to 'float32' and, to compute"
-        " in bfloat16, student.compute_dtype.",
+        " small steps vanish in bfloat16; set student.param_dtype to 'float32'"
+        " and, to compute in bfloat16, student.compute_dtype.",
     )
-    distils = not self.is_supervised
-    errors.check(
-        self.method == "sft" or self.teacher is not None,
-        f"method is {self.method!r} but teacher is None; name a teacher.",
-    )
-    errors.check(
-        self.method != "sft" or bool(self.data.train.completion),
-        "method is 'sft' but data.train.completion is empty; name the field"
-        " that holds the answers to learn.",
-    )
-    errors.check(
-        distils or self.rollout.per_prompt == 1,
-        f"method is {self.method!r} but rollout.per_prompt is"
-        f" {self.rollout.per_prompt}; a record has one completion, so set it"
-        " to 1.",
-    )
-    errors.check(
-        distils or not self.data.teacher_prompt,
-        f"method is {self.method!r} but data.teacher_prompt is set, and no"
-        " teacher scores anything; leave it empty.",
-    )
-    errors.check(
-        self.prefix.schedule != "fixed"
-        or self.prefix.length <= self.rollout.max_len,
-        f"prefix.length is {self.prefix.length} but rollout.max_len is"
-        f" {self.rollout.max_len}; lower the first or raise the second.",
-    )
-    self._check_source()
-    errors.check(
+    _check(
         not self.student.offload,
-        "student.offload is True, but the student is never idle; set it to"
-        " False (optimizer.offload keeps its moments in the host's memory).",
+        "student.offload is True, but the student is never idle; set"
+        " student.offload to False (optimizer.offload keeps the moments in the"
+        " host's memory).",
+    )
+    _check(
+        self.method == "sft" or self.teacher is not None,
+        f"method is {self.method!r} but teacher is None; set teacher.path.",
     )
 
-  def _check_source(self) -> None:
-    """Checks the rollouts' source and the schedule against the loss."""
+  def _check_answers(self) -> None:
+    completion = self.data.train.completion
+    _check(
+        self.method != "sft" or bool(completion),
+        "method is 'sft' but data.train.completion is empty; name the field of"
+        " the answers to learn.",
+    )
+    _check(
+        self.rollout.source != "data" or bool(completion),
+        "rollout.source is 'data' but data.train.completion is empty; name the"
+        " field of the answers.",
+    )
+    supervised = self.is_supervised
+    _check(
+        not supervised or self.rollout.per_prompt == 1,
+        f"method is {self.method!r} but rollout.per_prompt is"
+        f" {self.rollout.per_prompt}, and a record has one completion; set"
+        " rollout.per_prompt to 1.",
+    )
+    _check(
+        not supervised or not self.data.teacher_prompt,
+        f"method is {self.method!r} but data.teacher_prompt is"
+        f" {self.data.teacher_prompt!r}, and no teacher scores anything; leave"
+        " data.teacher_prompt empty.",
+    )
+
+  def _check_prefix(self) -> None:
     source, form = self.rollout.source, self.loss.form
-    errors.check(
+    _check(
         source == "student" or form == "exact",
         f"rollout.source is {source!r} but loss.form is {form!r}, which needs"
         " tokens that the student drew; set loss.form to 'exact'.",
     )
-    errors.check(
-        source != "data" or bool(self.data.train.completion),
-        "rollout.source is 'data' but data.train.completion is empty; name the"
-        " field that holds the answers.",
+    length, longest = self.prefix.fixed.length, self.rollout.max_len
+    _check(
+        self.prefix.schedule != "fixed" or length <= longest,
+        f"prefix.fixed.length is {length} but rollout.max_len is {longest};"
+        " lower prefix.fixed.length or raise rollout.max_len.",
     )
-    errors.check(
+    _check(
         self.schedule != "drift" or form == "exact",
         f"prefix.schedule is 'drift' but loss.form is {form!r}, which does not"
         " see the two models' most probable tokens; set loss.form to 'exact'.",
     )
-    errors.check(
+    _check(
         self.schedule != "agreement" or source == "student",
-        f"prefix.schedule is 'agreement' but rollout.source is {source!r};"
-        " it cuts the student's own rollouts, so set that to 'student'.",
+        f"prefix.schedule is 'agreement' but rollout.source is {source!r}, and"
+        " the schedule cuts the student's own rollouts; set rollout.source to"
+        " 'student'.",
     )
 
   @property
@@ -133,15 +897,130 @@ class Config:
   def rollouts_per_step(self) -> int:
     return self.data.batch_size * self.rollout.per_prompt
 
-  @property
-  def longest_prefix(self) -> int:
-    """The largest cap that this run can reach."""
-    if self.method != "prefix":
-      return self.rollout.max_len
-    if self.prefix.schedule == "fixed":
-      return self.prefix.length
-    if self.prefix.schedule != "linear":
-      return self.rollout.max_len
-    changes = max(self.steps - 1, 0) // self.prefix.every
-    last = self.prefix.start + self.prefix.increment * changes
-    return min(last, self.rollout.max_len)
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+  """Builds and validates a run's settings from nested plain values.
+
+  Raises:
+    ConfigError: an unknown or missing field, a wrong type, or values that do
+      not work together.
+  """
+  return Config(**values)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+  """Returns the settings as nested plain values; `from_dict` inverts it."""
+  return dataclasses.asdict(config)
+
+
+def check_field(name: str) -> None:
+  """Raises ConfigError if a dotted name, "data.batch_size", is no field."""
+  kind, before = Config, []
+  for part in name.split("."):
+    inner = _inner(kind, part)
+    if inner is None:
+      raise ConfigError(_unknown(Config, "", [*before, part]))
+    kind = inner
+    before.append(part)
+
+
+def with_new_groups(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+  """Adds the groups that a dotted name needs, with all of their fields.
+
+  So a name can be made under a mapping: for "evaluation.sets.mine.source" the
+  set `mine` gets the fields of a data set, at their defaults.
+  """
+  kind, values = Config, dict(values)
+  at, (*groups, last) = values, name.split(".")
+  for part in groups:
+    kind = _inner(kind, part)
+    found = at.get(part)
+    at[part] = _defaults(kind) if found is None else dict(found)
+    at = at[part]
+  if last not in at:
+    at[last] = _defaults(kind)[last]
+  return values
+
+
+def without_idle_groups(
+    values: Mapping[str, Any], given: Iterable[str]
+) -> dict[str, Any]:
+  """Drops groups that a choice in `given` has put out of use.
+
+  A file may have a linear schedule, and the command line `prefix.schedule`
+  alone: the file's settings of the linear schedule are then meant for nothing.
+
+  Args:
+    values: of the file and the command line.
+    given: dotted names of the command line, whose groups stay.
+  """
+  given, values, idle = set(given), dict(values), set()
+  if "prefix.schedule" in given:
+    names = PrefixSpec.idle(values["prefix"]["schedule"])
+    idle |= {("prefix", name) for name in names}
+  if given & {"loss.form", "loss.exact.divergence"}:
+    loss = values["loss"]
+    exact = loss.get("exact", {})
+    names = LossSpec.idle(
+        loss.get("form", LossSpec.form),
+        exact.get("divergence", ExactSpec.divergence),
+    )
+    idle |= {("loss", name) for name in names}
+  for group, name in idle:
+    if not any(n.startswith(f"{group}.{name}.") for n in given):
+      inner = values[group].items()
+      values[group] = {k: v for k, v in inner if k != name}
+  return values
+
+
+def _inner(kind: Any, name: str) -> Any:
+  """Returns the type of what is called `name` in a group or mapping."""
+  if dataclasses.is_dataclass(kind):
+    return _hints(kind).get(name)
+  return typing.get_args(kind)[1] if _is_mapping(kind) else None
+
+
+def _is_mapping(kind: Any) -> bool:
+  return typing.get_origin(kind) is Mapping
+
+
+def _defaults(cls: Any) -> dict[str, Any]:
+  """Returns plain values of all fields; a required one is empty."""
+  out = {}
+  if not dataclasses.is_dataclass(cls):
+    return out
+  for field in dataclasses.fields(cls):
+    kind, value = _hints(cls)[field.name], field.default
+    if dataclasses.is_dataclass(kind):
+      value = _defaults(kind)
+    elif value is dataclasses.MISSING:
+      value = {} if _is_mapping(kind) else kind()
+    out[field.name] = value
+  return out
+
+
+def _leaves(kind: Any, before: str) -> Iterator[str]:
+  """Yields the dotted names of all fields of a group."""
+  if dataclasses.is_dataclass(kind):
+    for name, inner in _hints(kind).items():
+      yield before + name
+      yield from _leaves(inner, f"{before}{name}.")
+
+
+def _unknown(cls: type, at: str, parts: list[Any]) -> str:
+  """Says that the last of the names is no field, and which is nearest."""
+  kind = cls
+  for part in parts[:-1]:
+    kind = _inner(kind, part)
+  *before, last = filter(None, (at, *parts))
+  before = "".join(f"{part}." for part in before)
+  if not dataclasses.is_dataclass(kind):
+    return f"{before}{last} is not a field; {before[:-1]} is one."
+  known = list(_hints(kind))
+  # A name that is a field of an inner group, or else one that looks like it.
+  near = [n for n in _leaves(kind, "") if n.split(".")[-1] == last]
+  near = near or difflib.get_close_matches(last, known, 1)
+  mend = f"the fields here are {', '.join(known)}."
+  if near:
+    mend = f"did you mean {' or '.join(before + name for name in near)}?"
+  return f"{before}{last} is not a field; {mend}"

@@ -20,7 +20,7 @@ from prefix_distill.data import records
 from prefix_distill.data import tokenizer
 from prefix_distill.data.prompt_checks import Fed
 from prefix_distill.data.tokenizer import Chat
-from prefix_distill.distill import prefix_length
+from prefix_distill.distill import prefix_schedule
 from prefix_distill.models import huggingface as hf
 
 _SPECIAL = "bold cyan"
@@ -233,12 +233,12 @@ def _temperature(config: Config) -> str:
 def _caps(config: Config) -> str:
   if config.is_supervised:
     return f"none; completions of at most {config.rollout.max_len:,} tokens"
-  first = prefix_length.cap(config, 0)
-  last = prefix_length.cap(config, max(config.steps - 1, 0))
-  lengths = prefix_length.needed(config)
+  first = prefix_schedule.cap(config, 0)
+  last = prefix_schedule.cap(config, max(config.steps - 1, 0))
+  lengths = prefix_schedule.needed(config)
   buckets = f"{len(lengths)} bucket{'s' * (len(lengths) > 1)}"
   caps = f"{first:,} in the first update, {last:,} in the last"
-  if config.schedule and not config.prefix.is_planned:
+  if not prefix_schedule.make(config).is_planned:
     caps = f"at most {last:,}, chosen by the schedule {config.schedule!r}"
   elif first == last:
     caps = f"{last:,} in every update"

@@ -11,8 +11,8 @@ import jax
 from jax.experimental import mesh_utils
 import numpy as np
 
+from prefix_distill.config import MeshSpec
 from prefix_distill.errors import ConfigError
-from prefix_distill.specs import MeshSpec
 
 PartitionSpec = jax.sharding.PartitionSpec
 

@@ -13,7 +13,7 @@ import toys
 
 from configs import math as experiment
 from prefix_distill import assets
-from prefix_distill import config_dict
+from prefix_distill import config as config_lib
 from prefix_distill import errors
 from prefix_distill.train import setup
 
@@ -32,7 +32,7 @@ def _config(**changes):
       for group in groups:
         inner = inner[group]
       inner[field] = value
-  return config_dict.from_dict(settings.to_dict())
+  return config_lib.from_dict(settings.to_dict())
 
 
 def _refusal(tmp_path, config):

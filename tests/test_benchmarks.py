@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import schemas
 
+from prefix_distill.config import DatasetSpec
+from prefix_distill.config import EvaluationSpec
 from prefix_distill.data import records
 from prefix_distill.data import tokenizer
 from prefix_distill.data.records import DataError
@@ -15,8 +17,6 @@ from prefix_distill.errors import ConfigError
 from prefix_distill.evaluate import benchmarks
 from prefix_distill.evaluate import evaluator
 from prefix_distill.evaluate import grading
-from prefix_distill.specs import DatasetSpec
-from prefix_distill.specs import EvaluationSpec
 
 # What seed 0 draws. Scores of other days are only comparable while it does.
 _PINNED_NUMBERS = [8, 9, 10, 13, 14, 17]

@@ -1,12 +1,15 @@
 """The run's settings: what is accepted, and what a refusal says."""
 
 import copy
+import dataclasses
 import json
 import math
+import re
 
 import pytest
 
-from prefix_distill import config_dict
+from prefix_distill import config as config_lib
+from prefix_distill.distill import prefix_schedule
 from prefix_distill.errors import ConfigError
 
 _VALUES = {
@@ -20,7 +23,7 @@ _VALUES = {
         "max_prompt_len": 64,
     },
     "rollout": {"per_prompt": 4, "max_len": 128},
-    "prefix": {"buckets": (16, 64, 128), "increment": 8},
+    "prefix": {"buckets": (16, 64, 128), "linear": {"increment": 8}},
     "optimizer": {"learning_rate": 1e-4},
     "evaluation": {
         "sets": {
@@ -47,7 +50,7 @@ def _changed(changes):
 
 def _refusal(changes):
   with pytest.raises(ConfigError) as error:
-    config_dict.from_dict(_changed(changes))
+    config_lib.from_dict(_changed(changes))
   return str(error.value)
 
 
@@ -59,17 +62,17 @@ def _assert_names(message, parts):
 
 
 def test_dictionaries_and_settings_invert_each_other():
-  config = config_dict.from_dict(_VALUES)
-  plain = config_dict.to_dict(config)
-  assert config_dict.from_dict(plain) == config
-  assert config_dict.from_dict(json.loads(json.dumps(plain))) == config
-  other = config_dict.from_dict(_changed({"seed": 1}))
+  config = config_lib.from_dict(_VALUES)
+  plain = config_lib.to_dict(config)
+  assert config_lib.from_dict(plain) == config
+  assert config_lib.from_dict(json.loads(json.dumps(plain))) == config
+  other = config_lib.from_dict(_changed({"seed": 1}))
   assert other != config
-  assert config_dict.to_dict(other) != plain
+  assert config_lib.to_dict(other) != plain
 
 
 def test_given_values_and_defaults_arrive():
-  config = config_dict.from_dict(_VALUES)
+  config = config_lib.from_dict(_VALUES)
   assert config.teacher.compute_dtype == "bfloat16"
   assert config.student.compute_dtype == "float32"
   assert config.prefix.buckets == (16, 64, 128)
@@ -79,40 +82,45 @@ def test_given_values_and_defaults_arrive():
 
 
 def test_a_whole_number_serves_as_a_fraction():
-  config = config_dict.from_dict(_changed({"rollout.temperature": 2}))
+  config = config_lib.from_dict(_changed({"rollout.temperature": 2}))
   assert config.rollout.temperature == 2.0
   assert isinstance(config.rollout.temperature, float)
 
 
 def test_settings_can_be_written_as_lists():
-  config = config_dict.from_dict(_changed({"prefix.buckets": [32, 256]}))
+  config = config_lib.from_dict(_changed({"prefix.buckets": [32, 256]}))
   assert config.prefix.buckets == (32, 256)
 
 
 def test_the_tokenizer_is_the_models_own_unless_named():
   values = {"student.path": "a"}
-  config = config_dict.from_dict(_changed(values))
+  config = config_lib.from_dict(_changed(values))
   assert config.student.tokenizer_path == "a"
-  config = config_dict.from_dict(_changed(values | {"student.tokenizer": "b"}))
+  config = config_lib.from_dict(_changed(values | {"student.tokenizer": "b"}))
   assert config.student.tokenizer_path == "b"
+
+
+_FIXED_30 = {
+    "prefix": {"schedule": "fixed", "fixed": {"length": 30}},
+}
 
 
 @pytest.mark.parametrize(
     "changes, longest",
     (
         ({}, 128),
-        ({"prefix.start": 5, "prefix.increment": 3}, 62),
-        ({"prefix.start": 5, "prefix.increment": 3, "steps": 1}, 5),
-        ({"prefix.start": 5, "prefix.increment": 3, "steps": 0}, 5),
-        ({"prefix.increment": 7}, 128),
-        ({"prefix.schedule": "fixed", "prefix.length": 30}, 30),
+        ({"prefix.linear": {"start": 5, "increment": 3}}, 62),
+        ({"prefix.linear": {"start": 5, "increment": 3}, "steps": 1}, 5),
+        ({"prefix.linear": {"start": 5, "increment": 3}, "steps": 0}, 5),
+        ({"prefix.linear.increment": 7}, 128),
+        (_FIXED_30, 30),
         ({"method": "full"}, 128),
-        ({"method": "full", "prefix.schedule": "fixed",
-          "prefix.length": 30}, 128),
+        (_FIXED_30 | {"method": "full"}, 128),
     ),
-)  # fmt: skip
+)
 def test_the_longest_prefix_is_what_the_schedule_reaches(changes, longest):
-  assert config_dict.from_dict(_changed(changes)).longest_prefix == longest
+  config = config_lib.from_dict(_changed(changes))
+  assert prefix_schedule.longest(config) == longest
 
 
 @pytest.mark.parametrize(
@@ -123,6 +131,16 @@ def test_the_longest_prefix_is_what_the_schedule_reaches(changes, longest):
         ("optimizer.learningrate", "optimizer.learning_rate"),
         ("evaluation.sets.test.anwser", "evaluation.sets.test.answer"),
         ("teacher.pth", "teacher.path"),
+        ("loss.beta", "loss.jsd.beta"),
+        (
+            "prefix.min_overlap",
+            "prefix.drift.min_overlap",
+        ),
+        (
+            "prefix.increment",
+            "prefix.linear.increment or prefix.drift.increment or"
+            " prefix.plateau.increment",
+        ),
     ),
 )
 def test_unknown_fields_come_with_a_suggestion(name, suggestion):
@@ -139,15 +157,15 @@ def test_unknown_fields_without_a_likeness_list_the_fields():
 
 
 def test_check_field_knows_every_field():
-  config_dict.check_field("evaluation.sets.any_name.answer")
-  config_dict.check_field("teacher.path")
-  config_dict.check_field("prefix.buckets")
+  config_lib.check_field("evaluation.sets.any_name.answer")
+  config_lib.check_field("teacher.path")
+  config_lib.check_field("prefix.buckets")
   for name in ("data.batch_sizes", "teacher.paths", "evaluation.sets.a.anwser"):
     with pytest.raises(ConfigError) as error:
-      config_dict.check_field(name)
+      config_lib.check_field(name)
     assert f"{name} is not a field; did you mean " in str(error.value)
   with pytest.raises(ConfigError, match="steps.x is not a field"):
-    config_dict.check_field("steps.x")
+    config_lib.check_field("steps.x")
 
 
 @pytest.mark.parametrize(
@@ -156,7 +174,6 @@ def test_check_field_knows_every_field():
         ("steps", "many", "int"),
         ("steps", 1.5, "int"),
         ("steps", True, "int"),
-        ("method", 3, "str"),
         ("teacher.offload", "yes", "bool"),
         ("teacher.offload", 1, "bool"),
         ("student.path", None, "str"),
@@ -164,7 +181,9 @@ def test_check_field_knows_every_field():
         ("rollout.temperature", True, "float"),
         ("data.train.question", ["q"], "str"),
         ("evaluation.sets.test.size", "all", "int"),
-        ("prefix.buckets", (16, "x"), "int"),
+        ("evaluation.sets.test.choices", ("a", 1), "str"),
+        ("optimizer.learning_rate", "1e-4", "float"),
+        ("prefix.linear.every", 2.0, "int"),
         ("prefix.buckets", 128, ""),
         ("prefix.buckets", None, ""),
         ("prefix.buckets", "128", ""),
@@ -177,8 +196,12 @@ def test_check_field_knows_every_field():
     ),
 )
 def test_wrong_types_are_refused_with_the_value(name, value, kind):
-  shown = value[1] if name == "prefix.buckets" and kind == "int" else value
-  _assert_names(_refusal({name: value}), (f"{name} is {shown!r}", kind))
+  if isinstance(value, tuple):
+    name, value = f"{name}.1", value[1]
+    message = _refusal({name.removesuffix(".1"): ("a", value)})
+  else:
+    message = _refusal({name: value})
+  _assert_names(message, (f"{name} is {value!r}", kind))
 
 
 @pytest.mark.parametrize(
@@ -199,74 +222,91 @@ def test_missing_fields_are_named(name):
     at = at[group]
   del at[last]
   with pytest.raises(ConfigError) as error:
-    config_dict.from_dict(values)
+    config_lib.from_dict(values)
   assert str(error.value) == f"{name} is missing; set it."
 
 
 @pytest.mark.parametrize(
-    "name, value",
+    "name, value, mend",
     (
-        ("student.compute_dtype", "float16"),
-        ("teacher.param_dtype", "int8"),
-        ("data.train.size", -1),
-        ("data.train.samples", 0),
-        ("data.batch_size", 0),
-        ("data.max_prompt_len", 0),
-        ("prefix.schedule", "cubic"),
-        ("prefix.start", 0),
-        ("prefix.length", 0),
-        ("prefix.increment", -1),
-        ("prefix.buckets", (64, 16, 128)),
-        ("prefix.buckets", (64, 64, 128)),
-        ("rollout.per_prompt", 0),
-        ("rollout.max_len", 0),
-        ("rollout.top_k", -1),
-        ("rollout.top_p", 0.0),
-        ("rollout.top_p", 1.5),
-        ("evaluation.top_p", -0.1),
-        ("rollout.cache_dtype", "float16"),
-        ("data.prompt_buckets", (64, 32)),
-        ("data.prompt_buckets", (0, 32)),
-        ("data.prompt_buckets", (10**6,)),
-        ("rollout.temperature", 0.0),
-        ("rollout.temperature", -1.0),
-        ("rollout.temperature", math.nan),
-        ("loss.form", "forward"),
-        ("loss.divergence", "kl"),
-        ("loss.beta", 1.5),
-        ("loss.top_k", -1),
-        ("loss.top_k_of", "both"),
-        ("loss.estimator", "k2"),
-        ("loss.mixture", -0.1),
-        ("loss.normalize", "rows"),
-        ("loss.logits_mib", 0),
-        ("optimizer.decay", "step"),
-        ("optimizer.learning_rate", 0.0),
-        ("optimizer.batch_tokens", -1),
-        ("rollout.batch_tokens", -1),
-        ("optimizer.warmup_steps", -1),
-        ("optimizer.clip_norm", -0.5),
-        ("optimizer.weight_decay", -0.1),
-        ("mesh.data", 0),
-        ("mesh.data", -2),
-        ("mesh.fsdp", 0),
-        ("mesh.tensor", -1),
-        ("mesh.sampling_tensor", -1),
-        ("evaluation.max_len", 0),
-        ("evaluation.batch_size", -1),
-        ("evaluation.every", -1),
-        ("evaluation.temperature", 0.0),
-        ("checkpoint.every", 0),
-        ("checkpoint.keep", 0),
-        ("steps", -1),
-        ("seed", -1),
-        ("method", "offline"),
+        ("student.compute_dtype", "float16", "use one of 'float32'"),
+        ("student.path", "", "give a name"),
+        ("teacher.param_dtype", "int8", "use one of"),
+        ("teacher.remat", "some", "use one of 'none', 'full', 'dots' or"),
+        ("data.train.size", -1, "set it to 0 or more"),
+        ("data.train.samples", 0, "set it to 1 or more"),
+        ("data.batch_size", 0, "set it to 1 or more"),
+        ("data.max_prompt_len", 0, "set it to 1 or more"),
+        ("data.max_teacher_prompt_len", -1, "set it to 0 or more"),
+        ("data.prompt_buckets", (64, 32), "sort the lengths"),
+        ("data.prompt_buckets", (0, 32), "sort the lengths"),
+        ("data.prompt_buckets", (10**6,), "leave out those that are too long"),
+        ("prefix.schedule", "cubic", "use one of 'linear', 'fixed', 'random'"),
+        ("prefix.linear.start", 0, "set it to 1 or more"),
+        ("prefix.linear.every", 0, "set it to 1 or more"),
+        ("prefix.linear.increment", -1, "set it to 0 or more"),
+        ("prefix.fixed.length", 0, "set it to 1 or more"),
+        ("prefix.random.min_length", 0, "set it to 1 or more"),
+        ("prefix.drift.min_overlap", 1.1, "set it to 1 or less"),
+        ("prefix.drift.max_drifted", 0, "set it to 1 or more"),
+        ("prefix.drift.patience_updates", 0, "set it to 1 or more"),
+        ("prefix.plateau.min_reached_fraction", -0.5, "set it to 0 or more"),
+        ("prefix.agreement.quantile", 2.0, "set it to 1 or less"),
+        ("prefix.audited.min_nats", -0.1, "set it to 0 or more"),
+        ("prefix.buckets", (64, 16, 128), "sort the lengths"),
+        ("prefix.buckets", (64, 64, 128), "sort the lengths"),
+        ("rollout.per_prompt", 0, "set it to 1 or more"),
+        ("rollout.max_len", 0, "set it to 1 or more"),
+        ("rollout.top_k", -1, "set it to 0 or more"),
+        ("rollout.top_p", 0.0, "set it above 0"),
+        ("rollout.top_p", 1.5, "set it to 1 or less"),
+        ("rollout.cache_dtype", "float16", "use one of '', 'float32'"),
+        ("rollout.temperature", 0.0, "set it above 0"),
+        ("rollout.temperature", -1.0, "set it above 0"),
+        ("rollout.temperature", math.nan, "give a float"),
+        ("rollout.temperature", math.inf, "give a float"),
+        ("rollout.source", "web", "use one of 'student', 'teacher' or 'data'"),
+        ("rollout.source_share", -0.5, "set it to 0 or more"),
+        ("rollout.batch_tokens", -1, "set it to 0 or more"),
+        ("loss.form", "forward", "use one of 'exact', 'policy_gradient' or"),
+        ("loss.jsd.beta", 1.5, "set it to 1 or less"),
+        ("loss.exact.top_k", -1, "set it to 0 or more"),
+        ("loss.exact.top_k_of", "both", "use one of 'teacher' or 'student'"),
+        ("loss.policy_gradient.estimator", "k2", "use one of 'k1' or 'k3'"),
+        ("loss.policy_gradient.mixture", -0.1, "set it to 0 or more"),
+        ("loss.policy_gradient.min_entropy", -0.1, "set it to 0 or more"),
+        ("loss.normalize", "rows", "use one of 'rollouts' or 'tokens'"),
+        ("loss.logits_mib", 0, "set it to 1 or more"),
+        ("optimizer.decay", "step", "use one of 'constant' or 'cosine'"),
+        ("optimizer.learning_rate", 0.0, "set it above 0"),
+        ("optimizer.learning_rate", -math.inf, "give a float"),
+        ("optimizer.batch_tokens", -1, "set it to 0 or more"),
+        ("optimizer.warmup_steps", -1, "set it to 0 or more"),
+        ("optimizer.clip_norm", -0.5, "set it to 0 or more"),
+        ("optimizer.weight_decay", -0.1, "set it to 0 or more"),
+        ("optimizer.b2", 1.0, "set it below 1"),
+        ("mesh.data", 0, "set it to 1 or more, or to -1"),
+        ("mesh.data", -2, "set it to -1 or more"),
+        ("mesh.fsdp", 0, "set it to 1 or more"),
+        ("mesh.tensor", -1, "set it to 1 or more"),
+        ("mesh.sampling_tensor", -1, "set it to 0 or more"),
+        ("evaluation.top_p", -0.1, "set it above 0"),
+        ("evaluation.max_len", 0, "set it to 1 or more"),
+        ("evaluation.batch_size", -1, "set it to 0 or more"),
+        ("evaluation.every", -1, "set it to 0 or more"),
+        ("evaluation.temperature", 0.0, "set it above 0"),
+        ("evaluation.between", ("easy",), "use test, hard"),
+        ("checkpoint.every", 0, "set it to 1 or more"),
+        ("checkpoint.keep", 0, "set it to 1 or more"),
+        ("steps", -1, "set it to 0 or more"),
+        ("seed", -1, "set it to 0 or more"),
+        ("method", "offline", "use one of 'prefix', 'full', 'sft' or 'seqkd'"),
     ),
 )
-def test_values_that_cannot_work_are_refused_by_name(name, value):
-  message = _refusal({name: value})
-  shown = str(value) if isinstance(value, (int, float, tuple)) else repr(value)
-  _assert_names(message, (name.split(".")[-1], shown))
+def test_a_bad_value_is_one_sentence_of_field_value_and_mend(
+    name, value, mend
+):
+  _assert_names(_refusal({name: value}), (f"{name} is {value!r}", mend))
 
 
 _ENDLESS = {"data.train.source": "math_task"}
@@ -289,13 +329,13 @@ _SFT = {"method": "sft", "teacher": None, "rollout.per_prompt": 1}
         ),
         (
             _SFT | {"data.train.completion": "c", "rollout.per_prompt": 3},
-            ("method is 'sft'", "rollout.per_prompt is 3", "set it to 1"),
+            ("method is 'sft'", "rollout.per_prompt is 3", "per_prompt to 1"),
             {"rollout.per_prompt": 1},
         ),
         (
-            {"prefix.schedule": "fixed", "prefix.length": 300},
-            ("prefix.length is 300", "rollout.max_len is 128"),
-            {"prefix.length": 128},
+            {"prefix": {"schedule": "fixed", "fixed": {"length": 300}}},
+            ("prefix.fixed.length is 300", "rollout.max_len is 128"),
+            {"prefix.fixed.length": 128},
         ),
         (
             {"mesh.fsdp": 4, "mesh.sampling_tensor": 3},
@@ -308,33 +348,23 @@ _SFT = {"method": "sft", "teacher": None, "rollout.per_prompt": 1}
             {"student.offload": False},
         ),
         (
-            {"loss.form": "direct"},
-            ("loss.form is 'direct'", "loss.estimator 'k1'", "is zero"),
-            {"loss.estimator": "k3"},
+            {"loss.exact.top_k_of": "student"},
+            ("loss.exact.top_k_of is 'student'", "loss.exact.top_k is 0"),
+            {"loss.exact.top_k": 8},
         ),
         (
-            {"loss.form": "policy_gradient", "loss.divergence": "jsd"},
-            ("loss.divergence is 'jsd'", "loss.form is 'policy_gradient'"),
-            {"loss.form": "exact"},
+            {"rollout.source_share": 0.5},
+            ("rollout.source_share is 0.5", "rollout.source is 'student'"),
+            {"rollout.source": "teacher"},
         ),
         (
-            {"loss.form": "policy_gradient", "loss.top_k": 16},
-            ("loss.top_k is 16", "loss.form is 'policy_gradient'"),
-            {"loss.form": "exact"},
-        ),
-        (
-            {"loss.mixture": 0.1},
-            ("loss.mixture is 0.1", "loss.form is 'exact'"),
-            {"loss.form": "policy_gradient"},
-        ),
-        (
-            {"loss.min_entropy": 0.2},
-            ("loss.min_entropy is 0.2", "loss.form is 'exact'"),
-            {"loss.form": "policy_gradient"},
+            {"optimizer.final_fraction": 0.5},
+            ("optimizer.final_fraction is 0.5", "decay is 'constant'"),
+            {"optimizer.decay": "cosine"},
         ),
         (
             _ENDLESS,
-            ("'math_task'", "size 0"),
+            ("data.train.source is 'math_task'", "data.train.size is 0"),
             {"data.train.size": 100},
         ),
         (
@@ -346,4 +376,140 @@ _SFT = {"method": "sft", "teacher": None, "rollout.per_prompt": 1}
 )  # fmt: skip
 def test_values_that_do_not_fit_together_are_refused(changes, named, mend):
   _assert_names(_refusal(changes), named)
-  config_dict.from_dict(_changed(changes | mend))
+  config_lib.from_dict(_changed(changes | mend))
+
+
+@pytest.mark.parametrize(
+    "name, value, choice, mend",
+    (
+        ("prefix.drift.min_overlap", 0.4, "prefix.schedule is 'linear'",
+         {"prefix.schedule": "drift", "prefix.linear": {}}),
+        ("prefix.fixed.length", 8, "prefix.schedule is 'linear'",
+         {"prefix.schedule": "fixed", "prefix.linear": {}}),
+        ("loss.jsd.beta", 0.1, "loss.exact.divergence is 'reverse_kl'",
+         {"loss.exact": {"divergence": "jsd"}}),
+        ("loss.policy_gradient.estimator", "k3", "loss.form is 'exact'",
+         {"loss.form": "policy_gradient"}),
+        ("loss.policy_gradient.mixture", 0.1, "loss.form is 'exact'",
+         {"loss.form": "policy_gradient"}),
+    ),
+)  # fmt: skip
+def test_a_setting_of_a_group_that_is_not_in_use_is_refused(
+    name, value, choice, mend
+):
+  message = _refusal({name: value})
+  _assert_names(message, (f"{name} is {value!r} but {choice}; set ", "leave"))
+  config_lib.from_dict(_changed({name: value} | mend))
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    (
+        (
+            {"loss": {"form": "direct", "exact": {"top_k": 16}}},
+            ("loss.exact.top_k is 16", "set loss.form to 'exact'"),
+        ),
+        (
+            {"loss": {"form": "policy_gradient",
+                      "exact": {"divergence": "jsd"}}},
+            ("loss.exact.divergence is 'jsd'", "set loss.form to 'exact'"),
+        ),
+        (
+            {"loss": {"form": "policy_gradient", "jsd": {"beta": 0.2}}},
+            ("loss.jsd.beta is 0.2", "loss.form to 'exact' and"
+             " loss.exact.divergence to 'jsd'"),
+        ),
+    ),
+)  # fmt: skip
+def test_the_exact_loss_has_settings_of_its_own(changes, named):
+  _assert_names(_refusal(changes), named)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    (
+        (
+            lambda: config_lib.MeshSpec(fsdp=0),
+            "mesh.fsdp is 0; set it to 1 or more.",
+        ),
+        (
+            lambda: config_lib.MeshSpec(-1, True),
+            "mesh.fsdp is True (bool); give an int.",
+        ),
+        (
+            lambda: dataclasses.replace(config_lib.DriftSpec(), start=0),
+            "prefix.drift.start is 0; set it to 1 or more.",
+        ),
+        (
+            lambda: config_lib.PrefixSpec(linear={"start": 0}),
+            "prefix.linear.start is 0; set it to 1 or more.",
+        ),
+        (
+            lambda: config_lib.DatasetSpec("math_task"),
+            "dataset.size is 0 but dataset.source is 'math_task', which has no"
+            " end; set dataset.size above 0.",
+        ),
+        (
+            lambda: config_lib.ModelSpec("a", remaat="none"),
+            "model.remaat is not a field; did you mean model.remat?",
+        ),
+        (lambda: config_lib.ModelSpec(), "model.path is missing; set it."),
+        (
+            lambda: config_lib.CheckpointSpec(1, 2, 3),
+            "checkpoint has 2 fields, and 3 is one more.",
+        ),
+    ),
+)
+def test_settings_made_in_code_are_checked_alike(make, message):
+  with pytest.raises(ConfigError) as error:
+    make()
+  assert str(error.value) == message
+
+
+def test_a_name_can_be_made_with_all_its_fields():
+  name = "evaluation.sets.mine.source"
+  values = config_lib.with_new_groups(_VALUES, name)
+  mine = values["evaluation"]["sets"]["mine"]
+  fields = dataclasses.fields(config_lib.DatasetSpec)
+  assert list(mine) == [field.name for field in fields]
+  assert "mine" not in _VALUES["evaluation"]["sets"]
+  mine |= {"source": "mine.jsonl", "answer": "answer"}
+  config = config_lib.from_dict(values)
+  assert config.evaluation.sets["mine"].source == "mine.jsonl"
+  assert {*config.evaluation.sets} == {"test", "hard", "mine"}
+  values = config_lib.with_new_groups({"teacher": None}, "teacher.path")
+  assert values["teacher"]["path"] == ""
+
+
+def test_a_choice_of_the_command_line_drops_the_files_other_groups():
+  changes = {"prefix.schedule": "fixed", "prefix.fixed.length": 8}
+  values = _changed(changes)
+  assert "prefix.linear.increment is 8" in _refusal(changes)
+  given = ["prefix.schedule", "prefix.fixed.length"]
+  config = config_lib.from_dict(
+      config_lib.without_idle_groups(values, given)
+  )
+  assert config.prefix.linear == config_lib.LinearSpec()
+  assert config.prefix.buckets == (16, 64, 128)
+  given.append("prefix.linear.increment")
+  with pytest.raises(ConfigError, match="prefix.linear.increment is 8"):
+    config_lib.from_dict(config_lib.without_idle_groups(values, given))
+  values = _changed({
+      "loss": {"form": "direct", "exact": {"top_k": 3}, "jsd": {"beta": 0.1}}
+  })
+  given = ["loss.form"]
+  config = config_lib.from_dict(
+      config_lib.without_idle_groups(values, given)
+  )
+  assert config.loss == config_lib.LossSpec("direct")
+
+
+def test_every_field_is_described_by_one_sentence():
+  for name, spec in vars(config_lib).items():
+    if not (isinstance(spec, type) and dataclasses.is_dataclass(spec)):
+      continue
+    _, _, text = spec.__doc__.partition("Attributes:\n")
+    described = dict(re.findall(r"^    (\w+): ((?:.|\n {6})+)", text, re.M))
+    assert list(described) == [f.name for f in dataclasses.fields(spec)], name
+    for sentence in described.values():
+      assert sentence.endswith(".") and ". " not in sentence, sentence

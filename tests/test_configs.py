@@ -9,9 +9,9 @@ import schemas
 from configs import bundled
 from configs import math as experiment
 from prefix_distill import assets
-from prefix_distill import config_dict
+from prefix_distill import config as config_lib
 from prefix_distill import errors
-from prefix_distill.distill import prefix_length
+from prefix_distill.distill import prefix_schedule
 from prefix_distill.evaluate import benchmarks
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models.transformer import Model
@@ -25,15 +25,15 @@ _MODELS = ("", "tiny", "tiny-weak", *_GUIDED, "qwen3-1.7b", "qwen3-8b")
 @pytest.mark.parametrize("method", ["prefix", "full"])
 def test_math_configs_are_valid(model, method):
   settings = experiment.get_config(f"{model},method={method}".strip(","))
-  config = config_dict.from_dict(settings.to_dict())
+  config = config_lib.from_dict(settings.to_dict())
   assert config.method == method
-  assert config_dict.from_dict(config_dict.to_dict(config)) == config
+  assert config_lib.from_dict(config_lib.to_dict(config)) == config
 
 
 @pytest.mark.parametrize("model", ["tiny", "qwen3-1.7b"])
 def test_seqkd_takes_one_answer_a_prompt(model):
   settings = experiment.get_config(f"{model},method=seqkd")
-  config = config_dict.from_dict(settings.to_dict())
+  config = config_lib.from_dict(settings.to_dict())
   assert (config.method, config.rollout.per_prompt) == ("seqkd", 1)
 
 
@@ -47,11 +47,11 @@ def test_evaluation_sets_can_be_chosen():
 @pytest.mark.parametrize("name", ["teacher", "capable", "weak", "guided"])
 def test_bundled_configs_are_valid(name):
   settings = bundled.get_config(name)
-  assert config_dict.from_dict(settings.to_dict()).method == "sft"
+  assert config_lib.from_dict(settings.to_dict()).method == "sft"
 
 
 def test_the_papers_recipe():
-  config = config_dict.from_dict(
+  config = config_lib.from_dict(
       experiment.get_config("qwen3-8b").to_dict()
   )
   assert config.student.path == "Qwen/Qwen3-8B-Base"
@@ -60,9 +60,9 @@ def test_the_papers_recipe():
   assert config.steps == 60 and config.optimizer.learning_rate == 5e-5
   assert config.evaluation.max_len == config.rollout.max_len == 16_384
   assert config.evaluation.sets == benchmarks.SETS
-  caps = [prefix_length.cap(config, step) for step in range(60)]
+  caps = [prefix_schedule.cap(config, step) for step in range(60)]
   assert caps[:3] == [1, 257, 513] and caps[-1] == 15_105
-  assert len(prefix_length.buckets(config)) <= 8
+  assert len(prefix_schedule.buckets(config)) <= 8
 
 
 def test_bundled_assets_are_small():
@@ -101,7 +101,7 @@ def test_the_qwen3_config_updates_toy_directories(tmp_path):
   settings.data.batch_size = 4
   settings.data.max_prompt_len = 64
   settings.rollout.max_len = settings.evaluation.max_len = 24
-  settings.prefix.increment = 16
+  settings.prefix.linear.increment = 16
   settings.prefix.buckets = (24,)
   settings.optimizer.batch_tokens = 1024
   settings.rollout.batch_tokens = 1024
@@ -112,7 +112,7 @@ def test_the_qwen3_config_updates_toy_directories(tmp_path):
     spec.source = schemas.write(name, "jsonl", tmp_path, rows)
     spec.samples = 2
   workdir = tmp_path / "run"
-  loop.train(config_dict.from_dict(settings.to_dict()), workdir)
+  loop.train(config_lib.from_dict(settings.to_dict()), workdir)
   lines = [
       json.loads(x)
       for x in (workdir / "metrics.jsonl").read_text().splitlines()

@@ -11,6 +11,8 @@ import pyarrow.parquet
 import pytest
 
 from prefix_distill import assets
+from prefix_distill.config import DatasetSpec
+from prefix_distill.config import DataSpec
 from prefix_distill.data import math_task
 from prefix_distill.data import prompts
 from prefix_distill.data import records
@@ -19,8 +21,6 @@ from prefix_distill.data.prompts import PromptIterator
 from prefix_distill.data.records import DataError
 from prefix_distill.data.tokenizer import TokenizerError
 from prefix_distill.errors import ConfigError
-from prefix_distill.specs import DatasetSpec
-from prefix_distill.specs import DataSpec
 from prefix_distill.structs import PromptBatch
 
 _RECORDS = [

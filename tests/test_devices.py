@@ -14,7 +14,6 @@ import toys
 from prefix_distill import config as config_lib
 from prefix_distill import devices
 from prefix_distill import sharding
-from prefix_distill import specs
 from prefix_distill.models import attention
 from prefix_distill.plan import build
 from prefix_distill.rollout import generate
@@ -180,7 +179,7 @@ def test_the_plan_computes_in_the_same(capability, dtype, monkeypatch):
   # A faked device has no compiler to ask.
   monkeypatch.setattr(generate, "compiler_options", lambda mesh: {})
   config = dataclasses.replace(
-      _config("bfloat16", "bfloat16"), mesh=specs.MeshSpec(fsdp=2)
+      _config("bfloat16", "bfloat16"), mesh=config_lib.MeshSpec(fsdp=2)
   )
   plan = build.build(config, _fakes(capability))
   assert plan.setup.student.dtype == plan.setup.teacher.dtype == dtype

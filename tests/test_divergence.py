@@ -244,8 +244,8 @@ def test_the_gradient_by_formula_is_that_of_autodiff(kind, name):
   terms = {
       "reverse_kl": divergence.reverse_kl_term,
       "forward_kl": divergence.forward_kl_term,
-      "jsd": divergence.jsd_term(0.5),
-      "jsd at 0.1": divergence.jsd_term(0.1),
+      "jsd": divergence.named("jsd", 0.5),
+      "jsd at 0.1": divergence.named("jsd", 0.1),
   }
   these = divergence.events(student, teacher, dist)
   probs = [divergence.log_probs(x, dist, these) for x in (student, teacher)]

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import toys
 
-from prefix_distill import specs
-from prefix_distill.distill import teacher as teacher_lib
-from prefix_distill.distill.estimators import Sampled
-from prefix_distill.distill.objective import Objective
+from prefix_distill import config as config_lib
+from prefix_distill.distill import loss as loss_lib
+from prefix_distill.distill.loss import ExactLoss
+from prefix_distill.distill.loss import Loss
+from prefix_distill.distill.loss import SampledLoss
 from prefix_distill.models.config import num_params
 from prefix_distill.models.transformer import Model
 from prefix_distill.report import flops
@@ -213,19 +214,20 @@ def test_a_step_of_decoding_agrees_with_the_compiler():
   check(ledger, 0, xla)
 
 
-def objective(form: str) -> Objective:
-  sampled = None if form == "exact" else Sampled(form)
-  return Objective(toys.distribution(), sampled=sampled)
+def loss_of(form: str) -> Loss:
+  if form == "exact":
+    return ExactLoss(toys.distribution())
+  return SampledLoss(toys.distribution(), form)
 
 
-def score(objective: Objective, *args):
-  return teacher_lib.score(Model(TEACHER), objective, *args)
+def score(loss: Loss, *args):
+  return loss_lib.score(Model(TEACHER), loss, *args)
 
 
 def test_scoring_agrees_with_the_compiler():
   # The sampled loss, for which the teacher's logits are formed here.
   xla = counted(
-      functools.partial(score, objective("policy_gradient")),
+      functools.partial(score, loss_of("policy_gradient")),
       Model(TEACHER).abstract_params(), BATCH, ROLLOUT,
   )  # fmt: skip
   ledger = flops.distillation(STUDENT, TEACHER, THESE).score
@@ -240,7 +242,7 @@ def test_scoring_agrees_with_the_compiler():
     ],
 )
 def test_forward_and_backward_agree_with_the_compiler(form, remat):
-  model, chosen = Model(STUDENT, remat=remat), objective(form)
+  model, chosen = Model(STUDENT, remat=remat), loss_of(form)
   teacher = Model(TEACHER).abstract_params()
   scores = jax.eval_shape(
       functools.partial(score, chosen), teacher, BATCH, ROLLOUT
@@ -263,7 +265,7 @@ def test_forward_and_backward_agree_with_the_compiler(form, remat):
 
 
 def test_the_optimizer_agrees_with_the_compiler():
-  tx = optimizer.make(specs.OptimizerSpec(learning_rate=1e-3), 10)
+  tx = optimizer.make(config_lib.OptimizerSpec(learning_rate=1e-3), 10)
   params = Model(STUDENT).abstract_params()
 
   def update(state, grads):

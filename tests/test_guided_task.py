@@ -9,12 +9,12 @@ import pytest
 import safetensors.numpy
 
 from prefix_distill import assets
+from prefix_distill.config import DatasetSpec
 from prefix_distill.data import guided_task
 from prefix_distill.data import math_task
 from prefix_distill.data import records
 from prefix_distill.data import tokenizer
 from prefix_distill.experiments import bundled_models
-from prefix_distill.specs import DatasetSpec
 
 _CONTEXTS = tuple(guided_task.CONTEXTS)
 

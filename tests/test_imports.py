@@ -16,10 +16,8 @@ EVERYWHERE = sorted(
 # A part may import from itself and from the lines above it.
 ORDER = (
     {"assets", "devices", "errors", "structs"},
-    {"recipe"},
-    {"specs"},
-    {"config", "sharding"},
-    {"config_dict", "distributed"},
+    {"config"},
+    {"sharding", "distributed"},
     {"models"},
     {"data", "rollout", "report"},
     {"distill"},

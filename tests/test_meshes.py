@@ -14,8 +14,8 @@ _FLAGS = (
     "--config.prefix.buckets=(8,24)",
     # At a cap of one token the two models agree so well that the gradient is
     # little but rounding errors, which Adam would blow up.
-    "--config.prefix.start=4",
-    "--config.prefix.increment=3",
+    "--config.prefix.linear.start=4",
+    "--config.prefix.linear.increment=3",
     "--config.evaluation.max_len=24",
     "--config.evaluation.every=0",
     "--config.evaluation.batch_size=8",

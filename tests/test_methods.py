@@ -9,12 +9,19 @@ import pytest
 import toys
 
 from configs import math as experiment
-from prefix_distill import config_dict
+from prefix_distill import config as config_lib
+from prefix_distill.config import AgreementSpec
+from prefix_distill.config import AuditedSpec
+from prefix_distill.config import DriftSpec
+from prefix_distill.config import ExactSpec
+from prefix_distill.config import FixedSpec
+from prefix_distill.config import LossSpec
+from prefix_distill.config import PlateauSpec
+from prefix_distill.config import PrefixSpec
+from prefix_distill.config import RandomSpec
+from prefix_distill.config import RolloutSpec
 from prefix_distill.data import records
 from prefix_distill.experiments import reproduce
-from prefix_distill.recipe import LossSpec
-from prefix_distill.recipe import PrefixSpec
-from prefix_distill.recipe import RolloutSpec
 from prefix_distill.train import loop
 
 
@@ -43,16 +50,18 @@ def run(models, workdir, **changes) -> list[dict]:
 @pytest.mark.parametrize(
     "prefix",
     [
-        PrefixSpec("drift", start=2, increment=3, share=0.0),
-        PrefixSpec("audited", start=2, share=0.5, audit_every=1),
-        PrefixSpec("agreement", window=2, patience=1, quantile=1.0),
-        # Nothing but their rules sets these apart; see test_controllers.
+        PrefixSpec("drift", drift=DriftSpec(2, 3, min_reliable_fraction=0.0)),
+        PrefixSpec("audited", audited=AuditedSpec(2, audit_every=1)),
+        PrefixSpec(
+            "agreement", agreement=AgreementSpec(2, 1.0, warmup_updates=1)
+        ),
+        # Nothing but their rules sets these apart; see test_prefix_schedule.
         pytest.param(
-            PrefixSpec("plateau", start=2, increment=3, share=0.0, patience=1),
+            PrefixSpec("plateau", plateau=PlateauSpec(2, 3, 0.0, 1)),
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            PrefixSpec("random", start=2), marks=pytest.mark.slow
+            PrefixSpec("random", random=RandomSpec(2)), marks=pytest.mark.slow
         ),
     ],
     ids=lambda p: p.schedule,
@@ -98,7 +107,7 @@ def test_a_schedule_runs_and_is_resumed_where_it_was(
 
 
 def test_a_run_whose_audit_finds_nothing_ends_early(models, tmp_path):
-  prefix = PrefixSpec("audited", start=2, tolerance=1e9)
+  prefix = PrefixSpec("audited", audited=AuditedSpec(2, min_nats=1e9))
   lines = run(models, tmp_path / "run", prefix=prefix, steps=5)
   # A prefix in which so little is left, and the audit.
   assert [x["prefix_len"] for x in lines] == [2, 16]
@@ -132,7 +141,8 @@ def test_answers_that_do_not_end_are_an_error(models, tmp_path):
   with pytest.raises(records.DataError, match="rollout.max_len 4 tokens"):
     run(
         models, tmp_path / "run", method="seqkd", steps=1,
-        rollout=RolloutSpec(1, 4), prefix=PrefixSpec("fixed", length=4),
+        rollout=RolloutSpec(1, 4),
+        prefix=PrefixSpec("fixed", fixed=FixedSpec(4)),
     )  # fmt: skip
 
 
@@ -142,7 +152,7 @@ def test_the_teachers_own_prefixes_are_off_policy(models, tmp_path, kind):
       models,
       tmp_path / "run",
       rollout=RolloutSpec(2, 16, source="teacher"),
-      loss=LossSpec(divergence=kind),
+      loss=LossSpec(exact=ExactSpec(kind)),
   )
   assert [x["source"] for x in lines] == ["teacher"] * 3
   assert all(x["rollout_len"] <= 8 for x in lines)
@@ -157,7 +167,7 @@ def test_a_share_of_updates_is_off_policy(models, tmp_path):
   rollout = dataclasses.replace(rollout, max_len=256)
   lines = run(
       models, tmp_path / "run", rollout=rollout, data=data, steps=8,
-      prefix=PrefixSpec("fixed", length=8),
+      prefix=PrefixSpec("fixed", fixed=FixedSpec(8)),
   )  # fmt: skip
   sources = [x["source"] for x in lines]
   assert set(sources) == {"student", "data"}
@@ -185,7 +195,7 @@ def test_every_cell_of_the_reproduction_is_a_valid_config(student, tmp_path):
       if flag.startswith("--config."):
         field, _, value = flag.removeprefix("--config.").partition("=")
         settings.update_from_flattened_dict({field: _literal(value)})
-    config = config_dict.from_dict(settings.to_dict())
+    config = config_lib.from_dict(settings.to_dict())
     assert config.seed == 3
     seen.append(config)
   # No cell says the same as another.

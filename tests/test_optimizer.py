@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import toys
 
+from prefix_distill.config import OptimizerSpec
 from prefix_distill.models.transformer import Model
-from prefix_distill.specs import OptimizerSpec
 from prefix_distill.train import optimizer
 
 SPEC = OptimizerSpec(learning_rate=0.5)

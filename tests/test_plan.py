@@ -12,6 +12,11 @@ import toys
 
 from prefix_distill import sharding
 from prefix_distill.config import Config
+from prefix_distill.config import DatasetSpec
+from prefix_distill.config import EvaluationSpec
+from prefix_distill.config import MeshSpec
+from prefix_distill.config import ModelSpec
+from prefix_distill.config import RolloutSpec
 from prefix_distill.errors import UserError
 from prefix_distill.evaluate import benchmarks
 from prefix_distill.models import published
@@ -24,11 +29,6 @@ from prefix_distill.plan import planner
 from prefix_distill.plan import search
 from prefix_distill.plan.estimate import Assumptions
 from prefix_distill.plan.measure import Measured
-from prefix_distill.recipe import RolloutSpec
-from prefix_distill.specs import DatasetSpec
-from prefix_distill.specs import EvaluationSpec
-from prefix_distill.specs import MeshSpec
-from prefix_distill.specs import ModelSpec
 from prefix_distill.train.compile import Segments
 
 GPU = machines.parse("h100:1")

@@ -17,14 +17,14 @@ import rich.console
 from configs import bundled
 from configs import math as experiment
 from prefix_distill import assets
-from prefix_distill import config_dict
+from prefix_distill import config as config_lib
 from prefix_distill import errors
 from prefix_distill import preflight
+from prefix_distill.config import DatasetSpec
 from prefix_distill.data import prompt_checks
 from prefix_distill.data import records
 from prefix_distill.data import tokenizer
 from prefix_distill.models import huggingface as hf
-from prefix_distill.specs import DatasetSpec
 from prefix_distill.train import setup
 
 _ROOT = pathlib.Path(__file__).parent.parent
@@ -32,7 +32,7 @@ _THINKS = "{{- '<|im_start|>assistant\\n<think>\\n' }}"
 
 
 def _config(student="bundled:capable", teacher="bundled:teacher", **data):
-  config = config_dict.from_dict(experiment.get_config().to_dict())
+  config = config_lib.from_dict(experiment.get_config().to_dict())
   return dataclasses.replace(
       config,
       student=dataclasses.replace(config.student, path=str(student)),
@@ -154,7 +154,7 @@ def test_stops_that_are_told_apart_are_named():
 def test_supervised_training_has_the_students_part_only():
   settings = bundled.get_config("capable")
   settings.student.path = "bundled:capable"
-  words = _words(config_dict.from_dict(settings.to_dict()))
+  words = _words(config_lib.from_dict(settings.to_dict()))
   assert "the student's; there is no teacher" in words
   assert "completions of at most 232 tokens" in words
   assert "bundled:teacher" not in words

@@ -9,14 +9,15 @@ import pytest
 import toys
 
 from prefix_distill import sharding
-from prefix_distill.distill import prefix_length
+from prefix_distill.config import DatasetSpec
+from prefix_distill.config import DataSpec
+from prefix_distill.config import LinearSpec
+from prefix_distill.config import MeshSpec
+from prefix_distill.config import OptimizerSpec
+from prefix_distill.config import PrefixSpec
+from prefix_distill.config import RolloutSpec
+from prefix_distill.distill import prefix_schedule
 from prefix_distill.models.transformer import Model
-from prefix_distill.recipe import PrefixSpec
-from prefix_distill.recipe import RolloutSpec
-from prefix_distill.specs import DatasetSpec
-from prefix_distill.specs import DataSpec
-from prefix_distill.specs import MeshSpec
-from prefix_distill.specs import OptimizerSpec
 from prefix_distill.train import setup as setup_lib
 from prefix_distill.train import update
 from prefix_distill.train.programs import Programs
@@ -82,7 +83,7 @@ def schedule():
   config, programs, state, teacher_params, batch = _make(
       steps=60,
       prefix=PrefixSpec(
-          start=1, increment=4, buckets=(4, 8, 16, 32, 64, 128, 256)
+          buckets=(4, 8, 16, 32, 64, 128, 256), linear=LinearSpec(increment=4)
       ),
       rollout=RolloutSpec(per_prompt=1, max_len=256),
   )
@@ -91,7 +92,7 @@ def schedule():
   ahead = _compiled(programs)
   caps = []
   for step in range(config.steps):
-    cap = prefix_length.cap(config, step)
+    cap = prefix_schedule.cap(config, step)
     state, rollout = _update(programs, state, teacher_params, batch, cap)
     assert rollout.mask.sum(axis=1).max() == cap
     caps.append(cap)
@@ -126,14 +127,14 @@ def test_what_was_compiled_ahead_runs_with_prompts_of_the_teachers_own():
   config, programs, state, teacher_params, batch = _make(
       own=9,
       steps=3,
-      prefix=PrefixSpec(start=1, increment=4, buckets=(4, 16)),
+      prefix=PrefixSpec(buckets=(4, 16), linear=LinearSpec(increment=4)),
       rollout=RolloutSpec(per_prompt=2, max_len=16),
   )
   programs.compile_ahead(teacher_params)
   programs._thread.join()
   ahead = _compiled(programs)
   for step in range(config.steps):
-    cap = prefix_length.cap(config, step)
+    cap = prefix_schedule.cap(config, step)
     state, _ = _update(programs, state, teacher_params, batch, cap)
   assert ahead == [1, 2, 2, 2, 2, 1] == _compiled(programs)
 
@@ -191,7 +192,7 @@ def test_batches_that_go_through_in_parts_are_compiled_ahead_too():
   # At a cap of 8 a row has 13 tokens: two groups of two prompts are sampled,
   # and each is scored in two parts. At 4 there are 9, and one group of all.
   _, programs, state, teacher_params, batch = _make(
-      prefix=PrefixSpec("linear", start=4, increment=4, buckets=(4, 8)),
+      prefix=PrefixSpec(buckets=(4, 8), linear=LinearSpec(4, 4)),
       steps=2,
       rollout=RolloutSpec(per_prompt=1, max_len=8, batch_tokens=36),
       optimizer=OptimizerSpec(learning_rate=1e-2, batch_tokens=13),

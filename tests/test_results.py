@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from prefix_distill import config_dict
+from prefix_distill import config as config_lib
 from prefix_distill.experiments import reproduce
 from prefix_distill.experiments import results
 
@@ -99,7 +99,7 @@ def test_every_cell_is_a_config(student, name, tmp_path):
   settings = [a for a in line if a.startswith("--config.")]
   assert "--config.seed=3" in settings
   for setting in settings:
-    config_dict.check_field(setting.removeprefix("--config.").split("=")[0])
+    config_lib.check_field(setting.removeprefix("--config.").split("=")[0])
 
 
 def test_a_table_needs_no_more_than_one_seed():

@@ -9,16 +9,17 @@ import pytest
 import toys
 
 from prefix_distill import sharding
-from prefix_distill.distill import prefix_length
+from prefix_distill.config import LinearSpec
+from prefix_distill.config import MeshSpec
+from prefix_distill.config import PrefixSpec
+from prefix_distill.distill import prefix_schedule
 from prefix_distill.models import attention
-from prefix_distill.recipe import PrefixSpec
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
 from prefix_distill.rollout import sampling
 from prefix_distill.rollout.generate import Draw
 from prefix_distill.rollout.generate import SamplerConfig
 from prefix_distill.rollout.sampling import Truncation
-from prefix_distill.specs import MeshSpec
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 
@@ -146,14 +147,16 @@ def test_the_mask_covers_up_to_and_with_the_stop_token_or_the_cap():
 
 
 def test_a_schedule_of_caps_compiles_once_for_each_bucket():
-  prefix = PrefixSpec(start=1, increment=3, buckets=(LENGTH, LENGTH + 6))
+  prefix = PrefixSpec(
+      buckets=(LENGTH, LENGTH + 6), linear=LinearSpec(increment=3)
+  )
   run = toys.run_config("student", "teacher", steps=6, prefix=prefix)
-  buckets = prefix_length.buckets(run)
+  buckets = prefix_schedule.buckets(run)
   for bucket in buckets:
     sample(length=bucket, cap=1)
   before, used = _sample._cache_size(), set()
   for step in range(run.steps):
-    cap = prefix_length.cap(run, step)
+    cap = prefix_schedule.cap(run, step)
     bucket = min(b for b in buckets if b >= cap)
     rollout = sample(length=bucket, cap=cap)
     assert rollout.tokens.shape == (ROWS, bucket)

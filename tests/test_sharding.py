@@ -7,9 +7,9 @@ import pytest
 import toys
 
 from prefix_distill import sharding
+from prefix_distill.config import MeshSpec
 from prefix_distill.errors import ConfigError
 from prefix_distill.models.transformer import Model
-from prefix_distill.specs import MeshSpec
 
 P = jax.sharding.PartitionSpec
 AXES = ("data", "fsdp", "tensor")

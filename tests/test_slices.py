@@ -9,8 +9,8 @@ import pytest
 import toys
 
 from prefix_distill import sharding
+from prefix_distill.config import MeshSpec
 from prefix_distill.errors import ConfigError
-from prefix_distill.specs import MeshSpec
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,12 +9,13 @@ import pytest
 import toys
 
 from prefix_distill import sharding
-from prefix_distill.distill import teacher as teacher_lib
-from prefix_distill.distill.estimators import Sampled
-from prefix_distill.distill.objective import Objective
+from prefix_distill.config import MeshSpec
+from prefix_distill.config import OptimizerSpec
+from prefix_distill.distill import chunked_head
+from prefix_distill.distill import loss as loss_lib
+from prefix_distill.distill.loss import ExactLoss
+from prefix_distill.distill.loss import SampledLoss
 from prefix_distill.rollout import generate
-from prefix_distill.specs import MeshSpec
-from prefix_distill.specs import OptimizerSpec
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 from prefix_distill.structs import TeacherScores
@@ -34,15 +35,15 @@ ROLLOUT = toys.rollout(LENGTHS, COLUMNS)
 MESH = sharding.make_mesh(MeshSpec(), jax.devices()[:1])
 SGD = optax.sgd(1.0)
 OBJECTIVES = {
-    "exact": Objective(MERGED),
-    "sampled": Objective(MERGED, sampled=Sampled("policy_gradient")),
-    "direct": Objective(MERGED, sampled=Sampled("direct", "k3")),
+    "exact": ExactLoss(MERGED),
+    "sampled": SampledLoss(MERGED),
+    "direct": SampledLoss(MERGED, "direct", "k3"),
 }
 FORMS = pytest.mark.parametrize("form", OBJECTIVES)
 WATCH = step_lib.Watch(4 * COLUMNS, toys.STOPS)
 
 sample = jax.jit(generate.sample, static_argnums=(0, 1, 2))
-_score = jax.jit(teacher_lib.score, static_argnums=(0, 1))
+_score = jax.jit(loss_lib.score, static_argnums=(0, 1))
 
 
 def score(
@@ -153,8 +154,10 @@ def test_the_loss_reads_every_prefix_position_and_no_other():
   scores = score("exact", ROLLOUT)
 
   def loss(hidden):
-    value, _ = OBJECTIVES["exact"].loss(
-        STUDENT, PARAMS, TEACHER_HEAD, hidden, ROLLOUT, scores, ROLLOUT.mask
+    value, _ = chunked_head.weighted_sum(
+        *OBJECTIVES["exact"].arguments(
+            STUDENT, PARAMS, TEACHER_HEAD, hidden, ROLLOUT, scores, ROLLOUT.mask
+        )
     )
     return value
 
@@ -269,7 +272,7 @@ def test_the_sampled_form_has_the_exact_gradient_in_expectation():
   @functools.partial(jax.jit, static_argnums=0)
   @functools.partial(jax.value_and_grad, argnums=1)
   def expected(form, params):
-    scores = teacher_lib.score(
+    scores = loss_lib.score(
         TEACHER, OBJECTIVES[form], TEACHER_PARAMS, prompts, rollout
     )
 

@@ -13,17 +13,16 @@ import toys
 
 from prefix_distill import errors
 from prefix_distill import preflight
+from prefix_distill.config import DatasetSpec
+from prefix_distill.config import DataSpec
 from prefix_distill.data import prompts
 from prefix_distill.data import tokenizer
 from prefix_distill.data.prompts import PromptIterator
 from prefix_distill.data.records import DataError
-from prefix_distill.distill import inspect
-from prefix_distill.distill import teacher as teacher_lib
-from prefix_distill.distill.estimators import Sampled
-from prefix_distill.distill.objective import Objective
+from prefix_distill.distill import loss as loss_lib
+from prefix_distill.distill.loss import ExactLoss
+from prefix_distill.distill.loss import SampledLoss
 from prefix_distill.errors import ConfigError
-from prefix_distill.specs import DatasetSpec
-from prefix_distill.specs import DataSpec
 from prefix_distill.structs import PromptBatch
 from prefix_distill.train import loop
 from prefix_distill.train import setup
@@ -211,9 +210,9 @@ def test_the_teacher_scores_prefixes_after_its_own_prompt(length):
   model, params = toys.model(1, num_layers=1)
   batch, lengths = _with_own(3, 5, length), [1, 3, 6]
   rollout = toys.rollout(lengths, 6)
-  exact = Objective(toys.distribution())
-  sampled = dataclasses.replace(exact, sampled=Sampled("policy_gradient"))
-  score = jax.jit(teacher_lib.score, static_argnums=(0, 1))
+  exact = ExactLoss(toys.distribution())
+  sampled = SampledLoss(toys.distribution())
+  score = jax.jit(loss_lib.score, static_argnums=(0, 1))
   hidden = score(model, exact, params, batch, rollout).hidden
   log_probs = score(model, sampled, params, batch, rollout).log_probs
   for row, count in enumerate(lengths):
@@ -231,11 +230,10 @@ def test_the_teacher_scores_prefixes_after_its_own_prompt(length):
 def test_what_is_inspected_is_what_the_teacher_read():
   model, params = toys.model(1)
   batch, rollout = _with_own(3, 5, 9), toys.rollout([2, 4, 4], 4)
-  objective = Objective(toys.distribution())
 
   def divergence(batch):
-    return inspect.token_divergence(
-        model, model, objective, params, params, batch, rollout
+    return loss_lib.token_divergence(
+        model, model, toys.distribution(), params, params, batch, rollout
     )[rollout.mask]
 
   same = PromptBatch(batch.tokens, batch.mask, batch.index)

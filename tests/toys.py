@@ -16,8 +16,6 @@ import numpy as np
 
 from prefix_distill import assets
 from prefix_distill import config as config_lib
-from prefix_distill import recipe
-from prefix_distill import specs
 from prefix_distill.distill.divergence import Distribution
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models.config import ModelConfig
@@ -116,18 +114,20 @@ def write_model(directory: pathlib.Path, seed: int, tokenizer: str) -> str:
 
 def run_config(student: str, teacher: str, **changes) -> config_lib.Config:
   """Three updates on the bundled task with cap 8, and an evaluation."""
-  problems = specs.DatasetSpec("math_task", answer="answer", size=200)
+  problems = config_lib.DatasetSpec("math_task", answer="answer", size=200)
   heldout = dataclasses.replace(problems, split="test", size=8)
   config = config_lib.Config(
       method="prefix",
       steps=3,
-      student=specs.ModelSpec(student),
-      teacher=specs.ModelSpec(teacher),
-      data=specs.DataSpec(problems, batch_size=8, max_prompt_len=96),
-      prefix=recipe.PrefixSpec(schedule="fixed", length=8),
-      rollout=recipe.RolloutSpec(per_prompt=2, max_len=16),
-      optimizer=specs.OptimizerSpec(learning_rate=1e-2),
-      evaluation=specs.EvaluationSpec(
+      student=config_lib.ModelSpec(student),
+      teacher=config_lib.ModelSpec(teacher),
+      data=config_lib.DataSpec(problems, batch_size=8, max_prompt_len=96),
+      prefix=config_lib.PrefixSpec(
+          "fixed", fixed=config_lib.FixedSpec(8)
+      ),
+      rollout=config_lib.RolloutSpec(per_prompt=2, max_len=16),
+      optimizer=config_lib.OptimizerSpec(learning_rate=1e-2),
+      evaluation=config_lib.EvaluationSpec(
           {"heldout": heldout}, max_len=12, greedy=False, batch_size=8
       ),
   )

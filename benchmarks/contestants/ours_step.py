@@ -12,9 +12,7 @@ import jax
 import numpy as np
 
 from prefix_distill import config as config_lib
-from prefix_distill import recipe
 from prefix_distill import sharding
-from prefix_distill import specs
 from prefix_distill.structs import PromptBatch
 from prefix_distill.train import setup as setup_lib
 from prefix_distill.train.programs import Programs
@@ -37,17 +35,19 @@ class _Trainer:
   ):
     batch, prompt, new = shape
     # Prompts are made here; the config wants to know of some all the same.
-    problems = specs.DatasetSpec("math_task", answer="answer", size=1)
+    problems = config_lib.DatasetSpec("math_task", answer="answer", size=1)
     self._config = config = config_lib.Config(
         method="prefix",
         steps=1000,
-        student=specs.ModelSpec(student, dtype),
-        teacher=specs.ModelSpec(teacher, dtype, dtype),
-        data=specs.DataSpec(problems, batch, prompt),
-        rollout=recipe.RolloutSpec(per_prompt=1, max_len=new),
-        prefix=recipe.PrefixSpec("fixed", length=new, buckets=(new,)),
-        optimizer=specs.OptimizerSpec(1e-5, warmup_steps=2),
-        evaluation=specs.EvaluationSpec({"none": problems}),
+        student=config_lib.ModelSpec(student, dtype),
+        teacher=config_lib.ModelSpec(teacher, dtype, dtype),
+        data=config_lib.DataSpec(problems, batch, prompt),
+        rollout=config_lib.RolloutSpec(per_prompt=1, max_len=new),
+        prefix=config_lib.PrefixSpec(
+            "fixed", (new,), fixed=config_lib.FixedSpec(new)
+        ),
+        optimizer=config_lib.OptimizerSpec(1e-5, warmup_steps=2),
+        evaluation=config_lib.EvaluationSpec({"none": problems}),
     )
     mesh = sharding.make_mesh(config.mesh)
     models = [
@@ -74,7 +74,7 @@ class _Trainer:
     batch = sharding.global_batch(batch, self._mesh)
     rollout = self._programs.sample(
         self._state.params, batch, jax.random.key(0),
-        self._config.prefix.length,
+        self._config.prefix.fixed.length,
     )  # fmt: skip
     batch = self._programs.rows.repeat(batch)
     scores = self._programs.score(self._teacher, batch, rollout)

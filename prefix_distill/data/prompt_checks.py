@@ -9,10 +9,10 @@ import dataclasses
 import itertools
 import re
 
+from prefix_distill.config import DataSpec
 from prefix_distill.data.tokenizer import Chat
 from prefix_distill.data.tokenizer import TokenizerError
 from prefix_distill.errors import ConfigError
-from prefix_distill.specs import DataSpec
 
 _MARKUP = re.compile(r"<[^<>\s]+>")
 

@@ -19,11 +19,11 @@ from typing import Any
 import grain
 import numpy as np
 
+from prefix_distill.config import DataSpec
+from prefix_distill.config import FIELD
 from prefix_distill.data import records
 from prefix_distill.data.tokenizer import Chat
 from prefix_distill.errors import ConfigError
-from prefix_distill.specs import DataSpec
-from prefix_distill.specs import FIELD
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 

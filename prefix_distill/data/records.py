@@ -19,11 +19,11 @@ import pathlib
 import string
 from typing import Any
 
+from prefix_distill.config import DatasetSpec
+from prefix_distill.config import FIELD
 from prefix_distill.data import guided_task
 from prefix_distill.data import math_task
 from prefix_distill.errors import UserError
-from prefix_distill.specs import DatasetSpec
-from prefix_distill.specs import FIELD
 
 
 class DataError(UserError):

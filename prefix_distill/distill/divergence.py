@@ -9,10 +9,13 @@ events, a vocabulary that is split over devices) is written once.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from prefix_distill import errors
 
 # log p(e), log q(e) -> the event's share of the divergence.
 Term = Callable[[jax.Array, jax.Array], jax.Array]
@@ -116,7 +119,7 @@ def forward_kl_term(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
   return jnp.exp(log_q) * (log_q - log_p)
 
 
-def jsd_term(beta: float) -> Term:
+def jsd_term(log_p: jax.Array, log_q: jax.Array, beta: float) -> jax.Array:
   """Generalised Jensen-Shannon divergence (GKD, arXiv 2306.13649, eq. 1).
 
     JSD = beta KL(q || m) + (1 - beta) KL(p || m),  m = beta q + (1 - beta) p
@@ -126,19 +129,39 @@ def jsd_term(beta: float) -> Term:
   goes to 1; those two limits are what 0 and 1 stand for.
 
   Args:
+    log_p: the student's.
+    log_q: the teacher's.
     beta: between 0 and 1.
   """
   if beta == 0:
-    return forward_kl_term
+    return forward_kl_term(log_p, log_q)
   if beta == 1:
-    return reverse_kl_term
+    return reverse_kl_term(log_p, log_q)
+  log_m = jnp.logaddexp(log_q + jnp.log(beta), log_p + jnp.log1p(-beta))
+  teacher = beta * jnp.exp(log_q) * (log_q - log_m)
+  return teacher + (1 - beta) * jnp.exp(log_p) * (log_p - log_m)
 
-  def term(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-    log_m = jnp.logaddexp(log_q + jnp.log(beta), log_p + jnp.log1p(-beta))
-    teacher = beta * jnp.exp(log_q) * (log_q - log_m)
-    return teacher + (1 - beta) * jnp.exp(log_p) * (log_p - log_m)
 
-  return term
+# What `loss.exact.divergence` may name.
+TERMS = {
+    "reverse_kl": reverse_kl_term,
+    "forward_kl": forward_kl_term,
+    "jsd": jsd_term,
+}
+
+
+def named(name: str, beta: float = 0.5) -> Term:
+  """Returns the formula that the settings name.
+
+  Raises:
+    ConfigError: there is none.
+  """
+  errors.check(
+      name in TERMS,
+      f"loss.exact.divergence is {name!r}; use one of {', '.join(TERMS)}.",
+  )
+  found = TERMS[name]
+  return functools.partial(found, beta=beta) if name == "jsd" else found
 
 
 def events(
@@ -237,12 +260,15 @@ def compare_with_gradient(
   Returns:
     [...] and [..., V].
   """
-
-  def slope(log_p, log_q):
-    ones = jnp.ones_like(log_p)
-    return jax.jvp(lambda x: term(x, log_q), (log_p,), (ones,))
-
-  values, slopes = slope(student.tokens, teacher.tokens)
+  # Gradients of the shares, in one pass with them.
+  values, slopes = jax.jvp(
+      functools.partial(term, log_q=teacher.tokens), (student.tokens,),
+      (jnp.ones_like(student.tokens),),
+  )  # fmt: skip
+  group_values, group_slopes = jax.jvp(
+      functools.partial(term, log_q=teacher.groups), (student.groups,),
+      (jnp.ones_like(student.groups),),
+  )  # fmt: skip
   slopes = jnp.where(these.single, slopes, 0)
   value, total = shard.sum(
       jnp.stack([
@@ -250,7 +276,6 @@ def compare_with_gradient(
           jnp.sum(slopes, axis=-1),
       ])
   )
-  group_values, group_slopes = slope(student.groups, teacher.groups)
   value += jnp.sum(jnp.where(student.present, group_values, 0), axis=-1)
   group_slopes = jnp.where(student.present, group_slopes, 0)
   total += jnp.sum(group_slopes, axis=-1)
@@ -340,4 +365,4 @@ def jsd(
 
   JSD = beta KL(q || m) + (1 - beta) KL(p || m),  m = beta q + (1 - beta) p
   """
-  return _dense(jsd_term(beta), student_logits, teacher_logits, dist)
+  return _dense(named("jsd", beta), student_logits, teacher_logits, dist)

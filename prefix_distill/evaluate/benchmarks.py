@@ -23,7 +23,7 @@ for an account on the hub: accept its terms there and log in.
 
 from collections.abc import Mapping
 
-from prefix_distill.specs import DatasetSpec
+from prefix_distill.config import DatasetSpec
 
 # Settings of EvaluationSpec.
 PROTOCOL = {

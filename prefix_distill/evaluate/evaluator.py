@@ -11,6 +11,8 @@ import jax
 import numpy as np
 
 from prefix_distill import sharding
+from prefix_distill.config import DatasetSpec
+from prefix_distill.config import EvaluationSpec
 from prefix_distill.data import prompts
 from prefix_distill.data import records
 from prefix_distill.data.tokenizer import Chat
@@ -21,8 +23,6 @@ from prefix_distill.report import metrics
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
 from prefix_distill.rollout.sampling import Truncation
-from prefix_distill.specs import DatasetSpec
-from prefix_distill.specs import EvaluationSpec
 from prefix_distill.structs import PromptBatch
 
 # Rows of a set with a length of its own are cut to a multiple of this.

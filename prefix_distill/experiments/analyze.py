@@ -34,8 +34,8 @@ import numpy as np
 from prefix_distill import command_line
 from prefix_distill import sharding
 from prefix_distill.config import Config
-from prefix_distill.distill import objective as objective_lib
-from prefix_distill.distill import teacher as teacher_lib
+from prefix_distill.distill import chunked_head
+from prefix_distill.distill import loss as loss_lib
 from prefix_distill.errors import check
 from prefix_distill.errors import UserError
 from prefix_distill.evaluate import evaluator
@@ -85,9 +85,7 @@ def position(
   config = setup.config
   teacher_params = _load(config.teacher, setup, setup.teacher)
   data = [next(setup.data)[0] for _ in range(batches)]
-  exact = dataclasses.replace(
-      setup.objective, sampled=None, score_tokens=True
-  )
+  exact = loss_lib.ExactLoss(setup.loss.dist, score_tokens=True)
   look = functools.partial(
       jax.jit(_look, static_argnums=(0, 1, 2)),
       setup.student, setup.teacher, exact,
@@ -119,20 +117,22 @@ def position(
 def _look(
     student: Model,
     teacher: Model,
-    exact: objective_lib.Objective,
+    exact: loss_lib.ExactLoss,
     params: Params,
     teacher_params: Params,
     batch: PromptBatch,
     rollout: Rollout,
 ) -> jax.Array:
   """Sums |log ratio|, KL and the mask over rollouts: [3, P]."""
-  scores = teacher_lib.score(teacher, exact, teacher_params, batch, rollout)
+  scores = loss_lib.score(teacher, exact, teacher_params, batch, rollout)
   hidden = student.prefix_hidden(params, batch, rollout)
-  _, metrics = exact.loss(
-      student, params, teacher.head(teacher_params), hidden, rollout, scores,
-      rollout.mask,
-  )  # fmt: skip
-  own = objective_lib.token_scores(
+  head = teacher.head(teacher_params)
+  _, metrics = chunked_head.weighted_sum(
+      *exact.arguments(
+          student, params, head, hidden, rollout, scores, rollout.mask
+      )
+  )
+  own = loss_lib.token_scores(
       student, params, hidden, rollout.tokens, rollout.mask, exact.dist
   )
   ratio = abs(own["event"] - scores.log_probs)

@@ -38,8 +38,8 @@ class Cell:
 
 
 def _prefix(schedule: str, **settings: object) -> dict[str, str]:
-  named = {"schedule": schedule, **settings}
-  return {f"prefix.{k}": str(v) for k, v in named.items()} | _BUCKETS
+  named = {f"prefix.{schedule}.{k}": str(v) for k, v in settings.items()}
+  return {"prefix.schedule": schedule, **named} | _BUCKETS
 
 
 _BUCKETS = {"prefix.buckets": "(32,64,128,256)"}
@@ -64,32 +64,33 @@ CELLS = {
     "fixed-64": Cell("prefix of 64", _FIXED_64),
     "linear": Cell(
         "linear schedule (the paper's)", _BUCKETS,
-        {"capable": {"prefix.increment": "2"},
-         "weak": {"prefix.increment": "4"}},
+        {"capable": {"prefix.linear.increment": "2"},
+         "weak": {"prefix.linear.increment": "4"}},
     ),
     "popd": Cell(
         "linear, in steps of five updates (POPD)",
         _prefix("linear", start=8, every=5),
-        {"capable": {"prefix.increment": "10"},
-         "weak": {"prefix.increment": "20"}},
+        {"capable": {"prefix.linear.increment": "10"},
+         "weak": {"prefix.linear.increment": "20"}},
     ),
     "random": Cell("random cap", _prefix("random")),
     "drift": Cell(
         "drift budget (Prune-OPD)",
-        _prefix("drift", start=16, increment=16, share=0.1, penalty=0.02,
-                overlap=0.4),
+        _prefix("drift", start=16, increment=16, min_overlap=0.4,
+                max_drifted=50, min_reliable_fraction=0.1),
     ),
     "plateau": Cell(
         "plateau and utilisation (Adaptive FastOPD)",
-        _prefix("plateau", start=16, increment=16, share=0.5, patience=2),
+        _prefix("plateau", start=16, increment=16, patience_updates=2),
     ),
     "agreement": Cell(
         "agreement stop (KAT)",
-        _prefix("agreement", window=16, patience=5, memory=512),
+        _prefix("agreement", window_tokens=16, memory_rollouts=512,
+                warmup_updates=5),
     ),
     "audited": Cell(
         "audited (ours)",
-        _prefix("audited", start=8, share=0.9, audit_every=8, tolerance=0.3),
+        _prefix("audited", start=8, divergence_fraction=0.9, min_nats=0.3),
     ),
     "first-32": Cell("full rollouts, loss on the first 32", _window(0, 32)),
     "32-64": Cell("full rollouts, loss on 32 to 64", _window(32, 64)),
@@ -97,7 +98,7 @@ CELLS = {
     "last-32": Cell("full rollouts, loss on the last 32", _window(-32, 0)),
     "forward": Cell(
         "on-policy forward KL, prefix of 64",
-        _FIXED_64 | {"loss.divergence": "forward_kl"},
+        _FIXED_64 | {"loss.exact.divergence": "forward_kl"},
     ),
     "off-reverse": Cell(
         "off-policy (teacher's prefixes of 64), reverse KL",
@@ -106,7 +107,7 @@ CELLS = {
     "off-forward": Cell(
         "off-policy (teacher's prefixes of 64), forward KL",
         _FIXED_64
-        | {"rollout.source": "teacher", "loss.divergence": "forward_kl"},
+        | {"rollout.source": "teacher", "loss.exact.divergence": "forward_kl"},
     ),
     "mixture": Cell(
         "half of the updates off-policy, prefix of 64",

@@ -8,6 +8,7 @@ import jax
 
 from prefix_distill import sharding
 from prefix_distill.config import Config
+from prefix_distill.config import ModelSpec
 from prefix_distill.errors import ConfigError
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models import published
@@ -17,7 +18,6 @@ from prefix_distill.models.transformer import Params
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
 from prefix_distill.rollout.sampling import Truncation
-from prefix_distill.specs import ModelSpec
 from prefix_distill.train import capacity
 from prefix_distill.train import setup as setup_lib
 from prefix_distill.train.compile import Program

@@ -10,8 +10,11 @@ import pathlib
 from prefix_distill import errors
 from prefix_distill import sharding
 from prefix_distill.config import Config
+from prefix_distill.config import EvaluationSpec
+from prefix_distill.config import MeshSpec
 from prefix_distill.data import records
-from prefix_distill.distill import prefix_length
+from prefix_distill.distill import prefix_schedule
+from prefix_distill.distill.loss import ExactLoss
 from prefix_distill.errors import UserError
 from prefix_distill.evaluate import benchmarks
 from prefix_distill.models.config import ModelConfig
@@ -22,8 +25,6 @@ from prefix_distill.plan.collectives import Planned
 from prefix_distill.plan.collectives import UNKNOWN
 from prefix_distill.plan.machines import Machine
 from prefix_distill.plan.measure import Measured
-from prefix_distill.specs import EvaluationSpec
-from prefix_distill.specs import MeshSpec
 
 _GIB = 2**30
 _FLOAT32 = 4
@@ -179,7 +180,7 @@ def least_sent(plan: build.Plan) -> float:
   gathered = width * (2 * weights + table)
   scattered = width * weights + _FLOAT32 * table
   teacher = setup.teacher
-  if setup.objective.sampled is None:
+  if isinstance(setup.loss, ExactLoss):
     gathered += teacher.dtype.itemsize * (
         teacher.config.vocab_size * teacher.config.dim
     )
@@ -268,7 +269,7 @@ def suggest_mesh(
   prompt = config.data.max_prompt_len
   decoding = width * num_params(student) + _cache_bytes(
       student, width,
-      config.rollout.per_prompt * (prompt + config.longest_prefix),
+      config.rollout.per_prompt * (prompt + prefix_schedule.longest(config)),
   )  # fmt: skip
   if config.evaluation.sets and config.evaluation.teacher:
     width = 2 if config.teacher.compute_dtype == "bfloat16" else 4
@@ -300,7 +301,7 @@ def _cache_bytes(model: ModelConfig, width: int, tokens: int) -> int:
 
 def choose_buckets(config: Config) -> tuple[int, ...]:
   """Returns the lengths to compile for: the first, one near 2048, the last."""
-  needed = prefix_length.needed(config)
+  needed = prefix_schedule.needed(config)
   middle = min(needed, key=lambda b: abs(b - 2048))
   return tuple(sorted({needed[0], middle, needed[-1]}))
 

@@ -7,7 +7,8 @@ import re
 import rich.console
 
 from prefix_distill.config import Config
-from prefix_distill.distill import prefix_length
+from prefix_distill.config import MeshSpec
+from prefix_distill.distill import prefix_schedule
 from prefix_distill.errors import ConfigError
 from prefix_distill.plan import build
 from prefix_distill.plan import estimate
@@ -19,7 +20,6 @@ from prefix_distill.plan import show
 from prefix_distill.plan.estimate import Assumptions
 from prefix_distill.plan.machines import Machine
 from prefix_distill.plan.measure import Measured
-from prefix_distill.specs import MeshSpec
 from prefix_distill.train.compile import Stage
 
 # Searches, each for what the last one's settings still do not fit.
@@ -103,7 +103,7 @@ def _lengths(question: Question) -> tuple[int, ...]:
   Raises:
     ConfigError: a length is longer than the run's longest prefix.
   """
-  needed = prefix_length.needed(question.config)
+  needed = prefix_schedule.needed(question.config)
   if not question.lengths:
     return estimate.choose_buckets(question.config)
   longest = max(question.lengths)
@@ -158,7 +158,7 @@ class _Reckoner:
   def update(self, cap: int) -> show.Update:
     """Returns an update whose rollouts all reach a cap."""
     config = self._plan.setup.config
-    bucket = min(b for b in prefix_length.buckets(config) if b >= cap)
+    bucket = min(b for b in prefix_schedule.buckets(config) if b >= cap)
     if bucket not in self._stages:
       self._stages[bucket] = self._plan.stages(bucket)
     seconds, limits, flops = {}, {}, 0.0
@@ -230,19 +230,20 @@ def plan(question: Question, console: rich.console.Console) -> show.Result:
     latest = mended = look.at(found.config, buckets)
   settled = found.config
   built = build.build(settled, devices, memory)
-  needed = prefix_length.needed(settled)
+  needed = prefix_schedule.needed(settled)
   reckoner = _Reckoner(built, latest, question)
-  caps = [prefix_length.cap(settled, step) for step in range(settled.steps)]
+  caps = [prefix_schedule.cap(settled, step) for step in range(settled.steps)]
   seconds = sum(reckoner.update(cap).total for cap in caps)
   evaluation = reckoner.evaluation()
   whole = dataclasses.replace(settled, method="full")
   full = reckoner
-  if settled.longest_prefix < whole.longest_prefix:
+  length = prefix_schedule.longest(whole)
+  if prefix_schedule.longest(settled) < length:
     full = _Reckoner(build.build(whole, devices, memory), latest, question)
-  longest = full.update(whole.longest_prefix)
+  longest = full.update(length)
   hours = {
       "This run's updates": seconds / 3600,
-      f"Full distillation's, all answers of {whole.longest_prefix:,} tokens":
+      f"Full distillation's, all answers of {length:,} tokens":
       settled.steps * longest.total / 3600,
   }  # fmt: skip
   return show.Result(

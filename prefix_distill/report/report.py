@@ -11,7 +11,7 @@ import rich.console
 import rich.table
 
 from prefix_distill.config import Config
-from prefix_distill.recipe import LossSpec
+from prefix_distill.config import LossSpec
 from prefix_distill.report import metrics as metrics_lib
 from prefix_distill.report import plots
 
@@ -56,16 +56,16 @@ def headline(
 
 def _objective(loss: LossSpec) -> str:
   """Names what is minimised: "exact reverse KL", say."""
-  if loss.form != "exact":
-    return f"{loss.form.replace('_', ' ')} with {loss.estimator}"
-  names = {
-      "reverse_kl": "reverse KL",
-      "forward_kl": "forward KL",
-      "jsd": f"JSD, beta {loss.beta:g}",
-  }
-  text = f"exact {names[loss.divergence]}"
-  return text + f" of the {loss.top_k_of}'s top {loss.top_k}" * bool(
-      loss.top_k
+  if loss.form == "policy_gradient":
+    return f"policy gradient with {loss.policy_gradient.estimator}"
+  if loss.form == "direct":
+    return "direct with k3"
+  exact = loss.exact
+  text = f"exact {exact.divergence.replace('_', ' ').replace('kl', 'KL')}"
+  if exact.divergence == "jsd":
+    text = f"exact JSD, beta {loss.jsd.beta:g}"
+  return text + f" of the {exact.top_k_of}'s top {exact.top_k}" * bool(
+      exact.top_k
   )
 
 
@@ -160,7 +160,7 @@ def warning(lines: Sequence[Line], dataset: str) -> str:
       f"Warning: on {dataset}, fewer answers end by themselves than before"
       f" training ({'; '.join(falls)}): look at termination.png in the report,"
       " check loss.merge_stop_tokens, and let the cap grow to the answers' end"
-      " (prefix.increment, prefix.length)."
+      " (prefix.linear.increment, prefix.fixed.length)."
   )
 
 

@@ -13,13 +13,13 @@ import tqdm
 
 from prefix_distill import distributed
 from prefix_distill.config import Config
+from prefix_distill.config import DatasetSpec
 from prefix_distill.data import prompts as prompts_lib
 from prefix_distill.data import records
 from prefix_distill.data.prompts import PromptIterator
 from prefix_distill.report import flops
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
-from prefix_distill.specs import DatasetSpec
 from prefix_distill.structs import PromptBatch
 from prefix_distill.train import capacity
 from prefix_distill.train import setup as setup_lib

@@ -6,8 +6,8 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from prefix_distill import distributed
+from prefix_distill.config import CheckpointSpec
 from prefix_distill.errors import UserError
-from prefix_distill.specs import CheckpointSpec
 from prefix_distill.train.step import TrainState
 
 

@@ -24,6 +24,7 @@ from prefix_distill import distributed
 from prefix_distill import sharding
 from prefix_distill.config import Config
 from prefix_distill.data import prompts as prompts_lib
+from prefix_distill.distill import prefix_schedule
 from prefix_distill.evaluate import evaluator
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models.transformer import Params
@@ -33,7 +34,6 @@ from prefix_distill.report import report
 from prefix_distill.report.flops import Lengths
 from prefix_distill.train import answers
 from prefix_distill.train import capacity
-from prefix_distill.train import control
 from prefix_distill.train import setup as setup_lib
 from prefix_distill.train import step as step_lib
 from prefix_distill.train import update as update_lib
@@ -111,7 +111,7 @@ class Run:
     self.teacher_params: Params | None = None
     self.writes = jax.process_index() == 0
     self.state = self._start()
-    self.control = control.Control(config, self.totals)
+    self.control = prefix_schedule.Control(config, self.totals)
     self.ledger = Ledger(setup, self.totals, spent)
     self.programs.compile_ahead(self.teacher_params)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prefix_distill import sharding
-from prefix_distill.distill import agreement
+from prefix_distill.distill import prefix_schedule
 from prefix_distill.rollout import generate
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
@@ -120,7 +120,7 @@ class Rows:
     self._take = Program(take, 2, out_shardings=rows)
     self._shorten = Program(_shorten, 1, out_shardings=rows)
     self._lengthen = Program(_lengthen, 1, out_shardings=rows)
-    self._agree = Program(agreement.cut, 2, out_shardings=rows)
+    self._agree = Program(prefix_schedule.cut, 1, out_shardings=rows)
 
   def bucket(self, cap: int) -> int:
     """Returns the static length that holds a cap."""
@@ -204,12 +204,9 @@ class Rows:
   def agree(
       self, rollout: Rollout, scores: TeacherScores, threshold: float
   ) -> tuple[Rollout, jax.Array]:
-    """Cuts rollouts short; see `agreement.cut`."""
-    spec = self._config.prefix
-    return self._agree(
-        spec.window, agreement.PATIENCE, rollout, scores,
-        np.float32(threshold),
-    )  # fmt: skip
+    """Cuts rollouts short; see `prefix_schedule.cut`."""
+    window = self._config.prefix.agreement.window_tokens
+    return self._agree(window, rollout, scores, np.float32(threshold))
 
 
 def _split(

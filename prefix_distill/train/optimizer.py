@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from prefix_distill.specs import OptimizerSpec
+from prefix_distill.config import OptimizerSpec
 
 
 def learning_rate(spec: OptimizerSpec, steps: int) -> optax.Schedule:

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from prefix_distill import sharding
-from prefix_distill.distill import fused
-from prefix_distill.distill import prefix_length
-from prefix_distill.distill import teacher as teacher_lib
+from prefix_distill.distill import chunked_head
+from prefix_distill.distill import loss as loss_lib
+from prefix_distill.distill import prefix_schedule
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.rollout import generate
@@ -227,7 +227,7 @@ class Programs:
     config = setup.config
     self._setup = setup
     self._tx = optimizer.make(config.optimizer, config.steps)
-    self._buckets = prefix_length.buckets(config)
+    self._buckets = prefix_schedule.buckets(config)
     self._thread: threading.Thread | None = None
     self._closed = threading.Event()
     rows = sharding.batch_sharding(setup.mesh)
@@ -247,7 +247,7 @@ class Programs:
         self._buckets,
         None if setup.memory is None else functools.cache(self.capacity),
     )
-    self._score = Program(teacher_lib.score, 2, out_shardings=rows)
+    self._score = Program(loss_lib.score, 2, out_shardings=rows)
     self._init = jax.jit(
         functools.partial(step_lib.init_state, tx=self._tx),
         out_shardings=working,
@@ -268,22 +268,21 @@ class Programs:
 
   def _loss(self) -> step_lib.LossFn:
     setup = self._setup
-    objective = setup.objective
+    loss = setup.loss
     if setup.teacher is None:
       return functools.partial(
-          step_lib.supervised_loss, setup.student, objective.dist,
-          objective.memory,
-      )  # fmt: skip
-    prefix, loss = setup.config.prefix, setup.config.loss
+          step_lib.supervised_loss, setup.student, loss.dist, loss.memory
+      )
+    config = setup.config
     watch = step_lib.Watch(
-        setup.config.rollout.max_len,
+        config.rollout.max_len,
         setup.chat.special_ids,
-        (prefix.overlap, prefix.penalty) if objective.overlap_of else None,
+        prefix_schedule.make(config),
     )
+    window = step_lib.Window(config.loss.window_start, config.loss.window_end)
     return functools.partial(
-        step_lib.distillation_loss, setup.student, objective, watch,
-        step_lib.Window(loss.window_start, loss.window_end),
-    )  # fmt: skip
+        step_lib.distillation_loss, setup.student, loss, watch, window
+    )
 
   def abstract_state(self) -> TrainState:
     """Shapes, dtypes and shardings of the state: one tree for everything."""
@@ -371,7 +370,7 @@ class Programs:
     """Scores prefixes with the teacher."""
     setup = self._setup
     return self._score(
-        setup.teacher, setup.objective, params, batch, rollout
+        setup.teacher, setup.loss, params, batch, rollout
     )
 
   def gradient(
@@ -491,7 +490,7 @@ class Programs:
       yield dataclasses.replace(stage, batches=groups)
     rollout = stage.program.shapes(*stage.args)
     batch, rollout, parts = self.rows.part_shapes(prompts, rollout)
-    args = (setup.teacher, setup.objective, teacher_params, batch, rollout)
+    args = (setup.teacher, setup.loss, teacher_params, batch, rollout)
     parts, chunks = groups * parts, self._chunks(rollout)
     rows = len(rollout.tokens)
     yield Stage("score", self._score, args, parts, chunks, rows)
@@ -510,12 +509,12 @@ class Programs:
     split = mesh.shape["tensor"]
     rows = student.vocab_size // (1 if student.vocab_size % split else split)
     tokens = rollout.tokens.size // sharding.batch_shards(mesh)
-    return fused.chunks(tokens, rows, self._setup.objective.memory)[0]
+    return chunked_head.chunks(tokens, rows, self._setup.loss.memory)[0]
 
   def _all_stages(self, teacher_params: Params) -> Iterator[Stage]:
     """The programs of all buckets that caps end in."""
     shapes = sharding.moved(sharding.on_device, abstract(teacher_params))
-    for bucket in prefix_length.needed(self._setup.config):
+    for bucket in prefix_schedule.needed(self._setup.config):
       yield from self.stages(bucket, shapes)
 
   def compilations(self) -> dict[str, int]:

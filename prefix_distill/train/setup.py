@@ -8,18 +8,19 @@ from typing import Any
 
 import jax
 
-from prefix_distill import config_dict
+from prefix_distill import config as config_lib
 from prefix_distill import devices
 from prefix_distill import distributed
 from prefix_distill import sharding
 from prefix_distill.config import Config
+from prefix_distill.config import ModelSpec
 from prefix_distill.data import prompt_checks
 from prefix_distill.data import tokenizer
 from prefix_distill.data.prompts import PromptIterator
 from prefix_distill.data.tokenizer import Chat
-from prefix_distill.distill.divergence import Distribution
-from prefix_distill.distill.estimators import Sampled
-from prefix_distill.distill.objective import Objective
+from prefix_distill.distill import loss as loss_lib
+from prefix_distill.distill import prefix_schedule
+from prefix_distill.distill.loss import Loss
 from prefix_distill.errors import ConfigError
 from prefix_distill.errors import UserError
 from prefix_distill.evaluate import evaluator
@@ -27,11 +28,7 @@ from prefix_distill.models import huggingface as hf
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
-from prefix_distill.specs import ModelSpec
 
-# Most probable tokens of student and teacher whose overlap is the drift, as in
-# Prune-OPD (arXiv 2605.07804).
-_OVERLAP_OF = 16
 # Seconds that a shared file system may take to show a new file.
 _SHARING = 30
 
@@ -79,32 +76,12 @@ class Setup:
     return dataclasses.replace(model, mesh=self.sampling_mesh)
 
   @property
-  def objective(self) -> Objective:
+  def loss(self) -> Loss:
     """What is minimised; for supervised training only its distribution."""
-    spec, rollout = self.config.loss, self.config.rollout
-    supervised = self.config.is_supervised
-    merge = spec.merge_stop_tokens and not supervised
-    schedule = self.config.schedule
-    sampled = None
-    if spec.form != "exact":
-      sampled = Sampled(
-          spec.form, spec.estimator, spec.mixture, spec.min_entropy
-      )
-    return Objective(
-        Distribution(
-            temperature=1.0 if supervised else rollout.temperature,
-            num_tokens=self.chat.num_tokens,
-            stop_ids=self.stop_ids if merge else (),
-            top_k=spec.top_k,
-            top_k_of=spec.top_k_of,
-        ),
-        spec.divergence,
-        spec.beta,
-        sampled,
-        overlap_of=_OVERLAP_OF if schedule == "drift" else 0,
-        score_tokens=schedule == "agreement",
-        memory=spec.logits_mib * 2**20,
-    )
+    config = self.config
+    merge = config.loss.merge_stop_tokens and not config.is_supervised
+    stop_ids = self.stop_ids if merge else ()
+    return loss_lib.make(config, self.chat.num_tokens, stop_ids)
 
 
 def check_batches(config: Config, mesh: jax.sharding.Mesh) -> None:
@@ -161,7 +138,7 @@ def _check_lengths(
     config: Config, student: Model, teacher: Model | None
 ) -> None:
   needed = config.data.max_prompt_len + max(
-      config.longest_prefix, config.evaluation.max_len
+      prefix_schedule.longest(config), config.evaluation.max_len
   )
   if needed > student.config.max_length:
     raise ConfigError(
@@ -173,7 +150,8 @@ def _check_lengths(
     )
   if teacher is None:
     return
-  prompt, prefix = config.data.teacher_prompt_len, config.longest_prefix
+  prompt = config.data.teacher_prompt_len
+  prefix = prefix_schedule.longest(config)
   if prompt + prefix > teacher.config.max_length:
     raise ConfigError(
         f"The teacher's prompt of up to {prompt} tokens plus the longest prefix"
@@ -232,7 +210,7 @@ def claim_workdir(config: Config, workdir: pathlib.Path) -> None:
 
 
 def _plain(config: Config) -> dict[str, Any]:
-  return json.loads(json.dumps(config_dict.to_dict(config)))
+  return json.loads(json.dumps(config_lib.to_dict(config)))
 
 
 def _check_same_everywhere(config: Config, workdir: pathlib.Path) -> None:

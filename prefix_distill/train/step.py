@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from prefix_distill.distill import objective as objective_lib
+from prefix_distill.distill import chunked_head
+from prefix_distill.distill import loss as loss_lib
 from prefix_distill.distill.divergence import Distribution
-from prefix_distill.distill.objective import Objective
+from prefix_distill.distill.loss import Loss
+from prefix_distill.distill.prefix_schedule import Schedule
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.structs import PromptBatch
@@ -70,13 +72,12 @@ class Watch:
   Attributes:
     max_len: the longest answer, which is divided into bins of positions.
     special_ids: tokens such as `<think>` and the stop tokens.
-    drift: overlap below which a position counts as drifted, and its penalty;
-      None if nobody asks.
+    schedule: says what it wants to be shown of each update.
   """
 
   max_len: int
   special_ids: tuple[int, ...]
-  drift: tuple[float, float] | None = None
+  schedule: Schedule = Schedule(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,19 +129,6 @@ def _by_position(
   )
 
 
-def _reliable(
-    overlap: jax.Array, mask: jax.Array, drift: tuple[float, float]
-) -> jax.Array:
-  """Says up to where rollouts are reliable: bool [B, P].
-
-  They are while `1 - penalty * C_t > 0`, C_t the positions so far whose
-  overlap is below the threshold (Prune-OPD, arXiv 2605.07804).
-  """
-  threshold, penalty = drift
-  drifted = jnp.cumsum(mask & (overlap < threshold), axis=1)
-  return mask & (penalty * drifted < 1)
-
-
 def bin_width(max_len: int) -> int:
   """Returns the positions in a bin."""
   return -(-max_len // POSITION_BINS)
@@ -148,14 +136,14 @@ def bin_width(max_len: int) -> int:
 
 def distillation_loss(
     model: Model,
-    objective: Objective,
+    token_loss: Loss,
     watch: Watch,
     window: Window,
     params: Params,
     teacher_head: jax.Array | None,
     inputs: Inputs,
 ) -> tuple[jax.Array, Sums]:
-  """Sums the objective over all prefix tokens of all rollouts.
+  """Sums the loss over all prefix tokens of all rollouts.
 
   Divided by the number of rollouts it is the paper's: the mean over rollouts
   of the *sum* over prefix tokens (section 2). A rollout that was cut at the
@@ -177,11 +165,14 @@ def distillation_loss(
   scores, sampler = jax.tree.map(
       lambda x: _masked(x, mask), (scores, rollout.choice_log_probs)
   )
-  loss, metrics = objective.loss(
-      model, params, teacher_head, hidden,
-      dataclasses.replace(rollout, choice_log_probs=sampler), scores, weights,
-  )  # fmt: skip
-  overlap = metrics.pop("overlap", None)
+  rollout = dataclasses.replace(rollout, choice_log_probs=sampler)
+  loss, metrics = chunked_head.weighted_sum(
+      *token_loss.arguments(
+          model, params, teacher_head, hidden, rollout, scores, weights
+      )
+  )
+  shown = watch.schedule.shown(metrics, mask)
+  metrics.pop("overlap", None)
   sums = {name: _sum_and_count(x, mask) for name, x in metrics.items()}
   sums["loss"] = (loss, jnp.sum(weights))
   kl = metrics["kl"]
@@ -192,11 +183,7 @@ def distillation_loss(
       "kl_position": (jnp.sum(_masked(kl, mask), 0), jnp.sum(mask, 0)),
       "kl_special": _sum_and_count(kl, special),
   }
-  if watch.drift is not None:
-    reliable = _reliable(overlap, mask, watch.drift)
-    rows = jnp.full(mask.shape[1], mask.shape[0])
-    sums["reliable"] = (jnp.sum(reliable, 0), rows)
-  return loss, sums
+  return loss, sums | shown
 
 
 def supervised_loss(
@@ -211,7 +198,7 @@ def supervised_loss(
   del teacher_head  # There is no teacher.
   batch, rollout, _ = inputs
   hidden = model.prefix_hidden(params, batch, rollout)
-  loss = objective_lib.cross_entropy(
+  loss = loss_lib.cross_entropy(
       model, params, hidden, rollout, dist, memory
   )
   count = jnp.sum(rollout.mask)

@@ -60,7 +60,7 @@ class Outcome:
     tokens: int32 [rollouts, P], as they were sampled or given.
     mask: bool [rollouts, P].
     trained: bool [rollouts, P], what was left of the mask after cutting.
-    minima: [rollouts], see `agreement.cut`; None if nothing was to be cut.
+    minima: [rollouts], see `prefix_schedule.cut`; None if nothing is cut.
   """
 
   metrics: dict[str, Any]

@@ -15,6 +15,7 @@ import jax
 import toys
 
 from prefix_distill import sharding
+from prefix_distill.config import MeshSpec
 from prefix_distill.models import embedding
 from prefix_distill.plan import build
 from prefix_distill.plan import collectives
@@ -22,7 +23,6 @@ from prefix_distill.plan import estimate
 from prefix_distill.plan import machines
 from prefix_distill.plan import measure
 from prefix_distill.rollout import sampling
-from prefix_distill.specs import MeshSpec
 
 _MESHES = (
     MeshSpec(8, 1, 1), MeshSpec(1, 8, 1), MeshSpec(1, 8, 1, sampling_tensor=2),

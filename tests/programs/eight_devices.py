@@ -13,13 +13,13 @@ import numpy as np
 import toys
 
 from prefix_distill import sharding
+from prefix_distill.config import MeshSpec
+from prefix_distill.config import OptimizerSpec
+from prefix_distill.config import RolloutSpec
 from prefix_distill.data import tokenizer
 from prefix_distill.data.prompts import PromptIterator
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models.transformer import Model
-from prefix_distill.recipe import RolloutSpec
-from prefix_distill.specs import MeshSpec
-from prefix_distill.specs import OptimizerSpec
 from prefix_distill.train import setup as setup_lib
 from prefix_distill.train import update
 from prefix_distill.train.programs import Programs
@@ -60,7 +60,7 @@ def run(config, devices, mesh_spec) -> dict:
   losses, norms, tokens, lengths = [], [], [], []
   for step in range(STEPS):
     prompts = sharding.global_batch(next(data)[0], mesh)
-    request = update.Request(config.prefix.length, jax.random.key(step))
+    request = update.Request(config.prefix.fixed.length, jax.random.key(step))
     state, shown = update.run(
         programs, state, teacher_params, prompts, None, request,
         update.Clock(),

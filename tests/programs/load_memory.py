@@ -14,10 +14,10 @@ import time
 import jax
 
 from prefix_distill import sharding
+from prefix_distill.config import MeshSpec
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
-from prefix_distill.specs import MeshSpec
 
 
 def _anonymous() -> int:

@@ -19,8 +19,8 @@ import jax.numpy as jnp  # noqa: E402
 import toys  # noqa: E402
 
 from prefix_distill import sharding  # noqa: E402
+from prefix_distill.config import MeshSpec  # noqa: E402
 from prefix_distill.models.transformer import Model  # noqa: E402
-from prefix_distill.specs import MeshSpec  # noqa: E402
 
 # More than the fast memory beside a core holds.
 ROWS, LENGTH = 32, 4096

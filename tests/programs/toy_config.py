@@ -5,9 +5,9 @@ import dataclasses
 import ml_collections
 import toys
 
-from prefix_distill import config_dict
-from prefix_distill.specs import CheckpointSpec
-from prefix_distill.specs import MeshSpec
+from prefix_distill import config as config_lib
+from prefix_distill.config import CheckpointSpec
+from prefix_distill.config import MeshSpec
 
 
 def get_config(argument: str) -> ml_collections.ConfigDict:
@@ -23,4 +23,4 @@ def get_config(argument: str) -> ml_collections.ConfigDict:
       max_prompt_len=46, max_teacher_prompt_len=101,
   )  # fmt: skip
   config = dataclasses.replace(config, data=data)
-  return ml_collections.ConfigDict(config_dict.to_dict(config))
+  return ml_collections.ConfigDict(config_lib.to_dict(config))

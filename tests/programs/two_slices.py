@@ -20,7 +20,7 @@ from jax.experimental import topologies  # noqa: E402
 import numpy as np  # noqa: E402
 
 from prefix_distill import sharding  # noqa: E402
-from prefix_distill.specs import MeshSpec  # noqa: E402
+from prefix_distill.config import MeshSpec  # noqa: E402
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ import pytest
 import toys
 
 from prefix_distill.distill import divergence
-from prefix_distill.distill import estimators
+from prefix_distill.distill import loss as loss_lib
 from prefix_distill.distill.divergence import Distribution
 
 DIST = Distribution(1.0, 13)
@@ -30,14 +30,14 @@ def draws(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @pytest.mark.parametrize("name", ["k1", "k3"])
 def test_estimates_average_to_the_exact_kl(name):
-  values = np.asarray(getattr(estimators, name)(*draws(STUDENT)), np.float64)
+  values = np.asarray(getattr(loss_lib, name)(*draws(STUDENT)), np.float64)
   error = values.std() / np.sqrt(SAMPLES)
   assert 0 < error < 0.02 * KL
   assert abs(values.mean() - KL) < 3 * error
 
 
 def test_k3_is_never_negative_and_varies_less():
-  k1, k3 = (f(*draws(STUDENT)) for f in (estimators.k1, estimators.k3))
+  k1, k3 = (f(*draws(STUDENT)) for f in (loss_lib.k1, loss_lib.k3))
   assert k1.min() < 0 <= k3.min()
   assert k3.std() < k1.std()
 
@@ -45,21 +45,21 @@ def test_k3_is_never_negative_and_varies_less():
 def test_estimates_by_hand():
   student, teacher = jnp.log(jnp.array([1 / 2, 1 / 4])), jnp.log(1 / 4)
   np.testing.assert_allclose(
-      estimators.k1(student, teacher), [LN2, 0], atol=1e-6
+      loss_lib.k1(student, teacher), [LN2, 0], atol=1e-6
   )
   np.testing.assert_allclose(
-      estimators.k3(student, teacher), [-1 / 2 + LN2, 0], atol=1e-6
+      loss_lib.k3(student, teacher), [-1 / 2 + LN2, 0], atol=1e-6
   )
 
 
 def expected_gradient(form: str, estimator: str, off_policy: bool):
   """The gradient of the expected loss, over all tokens at once."""
   sampler = jax.nn.log_softmax(normal(2, 13) if off_policy else STUDENT)
-  loss = estimators.Sampled(form, estimator)
+  loss = loss_lib.SampledLoss(DIST, form, estimator)
 
   def expected(logits):
     log_probs = jax.nn.log_softmax(logits)
-    values = loss(
+    values = loss.of_tokens(
         log_probs, log_probs, jnp.zeros(13), sampler,
         jax.nn.log_softmax(TEACHER),
     )  # fmt: skip
@@ -99,11 +99,12 @@ def test_the_gradient_of_samples_averages_to_the_exact_one():
   )
   sampler = jax.nn.log_softmax(STUDENT)[tokens]
   teacher = jax.nn.log_softmax(TEACHER)[tokens]
-  loss = estimators.Sampled("policy_gradient")
+  loss = loss_lib.SampledLoss(DIST)
 
   # Each sample's gradient is a number times (one-hot - p).
   def values(log_probs):
-    return loss(log_probs, log_probs, jnp.zeros(SAMPLES), sampler, teacher)
+    entropy = jnp.zeros(SAMPLES)
+    return loss.of_tokens(log_probs, log_probs, entropy, sampler, teacher)
 
   _, pull = jax.vjp(values, sampler)
   slope = np.asarray(pull(jnp.ones(SAMPLES))[0], np.float64)
@@ -117,16 +118,16 @@ def test_the_gradient_of_samples_averages_to_the_exact_one():
 
 def test_the_ratio_is_one_on_policy_and_the_estimate_has_no_gradient():
   student, kl = jnp.array([-0.5, -1.0, -2.0]), jnp.array([0.5, 0.0, -1.75])
-  same = estimators.policy_gradient(student, student, kl)
+  same = loss_lib.policy_gradient(student, student, kl)
   np.testing.assert_allclose(same, kl)
-  halved = estimators.policy_gradient(student, student + LN2, kl)
+  halved = loss_lib.policy_gradient(student, student + LN2, kl)
   np.testing.assert_allclose(halved, kl / 2, rtol=1e-6)
   for argument, wanted in ((0, kl), (2, 0 * kl)):
     grad = jax.grad(
-        lambda *x: estimators.policy_gradient(*x).sum(), argument
+        lambda *x: loss_lib.policy_gradient(*x).sum(), argument
     )(student, student, kl)
     np.testing.assert_allclose(grad, wanted)
-  grad = jax.grad(lambda *x: estimators.direct(*x).sum(), (0, 2))(
+  grad = jax.grad(lambda *x: loss_lib.direct(*x).sum(), (0, 2))(
       student, student + LN2, kl
   )
   np.testing.assert_allclose(grad[0], 0)
@@ -135,25 +136,23 @@ def test_the_ratio_is_one_on_policy_and_the_estimate_has_no_gradient():
 
 def test_a_mixture_bounds_the_verdict_from_below_only():
   student, teacher = jnp.full(3, -1.0), jnp.array([-26.0, -1.5, -0.1])
-  signal = estimators.Sampled("policy_gradient", mixture=0.1).signal(
-      student, teacher
-  )
+  signal = loss_lib.SampledLoss(DIST, mixture=0.1).signal(student, teacher)
   # 25 nats become log 10; what is milder, or praise, stays.
   np.testing.assert_allclose(signal, [np.log(10), 0.5, -0.9], rtol=1e-5)
 
 
 def test_tokens_of_low_entropy_are_left_out():
-  loss = estimators.Sampled("policy_gradient", min_entropy=0.5)
+  loss = loss_lib.SampledLoss(DIST, min_entropy=0.5)
   zeros = jnp.zeros(2)
-  values = loss(zeros, zeros, jnp.array([0.4, 0.6]), zeros, zeros - 1)
+  values = loss.of_tokens(zeros, zeros, jnp.array([0.4, 0.6]), zeros, zeros - 1)
   np.testing.assert_allclose(values, [0, 1])
 
 
 def test_a_stop_is_an_event_and_its_ratio_that_of_the_token():
   dist = toys.distribution(stop_ids=toys.STOPS)
   assert dist.stop_ids == toys.STOPS
-  loss = estimators.Sampled("policy_gradient")
+  loss = loss_lib.SampledLoss(DIST)
   token, sampler = jnp.log(jnp.array([0.2])), jnp.log(jnp.array([0.1]))
   event, teacher = jnp.log(jnp.array([0.5])), jnp.log(jnp.array([0.25]))
-  value = loss(token, event, jnp.ones(1), sampler, teacher)
+  value = loss.of_tokens(token, event, jnp.ones(1), sampler, teacher)
   np.testing.assert_allclose(value, 2 * LN2, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The fused head on meshes of 8 devices: equal to one, and what travels."""
+"""The chunked head on meshes of 8 devices: equal to one, and what travels."""
 
 import dataclasses
 import functools
@@ -8,15 +8,15 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-import test_fused
-from test_fused import HEAD
-from test_fused import HIDDEN
-from test_fused import OBJECTIVES
-from test_fused import ROWS
-from test_fused import VOCABULARY
+import test_chunked_head
+from test_chunked_head import HEAD
+from test_chunked_head import HIDDEN
+from test_chunked_head import OBJECTIVES
+from test_chunked_head import ROWS
+from test_chunked_head import VOCABULARY
 
 from prefix_distill import sharding
-from prefix_distill.specs import MeshSpec
+from prefix_distill.config import MeshSpec
 
 MESHES = ((8, 1, 1), (2, 2, 2), (1, 2, 4))
 
@@ -33,18 +33,18 @@ def check_meshes() -> None:
     memory = 4 * rows * 4 * 4 * VOCABULARY // sizes[2]
     for objective in OBJECTIVES.values():
       objective = dataclasses.replace(objective, memory=memory)
-      test_fused.assert_equals_dense(
-          objective, test_fused.ours(objective, mesh, hidden, head)
+      test_chunked_head.assert_equals_dense(
+          objective, test_chunked_head.ours(objective, mesh, hidden, head)
       )
-    test_fused.assert_token_scores(mesh)
+    test_chunked_head.assert_token_scores(mesh)
 
 
 def check_a_vocabulary_that_does_not_divide() -> None:
   mesh = sharding.make_mesh(MeshSpec(1, 2, 4))
-  head = jnp.concatenate([HEAD, test_fused.normal(5, 2, 8)])  # 18 rows
+  head = jnp.concatenate([HEAD, test_chunked_head.normal(5, 2, 8)])  # 18 rows
   for name in ("reverse_kl", "policy gradient"):
-    got = test_fused.ours(OBJECTIVES[name], mesh, HIDDEN, head)
-    wanted = test_fused.ours(OBJECTIVES[name], None, HIDDEN, head)
+    got = test_chunked_head.ours(OBJECTIVES[name], mesh, HIDDEN, head)
+    wanted = test_chunked_head.ours(OBJECTIVES[name], None, HIDDEN, head)
     for x, y in zip(
         jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True
     ):
@@ -55,7 +55,7 @@ def check_a_vocabulary_that_does_not_divide() -> None:
 
 
 def check_that_no_logits_are_gathered_and_weights_travel_once() -> None:
-  text = test_fused.compiled_loss(sharding.make_mesh(MeshSpec(1, 2, 4)))
+  text = test_chunked_head.compiled_loss(sharding.make_mesh(MeshSpec(1, 2, 4)))
 
   def sizes(kind: str) -> list[int]:
     found = re.findall(rf"= (.*?) {kind}\(", text)

@@ -9,14 +9,15 @@ import pytest
 import toys
 
 from prefix_distill import sharding
+from prefix_distill.config import MeshSpec
+from prefix_distill.distill import chunked_head
 from prefix_distill.distill import divergence
-from prefix_distill.distill import fused
-from prefix_distill.distill import objective as objective_lib
+from prefix_distill.distill import loss as loss_lib
 from prefix_distill.distill.divergence import Shard
-from prefix_distill.distill.estimators import Sampled
-from prefix_distill.distill.objective import Objective
+from prefix_distill.distill.loss import ExactLoss
+from prefix_distill.distill.loss import Loss
+from prefix_distill.distill.loss import SampledLoss
 from prefix_distill.models.transformer import Model
-from prefix_distill.specs import MeshSpec
 from prefix_distill.structs import Rollout
 from prefix_distill.structs import TeacherScores
 
@@ -25,16 +26,14 @@ ROWS, LENGTH, VOCABULARY = 8, 10, 16
 LENGTHS = [3, 8, 1, 5, 8, 2, 7, 4]
 MERGED = toys.distribution(stop_ids=toys.STOPS, temperature=0.7)
 EXACT = {
-    kind: Objective(MERGED, kind, 0.3)
+    kind: ExactLoss(MERGED, kind, 0.3)
     for kind in ("reverse_kl", "forward_kl", "jsd")
 }
 OBJECTIVES = EXACT | {
-    "top k": Objective(dataclasses.replace(MERGED, top_k=4)),
-    "policy gradient": Objective(MERGED, sampled=Sampled("policy_gradient")),
-    "k3": Objective(MERGED, sampled=Sampled("direct", "k3")),
-    "relaxed": Objective(
-        MERGED, sampled=Sampled("policy_gradient", "k1", 0.5, 0.3)
-    ),
+    "top k": ExactLoss(dataclasses.replace(MERGED, top_k=4)),
+    "policy gradient": SampledLoss(MERGED),
+    "k3": SampledLoss(MERGED, "direct", "k3"),
+    "relaxed": SampledLoss(MERGED, "policy_gradient", "k1", 0.5, 0.3),
 }
 EVERY = pytest.mark.parametrize("name", OBJECTIVES)
 
@@ -63,11 +62,11 @@ def scores() -> TeacherScores:
   )  # fmt: skip
 
 
-def dense_values(objective: Objective, hidden, head) -> jax.Array:
+def dense_values(objective: Loss, hidden, head) -> jax.Array:
   """The loss of every token, from whole logits and plain JAX: [B, P]."""
   n, student = toys.NUM_TOKENS, hidden @ head.T
   teacher = TEACHER_HIDDEN @ TEACHER_HEAD.T
-  if objective.sampled is None:
+  if isinstance(objective, ExactLoss):
     compare = {
         "reverse_kl": divergence.reverse_kl,
         "forward_kl": divergence.forward_kl,
@@ -82,12 +81,12 @@ def dense_values(objective: Objective, hidden, head) -> jax.Array:
   )
   plain = jax.nn.log_softmax(student[..., :n])
   entropy = -(jnp.exp(plain) * plain).sum(-1)
-  return objective.sampled(
+  return objective.of_tokens(
       token, event, entropy, ROLLOUT.choice_log_probs, scores().log_probs
   )
 
 
-def dense(objective: Objective, hidden, head):
+def dense(objective: Loss, hidden, head):
   def loss(hidden, head):
     values = dense_values(objective, hidden, head)
     return jnp.sum(jnp.where(ROLLOUT.mask, values, 0)), values
@@ -95,21 +94,23 @@ def dense(objective: Objective, hidden, head):
   return jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, head)
 
 
-def ours(objective: Objective, mesh=None, hidden=HIDDEN, head=HEAD):
-  """Value, metrics and gradients through the fused head, scaled by two."""
+def ours(objective: Loss, mesh=None, hidden=HIDDEN, head=HEAD):
+  """Value, metrics and gradients through the chunked head, scaled by two."""
   model = dataclasses.replace(STUDENT, mesh=mesh)
 
   def loss(hidden, head):
-    value, metrics = objective.loss(
-        model, {"head": {"weight": head}}, TEACHER_HEAD, hidden, ROLLOUT,
-        scores(), ROLLOUT.mask,
-    )  # fmt: skip
+    value, metrics = chunked_head.weighted_sum(
+        *objective.arguments(
+            model, {"head": {"weight": head}}, TEACHER_HEAD, hidden, ROLLOUT,
+            scores(), ROLLOUT.mask,
+        )
+    )
     return 2 * value, metrics
 
   return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(hidden, head)
 
 
-def assert_equals_dense(objective: Objective, got) -> None:
+def assert_equals_dense(objective: Loss, got) -> None:
   (value, metrics), gradients = got
   (wanted, values), slopes = dense(objective, HIDDEN, HEAD)
   assert float(value) == pytest.approx(2 * float(wanted), rel=1e-5)
@@ -124,7 +125,7 @@ def assert_equals_dense(objective: Objective, got) -> None:
 
 @EVERY
 @pytest.mark.parametrize("tokens", [1, 7, 24, 1000])
-def test_a_fused_loss_equals_the_dense_one(name, tokens):
+def test_a_chunked_loss_equals_the_dense_one(name, tokens):
   # Memory for so many tokens' logits at a time.
   memory = tokens * 4 * 4 * VOCABULARY
   objective = dataclasses.replace(OBJECTIVES[name], memory=memory)
@@ -134,7 +135,7 @@ def test_a_fused_loss_equals_the_dense_one(name, tokens):
 @pytest.mark.parametrize("part", ["equal", "travels"])
 def test_a_head_on_eight_devices(part):
   (printed,) = toys.finish(
-      [toys.start("fused_on_meshes.py", part, devices=8)], seconds=240
+      [toys.start("chunked_head_on_meshes.py", part, devices=8)], seconds=240
   )
   assert printed.endswith("OK\n")
 
@@ -151,10 +152,12 @@ def compiled_loss(mesh, sizes=(ROWS, 64, 64), memory=2**14) -> str:
     return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
 
   def loss(hidden, head, teacher_hidden, teacher_head, tokens, mask):
-    return objective.loss(
-        model, {"head": {"weight": head}}, teacher_head, hidden,
-        Rollout(tokens, mask), TeacherScores(teacher_hidden), mask,
-    )[0]  # fmt: skip
+    return chunked_head.weighted_sum(
+        *objective.arguments(
+            model, {"head": {"weight": head}}, teacher_head, hidden,
+            Rollout(tokens, mask), TeacherScores(teacher_hidden), mask,
+        )
+    )[0]
 
   return (
       jax.jit(jax.grad(loss, (0, 1)), out_shardings=(batch, weights))
@@ -187,12 +190,12 @@ def test_logits_exist_for_one_chunk_at_a_time():
 
 
 def test_chunks_are_even_and_keep_to_the_memory():
-  assert fused.chunks(100, 1000, 10 * 16_000) == (13, 8)
-  assert fused.chunks(100, 1000, 40 * 16_000) == (3, 40)
-  assert fused.chunks(2048, 1000, 300 * 16_000) == (8, 256)
-  assert fused.chunks(2048, 1000, 110 * 16_000) == (20, 104)
-  assert fused.chunks(100, 1000, 1) == (100, 1)
-  assert fused.chunks(7, 1000, 2**40) == (1, 7)
+  assert chunked_head.chunks(100, 1000, 10 * 16_000) == (13, 8)
+  assert chunked_head.chunks(100, 1000, 40 * 16_000) == (3, 40)
+  assert chunked_head.chunks(2048, 1000, 300 * 16_000) == (8, 256)
+  assert chunked_head.chunks(2048, 1000, 110 * 16_000) == (20, 104)
+  assert chunked_head.chunks(100, 1000, 1) == (100, 1)
+  assert chunked_head.chunks(7, 1000, 2**40) == (1, 7)
 
 
 def test_positions_that_are_padding_in_all_rows_are_left_out():
@@ -202,7 +205,7 @@ def test_positions_that_are_padding_in_all_rows_are_left_out():
     return ones, jnp.zeros_like(logits), {"seen": ones}
 
   memory = ROWS * 4 * 4 * VOCABULARY  # one position of all rows
-  seen = fused.per_token(
+  seen = chunked_head.per_token(
       count, HIDDEN, HEAD, ROLLOUT.mask, ROLLOUT.mask, ROLLOUT.tokens,
       memory=memory,
   )["seen"]
@@ -219,10 +222,12 @@ def test_weights_weigh_tokens_and_leave_the_metrics_alone(name):
   weights *= jnp.arange(LENGTH) > 2
 
   def loss(hidden, head):
-    return objective.loss(
-        STUDENT, {"head": {"weight": head}}, TEACHER_HEAD, hidden, ROLLOUT,
-        scores(), weights,
-    )  # fmt: skip
+    return chunked_head.weighted_sum(
+        *objective.arguments(
+            STUDENT, {"head": {"weight": head}}, TEACHER_HEAD, hidden, ROLLOUT,
+            scores(), weights,
+        )
+    )
 
   def whole(hidden, head):
     values = dense_values(objective, hidden, head)
@@ -263,11 +268,13 @@ def test_no_token_at_all_is_a_loss_of_zero():
   memory = 16 * 4 * 4 * VOCABULARY
   objective = dataclasses.replace(EXACT["reverse_kl"], memory=memory)
   value, grads = jax.value_and_grad(
-      lambda h: objective.loss(
-          STUDENT, {"head": {"weight": HEAD}}, TEACHER_HEAD, h, empty,
-          scores(), empty.mask,
+      lambda h: chunked_head.weighted_sum(
+          *objective.arguments(
+              STUDENT, {"head": {"weight": HEAD}}, TEACHER_HEAD, h, empty,
+              scores(), empty.mask,
+          )
       )[0]
-  )(HIDDEN)  # fmt: skip
+  )(HIDDEN)
   assert value == 0
   assert not grads.any()
 
@@ -295,7 +302,7 @@ def test_metrics_are_those_of_the_whole_distributions():
 
 def assert_token_scores(mesh=None) -> None:
   model = dataclasses.replace(STUDENT, mesh=mesh)
-  scores_of = functools.partial(objective_lib.token_scores, model)
+  scores_of = functools.partial(loss_lib.token_scores, model)
   got = jax.jit(scores_of, static_argnums=4)(
       {"head": {"weight": HEAD}}, HIDDEN, ROLLOUT.tokens, ROLLOUT.mask, MERGED
   )
@@ -318,8 +325,8 @@ def test_token_scores_are_those_of_the_softmax():
 
 
 def test_cross_entropy_has_the_gradient_of_the_softmax():
-  def fused_loss(hidden, head):
-    return objective_lib.cross_entropy(
+  def chunked_loss(hidden, head):
+    return loss_lib.cross_entropy(
         STUDENT, {"head": {"weight": head}}, hidden, ROLLOUT,
         toys.distribution(), 24 * 16 * VOCABULARY,
     )  # fmt: skip
@@ -330,7 +337,7 @@ def test_cross_entropy_has_the_gradient_of_the_softmax():
     token = jnp.take_along_axis(log_probs, ROLLOUT.tokens[..., None], -1)
     return -jnp.sum(jnp.where(ROLLOUT.mask, token[..., 0], 0))
 
-  got = jax.value_and_grad(fused_loss, (0, 1))(HIDDEN, HEAD)
+  got = jax.value_and_grad(chunked_loss, (0, 1))(HIDDEN, HEAD)
   wanted = jax.value_and_grad(plain, (0, 1))(HIDDEN, HEAD)
   for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)

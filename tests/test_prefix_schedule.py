@@ -5,13 +5,12 @@ import numpy as np
 import pytest
 import toys
 
-from prefix_distill.distill import agreement
-from prefix_distill.distill import controllers
-from prefix_distill.distill.controllers import Stats
+from prefix_distill.config import LossSpec
+from prefix_distill.config import PrefixSpec
+from prefix_distill.config import RolloutSpec
+from prefix_distill.distill import prefix_schedule
+from prefix_distill.distill.prefix_schedule import Stats
 from prefix_distill.errors import ConfigError
-from prefix_distill.recipe import LossSpec
-from prefix_distill.recipe import PrefixSpec
-from prefix_distill.recipe import RolloutSpec
 from prefix_distill.structs import Rollout
 from prefix_distill.structs import TeacherScores
 
@@ -25,9 +24,9 @@ def make(schedule: str, method: str = "prefix", **prefix):
       method=method,
       steps=6,
       rollout=RolloutSpec(1, LONGEST),
-      prefix=PrefixSpec(schedule=schedule, **prefix),
+      prefix=PrefixSpec(schedule, **{schedule: prefix}),
   )
-  return controllers.make(config)
+  return prefix_schedule.make(config)
 
 
 def stats(kl, lengths=(100, 100), reliable=None, minima=None) -> Stats:
@@ -56,7 +55,7 @@ FLAT = stats(np.ones(LONGEST))
 @pytest.mark.parametrize(
     "schedule, prefix, caps",
     [
-        ("linear", {"start": 1, "increment": 30}, [1, 31, 61, 91, 100]),
+        ("linear", {"increment": 30}, [1, 31, 61, 91, 100]),
         (
             "linear",
             {"start": 5, "increment": 10, "every": 2},
@@ -74,7 +73,7 @@ def test_full_distillation_is_a_cap_too():
 
 
 def test_random_caps_are_those_of_the_seed_and_cover_the_range():
-  controller = make("random", start=3)
+  controller = make("random", min_length=3)
   caps = drive(controller, [FLAT] * 400)
   assert caps == drive(controller, [FLAT] * 400)
   assert min(caps) >= 3
@@ -88,7 +87,9 @@ def reliable(length: int, share: float = 1.0) -> Stats:
 
 
 def test_drift_grows_holds_and_shrinks():
-  controller = make("drift", start=20, increment=10, share=0.1, patience=3)
+  controller = make(
+      "drift", start=20, increment=10, min_reliable_fraction=0.1
+  )
   grow, hold = reliable(100), reliable(5)
   # Reliable up to cap - increment suffices.
   assert drive(controller, [grow] * 3) == [20, 30, 40, 50]
@@ -110,7 +111,9 @@ def band(value: float, lengths=(100, 100)) -> Stats:
 
 
 def test_plateau_grows_only_when_progress_ends_and_rollouts_reach_the_cap():
-  controller = make("plateau", start=20, increment=10, share=0.5, patience=2)
+  controller = make(
+      "plateau", start=20, increment=10, patience_updates=2
+  )
   # Falling: hold. Two updates without a new best: grow, and start over.
   falling = [band(3.0), band(2.0), band(1.0)]
   assert drive(controller, falling) == [20] * 4
@@ -125,7 +128,9 @@ def test_plateau_grows_only_when_progress_ends_and_rollouts_reach_the_cap():
 
 
 def test_plateau_looks_at_the_band_before_the_cap_only():
-  controller = make("plateau", start=20, increment=10, patience=1)
+  controller = make(
+      "plateau", start=20, increment=10, patience_updates=1
+  )
   rest = np.linspace(9, 1, LONGEST)
   shown = []
   for update in range(4):
@@ -136,7 +141,7 @@ def test_plateau_looks_at_the_band_before_the_cap_only():
 
 
 def test_an_audit_puts_the_cap_where_the_divergence_is():
-  controller = make("audited", start=4, share=0.9, audit_every=3)
+  controller = make("audited", start=4, divergence_fraction=0.9, audit_every=3)
   opening, later = np.zeros(LONGEST), np.zeros(LONGEST)
   opening[:10], later[50:60] = 1.0, 1.0
   # Three updates, then an audit: nine of ten tokens hold nine tenths.
@@ -157,12 +162,12 @@ def test_an_audit_weighs_positions_by_the_rollouts_that_reach_them():
   kl = np.zeros(LONGEST)
   kl[5], kl[80] = 1.0, 1.0
   many = stats(kl, [10] * 19 + [100])
-  controller = make("audited", share=0.9, audit_every=1)
+  controller = make("audited", divergence_fraction=0.9, audit_every=1)
   assert drive(controller, [many] * 2) == [1, LONGEST, 6]
 
 
 def test_a_prefix_that_is_learned_is_audited_at_once():
-  controller = make("audited", start=4, audit_every=8, tolerance=0.5)
+  controller = make("audited", start=4, min_nats=0.5)
   # 0.8 nats are left in four tokens, then 0.4; in a hundred there are 12.5.
   much, little = (stats(np.full(4, kl), [4] * 8) for kl in (0.2, 0.1))
   audit = stats(np.full(LONGEST, 0.125))
@@ -174,7 +179,7 @@ def test_a_prefix_that_is_learned_is_audited_at_once():
 
 
 def test_training_ends_when_an_audit_finds_nothing():
-  controller = make("audited", tolerance=0.5)
+  controller = make("audited", min_nats=0.5)
   little, much = stats(np.full(LONGEST, 0.004)), stats(np.full(LONGEST, 0.006))
   # Any prefix has so little; an audit of the whole says whether all has.
   assert drive(controller, [little, little]) == [1, LONGEST, 0]
@@ -184,7 +189,9 @@ def test_training_ends_when_an_audit_finds_nothing():
 
 
 def test_agreement_cuts_below_a_quantile_of_past_minima():
-  controller = make("agreement", patience=2, quantile=0.5, memory=3)
+  controller = make(
+      "agreement", warmup_updates=2, quantile=0.5, memory_rollouts=3
+  )
   state = controller.start()
   assert controller.cap(state) == LONGEST
   for minima in ([0.1, 0.2], [0.3, 0.5]):
@@ -205,12 +212,12 @@ def test_rollouts_are_cut_after_four_windows_of_agreement():
   zeros = jnp.zeros((4, 12))
   rollout = Rollout(zeros.astype(int), mask, jnp.asarray(kl), zeros)
   scores = TeacherScores(log_probs=zeros)
-  short, minima = agreement.cut(3, 4, rollout, scores, jnp.float32(0.5))
+  short, minima = prefix_schedule.cut(3, rollout, scores, jnp.float32(0.5))
   # Windows of three are below 0.5 from token 4 (0-based, one of three left);
   # the fourth time is at token 7, which still counts.
   assert short.mask.sum(axis=1).tolist() == [8, 12, 6, 2]
   np.testing.assert_allclose(minima, [0, 0, 0, np.inf], atol=1e-6)
-  never, _ = agreement.cut(3, 4, rollout, scores, jnp.float32(-np.inf))
+  never, _ = prefix_schedule.cut(3, rollout, scores, jnp.float32(-np.inf))
   assert (never.mask == mask).all()
 
 
@@ -243,7 +250,7 @@ def test_settings_that_do_not_fit_are_refused(changes, named):
     toys.run_config(
         "student",
         "teacher",
-        prefix=PrefixSpec(**{"length": 8} | changes.get("prefix", {})),
+        prefix=PrefixSpec(**changes.get("prefix", {})),
         loss=LossSpec(**changes.get("loss", {})),
         rollout=RolloutSpec(1, 16, **changes.get("rollout", {})),
     )

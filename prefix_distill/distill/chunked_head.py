@@ -1,0 +1,276 @@
+"""The chunked head: output head and loss in one, `[B, P, V]` never exists.
+
+Logits are formed for a chunk of tokens at a time, turned into the loss and its
+gradient on the spot, and forgotten. The gradients of the hidden states and of
+the head come out of the forward pass, so nothing is formed twice: it is the
+work of the dense loss in the memory of a chunk. For that the loss must be a
+weighted sum whose weights are known beforehand, as those of a mask are.
+
+On a mesh each device takes its own rows and its own part of the vocabulary.
+The head is gathered over `fsdp` once; over `tensor` it stays split, and only
+sums over it travel; its gradient is summed over devices once, at the end,
+instead of once a chunk.
+"""
+
+import functools
+import math
+from typing import Any
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from prefix_distill import sharding
+from prefix_distill.distill.divergence import Shard
+from prefix_distill.models.transformer import head_logits
+
+# Numbers a token, float32 [N] each.
+PerToken = dict[str, jax.Array]
+# Arrays of a chunk's size of which the loss keeps some at a time: two models'
+# logits, a gradient and what XLA does not fuse.
+_COPIES = 4
+_PartitionSpec = jax.sharding.PartitionSpec
+
+
+class TokenLoss(Protocol):
+  """What `weighted_sum` sums."""
+
+  def __call__(
+      self,
+      logits: jax.Array,
+      other_logits: jax.Array | None,
+      extras: Any,
+      shard: Shard,
+  ) -> tuple[jax.Array, jax.Array, PerToken]:
+    """Returns losses, their gradients and metrics.
+
+    Args:
+      logits: float32 [N, V] of this device's part of the vocabulary.
+      other_logits: the same of the other model; None if there is none.
+      extras: a tree of [N].
+      shard: which part of the vocabulary that is.
+
+    Returns:
+      Losses [N]; the gradients of each with respect to its logits [N, V]; and
+      metrics.
+    """
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 8, 9))
+def weighted_sum(
+    loss: TokenLoss,
+    hidden: jax.Array,
+    head: jax.Array,
+    weights: jax.Array,
+    mask: jax.Array,
+    extras: Any,
+    other_hidden: jax.Array | None = None,
+    other_head: jax.Array | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    memory: int = 2**28,
+) -> tuple[jax.Array, PerToken]:
+  """Sums a loss over tokens, straight from hidden states.
+
+  Differentiable in `hidden` and `head` alone.
+
+  Args:
+    loss: of a chunk of tokens.
+    hidden: [B, P, D], the student's final hidden states.
+    head: [V, D], its output head.
+    weights: [B, P], of each token in the sum.
+    mask: bool [B, P], true on tokens that metrics are wanted of; those after
+      the last one, in all rows, may be left out altogether.
+    extras: a tree of [B, P], cut into chunks along with the states.
+    other_hidden: [B, P, D'], the teacher's, of any width.
+    other_head: [V', D'], its head; rows beyond the student's are padding.
+    mesh: the device mesh; None for one device.
+    memory: bytes of logits, roughly, that may exist at a time on a device.
+
+  Returns:
+    The sum, float32 []; and the metrics, each [B, P], 0 where they were left
+    out.
+  """
+  return _run(
+      loss, hidden, head, weights, mask, extras, other_hidden, other_head,
+      mesh, memory, with_gradient=False,
+  )[0]  # fmt: skip
+
+
+def per_token(loss: TokenLoss, *args: Any, **options: Any) -> PerToken:
+  """Returns the metrics of `weighted_sum` alone, without gradients."""
+  return jax.lax.stop_gradient(weighted_sum(loss, *args, **options)[1])
+
+
+def chunks(tokens: int, vocabulary: int, memory: int) -> tuple[int, int]:
+  """Returns how many chunks of how many tokens keep to the memory.
+
+  Chunks are whole tiles of a TPU, if the memory allows.
+  """
+  most = max(memory // (4 * _COPIES * vocabulary), 1)
+  if tokens <= most:
+    return 1, tokens
+  tile = next(size for size in (128, 8, 1) if size <= most)
+  most -= most % tile
+  size = math.ceil(tokens / math.ceil(tokens / most) / tile) * tile
+  return math.ceil(tokens / size), size
+
+
+def _run(
+    loss: TokenLoss,
+    hidden: jax.Array,
+    head: jax.Array,
+    weights: jax.Array,
+    mask: jax.Array,
+    extras: Any,
+    other_hidden: jax.Array | None,
+    other_head: jax.Array | None,
+    mesh: jax.sharding.Mesh | None,
+    memory: int,
+    with_gradient: bool = True,
+) -> tuple[tuple[jax.Array, PerToken], tuple[jax.Array, jax.Array] | None]:
+  """Runs `_local` on every device; returns the sum, metrics and gradients."""
+  rows, width = head.shape
+  if other_head is not None and len(other_head) != rows:
+    # What the smaller vocabulary lacks is padding in the other one.
+    padding = ((0, max(rows - len(other_head), 0)), (0, 0))
+    other_head = jnp.pad(other_head[:rows], padding)
+  weights = weights.astype(jnp.float32)
+  arrays = (hidden, head, weights, mask, extras, other_hidden, other_head)
+  if mesh is None or mesh.size == 1:
+    return _local(loss, memory, with_gradient, None, None, None, *arrays)
+  tensor = "tensor" if rows % mesh.shape["tensor"] == 0 else None
+  fsdp = "fsdp" if width % mesh.shape["fsdp"] == 0 else None
+  batch = _PartitionSpec(sharding.BATCH_AXES)
+  whole_head = _PartitionSpec(tensor)
+  gradients = (batch, _PartitionSpec(tensor, fsdp)) if with_gradient else None
+  return jax.shard_map(
+      functools.partial(
+          _local, loss, memory, with_gradient, sharding.BATCH_AXES, tensor,
+          fsdp,
+      ),
+      mesh=mesh,
+      in_specs=(batch, whole_head, batch, batch, batch, batch, whole_head),
+      out_specs=((_PartitionSpec(), batch), gradients),
+      # Sums over a mesh axis are equal on it, which is not seen through loops.
+      check_vma=False,
+  )(*arrays)  # fmt: skip
+
+
+def _local(
+    loss: TokenLoss,
+    memory: int,
+    with_gradient: bool,
+    axes: tuple[str, ...] | None,
+    tensor: str | None,
+    fsdp: str | None,
+    hidden: jax.Array,
+    head: jax.Array,
+    weights: jax.Array,
+    mask: jax.Array,
+    extras: Any,
+    other_hidden: jax.Array | None,
+    other_head: jax.Array | None,
+) -> tuple[tuple[jax.Array, PerToken], tuple[jax.Array, jax.Array] | None]:
+  """One device's part: its rows, and its rows of the heads.
+
+  Args:
+    loss: of a chunk of tokens.
+    memory: bytes of logits.
+    with_gradient: whether to return gradients.
+    axes: the mesh axes that rollouts are split over; None on one device.
+    tensor: the axis that the vocabulary is split over, if it is.
+    fsdp: the axis that the gradient of the head is split over, if it is.
+    hidden: see `weighted_sum`, as all that follow.
+    head: the part of the vocabulary that the device holds.
+    weights: [B, P].
+    mask: [B, P].
+    extras: a tree of [B, P].
+    other_hidden: the teacher's.
+    other_head: as `head`.
+  """
+  rows, length = weights.shape
+  shard, dtype = Shard(tensor), hidden.dtype
+  count, size = chunks(rows * length, head.shape[0], memory)
+
+  def split(x: jax.Array) -> jax.Array:
+    # Positions first: the last ones are padding in all rows, and left out.
+    x = jnp.swapaxes(x, 0, 1).reshape(rows * length, *x.shape[2:])
+    padding = [(0, count * size - len(x))] + [(0, 0)] * (x.ndim - 1)
+    return jnp.pad(x, padding).reshape(count, size, *x.shape[1:])
+
+  def join(x: jax.Array) -> jax.Array:
+    x = x.reshape(count * size, *x.shape[2:])[: rows * length]
+    return jnp.swapaxes(x.reshape(length, rows, *x.shape[1:]), 0, 1)
+
+  parts = jax.tree.map(split, (hidden, other_hidden, weights, extras))
+
+  def chunk(i: Any, before: tuple[Any, Any] | None = None) -> tuple[Any, Any]:
+    """Returns sums and rows of chunk i, added to those of the chunks before."""
+    hidden, other_hidden, weights, extras = jax.tree.map(
+        lambda x: x[i], parts
+    )
+    other = None
+    if other_hidden is not None:
+      other = head_logits(other_hidden, other_head)
+    values, d_logits, metrics = loss(
+        head_logits(hidden, head), other, extras, shard
+    )
+    d_hidden = d_head = None
+    if with_gradient:
+      d_logits = (d_logits * weights[:, None]).astype(dtype)
+      d_hidden = d_logits @ head.astype(dtype)
+      d_head = jnp.einsum(
+          "nv,nd->vd", d_logits, hidden, preferred_element_type=jnp.float32
+      )
+    sums, found = (jnp.sum(values * weights), d_head), (metrics, d_hidden)
+    if before is None:
+      return sums, found
+    return jax.tree.map(jnp.add, before[0], sums), jax.tree.map(
+        lambda all_, x: jax.lax.dynamic_update_index_in_dim(all_, x, i, 0),
+        before[1], found,
+    )  # fmt: skip
+
+  if count == 1:
+    sums, found = chunk(0)
+    found = jax.tree.map(lambda x: x[None], found)
+  else:
+    used = jnp.any(split(mask), axis=1)
+    needed = jnp.max(jnp.where(used, jnp.arange(count) + 1, 0))
+    sums, found = jax.eval_shape(chunk, 0)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums), (
+        jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), found)
+    )
+    sums, found = jax.lax.fori_loop(0, needed, chunk, zeros)
+  (value, d_head), (metrics, d_hidden) = sums, jax.tree.map(join, found)
+  if axes:
+    value = jax.lax.psum(value, axes)
+  if not with_gradient:
+    return (value, metrics), None
+  d_head = d_head.astype(head.dtype)
+  # Each part of the vocabulary has its own share in the states' gradient.
+  if tensor:
+    d_hidden = jax.lax.psum(d_hidden, tensor)
+  if fsdp:  # First, so that the replicas add a part up and not the whole.
+    d_head = jax.lax.psum_scatter(
+        d_head, fsdp, scatter_dimension=1, tiled=True
+    )
+  if axes:
+    d_head = jax.lax.psum(d_head, "data" if fsdp else axes)
+  return (value, metrics), (d_hidden, d_head)
+
+
+def _scaled(
+    loss: TokenLoss,
+    mesh: jax.sharding.Mesh | None,
+    memory: int,
+    gradients: tuple[jax.Array, jax.Array],
+    cotangents: tuple[jax.Array, PerToken],
+) -> tuple[jax.Array | None, ...]:
+  """Returns the gradients of `weighted_sum`: those of states and head."""
+  del loss, mesh, memory
+  scaled = (g * cotangents[0] for g in gradients)
+  scaled = (s.astype(g.dtype) for s, g in zip(scaled, gradients, strict=True))
+  return (*scaled, None, None, None, None, None)
+
+
+weighted_sum.defvjp(_run, _scaled)

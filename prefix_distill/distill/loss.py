@@ -1,0 +1,563 @@
+"""What a run minimises: a divergence or an estimate of it, and its metrics.
+
+An exact loss compares the whole distributions of student and teacher. A
+sampled loss compares log-probabilities of the tokens that were drawn. With y
+drawn from the student, log r = log q(y) - log p(y) (p: student, q: teacher;
+stop tokens as one event):
+
+  k1 = -log r              unbiased for KL(p || q), of high variance
+  k3 = r - 1 - log r       unbiased as well, never negative
+
+(Schulman, "Approximating KL divergence", 2020.) What an estimator is good for
+depends on what is differentiated. On policy, in expectation, the gradient of
+
+  policy gradient with k1   is that of the reverse KL (the paper's loss)
+  policy gradient with k3   is that of reverse minus forward KL
+  k3 directly               is that of the forward KL
+  k1 directly               is zero
+
+Each loss is a `chunked_head.TokenLoss`: it takes the logits of a chunk of
+tokens and returns losses, their gradients by formula, and metrics. The metrics
+are the same for all losses as far as the teacher's scores allow, so that runs
+can be compared.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from prefix_distill.config import Config
+from prefix_distill.distill import chunked_head
+from prefix_distill.distill import divergence
+from prefix_distill.distill import prefix_schedule
+from prefix_distill.distill.chunked_head import PerToken
+from prefix_distill.distill.divergence import Distribution
+from prefix_distill.distill.divergence import Shard
+from prefix_distill.models.transformer import Model
+from prefix_distill.models.transformer import Params
+from prefix_distill.structs import PromptBatch
+from prefix_distill.structs import Rollout
+from prefix_distill.structs import TeacherScores
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+  """A loss on prefix tokens; hashable.
+
+  Attributes:
+    dist: what is compared.
+    memory: bytes of logits that may exist at a time on a device.
+  """
+
+  dist: Distribution
+  memory: int = dataclasses.field(default=2**28, kw_only=True)
+
+  def arguments(
+      self,
+      model: Model,
+      params: Params,
+      teacher_head: jax.Array | None,
+      hidden: jax.Array,
+      rollout: Rollout,
+      scores: TeacherScores,
+      weights: jax.Array,
+  ) -> tuple[Any, ...]:
+    """Returns the arguments of `chunked_head.weighted_sum`.
+
+    That returns the sum, differentiable in `params` and `hidden`, and metrics
+    [B, P] in nats: `loss`, `kl` (the reverse KL at temperature 1, or its k1
+    estimate on the drawn tokens), both entropies and whether the most probable
+    tokens agree. Metrics mean nothing where the mask is false.
+
+    Args:
+      model: the student's architecture.
+      params: the student's.
+      teacher_head: [V, D of the teacher]; None if the loss is sampled.
+      hidden: [B, P, D], the student's states that predict each token.
+      rollout: [B, P].
+      scores: the teacher's.
+      weights: [B, P], of each token; 0 where the mask is false.
+    """
+    return (
+        self, hidden, model.head(params), weights, rollout.mask,
+        self.extras(rollout, scores), scores.hidden, teacher_head, model.mesh,
+        self.memory,
+    )  # fmt: skip
+
+  def extras(self, rollout: Rollout, scores: TeacherScores) -> Any:
+    """Returns what the loss needs of each token, besides logits."""
+    raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class ExactLoss(Loss):
+  """A divergence over all events; hashable.
+
+  Attributes:
+    kind: one of `divergence.TERMS`.
+    beta: of "jsd".
+    overlap_of: how many of the most probable tokens of both models are
+      compared for the metric `overlap`; 0 for no such metric.
+    score_tokens: whether the teacher scores the sampled tokens as well.
+  """
+
+  kind: str = "reverse_kl"
+  beta: float = 0.5
+  overlap_of: int = 0
+  score_tokens: bool = False
+
+  def __post_init__(self):
+    divergence.named(self.kind)
+
+  def extras(self, rollout: Rollout, scores: TeacherScores) -> None:
+    del rollout, scores
+
+  def __call__(
+      self,
+      logits: jax.Array,
+      teacher_logits: jax.Array,
+      extras: None,
+      shard: Shard,
+  ) -> tuple[jax.Array, jax.Array, PerToken]:
+    """See `chunked_head.TokenLoss`."""
+    del extras
+    dist, both = self.dist, (logits, teacher_logits)
+    these = divergence.events(*both, dist, shard)
+    student, teacher = (
+        divergence.log_probs(x, dist, these, shard) for x in both
+    )
+    value, gradient = divergence.compare_with_gradient(
+        divergence.named(self.kind, self.beta), student, teacher, these, dist,
+        shard,
+    )  # fmt: skip
+    plain = _plain(dist)
+    if plain != dist:
+      these = divergence.events(*both, plain, shard)
+      student, teacher = (
+          divergence.log_probs(x, plain, these, shard) for x in both
+      )
+    agree = _top1(logits, dist, shard) == _top1(teacher_logits, dist, shard)
+    metrics = {
+        "loss": value,
+        "kl": divergence.compare(
+            divergence.reverse_kl_term, student, teacher, these, shard
+        ),
+        "entropy_student": _entropy(student, plain, shard),
+        "entropy_teacher": _entropy(teacher, plain, shard),
+        "top1_agreement": agree.astype(jnp.float32),
+    }
+    if self.overlap_of:
+      metrics["overlap"] = _overlap(both, self.overlap_of, dist, shard)
+    return value, gradient, metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledLoss(Loss):
+  """A loss on sampled tokens; hashable.
+
+  Attributes:
+    form: "policy_gradient" or "direct".
+    estimator: "k1" or "k3".
+    mixture: weight a of the student in the mixture a p + (1 - a) q that bounds
+      the teacher's verdict: log q - log p is clipped from below at log a, so
+      that a token which the teacher abhors does not outweigh all others
+      (relaxed distillation, arXiv 2603.11137). 0 for no bound.
+    min_entropy: in nats; tokens at which the student's entropy is lower have
+      no loss, for there was nothing to decide (the same paper). 0 for all.
+  """
+
+  form: str = "policy_gradient"
+  estimator: str = "k1"
+  mixture: float = 0.0
+  min_entropy: float = 0.0
+
+  def extras(
+      self, rollout: Rollout, scores: TeacherScores
+  ) -> tuple[jax.Array, ...]:
+    return (
+        rollout.tokens, rollout.choice_log_probs, scores.log_probs,
+        scores.entropy, scores.top1,
+    )  # fmt: skip
+
+  def signal(self, student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """Returns the estimate from log-probabilities of events [...]."""
+    if self.mixture:
+      teacher = jnp.maximum(
+          teacher, jax.lax.stop_gradient(student) + jnp.log(self.mixture)
+      )
+    return {"k1": k1, "k3": k3}[self.estimator](student, teacher)
+
+  def of_tokens(
+      self,
+      tokens: jax.Array,
+      events: jax.Array,
+      entropy: jax.Array,
+      sampler: jax.Array,
+      teacher: jax.Array,
+  ) -> jax.Array:
+    """Returns the loss of each token.
+
+    Args:
+      tokens: [...], the student's log-probabilities of the drawn tokens.
+      events: [...], of what they stand for.
+      entropy: [...], the student's.
+      sampler: [...], the drawn tokens' log-probabilities while sampling.
+      teacher: [...], the teacher's, of what they stand for.
+    """
+    loss = {"policy_gradient": policy_gradient, "direct": direct}[self.form]
+    values = loss(tokens, sampler, self.signal(events, teacher))
+    return jnp.where(entropy >= self.min_entropy, values, 0)
+
+  def __call__(
+      self,
+      logits: jax.Array,
+      other_logits: None,
+      extras: tuple[jax.Array, ...],
+      shard: Shard,
+  ) -> tuple[jax.Array, jax.Array, PerToken]:
+    """See `chunked_head.TokenLoss`."""
+    del other_logits
+    dist = self.dist
+    ids, sampler, teacher, teacher_entropy, teacher_top1 = extras
+    found = _tokens(logits, ids, dist, shard)
+    entropy = _plain_entropy(logits, dist, shard)
+    values, pull = jax.vjp(
+        lambda token, event: self.of_tokens(
+            token, event, entropy, sampler, teacher
+        ),
+        found.token, found.event,
+    )  # fmt: skip
+    by_token, by_event = pull(jnp.ones_like(values))
+    gradient = by_token[:, None] * found.d_token
+    gradient += by_event[:, None] * found.d_event
+    agree = _top1(logits, dist, shard) == teacher_top1
+    metrics = {
+        "loss": values,
+        "kl": found.event - teacher,
+        "entropy_student": entropy,
+        "entropy_teacher": teacher_entropy,
+        "top1_agreement": agree.astype(jnp.float32),
+    }
+    return values, gradient, metrics
+
+
+def make(config: Config, num_tokens: int, stop_ids: tuple[int, ...]) -> Loss:
+  """Returns the loss that the settings name.
+
+  Args:
+    config: of the run.
+    num_tokens: see `Distribution`.
+    stop_ids: see `Distribution`.
+
+  Raises:
+    ConfigError: the settings name no divergence.
+  """
+  spec = config.loss
+  memory = spec.logits_mib * 2**20
+  dist = Distribution(
+      temperature=1.0 if config.is_supervised else config.rollout.temperature,
+      num_tokens=num_tokens,
+      stop_ids=stop_ids,
+      top_k=spec.exact.top_k,
+      top_k_of=spec.exact.top_k_of,
+  )
+  if spec.form == "direct":
+    return SampledLoss(dist, "direct", "k3", memory=memory)
+  if spec.form == "policy_gradient":
+    settings = dataclasses.asdict(spec.policy_gradient)
+    return SampledLoss(dist, **settings, memory=memory)
+  schedule = prefix_schedule.make(config)
+  return ExactLoss(
+      dist, spec.exact.divergence, spec.jsd.beta, schedule.overlap_of,
+      schedule.score_tokens, memory=memory,
+  )
+
+
+def k1(student: jax.Array, teacher: jax.Array) -> jax.Array:
+  """Returns log p(y) - log q(y) of log-probabilities [...]."""
+  return student - teacher
+
+
+def k3(student: jax.Array, teacher: jax.Array) -> jax.Array:
+  """Returns r - 1 - log r, r = q(y) / p(y), of log-probabilities [...]."""
+  log_ratio = teacher - student
+  return jnp.expm1(log_ratio) - log_ratio
+
+
+def policy_gradient(
+    student: jax.Array, sampler: jax.Array, signal: jax.Array
+) -> jax.Array:
+  """Returns the paper's importance-sampled token loss.
+
+    loss = -(p(y) / p_sampler(y)) A,  A = -signal  (no gradient through A)
+
+  whose gradient estimates that of the signal's expectation (arXiv 2602.15260,
+  section 2). No discount, baseline or clipping. The ratio is that of the
+  tokens that were drawn; the signal may compare events.
+
+  Args:
+    student: [...], log-probabilities, of the student being trained.
+    sampler: [...], recorded while sampling.
+    signal: [...], `k1` or `k3`.
+  """
+  return jnp.exp(student - sampler) * jax.lax.stop_gradient(signal)
+
+
+def direct(
+    student: jax.Array, sampler: jax.Array, signal: jax.Array
+) -> jax.Array:
+  """Returns the signal itself, differentiated, importance weighted.
+
+  loss = (p(y) / p_sampler(y)) signal  (no gradient through the ratio)
+  """
+  return jax.lax.stop_gradient(jnp.exp(student - sampler)) * signal
+
+
+def score(
+    model: Model,
+    loss: Loss,
+    params: Params,
+    batch: PromptBatch,
+    rollout: Rollout,
+) -> TeacherScores:
+  """Runs the teacher over prompt + prefix; the rest was never sampled.
+
+  Args:
+    model: the teacher's architecture.
+    loss: an exact one takes hidden states, from which it forms the whole
+      distribution; a sampled one, or if it says so, what the teacher says of
+      the tokens.
+    params: the teacher's weights.
+    batch: prompts [B, S].
+    rollout: prefixes [B, P].
+  """
+  hidden = model.prefix_hidden(params, batch.for_teacher(), rollout)
+  exact = isinstance(loss, ExactLoss)
+  if exact and not loss.score_tokens:
+    return TeacherScores(hidden=hidden)
+  looked = token_scores(
+      model, params, hidden, rollout.tokens, rollout.mask, loss.dist,
+      loss.memory,
+  )  # fmt: skip
+  return TeacherScores(
+      hidden=hidden if exact else None,
+      log_probs=looked["event"],
+      entropy=looked["entropy"],
+      top1=looked["top1"],
+  )
+
+
+def token_scores(
+    model: Model,
+    params: Params,
+    hidden: jax.Array,
+    tokens: jax.Array,
+    mask: jax.Array,
+    dist: Distribution,
+    memory: int = 2**28,
+) -> PerToken:
+  """Returns what the head says of given tokens, each [B, P].
+
+  Args:
+    model: the architecture.
+    params: its weights.
+    hidden: [B, P, D], the states that predict each token.
+    tokens: int32 [B, P].
+    mask: bool [B, P].
+    dist: temperature, real ids and stop tokens.
+    memory: bytes of logits that may exist at a time on a device.
+
+  Returns:
+    `log_prob` of the token, `event` of what it stands for, `entropy` in nats
+    at temperature 1, and `top1`, the most probable token.
+  """
+  return chunked_head.per_token(
+      functools.partial(_look, dist), hidden, model.head(params), mask, mask,
+      tokens, mesh=model.mesh, memory=memory,
+  )  # fmt: skip
+
+
+def cross_entropy(
+    model: Model,
+    params: Params,
+    hidden: jax.Array,
+    rollout: Rollout,
+    dist: Distribution,
+    memory: int = 2**28,
+) -> jax.Array:
+  """Sums -log p(token) over given answers: the supervised loss."""
+  value, _ = chunked_head.weighted_sum(
+      functools.partial(_supervised, dist), hidden, model.head(params),
+      rollout.mask, rollout.mask, rollout.tokens, mesh=model.mesh,
+      memory=memory,
+  )  # fmt: skip
+  return value
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def token_divergence(
+    student: Model,
+    teacher: Model,
+    dist: Distribution,
+    student_params: Params,
+    teacher_params: Params,
+    batch: PromptBatch,
+    rollout: Rollout,
+) -> jax.Array:
+  """Returns the exact reverse KL at each rollout token, in nats: [B, P].
+
+  Meaningless where `rollout.mask` is false.
+
+  Args:
+    student: its architecture.
+    teacher: its architecture.
+    dist: the real ids and the stop tokens.
+    student_params: its weights.
+    teacher_params: its weights.
+    batch: prompts [B, S].
+    rollout: [B, P].
+  """
+  exact = ExactLoss(dist)
+  _, metrics = chunked_head.weighted_sum(
+      *exact.arguments(
+          student, student_params, teacher.head(teacher_params),
+          student.prefix_hidden(student_params, batch, rollout), rollout,
+          score(teacher, exact, teacher_params, batch, rollout), rollout.mask,
+      )
+  )  # fmt: skip
+  return metrics["kl"]
+
+
+def _plain(dist: Distribution) -> Distribution:
+  """The distribution that metrics are taken of: temperature 1, no top-k."""
+  return dataclasses.replace(dist, temperature=1.0, top_k=0)
+
+
+def _entropy(
+    probs: divergence.LogProbs, dist: Distribution, shard: Shard
+) -> jax.Array:
+  """Returns -sum p log p over tokens: [N]."""
+  real = shard.ids(probs.tokens.shape[-1]) < dist.num_tokens
+  shares = jnp.exp(probs.tokens) * probs.tokens
+  return -shard.sum(jnp.sum(jnp.where(real, shares, 0), axis=-1))
+
+
+def _top1(logits: jax.Array, dist: Distribution, shard: Shard) -> jax.Array:
+  """Returns the most probable token, or the first stop token for any: [N]."""
+  ids = shard.ids(logits.shape[-1])
+  logits = jnp.where(ids < dist.num_tokens, logits, -jnp.inf)
+  best = shard.max(jnp.max(logits, axis=-1))[:, None]
+  # The smallest id, where there are several.
+  token = -shard.max(jnp.max(jnp.where(logits == best, -ids, -(2**30)), -1))
+  if len(dist.stop_ids) > 1:
+    stop = jnp.isin(token, jnp.array(dist.stop_ids))
+    token = jnp.where(stop, dist.stop_ids[0], token)
+  return token
+
+
+def _overlap(
+    both: tuple[jax.Array, jax.Array],
+    count: int,
+    dist: Distribution,
+    shard: Shard,
+) -> jax.Array:
+  """Returns the share of the most probable tokens that are both models': [N].
+
+  The count is at most that of the real tokens.
+  """
+  real = shard.ids(both[0].shape[-1]) < dist.num_tokens
+  count = min(count, dist.num_tokens)
+  tops = []
+  for logits in both:
+    ranked = jnp.where(real, logits, -jnp.inf)
+    tops.append(ranked >= shard.top_k_threshold(ranked, count))
+  shared = shard.sum(jnp.sum(tops[0] & tops[1], axis=-1))
+  return jnp.minimum(shared / count, 1.0)
+
+
+class _Tokens(NamedTuple):
+  """What the student's logits say of given tokens.
+
+  Attributes:
+    token: [N], log-probability of the token.
+    event: [N], of what it stands for.
+    d_token, d_event: [N, V], their gradients.
+  """
+
+  token: jax.Array
+  event: jax.Array
+  d_token: jax.Array
+  d_event: jax.Array
+
+
+def _tokens(
+    logits: jax.Array, ids: jax.Array, dist: Distribution, shard: Shard
+) -> _Tokens:
+  """Looks up tokens [N] in logits [N, V] of a part of the vocabulary."""
+  dist = dataclasses.replace(dist, top_k=0)
+  these = divergence.events(logits, logits, dist, shard)
+  probs = divergence.log_probs(logits, dist, these, shard)
+  mine = shard.ids(logits.shape[-1]) == ids[:, None]
+  token = shard.sum(jnp.sum(jnp.where(mine, probs.tokens, 0), axis=-1))
+  real = shard.ids(logits.shape[-1]) < dist.num_tokens
+  soft = jnp.where(real, jnp.exp(probs.tokens), 0)
+  event, share = token, mine
+  if these.groups:
+    members = these.groups[0]
+    is_stop = jnp.isin(ids, jnp.array(dist.stop_ids))
+    log_stop = probs.groups[:, 0]
+    event = jnp.where(is_stop, log_stop, token)
+    within = jnp.exp(jnp.where(members, probs.tokens - log_stop[:, None], 0))
+    share = jnp.where(
+        is_stop[:, None], jnp.where(members, within, 0), mine
+    )
+  return _Tokens(
+      token, event, (mine - soft) / dist.temperature,
+      (share - soft) / dist.temperature,
+  )  # fmt: skip
+
+
+def _plain_entropy(
+    logits: jax.Array, dist: Distribution, shard: Shard
+) -> jax.Array:
+  """Returns one model's `_entropy` at temperature 1: [N]."""
+  plain = dataclasses.replace(_plain(dist), stop_ids=())
+  these = divergence.events(logits, logits, plain, shard)
+  probs = divergence.log_probs(logits, plain, these, shard)
+  return _entropy(probs, plain, shard)
+
+
+def _look(
+    dist: Distribution,
+    logits: jax.Array,
+    other_logits: None,
+    ids: jax.Array,
+    shard: Shard,
+) -> tuple[jax.Array, jax.Array, PerToken]:
+  """Looks at given tokens; see `token_scores`."""
+  del other_logits
+  found = _tokens(logits, ids, dist, shard)
+  metrics = {
+      "log_prob": found.token,
+      "event": found.event,
+      "entropy": _plain_entropy(logits, dist, shard),
+      "top1": _top1(logits, dist, shard),
+  }
+  return found.event, found.d_event, metrics
+
+
+def _supervised(
+    dist: Distribution,
+    logits: jax.Array,
+    other_logits: None,
+    ids: jax.Array,
+    shard: Shard,
+) -> tuple[jax.Array, jax.Array, PerToken]:
+  """Cross-entropy of given tokens; see `chunked_head.TokenLoss`."""
+  del other_logits
+  found = _tokens(logits, ids, dist, shard)
+  return -found.token, -found.d_token, {}
