@@ -431,18 +431,19 @@ class Allowed:
 
 def audit(
     found: Sequence[Collective],
-    planned: Sequence[Allowed],
+    allowed: Sequence[Allowed],
     negligible: float,
 ) -> list[str]:
   """Returns a sentence for each collective that no entry of the plan allows.
 
   The partitioner sometimes finds no way from one sharding to the next but to
-  replicate the whole array on every device. Such an array comes over axes that
-  nothing plans, so the audit finds it.
+  replicate the whole array on every device. A replica of activations comes over
+  data as well, over which no gather is planned. On a mesh without replicas it
+  comes over fsdp alone, and is told from a weight by its size only.
 
   Args:
     found: the collectives of a program.
-    planned: the collectives that the program may have.
+    allowed: the collectives that the program may have.
     negligible: bytes; a collective needs no plan if a device sends no more than
       this in all its executions.
   """
@@ -450,16 +451,13 @@ def audit(
   for one in found:
     if one.total <= negligible:
       continue
-    near = [
-        p
-        for p in planned
-        if p.kind == one.kind and set(one.axes) <= set(p.axes)
-    ]
-    if any(one.bytes <= p.max_bytes for p in near):
+    same = (p for p in allowed if p.kind == one.kind)
+    near = [p for p in same if set(one.axes) <= set(p.axes)]
+    most = max(near, key=lambda p: p.max_bytes, default=None)
+    if most and one.bytes <= most.max_bytes:
       continue
     reason = "which nothing plans"
-    if near:
-      most = max(near, key=lambda p: p.max_bytes)
+    if most:
       limit = f"{most.max_bytes / 2**20:.4g} MiB"
       reason = f"though at most {limit} are planned there ({most.why})"
     sentences.append(f"{one}, {reason}.")
