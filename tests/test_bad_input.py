@@ -189,6 +189,41 @@ def _command(tmp_path, *flags, devices=1):
             1,
             "data.batchsize is not a field; did you mean data.batch_size?",
         ),
+        (
+            ["--config=configs/math.py", "--config.prefix.increment=8"],
+            1,
+            "prefix.increment is not a field; did you mean"
+            " prefix.linear.increment or",
+        ),
+        (
+            ["--config=configs/math.py", "--config.loss.jsd.beta=0.1"],
+            1,
+            "loss.jsd.beta is 0.1 but loss.exact.divergence is 'reverse_kl';",
+        ),
+        (
+            ["--config=configs/math.py", "--config.loss.exact.divergence=kl"],
+            1,
+            "loss.exact.divergence is 'kl'; use one of reverse_kl, forward_kl,",
+        ),
+        (
+            ["--config=configs/math.py", "--config.prefix.schedule=fixed",
+             "--config.prefix.fixed.length=0"],
+            1,
+            "prefix.fixed.length is 0; set it to 1 or more.",
+        ),
+        (
+            ["--config=configs/math.py",
+             "--config.evaluation.sets.mine.source=mine.jsonl"],
+            1,
+            "evaluation.sets.mine.answer is empty, so nothing can be graded;",
+        ),
+        (
+            ["--config=configs/math.py",
+             "--config.evaluation.sets.mine.source=mine.jsonl",
+             "--config.evaluation.sets.mine.answer=answer"],
+            1,
+            "mine.jsonl",
+        ),
         (["--config=configs/none.py"], 1, "configs/none.py"),
         (
             ["--config=configs/math.py", "--config.data.batch_size=12"],

@@ -1,13 +1,22 @@
+import pathlib
+import traceback
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
 
+import prefix_distill
+from prefix_distill.config import ExactSpec
+from prefix_distill.config import LossSpec
 from prefix_distill.distill import divergence
 from prefix_distill.distill import loss as loss_lib
 from prefix_distill.distill.divergence import Distribution
+from prefix_distill.train import loop
+from prefix_distill.train import setup as setup_lib
 
+_PACKAGE = pathlib.Path(prefix_distill.__file__).parent
 DIST = Distribution(1.0, 13)
 LN2 = np.log(2)
 SAMPLES = 100_000
@@ -156,3 +165,36 @@ def test_a_stop_is_an_event_and_its_ratio_that_of_the_token():
   event, teacher = jnp.log(jnp.array([0.5])), jnp.log(jnp.array([0.25]))
   value = loss.of_tokens(token, event, jnp.ones(1), sampler, teacher)
   np.testing.assert_allclose(value, 2 * LN2, rtol=1e-5)
+
+
+def test_the_way_from_an_update_to_a_formula_is_short(tmp_path, monkeypatch):
+  stacks = []
+
+  def planted(log_p, log_q):
+    stacks.append([
+        frame.name
+        for frame in traceback.extract_stack()
+        if frame.filename.startswith(str(_PACKAGE))
+    ])
+    return divergence.reverse_kl_term(log_p, log_q)
+
+  # A divergence is added by its formula alone.
+  monkeypatch.setitem(divergence.TERMS, "planted", planted)
+  monkeypatch.setattr(loop.Programs, "compile_ahead", lambda *_: None)
+  models = [
+      toys.write_model(tmp_path / name, seed, name)
+      for seed, name in enumerate(("capable", "teacher"))
+  ]
+  config = toys.run_config(*models, loss=LossSpec(exact=ExactSpec("planted")))
+  workdir = tmp_path / "run"
+  run = loop.Run(setup_lib.prepare(config, workdir), workdir)
+  assert np.isfinite(run.update(0)["kl"])
+  run.checkpointer.close()
+  (stack,) = {tuple(stack) for stack in stacks}
+  # Of the loss, the chunked head and the divergence.
+  assert stack[stack.index("distillation_loss") :] == (
+      "distillation_loss", "_run", "_local", "chunk", "__call__",
+      "compare_with_gradient",
+  )
+  assert stack[0] == "update"
+  assert len(stack) <= 12, stack

@@ -12,8 +12,6 @@ from prefix_distill.distill import prefix_schedule
 def run(max_len: int, steps: int = 60, method: str = "prefix", **prefix):
   """Makes settings; those of the linear schedule are named alone."""
   linear = {n: prefix.pop(n) for n in ("start", "increment") if n in prefix}
-  """Makes settings; those of the linear schedule are named alone."""
-  linear = {n: prefix.pop(n) for n in ("start", "increment") if n in prefix}
   return toys.run_config(
       "student",
       "teacher",
