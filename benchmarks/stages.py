@@ -34,6 +34,7 @@ import contest
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 import jax.numpy as jnp
+import kernels
 import make_reference
 import numpy as np
 
@@ -47,7 +48,6 @@ from prefix_distill.models.config import num_params
 from prefix_distill.models.config import RopeConfig
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
-from prefix_distill.plan import hlo
 from prefix_distill.report import flops
 from prefix_distill.report import metrics as metrics_lib
 from prefix_distill.structs import PromptBatch
@@ -837,7 +837,7 @@ def _writer(
       "cold": cold,
       "cold_each": [(stage.name, seconds) for stage, _, seconds in found],
       "warm": warm,
-      "kernels": hlo.kernels_a_token(decoding[-1][1].as_text()),
+      "kernels": kernels.kernels_a_token(decoding[-1][1].as_text()),
       "programs": len(found),
       "decode_bytes": _total_bytes(decoding[-1][1]),
   }
@@ -1161,9 +1161,11 @@ class _Updater:
 
   def apply(self) -> tuple[float, int]:
     """Steps twice, with gradients of zero; the second is timed."""
-    shapes = self.compiled["apply"][0].args[1]
+    _, gradient = self.compiled["gradient"]
     total = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), shapes
+        lambda x, place: jnp.zeros(x.shape, x.dtype, device=place),
+        gradient.out_info,
+        gradient.output_shardings,
     )
     for _ in range(2):
       seconds, (self.state, _) = _seconds(

@@ -25,9 +25,7 @@ import rich.table  # noqa: E402
 from prefix_distill import config as config_lib  # noqa: E402
 from prefix_distill.config import Config  # noqa: E402
 from prefix_distill.config import MeshSpec  # noqa: E402
-from prefix_distill.plan import build  # noqa: E402
-from prefix_distill.plan import estimate  # noqa: E402
-from prefix_distill.plan import measure  # noqa: E402
+from prefix_distill.plan import programs  # noqa: E402
 
 _CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "math.py"
 _FSDP = 8
@@ -69,11 +67,9 @@ def main() -> None:
   for name in args.topologies:
     machine = machines.parse(name)
     config = _config(args.model, args.prefix, machine.size, args.rows)
-    plan = build.build(config, machines.devices(machine))
+    plan = programs.build(config, machines.devices(machine))
     (stage,) = (s for s in plan.stages(args.prefix) if s.name == "gradient")
-    one = measure.compile_stage(
-        plan, stage, args.prefix, machine, estimate.planned(plan)
-    )
+    one = programs.measure(programs.Job(plan, stage, args.prefix), machine)
     values = (
         one.flops / machine.size, one.memory / 2**30,
         sum(one.sent.values()) / 1e9,

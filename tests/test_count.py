@@ -32,22 +32,18 @@ def array(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def counted(function, *args, **settings) -> count.Count:
+def counted(function, *args, **settings) -> float:
   return count.flops(jax.jit(function).trace(*args).jaxpr, **settings)
-
-
-def known(number: float) -> count.Count:
-  return count.Count(number, exact=True)
 
 
 def test_a_product_is_two_flops_for_each_pair():
   a, b = array(M, K), array(K, N)
-  assert counted(jnp.matmul, a, b) == known(PRODUCT)
+  assert counted(jnp.matmul, a, b) == PRODUCT
   batch = array(3, 2, M, K), array(3, 2, K, N)
-  assert counted(jnp.matmul, *batch) == known(6 * PRODUCT)
+  assert counted(jnp.matmul, *batch) == 6 * PRODUCT
   whole = functools.partial(jnp.tensordot, axes=2)
-  assert counted(whole, a, array(M, K)) == known(2 * M * K)
-  assert counted(lambda a, b: jnp.sin(a) * b[0, 0], a, b) == known(0)
+  assert counted(whole, a, array(M, K)) == 2 * M * K
+  assert counted(lambda a, b: jnp.sin(a) * b[0, 0], a, b) == 0
 
 
 def test_a_convolution_is_a_product_for_each_place_of_its_window():
@@ -57,7 +53,7 @@ def test_a_convolution_is_a_product_for_each_place_of_its_window():
       dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2,
   )  # fmt: skip
   wanted = 2 * (2 * 8 * 9 * 6) * (3 * 5 * 2)
-  assert counted(conv, image, kernel) == known(wanted)
+  assert counted(conv, image, kernel) == wanted
 
 
 def abstract_mesh(**sizes: int) -> jax.sharding.AbstractMesh:
@@ -74,31 +70,11 @@ def layers(x, weights):
 def test_loops_are_multiplied_out():
   x, w = array(M, K), array(5, K, K)
   once = 2 * M * K * K
-  assert counted(layers, x, w) == known(5 * once)
+  assert counted(layers, x, w) == 5 * once
   nested = lambda x, w: jax.lax.fori_loop(  # noqa: E731
       0, 3, lambda _, x: layers(x, w), x
   )
-  assert counted(nested, x, w) == known(15 * once)
-
-
-@pytest.mark.parametrize(
-    ("first", "end", "step", "trips"),
-    [(0, 7, 1, 7), (2, 7, 2, 3), (9, 0, -4, 3), (5, 5, 1, 0), (6, 5, 1, 0)],
-)
-def test_a_while_loop_between_constants(first, end, step, trips):
-  def loop(x, w):
-    def go_on(carry):
-      return carry[1] < end if step > 0 else carry[1] > end
-
-    def body(carry):
-      return carry[0] @ w, carry[1] + step
-
-    return jax.lax.while_loop(go_on, body, (x, first))[0]
-
-  args = array(M, K), array(K, K)
-  assert counted(loop, *args) == known(trips * 2 * M * K * K)
-  # What the caller knows is for loops that do not say.
-  assert counted(loop, *args, trips=100) == counted(loop, *args)
+  assert counted(nested, x, w) == 15 * once
 
 
 def test_a_loop_that_depends_on_data():
@@ -106,8 +82,8 @@ def test_a_loop_that_depends_on_data():
     return jax.lax.fori_loop(0, end, lambda _, x: x @ w, x)
 
   args, once = (array(M, K), array(K, K), array(dtype=jnp.int32)), 2 * M * K * K
-  assert counted(loop, *args) == count.Count(once, exact=False)
-  assert counted(loop, *args, trips=11) == known(11 * once)
+  assert counted(loop, *args) == once
+  assert counted(loop, *args, trips=11) == 11 * once
 
 
 def test_a_conditional_costs_its_dearest_branch():
@@ -115,7 +91,7 @@ def test_a_conditional_costs_its_dearest_branch():
     return jax.lax.cond(flag, lambda: x @ w[0], lambda: layers(x, w))
 
   args = array(dtype=bool), array(M, K), array(4, K, K)
-  assert counted(choose, *args) == known(4 * 2 * M * K * K)
+  assert counted(choose, *args) == 4 * 2 * M * K * K
 
 
 @pytest.mark.parametrize("remat", [False, True])
@@ -129,9 +105,9 @@ def test_the_backward_pass_and_what_it_does_again(remat):
 
   args = array(M, K), array(5, 2, K, K)
   once = 5 * 2 * 2 * M * K * K
-  assert counted(loss, *args) == known(once)
+  assert counted(loss, *args) == once
   wanted = (4 if remat else 3) * once
-  assert counted(jax.grad(loss, (0, 1)), *args) == known(wanted)
+  assert counted(jax.grad(loss, (0, 1)), *args) == wanted
 
 
 @jax.custom_vjp
@@ -157,9 +133,9 @@ def test_functions_in_functions():
   args = array(M, K), array(K, K)
   once = 2 * M * K * K
   inner = jax.jit(lambda x, w: doubled(softened(x, w), w))
-  assert counted(inner, *args) == known(2 * once)
+  assert counted(inner, *args) == 2 * once
   loss = lambda x, w: doubled(x, w).sum()  # noqa: E731
-  assert counted(jax.grad(loss, (0, 1)), *args) == known(3 * once)
+  assert counted(jax.grad(loss, (0, 1)), *args) == 3 * once
 
 
 def test_shards_are_counted_on_all_devices():
@@ -175,20 +151,10 @@ def test_shards_are_counted_on_all_devices():
 
   every = {"data", "fsdp", "tensor"}
   whole = 30 * PRODUCT
-  assert shards(every, spec(("data", "fsdp", "tensor"))) == known(whole)
+  assert shards(every, spec(("data", "fsdp", "tensor"))) == whole
   # Along an axis that does not split the work all do the same.
-  assert shards(every, spec("data")) == known(15 * whole)
-  assert shards({"data"}, spec("data")) == known(whole)
-
-
-def test_elementwise_work_counts_on_demand():
-  def function(x, w):
-    return jnp.sum(jnp.exp(x @ w) * 2)
-
-  args = array(M, K), array(K, N)
-  assert counted(function, *args) == known(PRODUCT)
-  wanted = PRODUCT + 3 * M * N
-  assert counted(function, *args, elementwise=True) == known(wanted)
+  assert shards(every, spec("data")) == 15 * whole
+  assert shards({"data"}, spec("data")) == whole
 
 
 def test_the_kernel_for_tpus_counts_half_of_the_pairs():
@@ -199,12 +165,12 @@ def test_the_kernel_for_tpus_counts_half_of_the_pairs():
     return jnp.sum(attention.splash_kernel(q, k, v))
 
   product = 2 * rows * heads * dim * length * (length + 1) / 2
-  assert counted(loss, q, kv, kv) == known(2 * product)
+  assert counted(loss, q, kv, kv) == 2 * product
   # Scores again twice, and four products; and what the row sums of output and
   # its gradient take, which JAX forms as a product.
   found = counted(jax.grad(loss, (0, 1, 2)), q, kv, kv)
   sums = 2 * rows * heads * length * dim
-  assert found == known(9 * product + sums)
+  assert found == 9 * product + sums
 
 
 @pytest.mark.aot
@@ -218,10 +184,10 @@ def test_the_kernel_for_gpus_counts_half_of_the_pairs():
     return jnp.sum(attention.cudnn(q, k, v).astype(jnp.float32))
 
   product = 2 * rows * heads * dim * length * (length + 1) / 2
-  assert counted(loss, q, kv, kv) == known(2 * product)
+  assert counted(loss, q, kv, kv) == 2 * product
   # Scores once more, and four products.
   found = counted(jax.grad(loss, (0, 1, 2)), q, kv, kv)
-  assert found == known(7 * product)
+  assert found == 7 * product
 
 
 def test_another_kernel_counts_by_its_grid():
@@ -240,7 +206,7 @@ def test_another_kernel_counts_by_its_grid():
         out_specs=pl.BlockSpec((M, N), lambda i: (i, 0)),
     )(x, w)  # fmt: skip
 
-  assert counted(function, array(4 * M, K), array(K, N)) == known(4 * PRODUCT)
+  assert counted(function, array(4 * M, K), array(K, N)) == 4 * PRODUCT
 
 
 def test_bytes_of_arrays_as_they_are_split():
@@ -289,10 +255,9 @@ def hidden_pairs(config, tokens: int) -> float:
   return ROWS * 4 * width(config) * tokens * (tokens - 1) / 2
 
 
-def check(found: count.Count, wanted: float) -> None:
-  assert found.exact
+def check(found: float, wanted: float) -> None:
   # To the product: nothing is left out on either side.
-  assert found.flops == pytest.approx(wanted, rel=1e-9)
+  assert found == pytest.approx(wanted, rel=1e-9)
 
 
 def test_a_rollout_costs_what_the_ledger_says():

@@ -15,7 +15,7 @@ from prefix_distill import config as config_lib
 from prefix_distill import devices
 from prefix_distill import sharding
 from prefix_distill.models import attention
-from prefix_distill.plan import build
+from prefix_distill.plan import programs
 from prefix_distill.rollout import generate
 from prefix_distill.train import setup as setup_lib
 
@@ -181,7 +181,7 @@ def test_the_plan_computes_in_the_same(capability, dtype, monkeypatch):
   config = dataclasses.replace(
       _config("bfloat16", "bfloat16"), mesh=config_lib.MeshSpec(fsdp=2)
   )
-  plan = build.build(config, _fakes(capability))
+  plan = programs.build(config, _fakes(capability))
   assert plan.setup.student.dtype == plan.setup.teacher.dtype == dtype
   lying = jax.tree.leaves(plan.teacher_params)
   assert {x.dtype.name for x in lying} == {"bfloat16"}

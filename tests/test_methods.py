@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import itertools
 import json
 
 import pyarrow.parquet as pq
@@ -16,6 +17,7 @@ from prefix_distill.config import DriftSpec
 from prefix_distill.config import ExactSpec
 from prefix_distill.config import FixedSpec
 from prefix_distill.config import LossSpec
+from prefix_distill.config import OptimizerSpec
 from prefix_distill.config import PlateauSpec
 from prefix_distill.config import PrefixSpec
 from prefix_distill.config import RandomSpec
@@ -23,6 +25,7 @@ from prefix_distill.config import RolloutSpec
 from prefix_distill.data import records
 from prefix_distill.experiments import reproduce
 from prefix_distill.train import loop
+from prefix_distill.train import setup
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +107,27 @@ def test_a_schedule_runs_and_is_resumed_where_it_was(
   again = run(models, tmp_path / "parts", **changes)
   for name in ("prefix_len", "kl", "flops", "tokens"):
     assert [x[name] for x in again] == [x[name] for x in whole]
+
+
+def test_every_update_draws_rollouts_anew(models, tmp_path):
+  # The student stays, and each update has the same prompts in some order, so
+  # that nothing but the draws sets the updates apart.
+  config = toys.run_config(
+      *models, optimizer=OptimizerSpec(learning_rate=1e-30)
+  )
+  train = dataclasses.replace(config.data.train, size=config.data.batch_size)
+  config = dataclasses.replace(
+      config, data=dataclasses.replace(config.data, train=train)
+  )
+  one = loop.Run(setup.prepare(config, tmp_path), tmp_path)
+  lines = [one.update(step) for step in range(3)]
+  one.programs.close()
+  one.checkpointer.close()
+  assert [x["dropped"] for x in lines] == [0] * 3
+  for name in ("kl", "entropy_student"):
+    values = sorted(x[name] for x in lines)
+    apart = [b - a for a, b in itertools.pairwise(values)]
+    assert min(apart) > 1e-4 * values[0]
 
 
 def test_a_run_whose_audit_finds_nothing_ends_early(models, tmp_path):

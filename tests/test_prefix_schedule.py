@@ -2,6 +2,7 @@ import json
 
 import jax.numpy as jnp
 import numpy as np
+from prefix_distill.train.control import Control
 import pytest
 import toys
 
@@ -219,6 +220,14 @@ def test_rollouts_are_cut_after_four_windows_of_agreement():
   np.testing.assert_allclose(minima, [0, 0, 0, np.inf], atol=1e-6)
   never, _ = prefix_schedule.cut(3, rollout, scores, jnp.float32(-np.inf))
   assert (never.mask == mask).all()
+
+
+def test_a_share_of_the_updates_has_another_source():
+  rollout = RolloutSpec(1, 16, source="teacher", source_share=0.25)
+  config = toys.run_config("student", "teacher", rollout=rollout)
+  sources = [Control(config, {}).source(step) for step in range(400)]
+  assert set(sources) == {"teacher", "student"}
+  assert sources.count("teacher") == pytest.approx(100, abs=30)
 
 
 @pytest.mark.parametrize(

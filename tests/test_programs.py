@@ -9,6 +9,7 @@ import pytest
 import toys
 
 from prefix_distill import sharding
+from prefix_distill.config import AgreementSpec
 from prefix_distill.config import DatasetSpec
 from prefix_distill.config import DataSpec
 from prefix_distill.config import LinearSpec
@@ -16,6 +17,7 @@ from prefix_distill.config import MeshSpec
 from prefix_distill.config import OptimizerSpec
 from prefix_distill.config import PrefixSpec
 from prefix_distill.config import RolloutSpec
+from prefix_distill.distill import divergence
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.models.transformer import Model
 from prefix_distill.train import setup as setup_lib
@@ -209,3 +211,66 @@ def test_batches_that_go_through_in_parts_are_compiled_ahead_too():
     assert shown.mask.shape[0] == _ROWS
     assert np.isfinite(shown.metrics["kl"])
   assert _compiled(programs) == ahead
+
+
+def test_a_run_samples_and_compares_as_its_settings_say():
+  spec = RolloutSpec(per_prompt=2, max_len=8, temperature=0.5, top_p=0.6)
+  _, programs, state, teacher_params, prompts = _make(rollout=spec)
+  rollout = programs.sample(state.params, prompts, jax.random.key(0), 8)
+  batch = programs.rows.repeat(prompts)
+  model = Model(toys.model_config(num_layers=1))
+  logits = [
+      model.logits(params, model.prefix_hidden(params, batch, rollout))
+      for params in (state.params, teacher_params)
+  ]
+  mask = np.asarray(rollout.mask)
+  real = np.asarray(logits[0])[..., : toys.NUM_TOKENS]
+  whole = np.asarray(jax.nn.log_softmax(real / spec.temperature))
+  tokens = np.asarray(rollout.tokens)[..., None]
+  own = np.take_along_axis(whole, tokens, -1)
+  np.testing.assert_allclose(
+      np.asarray(rollout.log_probs)[mask], own[mask][:, 0], atol=1e-5
+  )
+  above = np.where(whole > own, np.exp(whole), 0).sum(-1)[mask]
+  assert 0.3 < above.max() < spec.top_p
+  dist = toys.distribution(temperature=spec.temperature)
+  kl = np.asarray(divergence.reverse_kl(*logits, dist))[mask].mean()
+  scores = programs.score(teacher_params, batch, rollout)
+  _, metrics = programs.update(state, teacher_params, batch, rollout, scores)
+  assert float(metrics["loss"]) == pytest.approx(kl, rel=1e-4)
+  assert float(metrics["kl"]) != pytest.approx(kl, rel=0.1)
+
+
+def _run(made, request):
+  _, programs, state, teacher_params, prompts = made
+  return update.run(
+      programs, state, teacher_params, prompts, None, request, update.Clock()
+  )[1]
+
+
+def test_what_was_cut_off_is_not_trained_on():
+  made = _make(
+      prefix=PrefixSpec("agreement", agreement=AgreementSpec(window_tokens=1)),
+      rollout=RolloutSpec(per_prompt=2, max_len=8),
+  )
+  key = jax.random.key(0)
+  shown = _run(made, update.Request(8, key, threshold=np.inf))
+  assert shown.mask.all()
+  # All agree, which is seen at the fourth token.
+  assert shown.trained.any(axis=0).tolist() == [True] * 4 + [False] * 4
+  np.testing.assert_array_equal(
+      np.isfinite(shown.metrics["kl_position"]), shown.trained.any(axis=0)
+  )
+
+
+def test_answers_of_the_teacher_are_the_teachers():
+  made = _make(rollout=RolloutSpec(per_prompt=2, max_len=8, source="teacher"))
+  _, programs, state, teacher_params, prompts = made
+  key = jax.random.key(0)
+  wanted, other = (
+      np.asarray(programs.sample(params, prompts, key, 8, "teacher").tokens)
+      for params in (teacher_params, state.params)
+  )
+  assert (wanted != other).any()
+  shown = _run(made, update.Request(8, key, "teacher"))
+  np.testing.assert_array_equal(shown.tokens, wanted)

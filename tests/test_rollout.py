@@ -183,6 +183,21 @@ def test_rollouts_of_a_prompt_are_neighbours_that_differ():
     assert (groups[:, i] != groups[:, j]).any(axis=1).mean() > 0.8
 
 
+def test_every_token_of_a_row_is_drawn_anew():
+  """No single random number would give all tokens of a row."""
+  rollout = sample()
+  probs = np.exp(forced_log_probs(PROMPTS, rollout, 1.0))
+  after, own = (
+      np.take_along_axis(x, rollout.tokens[..., None], -1)[..., 0]
+      for x in (np.cumsum(probs, axis=-1), probs)
+  )
+  most = np.where(rollout.mask, after, 1).min(axis=1)
+  least = np.where(rollout.mask, after - own, 0).max(axis=1)
+  long = rollout.mask.sum(axis=1) > 3
+  assert long.sum() > ROWS // 4
+  assert (least > most)[long].mean() > 0.8
+
+
 def test_greedy_takes_the_argmax_of_a_full_forward_step_by_step():
   rollout = sample(greedy=True)
   columns = PROMPTS.tokens.shape[1]

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toys
 
 from prefix_distill.train import microbatch
 
@@ -45,3 +46,11 @@ def test_parts_together_are_the_whole_in_its_order(count):
   np.testing.assert_array_equal(
       microbatch.join(repeated, 2), np.repeat(whole, 2, axis=0)
   )
+
+
+def test_given_answers_are_cut_at_the_cap():
+  given = toys.rollout([2, 5, 8], 8)
+  cut = microbatch._shorten(6, given, 4)
+  assert cut.tokens.shape == cut.mask.shape == (3, 6)
+  assert cut.mask.sum(axis=1).tolist() == [2, 4, 4]
+  np.testing.assert_array_equal(cut.tokens, given.tokens[:, :6])

@@ -3,7 +3,7 @@ r"""Says what a run takes on a machine before it is paid for.
   python -m prefix_distill.plan --config=configs/math.py:qwen3-1.7b \
     --topology=v5e:4x4
 
-Compiles the run's own programs for the machine without touching one, and prints
+Compiles the run's own programs for the machine, which need not be there. Prints
 whether they fit, what they send, and how long they take at least. The exit
 status is 0 if all fits, 1 if not, 2 if the question is wrong.
 """
@@ -17,7 +17,7 @@ from prefix_distill.plan import machines
 
 # Before JAX is imported.
 os.environ.update(machines.ENVIRONMENT)
-os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # Compilers log a lot.
 
 from absl import app  # noqa: E402
 from absl import flags  # noqa: E402
@@ -37,30 +37,35 @@ _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "The machine: v5e:4x4, v5p:2x2x2, v6e:4x4, h100:8, ..."
 )
 _PREFIX = flags.DEFINE_list(
-    "prefix", [],
+    "prefix",
+    [],
     "Lengths to compile for, rounded up to the config's buckets. Default: the"
     " first, the one nearest to 2048, and the last.",
-)  # fmt: skip
+)
 _MESH = flags.DEFINE_string(
-    "mesh", "", "data x fsdp x tensor, as 1x16x1. Default: the config's, if it"
-    " fills the machine, or one that is chosen.",
-)  # fmt: skip
+    "mesh",
+    "",
+    "data x fsdp x tensor, as 1x16x1. Default: the config's, if it fills the"
+    " machine, or one that is chosen.",
+)
 _UTILIZATION = flags.DEFINE_float(
     "utilization", 0.5, "Share of the peak FLOPs that products reach."
 )
 _MEASURED = flags.DEFINE_string(
-    "measured", "",
+    "measured",
+    "",
     "The results.jsonl of benchmarks/accelerator.py, whose shares of the peak"
     " FLOPs and of the memory's bandwidth are used instead of assumed ones.",
-)  # fmt: skip
+)
 _PRICE = flags.DEFINE_float(
     "price", 0.0, "Of a device and hour, in any currency; 0 for none."
 )
 _SEARCH = flags.DEFINE_bool(
-    "search", False,
+    "search",
+    False,
     "Whether to look for the largest batches that fit; it is done anyway if"
     " those of the config do not.",
-)  # fmt: skip
+)
 _JSON = flags.DEFINE_string("json", "", "A file for the results.")
 
 
@@ -80,7 +85,6 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.ERROR)
   if not _TOPOLOGY.value:
     sys.exit(f"error: --topology is missing; there are {machines.known()}.")
-  console = rich.console.Console()
   try:
     question = planner.Question(
         command_line.config(),
@@ -90,22 +94,16 @@ def main(argv: list[str]) -> None:
         _assumptions(),
         _SEARCH.value,
     )
-    # What the compilers log meanwhile goes elsewhere.
-    with os.fdopen(os.dup(2), "w") as progress:
-      result = planner.plan(question, rich.console.Console(file=progress))
+    result = planner.plan(question, rich.console.Console(stderr=True))
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(1 if isinstance(error, TooLargeError) else 2)
-  show.show(result, console)
+  show.show(result, rich.console.Console())
   if _JSON.value:
     text = json.dumps(show.as_json(result), indent=2)
     pathlib.Path(_JSON.value).write_text(text + "\n")
   if not result.fits:
-    print(
-        f"error: {show.short(result.programs, result.machine)}.",
-        file=sys.stderr,
-    )
-    sys.exit(1)
+    sys.exit(f"error: {show.short(result)}.")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,42 @@
-"""Compiled programs as text: HLO's computations, shapes, groups and loops.
+"""What a compiled program sends between devices, read from its HLO text.
 
-What the parts of this package share. It reads what `compiled.as_text()` gives,
-as far as the traffic between devices and the trip counts of loops need it.
+The text is `compiled.as_text()` of a program that is partitioned over a mesh
+(by GSPMD, Shardy or `shard_map`), from the compilers for CPU, GPU and TPU.
+`Module` parses as much of it as traffic and trip counts need. `read` walks the
+module from its entry, multiplies loops out, and lists the collectives of one
+device; all devices of a program do the same. `audit` compares them with a plan.
 """
 
 import bisect
+from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import functools
 import itertools
 import math
+import operator
 import re
 
 import numpy as np
 
-# Integers that are known at some point of a program: of a fused computation's
-# parameters, or of the elements of a loop's tuple, by index. None is unknown.
+# The known integers at some point of a program, by index: the values of a
+# computation's parameters, or of the elements of a loop's tuple. None is
+# unknown.
 Env = Mapping[int, int | None]
 Groups = list[list[int]]
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+    "ragged-all-to-all",
+    "reduce-scatter",
+)
+# The axes of a collective whose groups no set of mesh axes explains.
+UNKNOWN = ("?",)
 
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
 _OP = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
@@ -29,32 +48,21 @@ _CALLED = re.compile(
     r"|true_computation|false_computation)=(\{[^}]*\}|%[\w.\-]+)"
 )
 _KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-# What gives on the integer that it gets.
+# Operations whose result is the integer that they get.
 _PASSING = ("bitcast", "convert", "copy", "copy-done", "copy-start", "reshape")
 _ARITHMETIC = {
-    "add": lambda a, b: a + b,
-    "and": lambda a, b: a & b,
+    "add": operator.add,
+    "and": operator.and_,
     "maximum": max,
     "minimum": min,
-    "multiply": lambda a, b: a * b,
-    "or": lambda a, b: a | b,
-    "subtract": lambda a, b: a - b,
-}
-_COMPARISON = {
-    "EQ": lambda a, b: a == b,
-    "GE": lambda a, b: a >= b,
-    "GT": lambda a, b: a > b,
-    "LE": lambda a, b: a <= b,
-    "LT": lambda a, b: a < b,
-    "NE": lambda a, b: a != b,
+    "multiply": operator.mul,
+    "or": operator.or_,
+    "subtract": operator.sub,
 }
 _MOST_TRIPS = 2**31
-
-# Instructions that start no kernel.
-_FREE = (
-    "after-all", "bitcast", "constant", "get-tuple-element", "iota",
-    "opt-barrier", "parameter", "partition-id", "replica-id", "tuple",
-)  # fmt: skip
+# Operations whose computations run once.
+_CALLS = ("async-start", "call", "custom-call", "fusion")
+_START = 'custom_call_target="AsyncCollectiveStart"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +70,12 @@ class Op:
   """One instruction.
 
   Attributes:
-    name: in its computation.
-    shape: of the result, as text; of a tuple, all of them.
+    name: unique in the computation.
+    shape: of the result, as text; a tuple's text has all its arrays.
     opcode: such as "all-gather-start".
-    operands: what stands between its parentheses.
-    attributes: what follows them.
-    is_root: whether it is the computation's result.
+    operands: the text between the parentheses.
+    attributes: the text behind the parentheses.
+    is_root: whether the result is the computation's result.
   """
 
   name: str
@@ -79,12 +87,12 @@ class Op:
 
   @property
   def inputs(self) -> list[str]:
-    """The names of its operands."""
+    """The operands' names."""
     return _NAME.findall(self.operands)
 
   @property
   def called(self) -> list[str]:
-    """The computations that it runs once, or of which it runs one."""
+    """The computations that run once, or of which one runs."""
     found = _CALLED.findall(self.attributes)
     return [name for group in found for name in _NAME.findall(group)]
 
@@ -127,14 +135,13 @@ def _parse(line: str) -> Op | None:
   shape, rest = rest[:end], rest[end:].lstrip()
   start = rest.find("(")
   end = _closing(rest, start)
-  return Op(
-      found[2], shape, rest[:start], rest[start + 1 : end - 1], rest[end:],
-      bool(found[1]),
-  )  # fmt: skip
+  operands, attributes = rest[start + 1 : end - 1], rest[end:]
+  root = bool(found[1])
+  return Op(found[2], shape, rest[:start], operands, attributes, root)
 
 
 class Module:
-  """A program: its computations, by name, of instructions, by name."""
+  """A program's computations by name, each with its instructions by name."""
 
   def __init__(self, text: str):
     """Reads a module.
@@ -174,7 +181,7 @@ class Module:
     return [ops[name].shape for name in op.inputs]
 
   def arguments(self, op: Op, computation: str, env: Env) -> Env:
-    """Returns what is known of the parameters of what an op calls."""
+    """Returns the known parameters of the computation that an op calls."""
     values = (self.value(computation, name, env) for name in op.inputs)
     return dict(enumerate(values))
 
@@ -199,7 +206,7 @@ class Module:
       return self.value(op.called[0], self.root(op.called[0]).name, inner)
     compute = _ARITHMETIC.get(op.opcode)
     if op.opcode == "compare":
-      compute = _COMPARISON[op.attribute("direction")]
+      compute = getattr(operator, op.attribute("direction").lower())
     if compute is None:
       return None
     values = []
@@ -210,7 +217,7 @@ class Module:
     return int(compute(*values))
 
   def _element(self, computation: str, op: Op, env: Env) -> int | None:
-    """Returns an element of a loop's tuple or of one that is made here."""
+    """Returns an element of a loop's tuple, or of a tuple made here."""
     ops = self.computations[computation]
     source = ops.get(op.inputs[0])
     index = int(op.attribute("index"))
@@ -223,7 +230,7 @@ class Module:
     return env.get(index) if is_loop else None
 
   def _elements(self, computation: str, name: str, env: Env) -> Env:
-    """Returns what is known of the elements of a tuple."""
+    """Returns the known elements of a tuple."""
     op = self.computations[computation][name]
     return self.arguments(op, computation, env) if op.opcode == "tuple" else {}
 
@@ -232,16 +239,16 @@ class Module:
   ) -> tuple[int | None, Env]:
     """Finds how often a while loop runs its body.
 
-    Compilers for CPU and GPU say so. Elsewhere the condition has to follow from
-    integers that the loop starts with and that grow or shrink evenly.
+    The compilers for CPU and GPU write the trip count. Elsewhere the condition
+    has to follow from known integers that grow or shrink evenly.
 
     Args:
       op: the loop.
-      computation: that it is in.
-      env: what is known there.
+      computation: the one that holds the loop.
+      env: the known integers of the computation.
 
     Returns:
-      The trip count, None if unknown, and the loop's constant integers.
+      The trip count, or None if it is unknown; and the loop's constants.
     """
     body, condition = op.attribute("body"), op.attribute("condition")
     states = [self._elements(computation, op.inputs[0], env)]
@@ -257,24 +264,24 @@ class Module:
     if known := _KNOWN_TRIPS.search(op.attributes):
       return int(known[1]), constants
 
-    def ended(trip: int) -> int | None:
+    def goes_on(trip: int) -> int | None:
       env = {i: first[i] + trip * step for i, step in steps.items()}
-      goes_on = self.value(condition, self.root(condition).name, env)
-      return None if goes_on is None else int(not goes_on)
+      return self.value(condition, self.root(condition).name, env)
 
-    if ended(0) is None:
+    if goes_on(0) is None:
       return None, constants
-    count = bisect.bisect_left(range(_MOST_TRIPS), 1, key=ended)
+    trips = range(_MOST_TRIPS)
+    count = bisect.bisect_left(trips, True, key=lambda trip: not goes_on(trip))
     return (count if count < _MOST_TRIPS else None), constants
 
 
 def dtype(shape: str) -> str:
-  """Returns the type of an array, or of a tuple's first one."""
+  """Returns the type of an array, or of a tuple's first array."""
   return _ARRAY.search(shape)[1]
 
 
 def num_bytes(shape: str) -> int:
-  """Returns the bytes of an array or of a tuple's, without their padding."""
+  """Returns the bytes of an array or of a tuple's arrays, without padding."""
   total = 0
   for name, dims in _ARRAY.findall(shape):
     bits = re.search(r"\d+", name)
@@ -284,13 +291,13 @@ def num_bytes(shape: str) -> int:
   return total
 
 
-def groups(text: str, devices: int) -> Groups:
+def read_groups(text: str, devices: int) -> Groups:
   """Reads replica groups, or the pairs of a permutation.
 
   Args:
-    text: "{{0,1},{2,3}}", "[4,2]<=[2,4]T(1,0)", "mesh['a'=2,'b'=4] {'b'}", or
-      nothing for all devices in one group.
-    devices: of the program.
+    text: such as "{{0,1},{2,3}}", "[4,2]<=[2,4]T(1,0)" or
+      "mesh['a'=2,'b'=4] {'b'}"; nothing means all devices in one group.
+    devices: number of the program's devices.
 
   Raises:
     ValueError: the text is none of these.
@@ -321,8 +328,8 @@ def _iota(text: str) -> np.ndarray:
 def _mesh_groups(text: str) -> Groups:
   """Reads "mesh['a'=2,'b'=4], device_ids=([8]) {'a','b':(2)2}".
 
-  A part of an axis is (the devices before it) and its size: above, the last
-  two of an axis of four that is seen as two by two.
+  ":(2)2" is a part of an axis: of size 2, with 2 devices before it. An axis of
+  four is seen as two by two, and the part is its second two.
   """
   mesh, _, chosen = text.partition(" {")
   if not chosen:
@@ -351,46 +358,269 @@ def _mesh_groups(text: str) -> Groups:
   return ids.reshape(shape).transpose(rest + last).reshape(-1, count).tolist()
 
 
-def _kernels(module: Module, computation: str, loops: bool = True) -> int:
-  """Counts the kernels that a computation starts, of branches the larger one's.
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """A collective of a program, and how often it runs.
+
+  Attributes:
+    kind: one of `KINDS`.
+    bytes: size of the whole array in one execution on one device: of an
+      all-gather's result, and of any other kind's operand. Arrays that are sent
+      together are added up.
+    group_size: n, the number of devices that exchange with each other.
+    dtype: of the first array, as HLO writes it, such as "bf16".
+    times: number of executions, loops multiplied out.
+    exact: false if the collective is in a loop of unknown trip count; `times`
+      then counts that loop's body once.
+    axes: mesh axes of more than one device that the groups run over, in the
+      mesh's order; `UNKNOWN` if none fit.
+    op_name: the place in the Python program.
+  """
+
+  kind: str
+  bytes: int
+  group_size: int
+  dtype: str
+  times: int
+  exact: bool
+  axes: tuple[str, ...]
+  op_name: str
+
+  @property
+  def sent(self) -> float:
+    """Bytes that a device sends in one execution, around a ring.
+
+    A gather or scatter passes on all but the device's own part. A reduction is
+    a scatter and a gather. An exchange keeps one part of n.
+    """
+    if self.kind == "collective-permute":
+      return float(self.bytes)
+    if self.kind == "collective-broadcast":
+      return float(self.bytes) if self.group_size > 1 else 0.0
+    rest = (self.group_size - 1) / self.group_size * self.bytes
+    return 2 * rest if self.kind == "all-reduce" else rest
+
+  @property
+  def total(self) -> float:
+    """Bytes that a device sends in all executions."""
+    return self.sent * self.times
+
+  def __str__(self) -> str:
+    often = f"{'' if self.exact else 'at least '}{self.times}x"
+    size = f"{self.bytes / 2**20:.4g} MiB of {self.dtype}"
+    over = " x ".join(self.axes)
+    return f"{often} {self.kind} of {size} over {over} ({self.op_name})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Allowed:
+  """Collectives that a program may have.
+
+  Attributes:
+    kind: one of `KINDS`.
+    axes: mesh axes that they may run over, all of them or some.
+    max_bytes: limit for one execution, as `Collective.bytes`.
+    why: a reason for the reader of the plan.
+  """
+
+  kind: str
+  axes: tuple[str, ...]
+  max_bytes: float
+  why: str
+
+
+def audit(
+    found: Sequence[Collective],
+    allowed: Sequence[Allowed],
+    negligible: float,
+) -> list[str]:
+  """Returns a sentence for each collective that no entry of the plan allows.
+
+  The partitioner sometimes finds no way from one sharding to the next but to
+  replicate the whole array on every device. A replica of activations comes over
+  data as well, over which no gather is planned. On a mesh without replicas it
+  comes over fsdp alone, and is told from a weight by its size only.
 
   Args:
-    module: of the computation.
-    computation: its name.
-    loops: whether to count what is in its loops.
+    found: the collectives of a program.
+    allowed: the collectives that the program may have.
+    negligible: bytes; a collective needs no plan if a device sends no more than
+      this in all its executions.
   """
-  total = 0
-  for op in module.computations[computation].values():
-    if op.opcode in _FREE or op.opcode.endswith("-done"):
+  sentences = []
+  for one in found:
+    if one.total <= negligible:
       continue
-    if op.opcode == "while":
-      trips, _ = module.trip_count(op, computation, {})
-      inside = _kernels(module, op.attribute("body")) if loops else 0
-      total += (trips or 1) * inside
-    elif op.opcode == "call":
-      total += sum(_kernels(module, name, loops) for name in op.called)
-    elif op.opcode == "conditional":
-      total += max(_kernels(module, name, loops) for name in op.called)
-    else:
-      total += 1
-  return total
+    same = (p for p in allowed if p.kind == one.kind)
+    near = [p for p in same if set(one.axes) <= set(p.axes)]
+    most = max(near, key=lambda p: p.max_bytes, default=None)
+    if most and one.bytes <= most.max_bytes:
+      continue
+    reason = "which nothing plans"
+    if most:
+      limit = f"{most.max_bytes / 2**20:.4g} MiB"
+      reason = f"though at most {limit} are planned there ({most.why})"
+    sentences.append(f"{one}, {reason}.")
+  return sentences
 
 
-def kernels_a_token(text: str) -> int:
-  """Returns the kernels of one turn of the loop over tokens.
+def read(
+    text: str,
+    mesh: Mapping[str, int],
+    trips: int | None = None,
+) -> list[Collective]:
+  """Lists the collectives of a compiled program, in the order of execution.
 
-  It is the one that has the layers in it, and not in a loop of its own.
+  A conditional counts as the branch that sends most. A while loop's condition
+  runs once more often than the loop's body. An asynchronous collective counts
+  once. A TPU's fusion of an all-reduce and a slice of its result counts as a
+  reduce-scatter. A matrix product that fetches its operand step by step is a
+  loop of collective-permutes. Transfers to and from the host are not listed.
+
+  Args:
+    text: result of `compiled.as_text()`.
+    mesh: size of each axis, major to minor, as `jax.sharding.Mesh.shape`;
+      devices are numbered in this order.
+    trips: trip count of loops whose own the text does not tell; None if it is
+      unknown.
+
+  Raises:
+    ValueError: the text has no entry computation.
   """
   module = Module(text)
-  bodies = [
-      op.attribute("body")
-      for name, ops in module.computations.items()
-      if name not in module.fused
+  reader = _Reader(module, mesh, trips, _started(module))
+  return list(reader.walk(module.entry, _Place(1, True, ""), {}))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+  """How often a computation runs, and the op_name of its caller."""
+
+  times: int
+  exact: bool
+  op_name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+  """Walks computations, with the known integers of each as `env`."""
+
+  module: Module
+  mesh: Mapping[str, int]
+  trips: int | None
+  started: frozenset[str]
+
+  def walk(
+      self, computation: str, place: _Place, env: Env
+  ) -> Iterator[Collective]:
+    for op in self.module.computations[computation].values():
+      kind = op.opcode.removesuffix("-start")
+      here = dataclasses.replace(place, op_name=op.op_name or place.op_name)
+      if kind in KINDS:
+        if not self._is_later_part(op, computation):
+          yield self._collective(op, kind, computation, here)
+      elif op.opcode == "while":
+        yield from self._loop(op, computation, here, env)
+      elif op.opcode == "conditional":
+        branches = [list(self.walk(name, here, {})) for name in op.called]
+        yield from max(branches, key=lambda b: sum(x.total for x in b))
+      elif op.opcode in _CALLS:
+        for name in op.called:
+          inner = self.module.arguments(op, computation, env)
+          yield from self.walk(name, here, inner)
+
+  def _loop(
+      self, op: Op, computation: str, place: _Place, env: Env
+  ) -> Iterator[Collective]:
+    count, constants = self.module.trip_count(op, computation, env)
+    count = self.trips if count is None else count
+    exact = place.exact and count is not None
+    count = 1 if count is None else count
+    for part, times in (("condition", count + 1), ("body", count)):
+      inner = _Place(place.times * times, exact, place.op_name)
+      if times:
+        yield from self.walk(op.attribute(part), inner, constants)
+
+  def _is_later_part(self, op: Op, computation: str) -> bool:
+    """Returns whether a TPU's fusion goes on with another's collective.
+
+    Such a collective stands in each fusion that runs beside the collective,
+    always with the same channel. The first fusion has a marker.
+    """
+    return (
+        "async_collective_fusion_config" in op.attributes
+        and op.attribute("channel_id") in self.started
+        and not _has_start(self.module.computations[computation])
+    )
+
+  def _collective(
+      self, op: Op, kind: str, computation: str, place: _Place
+  ) -> Collective:
+    shapes = self.module.operand_shapes(op, computation)
+    if kind == "ragged-all-to-all":
+      shapes = shapes[:1]  # The others say where its pieces go.
+    size = sum(num_bytes(shape) for shape in shapes)
+    devices = math.prod(self.mesh.values())
+    if kind == "collective-permute":
+      pairs = read_groups(op.attribute("source_target_pairs"), devices)
+      group, axes = 2, _moved(pairs, self.mesh)
+    else:
+      groups = read_groups(op.attribute("replica_groups"), devices)
+      group, axes = max(map(len, groups)), _axes(groups, self.mesh)
+    if kind == "all-gather":
+      size *= group
+    if kind == "all-reduce" and self._is_sliced(computation, size):
+      kind = "reduce-scatter"
+    times, exact, name = place.times, place.exact, place.op_name
+    first = dtype(shapes[0])
+    return Collective(kind, size, group, first, times, exact, axes, name)
+
+  def _is_sliced(self, computation: str, size: int) -> bool:
+    """Returns whether a fusion keeps only a slice of the sum."""
+    ops = self.module.computations[computation].values()
+    return (
+        computation in self.module.fused
+        and any(op.opcode == "dynamic-slice" for op in ops)
+        and num_bytes(self.module.root(computation).shape) < size
+    )
+
+
+def _has_start(ops: Mapping[str, Op]) -> bool:
+  return any(_START in op.attributes for op in ops.values())
+
+
+def _started(module: Module) -> frozenset[str]:
+  """Returns the channels of collectives that have a marked start."""
+  return frozenset(
+      op.attribute("channel_id")
+      for ops in module.computations.values()
+      if _has_start(ops)
       for op in ops.values()
-      if op.opcode == "while"
-  ]
-  if not bodies:
-    return 0
-  return _kernels(
-      module, max(bodies, key=lambda body: _kernels(module, body, False))
+      if op.opcode in KINDS
   )
+
+
+def _axes(groups: Groups, mesh: Mapping[str, int]) -> tuple[str, ...]:
+  """Finds the axes of these groups, in any order of their members."""
+  wanted = {frozenset(group) for group in groups}
+  ids = np.arange(math.prod(mesh.values())).reshape(tuple(mesh.values()))
+  long = [i for i, n in enumerate(mesh.values()) if n > 1]
+  for count in range(len(long) + 1):
+    for chosen in itertools.combinations(long, count):
+      last = range(ids.ndim - count, ids.ndim)
+      rows = np.moveaxis(ids, chosen, last).reshape(
+          -1, math.prod(ids.shape[i] for i in chosen)
+      )
+      if {frozenset(row) for row in rows.tolist()} == wanted:
+        return tuple(list(mesh)[i] for i in chosen)
+  return UNKNOWN
+
+
+def _moved(pairs: Groups, mesh: Mapping[str, int]) -> tuple[str, ...]:
+  """Finds the axes along which a permutation moves."""
+  sizes = tuple(mesh.values())
+  if max(map(max, pairs)) >= math.prod(sizes):
+    return UNKNOWN
+  sources, targets = (np.unravel_index(x, sizes) for x in np.array(pairs).T)
+  rows = zip(mesh, sources, targets, strict=True)
+  return tuple(axis for axis, s, t in rows if np.any(s != t))

@@ -1,7 +1,6 @@
 """Machines to plan for: what a device has, and how to get its compiler.
 
-Numbers are the makers' data sheets': dense bfloat16 FLOPs, memory, and what a
-device can send to others at a time, in one direction, over all its links.
+Numbers are of the makers' data sheets.
 """
 
 from collections.abc import Mapping
@@ -13,22 +12,21 @@ import re
 
 from prefix_distill.errors import UserError
 
-# As on a host of the machine; read when libtpu is loaded. Two compilers may
-# then run side by side, and none looks for a machine's metadata.
+# The variables of a host of the machine; libtpu reads them when it is loaded.
+# With these two compilers may run side by side, and none looks for metadata.
 ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    # A program that JAX has kept is not partitioned again and warns of nothing.
+    # A program for devices that are not there cannot be kept.
     "JAX_ENABLE_COMPILATION_CACHE": "false",
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
 }
-# What JAX says when a compiler is not installed.
-_MISSING = (
-    "not installed", "not found", "plugin", "unknown backend",
-    "not implemented for cuda",
-)  # fmt: skip
+# JAX says one of these when a compiler is not installed.
+_MISSING = re.compile(
+    "not installed|not found|plugin|unknown backend|not implemented for cuda"
+)
 _TARGETS = pathlib.Path(__file__).parent / "targets"
 
 
@@ -42,14 +40,14 @@ class Chip:
 
   Attributes:
     platform: "tpu" or "gpu".
-    flops: a second, dense bfloat16.
-    memory: bytes that programs may use. TPU: what the compiler allows. GPU:
-      nine tenths of all, for XLA's allocator and the libraries need some.
-    bandwidth: of the memory, bytes a second.
-    link: bytes a second that it sends to others, one way, over all links.
-    accelerator: TPU: the name of the accelerator type, without the size.
-    host: devices of a host; GPUs of more hosts are linked by the network.
-    network: GPU: bytes a second between hosts, for each device.
+    flops: dense bfloat16 FLOPs a second.
+    memory: bytes that programs may use. On a TPU what the compiler allows; on a
+      GPU nine tenths, for XLA's allocator and the libraries need some.
+    bandwidth: bytes a second of the memory.
+    link: bytes a second that a device sends, one way, over all links.
+    accelerator: a TPU's accelerator type, without the size.
+    host: devices of a host.
+    network: bytes a second between hosts for each GPU.
   """
 
   platform: str
@@ -67,27 +65,21 @@ CHIPS: Mapping[str, Chip] = {
     "v5e": Chip("tpu", 197e12, 15.75 * _GIB, 819e9, 180e9, "v5litepod"),
     "v5p": Chip("tpu", 459e12, 95.73 * _GIB, 2765e9, 540e9, "v5p"),
     "v6e": Chip("tpu", 918e12, 31.24 * _GIB, 1640e9, 360e9, "v6e"),
-    "a100": Chip(
-        "gpu", 312e12, 0.9 * 79.15 * _GIB, 2039e9, 300e9, host=8, network=25e9
-    ),
-    "h100": Chip(
-        "gpu", 989e12, 0.9 * 79.1 * _GIB, 3352e9, 450e9, host=8, network=50e9
-    ),
-    "h200": Chip(
-        "gpu", 989e12, 0.9 * 139.8 * _GIB, 4800e9, 450e9, host=8, network=50e9
-    ),
-}  # fmt: skip
+    "a100": Chip("gpu", 312e12, 0.9 * 79.15 * _GIB, 2039e9, 300e9, "", 8, 25e9),
+    "h100": Chip("gpu", 989e12, 0.9 * 79.1 * _GIB, 3352e9, 450e9, "", 8, 50e9),
+    "h200": Chip("gpu", 989e12, 0.9 * 139.8 * _GIB, 4800e9, 450e9, "", 8, 50e9),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-  """So many devices of a kind.
+  """A number of devices of one kind.
 
   Attributes:
     name: as it was asked for.
-    chip: of each device.
-    shape: TPU: devices along each dimension of a slice; GPU: their number.
-    slices: of a TPU.
+    chip: data sheet of each device.
+    shape: devices along each dimension of a TPU's slice; the number of GPUs.
+    slices: number of a TPU's slices.
   """
 
   name: str
@@ -101,7 +93,7 @@ class Machine:
 
 
 def known() -> str:
-  """Returns a sentence's part that names what can be asked for."""
+  """Returns a sentence's part that names the machines."""
   tpus = [k for k, chip in CHIPS.items() if chip.platform == "tpu"]
   gpus = [k for k, chip in CHIPS.items() if chip.platform == "gpu"]
   return (
@@ -115,7 +107,7 @@ def parse(name: str) -> Machine:
   """Reads "v5e:4x4", "v5e:4x4*2" (two slices) or "h100:8".
 
   Raises:
-    MachineError: it is none of those.
+    MachineError: the name is of another form, or of no such machine.
   """
   found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?", name)
   kind = found and CHIPS.get(found[1])
@@ -156,36 +148,32 @@ def devices(machine: Machine) -> list:
   # Imported late: the environment must be set before JAX is.
   from jax.experimental import topologies  # noqa: PLC0415
 
-  chip = machine.chip
-  kind, install = "tpu", "'jax[tpu]'"
-  if chip.platform == "gpu":
-    kind, install = "cuda", "'jax[cuda13]' (or [cuda12])"
+  kind, platform = machine.name.partition(":")[0], machine.chip.platform
   try:
-    if chip.platform == "tpu":
-      shape = "x".join(map(str, machine.shape))
+    if platform == "tpu":
+      size = math.prod(machine.shape)
       # The compiler wants some accelerator type; the shape counts.
       os.environ.setdefault(
-          "TPU_ACCELERATOR_TYPE",
-          f"{chip.accelerator}-{math.prod(machine.shape)}",
+          "TPU_ACCELERATOR_TYPE", f"{machine.chip.accelerator}-{size}"
       )
       options = {"num_slices": machine.slices} if machine.slices > 1 else {}
-      return topologies.get_topology_desc(
-          platform="tpu",
-          topology_name=f"{machine.name.partition(':')[0]}:{shape}",
-          **options,
-      ).devices
-    name = machine.name.partition(":")[0]
-    hosts = max(machine.size // chip.host, 1)
+      name = f"{kind}:{'x'.join(map(str, machine.shape))}"
+      return topologies.get_topology_desc(name, "tpu", **options).devices
+    hosts = max(machine.size // machine.chip.host, 1)
     return topologies.get_topology_desc(
-        "compile_only", "cuda",
+        "compile_only",
+        "cuda",
         topology=f"1x{hosts}x{machine.size // hosts}",
-        target_config=(_TARGETS / f"{name}.txtpb").read_text(),
-    ).devices  # fmt: skip
+        target_config=(_TARGETS / f"{kind}.txtpb").read_text(),
+    ).devices
   except Exception as error:  # libtpu and the plugins raise many kinds.
     reason = " ".join(str(error).split())[:300]
-    if any(words in reason.lower() for words in _MISSING):
+    if _MISSING.search(reason.lower()):
+      compiler, install = "cuda", "'jax[cuda13]' (or [cuda12])"
+      if platform == "tpu":
+        compiler, install = "tpu", "'jax[tpu]'"
       raise MachineError(
-          f"--topology={machine.name} needs the compiler for {kind}, which"
+          f"--topology={machine.name} needs the compiler for {compiler}, which"
           f" is not installed here; run: pip install {install}."
           f" ({reason})"
       ) from error

@@ -1,7 +1,17 @@
-"""Puts the plan together: which programs to compile, and what to make of it."""
+"""Answers what a run takes on a machine, and finds settings with which it fits.
 
+The search first tries smaller batches, which cost little. Where one row for
+each shard is still too much, it tries what costs time: layers are computed
+again; moments, layers' inputs or the teacher wait in the host's memory; and
+more tensor shards split what a row takes.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
 import dataclasses
+import functools
+import math
 import re
 
 import rich.console
@@ -10,20 +20,30 @@ from prefix_distill.config import Config
 from prefix_distill.config import MeshSpec
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.errors import ConfigError
-from prefix_distill.plan import build
 from prefix_distill.plan import estimate
-from prefix_distill.plan import jobs
 from prefix_distill.plan import machines
-from prefix_distill.plan import measure
-from prefix_distill.plan import search
+from prefix_distill.plan import programs
 from prefix_distill.plan import show
 from prefix_distill.plan.estimate import Assumptions
 from prefix_distill.plan.machines import Machine
-from prefix_distill.plan.measure import Measured
+from prefix_distill.plan.programs import Look
+from prefix_distill.plan.programs import Measured
+from prefix_distill.plan.programs import Plan
 from prefix_distill.train.compile import Stage
 
-# Searches, each for what the last one's settings still do not fit.
+# How many searches there are; each mends what the last one's settings do not.
 _ROUNDS = 3
+# How many batches are tried. Each is half or double the last one, or as small
+# as the last one's memory says.
+_TRIES = 6
+# The settings that bound a program's memory, and those programs.
+_LIMITS = {
+    ("optimizer", "batch_tokens"): ("gradient", "score"),
+    ("rollout", "batch_tokens"): ("decode", "prefill"),
+    ("evaluation", "batch_size"): tuple(programs.EVALUATION.values()),
+}
+# Parts of the config that a search may change.
+_PARTS = ("mesh", "rollout", "optimizer", "student", "teacher", "evaluation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +51,11 @@ class Question:
   """What is asked.
 
   Attributes:
-    config: of the run.
-    machine: to run on.
-    lengths: to compile for; empty for a choice.
-    mesh: "1x16x1"; empty for a choice.
-    assumptions: behind the seconds.
+    config: the run's config.
+    machine: the machine to run on.
+    lengths: prefix lengths to compile for; empty for a choice.
+    mesh: such as "1x16x1"; empty for a choice.
+    assumptions: what seconds are reckoned with.
     search: whether to look for the largest batches.
   """
 
@@ -61,135 +81,134 @@ def read_lengths(given: Sequence[str]) -> tuple[int, ...]:
   return tuple(sorted({int(text) for text in given}))
 
 
-def _read_mesh(text: str, given: MeshSpec) -> MeshSpec:
-  """Reads --mesh; how sampling takes it is the config's to say."""
-  if not re.fullmatch(r"\d+x\d+x\d+", text):
-    raise ConfigError(
-        f"--mesh={text} is not data x fsdp x tensor; use --mesh=1x16x1 or the"
-        " like."
-    )
-  sizes = map(int, text.split("x"))
-  return MeshSpec(*sizes, sampling_tensor=given.sampling_tensor)
-
-
 def _choose_mesh(question: Question) -> tuple[Config, str]:
-  """Returns the config with a mesh that fills the machine, and a note."""
+  """Returns the config with a mesh that fills the machine, and a note.
+
+  Raises:
+    ConfigError: the mesh that was asked for is none.
+  """
   config, machine = question.config, question.machine
-  if question.mesh:
-    mesh, note = _read_mesh(question.mesh, config.mesh), "as asked for"
-  else:
-    given = config.mesh
-    rest = given.fsdp * given.tensor
-    data = machine.size // rest if given.data == -1 else given.data
-    if data * rest == machine.size:
-      return config, "Mesh: the config's."
-    student, teacher = (
-        build.architecture(spec.path)[0]
-        for spec in (config.student, config.teacher)
+  given = config.mesh
+  if text := question.mesh:
+    if not re.fullmatch(r"\d+x\d+x\d+", text):
+      raise ConfigError(
+          f"--mesh={text} is not data x fsdp x tensor; use --mesh=1x16x1 or"
+          " the like."
+      )
+    mesh = MeshSpec(
+        *map(int, text.split("x")), sampling_tensor=given.sampling_tensor
     )
-    mesh = estimate.suggest_mesh(config, student, teacher, machine)
-    note = (
-        "chosen; that of the config does not fill the machine. Use"
-        f" --config.mesh.data={mesh.data} --config.mesh.fsdp={mesh.fsdp}"
-        f" --config.mesh.tensor={mesh.tensor}"
-        f" --config.mesh.sampling_tensor={mesh.sampling_tensor}"
-    )
-  return dataclasses.replace(config, mesh=mesh), f"Mesh: {note}."
+    return dataclasses.replace(config, mesh=mesh), "Mesh: as asked for."
+  rest = given.fsdp * given.tensor
+  data = machine.size // rest if given.data == -1 else given.data
+  if data * rest == machine.size:
+    return config, "Mesh: the config's."
+  student, teacher = (
+      programs.architecture(spec.path)[0]
+      for spec in (config.student, config.teacher)
+  )
+  mesh = estimate.suggest_mesh(config, student, teacher, machine)
+  note = (
+      "Mesh: chosen; that of the config does not fill the machine. Use"
+      f" --config.mesh.data={mesh.data} --config.mesh.fsdp={mesh.fsdp}"
+      f" --config.mesh.tensor={mesh.tensor}"
+      f" --config.mesh.sampling_tensor={mesh.sampling_tensor}."
+  )
+  return dataclasses.replace(config, mesh=mesh), note
 
 
-def _lengths(question: Question) -> tuple[int, ...]:
+def _lengths(question: Question) -> list[int]:
   """Returns the buckets to compile for.
+
+  If none were asked for these are the first, the one nearest to 2048, and the
+  last.
 
   Raises:
     ConfigError: a length is longer than the run's longest prefix.
   """
   needed = prefix_schedule.needed(question.config)
   if not question.lengths:
-    return estimate.choose_buckets(question.config)
+    middle = min(needed, key=lambda b: abs(b - 2048))
+    return sorted({needed[0], middle, needed[-1]})
   longest = max(question.lengths)
   if longest > needed[-1]:
     raise ConfigError(
         f"--prefix={longest} is longer than the run's longest prefix,"
         f" {needed[-1]}; ask for that at most."
     )
-  return tuple(sorted({
-      min(b for b in needed if b >= length) for length in question.lengths
-  }))  # fmt: skip
+  return sorted({min(b for b in needed if b >= n) for n in question.lengths})
 
 
 class _Reckoner:
   """Reckons what updates and evaluations take; traces each program once."""
 
   def __init__(
-      self, plan: build.Plan, compiled: Sequence[Measured], question: Question
+      self, plan: Plan, compiled: Sequence[Measured], question: Question
   ):
     """Starts with nothing traced.
 
     Args:
       plan: the run on the machine.
-      compiled: what was compiled; what was not sends what its like do.
-      question: with the machine and the assumptions.
+      compiled: what was compiled; a program that was not sends what the
+        program of the nearest length does.
+      question: has the machine and the assumptions.
     """
     self._plan, self._compiled, self._question = plan, compiled, question
     self._known: dict[tuple, Measured] = {}
-    self._stages: dict[int, list[Stage]] = {}
+    self._stages = functools.cache(plan.stages)
 
   def _run(self, stage: Stage, bucket: int) -> tuple[float, str, float]:
     """Returns seconds of all runs in an update, what limits them, FLOPs."""
-    # Of one size of the cache, a segment differs in what it reads alone.
+    # Segments of one size of the cache differ only in what they read.
     size = stage.segments.columns if stage.segments else bucket
     key = (stage.name, size, stage.rows)
     if key not in self._known:
-      one = measure.reckon(stage, bucket)
-      like = [
-          c for c in self._compiled if c.name == stage.name and not c.refused
-      ]
-      if like:
-        near = min(like, key=lambda c: abs(c.bucket - bucket))
+      one = programs.reckon(stage, bucket)
+      same = [c for c in self._compiled if c.name == one.name and not c.refused]
+      if same:
+        near = min(same, key=lambda c: abs(c.bucket - bucket))
         one = dataclasses.replace(one, sent=near.sent)
       self._known[key] = one
     one = dataclasses.replace(self._known[key], times=stage.times)
     if stage.segments:
-      one = dataclasses.replace(one, moved=measure.moved(stage))
-    machine, assumed = self._question.machine, self._question.assumptions
-    seconds, why = estimate.seconds(one, machine, assumed, machine.size)
+      one = dataclasses.replace(one, moved=programs.moved(stage))
+    machine, assumptions = self._question.machine, self._question.assumptions
+    seconds, why = estimate.seconds(one, machine, assumptions)
     return seconds, why, one.times * one.flops
 
   def update(self, cap: int) -> show.Update:
     """Returns an update whose rollouts all reach a cap."""
     config = self._plan.setup.config
     bucket = min(b for b in prefix_schedule.buckets(config) if b >= cap)
-    if bucket not in self._stages:
-      self._stages[bucket] = self._plan.stages(bucket)
     seconds, limits, flops = {}, {}, 0.0
-    for stage in self._stages[bucket]:
+    for stage in self._stages(bucket):
       stage = stage.until(cap)
-      if stage.name not in jobs.ORDER or not stage.times:
+      if stage.name not in programs.ORDER or not stage.times:
         continue
-      time, why, work = self._run(stage, bucket)
+      time, limits[stage.name], work = self._run(stage, bucket)
       seconds[stage.name] = seconds.get(stage.name, 0.0) + time
-      limits[stage.name] = why
       flops += work
     return show.Update(cap, seconds, limits, flops)
 
   def evaluation(self) -> dict[str, float]:
     """Returns hours of evaluation, if every answer is as long as may be.
 
-    Prompts are not counted. A set whose size is not known raises ConfigError.
+    Prompts are not counted.
+
+    Raises:
+      UserError: the size of a set is not known.
     """
     config = self._plan.setup.config
     spec, hours = config.evaluation, {}
     stages = self._plan.evaluation()
-    for name, sets, times in estimate.evaluations(config):
-      seconds = 0.0
-      number = estimate.answers(spec, sets)
+    for model, sets, times in estimate.evaluations(config):
+      seconds, number = 0.0, estimate.answers(spec, sets)
       for stage in stages:
-        if stage.name == name:
+        if stage.name == programs.EVALUATION[model]:
           time, _, _ = self._run(stage, spec.max_len)
           seconds += time * max(number / stage.rows, 1.0)
-      which = "teacher" if name == build.EVALUATION["teacher"] else "student"
       often = f"{times} x " if times > 1 else ""
-      shown = f"{which}, {often}{number:,} answers"
+      shown = f"{model}, {often}{number:,} answers"
       hours[shown] = hours.get(shown, 0.0) + times * seconds / 3600
     return hours
 
@@ -197,59 +216,238 @@ class _Reckoner:
 def plan(question: Question, console: rich.console.Console) -> show.Result:
   """Answers a question.
 
+  Args:
+    question: what is asked.
+    console: for the progress.
+
   Raises:
     UserError: the config, the machine or the question is wrong.
     TooLargeError: not even the weights fit.
   """
   config, note = _choose_mesh(question)
-  buckets = _lengths(question)
-  devices = machines.devices(question.machine)
-  memory = question.machine.chip.memory
-  built = build.build(config, devices, memory)
-  estimate.check_weights(built, question.machine)
+  machine, buckets = question.machine, _lengths(question)
+  look = Look(machine, machines.devices(machine), console)
+  estimate.check_weights(look.build(config), machine)
   notes = [note]
   for spec in (config.student, config.teacher):
-    if not build.architecture(spec.path)[1]:
+    if not programs.architecture(spec.path)[1]:
       notes.append(
           f"{spec.path} could not be read; its architecture is known."
       )
-  look = jobs.Look(question.machine, devices, console)
   compiled = latest = look.at(config, buckets)
-  found = search.Found(config)
-  mended = []
+  found, mended = Found(config), []
   for _ in range(_ROUNDS):
-    broken = [c for c in latest if not c.verdict(question.machine)]
+    broken = [c for c in latest if not c.verdict(machine)]
     if question.search and not mended:
       broken = latest
-    if not broken:
-      break
     before = found.config
-    found = search.search(look, found, broken, question.search)
+    found = search(look, found, broken, question.search)
     if found.config == before:
       break
     latest = mended = look.at(found.config, buckets)
   settled = found.config
-  built = build.build(settled, devices, memory)
-  needed = prefix_schedule.needed(settled)
-  reckoner = _Reckoner(built, latest, question)
+  built = look.build(settled)
+  reckoner = full = _Reckoner(built, latest, question)
   caps = [prefix_schedule.cap(settled, step) for step in range(settled.steps)]
   seconds = sum(reckoner.update(cap).total for cap in caps)
-  evaluation = reckoner.evaluation()
   whole = dataclasses.replace(settled, method="full")
-  full = reckoner
-  length = prefix_schedule.longest(whole)
-  if prefix_schedule.longest(settled) < length:
-    full = _Reckoner(build.build(whole, devices, memory), latest, question)
-  longest = full.update(length)
+  longest = prefix_schedule.longest(whole)
+  if prefix_schedule.longest(settled) < longest:
+    full = _Reckoner(look.build(whole), latest, question)
+  every = f"Full distillation's, all answers of {longest:,} tokens"
   hours = {
       "This run's updates": seconds / 3600,
-      f"Full distillation's, all answers of {length:,} tokens":
-      settled.steps * longest.total / 3600,
-  }  # fmt: skip
+      every: settled.steps * full.update(longest).total / 3600,
+  }
   return show.Result(
-      question.machine, dict(built.setup.mesh.shape), notes,
-      estimate.held(built), compiled, mended,
-      [reckoner.update(bucket) for bucket in needed], hours, evaluation,
-      estimate.least_sent(built), search.advice(question.config, found),
+      machine,
+      dict(built.setup.mesh.shape),
+      notes,
+      estimate.held(built),
+      compiled,
+      mended,
+      [reckoner.update(bucket) for bucket in prefix_schedule.needed(settled)],
+      hours,
+      reckoner.evaluation(),
+      estimate.least_sent(built),
+      advice(question.config, found),
       question.assumptions,
-  )  # fmt: skip
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """What a search found.
+
+  Attributes:
+    config: with the settings that were found.
+    failed: a sentence for each program that does not fit with any settings.
+  """
+
+  config: Config
+  failed: tuple[str, ...] = ()
+
+
+def search(
+    look: Look, found: Found, broken: Sequence[Measured], largest: bool
+) -> Found:
+  """Changes settings until programs fit, one program after the other.
+
+  Args:
+    look: compiles programs.
+    found: what earlier searches found.
+    broken: the programs, as measured with the config of `found`.
+    largest: whether to look for the largest batches that fit.
+  """
+  config, failed = found.config, list(found.failed)
+  longest = {one.name: one for one in broken}  # The last is the longest.
+  bounded = {name: s for s, names in _LIMITS.items() for name in names}
+  rest = sorted(longest.keys() - bounded.keys())
+  for name in [*(name for name in bounded if name in longest), *rest]:
+    one = longest[name]
+    wanted = _Wanted(look, one, found.config, bounded.get(name), largest)
+    better = map(wanted.largest_batch, _remedies(config, name))
+    better = next((c for c in better if c is not None), None)
+    if better is None:
+      failed.append(
+          f"{name} at P = {one.bucket:,} does not fit with the smallest"
+          " batches either; use more devices, or fewer rollouts a prompt."
+      )
+    else:
+      config = better
+  return Found(config, tuple(dict.fromkeys(failed)))
+
+
+def _with(config: Config, part: str, **fields) -> Config:
+  return dataclasses.replace(
+      config, **{part: dataclasses.replace(getattr(config, part), **fields)}
+  )
+
+
+def _remedies(config: Config, name: str) -> Iterator[Config]:
+  """Yields the config, then with one remedy more at a time."""
+  yield config
+
+  def change(part: str, **fields) -> Callable[[Config], Config]:
+    return functools.partial(_with, part=part, **fields)
+
+  steps: list[Callable[[Config], Config]] = []
+  if name == "gradient" and config.student.remat != "offload":
+    steps.append(change(part="student", remat="full"))
+  steps.append(change(part="optimizer", offload=True))
+  if name == "gradient":
+    steps.append(change(part="student", remat="offload"))
+  heads = programs.architecture(config.student.path)[0].num_kv_heads
+  split = _split_training
+  if name not in ("gradient", "score", "apply"):
+    split = _split_sampling
+    steps.append(change(part="teacher", offload=True))
+  steps += [functools.partial(split, most=heads)] * int(math.log2(heads))
+  for step in steps:
+    try:
+      changed = step(config)
+    except ConfigError:
+      continue  # Batches or axes that do not divide.
+    if changed != config:
+      yield changed
+    config = changed
+
+
+def _split_training(config: Config, most: int) -> Config:
+  mesh = config.mesh
+  sampling, tensor = mesh.sampling_tensor or mesh.tensor, 2 * mesh.tensor
+  if tensor > most or mesh.fsdp % 2:
+    return config
+  sampling = 0 if sampling == tensor else sampling
+  fsdp = mesh.fsdp // 2
+  return _with(
+      config, "mesh", fsdp=fsdp, tensor=tensor, sampling_tensor=sampling
+  )
+
+
+def _split_sampling(config: Config, most: int) -> Config:
+  mesh = config.mesh
+  sampling = 2 * (mesh.sampling_tensor or mesh.tensor)
+  if sampling > most or mesh.fsdp * mesh.tensor % sampling:
+    return config
+  return _with(config, "mesh", sampling_tensor=sampling)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+  """A program that is to fit.
+
+  Attributes:
+    look: compiles the program.
+    measured: what the program takes with `config`.
+    config: the config before the search.
+    setting: part and field that bound the program's batch; None if none does.
+    largest: whether the largest batch that fits is asked for.
+  """
+
+  look: Look
+  measured: Measured
+  config: Config
+  setting: tuple[str, str] | None
+  largest: bool
+
+  def largest_batch(self, config: Config) -> Config | None:
+    """Lowers one limit until the program fits; raises it if asked to.
+
+    Returns:
+      The config with that limit; None if the program does not fit with any.
+    """
+    if self.setting is None:
+      one = self._measure(config)
+      return config if one.verdict(self.look.machine) else None
+    part, field = self.setting
+    start = getattr(getattr(config, part), field)
+    if not start:  # As many rows as it was measured with.
+      start = self.measured.rows
+      if field == "batch_tokens":
+        start *= config.data.max_prompt_len + self.measured.bucket
+      start = 2 ** (start - 1).bit_length()
+    limit, best, previous = start, None, None
+    for _ in range(_TRIES):
+      try:
+        one = self._measure(_with(config, part, **{field: limit}), previous)
+      except ConfigError:
+        break  # Fewer rows than shards.
+      if one is None:  # One row a device, or all of them.
+        break
+      previous = one.rows
+      if one.verdict(self.look.machine):
+        best = limit
+        if limit < start or not self.largest:
+          break
+        limit *= 2
+      elif best is not None:
+        break
+      else:
+        # Memory grows with the rows at most.
+        excess = max(one.memory / self.look.machine.chip.memory, 1)
+        limit //= 2 ** max(1, math.floor(math.log2(excess)))
+    if best is None:
+      return None
+    return config if best == start else _with(config, part, **{field: best})
+
+  def _measure(
+      self, config: Config, previous: int | None = None
+  ) -> Measured | None:
+    """Measures the program; None if it has as many rows as the last one."""
+    job = self.look.job(config, self.measured.name, self.measured.bucket)
+    if job.rows == previous:
+      return None
+    return self.measured if config == self.config else self.look.measure(job)
+
+
+def advice(asked: Config, found: Found) -> list[str]:
+  """Returns the settings that were found as flags, and what did not fit."""
+  flags = []
+  for part in _PARTS:
+    old, new = getattr(asked, part), getattr(found.config, part)
+    for field in dataclasses.fields(new):
+      value = getattr(new, field.name)
+      if value != getattr(old, field.name):
+        flags.append(f"--config.{part}.{field.name}={value}")
+  return ([" ".join(flags)] if flags else []) + list(found.failed)

@@ -11,10 +11,10 @@ from rich.text import Text
 
 from prefix_distill.plan.estimate import Assumptions
 from prefix_distill.plan.machines import Machine
-from prefix_distill.plan.measure import Measured
+from prefix_distill.plan.programs import Measured
 
 _GIB = 2**30
-# What a run's metrics call the phases, and their programs.
+# The phases as a run's metrics call them, and their programs.
 _PHASES = {
     "sample": ("move", "prefill", "layout", "decode"),
     "score": ("score",),
@@ -28,9 +28,9 @@ class Update:
 
   Attributes:
     bucket: P.
-    seconds: at least, by program.
-    limits: what each is limited by.
-    flops: in all.
+    seconds: least time, by program.
+    limits: what limits each program's time.
+    flops: FLOPs in all.
   """
 
   bucket: int
@@ -45,22 +45,22 @@ class Update:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """All of it.
+  """The whole plan.
 
   Attributes:
-    machine: planned for.
+    machine: the machine that was planned for.
     mesh: sizes of the axes.
     notes: what was assumed, in sentences.
     held: bytes on a device that a run keeps throughout.
-    programs: those that were compiled.
-    mended: the same with other settings, if `programs` do not fit or larger
+    programs: the programs that were compiled.
+    mended: the programs with other settings, if the first do not fit or larger
       batches were looked for.
     updates: one for each bucket.
-    hours: of the run's updates, and of full distillation's, at least.
+    hours: least time of the run's updates, and of full distillation's.
     evaluation: hours of a run's evaluations, by what is evaluated.
-    least_sent: bytes of one run of `gradient` by the analytic minimum.
+    least_sent: bytes that one run of `gradient` has to send.
     advice: the settings of `mended`, or what cannot be made to fit.
-    assumptions: behind the seconds.
+    assumptions: what seconds are reckoned with.
   """
 
   machine: Machine
@@ -93,16 +93,12 @@ def _table(*columns: str) -> rich.table.Table:
   return table
 
 
-def _memory(one: Measured) -> str:
-  return f"{one.memory / _GIB:.1f}" if one.memory else "-"
-
-
 def _programs(
     programs: Sequence[Measured], machine: Machine
 ) -> rich.table.Table:
   table = _table(
       "program", "P", "rows", "times", "GiB", "fits", "FLOPs", "GB sent"
-  )  # fmt: skip
+  )
   for one in programs:
     fits = one.verdict(machine)
     sent = sum(one.sent.values()) / 1e9
@@ -111,7 +107,7 @@ def _programs(
         f"{one.bucket:,}",
         f"{one.rows:,}" if one.rows else "-",
         f"{one.times:,}",
-        _memory(one),
+        f"{one.memory / _GIB:.1f}" if one.memory else "-",
         Text("yes" if fits else "no", style="green" if fits else "bold red"),
         f"{one.flops:.2e}",
         f"{'' if one.exact else '>= '}{sent:.2f}",
@@ -120,7 +116,7 @@ def _programs(
 
 
 def _traffic(programs: Sequence[Measured]) -> rich.table.Table:
-  """What a device sends in one run of a program, at each length."""
+  """Returns what a device sends in one run of a program, at each length."""
   lengths = sorted({one.bucket for one in programs})
   table = _table("GB sent in one run, at P =", *(f"{n:,}" for n in lengths))
   rows = {}
@@ -164,10 +160,10 @@ def show(result: Result, console: rich.console.Console) -> None:
     console.print(Text(note))
   held = ", ".join(f"{n} {b / _GIB:.2f}" for n, b in result.held.items())
   console.print(Text(f"A device keeps, in GiB: {held}."))
-  kind = "the compiler's word" if chip.platform == "tpu" else (
-      "an estimate against nine tenths of the memory; the libraries'"
-      " workspaces are not known"
-  )  # fmt: skip
+  kind = "the compiler's word"
+  if chip.platform != "tpu":
+    kind = "an estimate against nine tenths of the memory; the libraries'"
+    kind += " workspaces are not known"
   limit = f"{chip.memory / _GIB:.1f} GiB a device"
   console.print(Text(f"Memory: of {limit}, {kind}."))
   console.print(_programs(result.programs, machine))
@@ -176,16 +172,15 @@ def show(result: Result, console: rich.console.Console) -> None:
     console.print(_programs(result.mended, machine))
   programs = result.mended or result.programs
   console.print(_traffic(programs))
-  gradients = [p for p in programs if p.name == "gradient" and p.sent]
-  for one in gradients:
-    sent = sum(one.sent.values())
-    if not result.least_sent:
-      break
-    console.print(Text(
-        f"gradient at P = {one.bucket:,} sends {sent / 1e9:.2f} GB, the least"
-        f" for this mesh is {result.least_sent / 1e9:.2f}:"
-        f" {sent / result.least_sent:.2f} times."
-    ))  # fmt: skip
+  least = result.least_sent
+  for one in programs:
+    if least and one.sent and one.name == "gradient":
+      sent = sum(one.sent.values())
+      text = (
+          f"gradient at P = {one.bucket:,} sends {sent / 1e9:.2f} GB, the least"
+          f" for this mesh is {least / 1e9:.2f}: {sent / least:.2f} times."
+      )
+      console.print(Text(text))
   unplanned = [s for one in programs for s in one.unplanned]
   for sentence in unplanned[:8]:
     console.print(Text(f"Unplanned: {sentence}", style="yellow"))
@@ -216,18 +211,14 @@ def _assumed(result: Result) -> str:
 
 
 def _hours(result: Result) -> rich.table.Table:
-  """The run's hours, what its evaluations are of them, and the price."""
-  updates, full = result.hours.items()
-  evaluation = sum(result.evaluation.values())
-  rows = {
-      updates[0]: updates[1],
-      **{f"Evaluation, {n}": h for n, h in result.evaluation.items()},
-      "This run": updates[1] + evaluation,
-      full[0]: full[1],
-  }
+  """Returns hours of the run and of its evaluations, and the price."""
+  (updates, hours), full = result.hours.items()
+  rows = [(f"Evaluation, {n}", h) for n, h in result.evaluation.items()]
+  total = hours + sum(result.evaluation.values())
+  rows = [(updates, hours), *rows, ("This run", total), full]
   price = result.assumptions.price * result.machine.size
   table = _table("at least", "hours", *(["price"] if price else []))
-  for name, hours in rows.items():
+  for name, hours in rows:
     cost = [f"{price * hours:,.0f}"] if price else []
     table.add_row(name, f"{hours:.1f}", *cost)
   return table
@@ -244,13 +235,12 @@ def _verdict(result: Result, console: rich.console.Console) -> None:
     console.print(Text(starts + sentence))
 
 
-def short(programs: Sequence[Measured], machine: Machine) -> str:
+def short(result: Result) -> str:
   """Returns a sentence with the numbers of what does not fit."""
-  limit = f"{machine.chip.memory / _GIB:.2f} GiB"
-  out = [
+  limit = f"{result.machine.chip.memory / _GIB:.2f} GiB"
+  return "; ".join(
       f"{one.name} at P = {one.bucket:,}"
       f" {one.refused or f'takes {one.memory / _GIB:.1f} of {limit}'}"
-      for one in programs
-      if not one.verdict(machine)
-  ]
-  return "; ".join(out)
+      for one in result.programs
+      if not one.verdict(result.machine)
+  )

@@ -17,11 +17,10 @@ import toys
 from prefix_distill import sharding
 from prefix_distill.config import MeshSpec
 from prefix_distill.models import embedding
-from prefix_distill.plan import build
-from prefix_distill.plan import collectives
 from prefix_distill.plan import estimate
+from prefix_distill.plan import hlo
 from prefix_distill.plan import machines
-from prefix_distill.plan import measure
+from prefix_distill.plan import programs
 from prefix_distill.rollout import sampling
 
 _MESHES = (
@@ -31,15 +30,13 @@ _MESHES = (
 
 
 def look(config, name: str) -> dict:
-  plan = build.build(config, jax.devices())
+  plan = programs.build(config, jax.devices())
   machine = machines.Machine(name, machines.CHIPS["v5e"], (8,))
   found = {}
   for stage in plan.stages(8):
     if stage.name == "cut":
       continue
-    one = measure.compile_stage(
-        plan, stage, 8, machine, estimate.planned(plan, stage.name)
-    )
+    one = programs.measure(programs.Job(plan, stage, 8), machine)
     found[stage.name] = {"sent": one.sent, "unplanned": one.unplanned}
   return found | {"least": estimate.least_sent(plan)}
 
@@ -54,9 +51,7 @@ def draw() -> list[str]:
   compiled = jax.jit(choose, in_shardings=(rows, place)).lower(
       keys, jax.ShapeDtypeStruct((8, 16 * 300), "float32")
   ).compile()  # fmt: skip
-  return [
-      one.kind for one in collectives.read(compiled.as_text(), mesh.shape)
-  ]
+  return [one.kind for one in hlo.read(compiled.as_text(), mesh.shape)]
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ bytes, whether the number of tokens is known, and conditionals in the loop.
 import dataclasses
 import json
 import os
+import pathlib
 import sys
 
 from prefix_distill.plan import machines
@@ -17,7 +18,11 @@ from prefix_distill.plan import machines
 os.environ |= machines.ENVIRONMENT | {"TPU_STDERR_LOG_LEVEL": "1"}
 os.environ.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
 
+_ROOT = pathlib.Path(__file__).parent.parent.parent
+sys.path.insert(0, str(_ROOT / "benchmarks"))
+
 import jax  # noqa: E402
+import kernels  # noqa: E402
 import numpy as np  # noqa: E402
 
 from prefix_distill import sharding  # noqa: E402
@@ -73,7 +78,7 @@ def main() -> None:
   for layers in (2, 4):
     compiled, cache = _compile(mesh, layers, dtype)
     text = compiled.as_text()
-    found[f"kernels_{layers}"] = hlo.kernels_a_token(text)
+    found[f"kernels_{layers}"] = kernels.kernels_a_token(text)
   module = hlo.Module(text)
   (loop, where) = max(
       (

@@ -1,0 +1,534 @@
+"""A run's programs for a machine that is not there: built, compiled, measured.
+
+Programs are built from shapes; no array exists. What a compiler says of a
+program is kept in a file, named by a hash of the program's text, the machine
+and the versions. A second look then costs the tracing alone.
+"""
+
+from collections.abc import Iterator
+from collections.abc import Sequence
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import re
+import time
+from typing import Any
+
+import jax
+import rich.console
+
+from prefix_distill import sharding
+from prefix_distill.config import Config
+from prefix_distill.errors import ConfigError
+from prefix_distill.models import huggingface as hf
+from prefix_distill.models import published
+from prefix_distill.models.config import ModelConfig
+from prefix_distill.models.config import num_params
+from prefix_distill.models.transformer import Model
+from prefix_distill.models.transformer import Params
+from prefix_distill.plan import count
+from prefix_distill.plan import hlo
+from prefix_distill.plan.hlo import Allowed
+from prefix_distill.plan.machines import Machine
+from prefix_distill.rollout import continuous_batching
+from prefix_distill.rollout import generate
+from prefix_distill.rollout.sampling import Truncation
+from prefix_distill.train import capacity
+from prefix_distill.train import setup as setup_lib
+from prefix_distill.train.compile import Program
+from prefix_distill.train.compile import Segments
+from prefix_distill.train.compile import Stage
+from prefix_distill.train.programs import Programs
+
+_GIB, _FLOAT32 = 2**30, 4
+# Evaluation's programs, by the model that writes the answers.
+EVALUATION = {"student": "evaluate", "teacher": "evaluate teacher"}
+_SAMPLING = ("move", "prefill", "layout", "decode", "cut")
+# The programs to compile, cheap ones first. The cut moves a few tokens.
+_TRAINING = ("move", "layout", "apply", "score", "prefill")
+ORDER = (*_TRAINING, *EVALUATION.values(), "decode", "gradient")
+# These programs are the same for all lengths of the prefix.
+_ONCE = ("move", "layout", "apply")
+# The architectures of the paper's models, for a laptop without a network.
+_KNOWN = {
+    "Qwen/Qwen3-1.7B": published.QWEN3_1_7B,
+    "Qwen/Qwen3-8B": published.QWEN3_8B,
+}
+# A collective needs no plan if a device sends no more than so many bytes, nor
+# than this share of the largest weight. Counters and the like are so small.
+_NEGLIGIBLE, _SMALL_SHARE = 2**20, 1 / 16
+# Where there is a device XLA tunes its products and then fuses fewer of them.
+# On an H200 score and gradient took 1.07 and 1.05 of what was compiled without
+# one, decoding and prompts 1.00 and 1.01 (docs/results/accelerator.md).
+_TUNED, _TUNING = ("score", "gradient"), 1.08
+# A TPU's compiler says "Used 26.90G of 15.75G hbm", or "... required for HLO
+# temporaries (16.17G) exceeds available HBM (15.75G)".
+_USED = re.compile(
+    r"(?:[Uu]sed |required[^(]*\()([\d.]+)([KMGT])i?B?"
+    r"(?: of |\) exceeds available HBM \()([\d.]+)([KMGT])"
+)
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tokenizer:
+  """What programs want to know of a tokenizer; none of it moves a byte."""
+
+  num_tokens: int
+  pad_id: int = 0
+  special_ids: tuple[int, ...] = (0,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A config on a machine.
+
+  Attributes:
+    setup: the run, without data.
+    programs: the run's programs, none compiled yet.
+    teacher_params: shapes of the teacher's weights on the device.
+  """
+
+  setup: setup_lib.Setup
+  programs: Programs
+  teacher_params: Params
+
+  def stages(self, cap: int) -> list[Stage]:
+    """Returns the programs of an update."""
+    return list(self.programs.stages(cap, self.teacher_params))
+
+  def evaluation(self) -> list[Stage]:
+    """Returns the decoding of evaluation, for each size of the cache."""
+    setup, spec = self.setup, self.setup.config.evaluation
+    if not spec.sets:
+      return []
+    stages = list(self._evaluate(setup.student, EVALUATION["student"]))
+    if spec.teacher:
+      stages += self._evaluate(setup.teacher, EVALUATION["teacher"])
+    return stages
+
+  def _evaluate(self, model: Model, name: str) -> Iterator[Stage]:
+    """Yields the program that decodes a segment of evaluation's answers.
+
+    There is one for each size of the cache. The last is for the longest rows.
+    """
+    setup, spec = self.setup, self.setup.config.evaluation
+    mesh, model = setup.sampling_mesh, setup.for_sampling(model)
+    config = generate.SamplerConfig(
+        setup.stop_ids,
+        setup.chat.pad_id,
+        setup.chat.num_tokens,
+        truncation=Truncation(spec.top_k, spec.top_p),
+    )
+    place = generate.state_shardings(model, config)
+    usual = setup.config.data.max_prompt_len
+    prompt = max(one.max_prompt_len or usual for one in spec.sets.values())
+    resting = self.programs.resting()
+    rows = capacity.answers(setup, model, config, resting, prompt)
+    layout = jax.eval_shape(model.decode_layout, model.abstract_params())
+    layout = sharding.placed(layout, sharding.decode_params(layout, mesh))
+    steps, drawn = generate.segment(model), 1
+    program = Program(
+        generate.decode,
+        3,
+        out_shardings=(place, sharding.batch_sharding(mesh)),
+        donate_argnums=4,
+        compiler_options=generate.compiler_options(mesh),
+    )
+    kernel = model.cache_kernel(generate.cache_dtype(model, config))
+    draw = generate.Draw.of(spec.max_len)
+    for room in continuous_batching.rooms(model, config, prompt, spec.max_len):
+      columns = generate.columns(model, config, prompt + room)
+      state = jax.eval_shape(
+          lambda columns=columns: generate.empty(
+              model, config, rows, columns, jax.random.key(0)
+          )
+      )
+      segments = Segments(
+          steps,
+          -(-(room + 1 - drawn) // steps),
+          drawn,
+          usual,
+          columns,
+          kernel.reads_lengths,
+      ).until(spec.max_len)
+      state = sharding.placed(state, place)
+      args = (model, config, steps, layout, state, draw)
+      if segments.count:
+        yield Stage(name, program, args, rows=rows, segments=segments)
+        drawn += segments.count * steps
+
+  def mesh(self, name: str) -> jax.sharding.Mesh:
+    """Returns the mesh that a program runs on."""
+    if name in _SAMPLING or name in EVALUATION.values():
+      return self.setup.sampling_mesh
+    return self.setup.mesh
+
+  def beside(self, stage: Stage) -> dict[str, Any]:
+    """Returns shapes of what lies in the memory while a program runs."""
+    setup, config, name = self.setup, self.setup.config, stage.name
+    state, lying = self.programs.abstract_state(), {}
+    two_meshes = setup.sampling_mesh != setup.mesh
+    evaluated = {v: k for k, v in EVALUATION.items()}.get(name)
+    teacher_waits = (
+        config.teacher.offload
+        and (name in _SAMPLING or evaluated == "student")
+    )
+    if not teacher_waits and name != "score":
+      lying["teacher"] = self.teacher_params
+    takes_student = ["move", "gradient", "apply"]
+    if not two_meshes:
+      takes_student += ["prefill", "layout"]
+    if name not in takes_student:
+      lying["student"] = state.params
+    if two_meshes and evaluated:  # Prompts are read between two segments.
+      model = setup.teacher if evaluated == "teacher" else setup.student
+      weights = jax.eval_shape(model.cast, model.abstract_params())
+      moved = sharding.with_shardings(weights, setup.sampling_mesh)
+      lying["moved"] = moved
+    if not config.optimizer.offload and name != "apply":
+      lying["moments"] = state.opt_state
+    if name == "score" and stage.times > 1:  # A part's gradient is kept.
+      lying["gradient"] = state.params
+    return lying
+
+  def _largest(self) -> tuple[int, int]:
+    """Returns float32 bytes of the largest layer and of the largest table."""
+    layers, tables = [], []
+    for model in (self.setup.student, self.setup.teacher):
+      c = model.config
+      tables.append(_FLOAT32 * c.vocab_size * c.dim)
+      rest = num_params(c, False) - c.vocab_size * c.dim
+      layers.append(_FLOAT32 * (rest // c.num_layers))
+    return max(layers), max(tables)
+
+  def unplanned(
+      self, name: str, found: Sequence[hlo.Collective]
+  ) -> list[str]:
+    """Returns sentences on a program's collectives that no plan allows."""
+    negligible = min(_NEGLIGIBLE, _SMALL_SHARE * max(self._largest()))
+    return hlo.audit(found, self._allowed(name), negligible)
+
+  def _allowed(self, name: str) -> list[Allowed]:
+    """Returns the collectives that a program may have.
+
+    Weights that go to the mesh of sampling are exchanged by neighbours; an
+    axis of either mesh may hold several groups of neighbours. In all other
+    programs a layer's weights are gathered over fsdp where they are used, and
+    their gradients are scattered back. Gradients are summed over data. Over
+    tensor travel sums of activations, one for the attention and one for the
+    MLP.
+    """
+    layer, table = self._largest()
+    most = max(layer, table)
+    if name == "move":
+      axes, why = ("fsdp", "tensor", *hlo.UNKNOWN), "weights to be sampled with"
+      kinds = ("all-to-all", "collective-permute")
+      return [Allowed(kind, axes, most, why) for kind in kinds]
+    every = ("data", "fsdp")
+    activations = 2**40  # Their size depends on the batch alone.
+    return [
+        Allowed("all-gather", ("fsdp",), most, "weights where they are used"),
+        Allowed("collective-permute", every, most, "the same, in steps"),
+        Allowed("reduce-scatter", every, most, "gradients of weights"),
+        Allowed("all-reduce", ("data",), most, "gradients over replicas"),
+        Allowed("all-reduce", ("tensor",), activations, "sums over the heads"),
+        Allowed("reduce-scatter", ("tensor",), activations, "the same, cut"),
+        Allowed("all-gather", ("tensor",), activations, "the same, whole"),
+        Allowed("all-to-all", ("fsdp",), activations, "columns of embeddings"),
+        # A TPU's compiler sums the output head's gradient whole and cuts it,
+        # instead of scattering it. That takes twice the bytes.
+        Allowed("all-reduce", every, table, "the head's"),
+        Allowed("all-reduce", (*every, "tensor"), 2**22, "metrics, norms"),
+    ]
+
+
+def architecture(path: str) -> tuple[ModelConfig, bool]:
+  """Reads a model's architecture; those of the paper's models are known.
+
+  Returns:
+    The architecture, and whether it was read.
+
+  Raises:
+    UserError: it cannot be read, and the model is none of the paper's.
+  """
+  try:
+    return hf.read_config(path), True
+  except hf.ModelFilesError:
+    known = _KNOWN.get(path.removesuffix("-Base"))
+    if known is None:
+      raise
+    return known, False
+
+
+def build(config: Config, devices: list, memory: float | None = None) -> Plan:
+  """Puts a run together.
+
+  Args:
+    config: settings of the run.
+    devices: the machine's devices.
+    memory: bytes of a device that programs may use; None for no limit.
+
+  Raises:
+    ConfigError: the mesh does not fill the devices, a batch does not split
+      over the mesh, or there is no teacher.
+  """
+  if config.teacher is None:
+    raise ConfigError(
+        f"method is {config.method!r}, which has no teacher; plan a"
+        " distillation, with method 'prefix' or 'full'."
+    )
+  mesh = sharding.make_mesh(config.mesh, devices)
+  setup_lib.check_batches(config, mesh)
+  models = [
+      setup_lib.make_model(architecture(spec.path)[0], spec, mesh)
+      for spec in (config.student, config.teacher)
+  ]
+  tokens = _Tokenizer(min(m.config.vocab_size for m in models))
+  setup = setup_lib.Setup(
+      config, mesh, *models, tokens, (0,), (0,), None, {}, memory
+  )
+  programs = Programs(setup)
+  return Plan(setup, programs, programs.abstract_teacher())
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A program to compile.
+
+  Attributes:
+    plan: of the run.
+    stage: the program.
+    bucket: P, the length of prefixes or answers.
+  """
+
+  plan: Plan
+  stage: Stage
+  bucket: int
+
+  @property
+  def rows(self) -> int:
+    return self.stage.rows
+
+
+def jobs(plan: Plan, buckets: Sequence[int]) -> list[Job]:
+  """Returns the programs to compile, cheap ones first.
+
+  A bucket has several decoders, of which the last takes most; it stands for
+  all. A program that does not depend on the bucket is there once.
+  """
+  longest = plan.setup.config.evaluation.max_len
+  last = {stage.name: stage for stage in plan.evaluation()}
+  found = [Job(plan, stage, longest) for stage in last.values()]
+  for i, bucket in enumerate(buckets):
+    last = {stage.name: stage for stage in plan.stages(bucket)}
+    for name, stage in last.items():
+      if name in ORDER and (i == 0 or name not in _ONCE):
+        found.append(Job(plan, stage, bucket))
+  return sorted(found, key=lambda j: (ORDER.index(j.stage.name), j.bucket))
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+  """What is known of a program before it ever runs.
+
+  Attributes:
+    name: the stage's name.
+    bucket: P.
+    times: how often the program runs in an update.
+    rows: rows of one run, over all devices.
+    flops: FLOPs of one run, over all devices, loops multiplied out.
+    moved: bytes that a device at least reads and writes in one run.
+    memory: bytes on a device, with everything that lies beside the program. On
+      TPU an upper bound, for the compiler shares some. For a refused program
+      what it wants, if the compiler says so, else 0.
+    refused: the sentence of a TPU's compiler; empty if the program fits.
+    sent: bytes that a device sends in one run, by kind of collective and axes.
+    exact: false if a loop's trip count had to be guessed.
+    unplanned: sentences on collectives that nothing plans.
+    seconds: time that compiling took.
+  """
+
+  name: str
+  bucket: int
+  times: int
+  rows: int
+  flops: float
+  moved: float
+  memory: float = 0.0
+  refused: str = ""
+  sent: dict[str, float] = dataclasses.field(default_factory=dict)
+  exact: bool = True
+  unplanned: list[str] = dataclasses.field(default_factory=list)
+  seconds: float = 0.0
+
+  def verdict(self, machine: Machine) -> bool:
+    """Whether it fits: the compiler's word on TPU, a budget on GPU."""
+    if machine.chip.platform == "tpu":
+      return not self.refused
+    return self.memory <= machine.chip.memory
+
+
+def reckon(stage: Stage, bucket: int) -> Measured:
+  """Returns what follows from a program's trace alone."""
+  traced = stage.program.trace(*stage.args)
+  flops = count.flops(traced.jaxpr, stage.trips)
+  return Measured(
+      stage.name, bucket, stage.times, stage.rows, flops, moved(stage)
+  )
+
+
+def moved(stage: Stage) -> float:
+  """Returns the bytes that a device at least reads and writes in one run.
+
+  A step of decoding reads the weights, and of the cache what its kernel reads.
+  Any other program reads its arguments and writes its results.
+  """
+  arrays = [a for a in stage.args if _has_shapes(a)]
+  size = sharding.bytes_per_device
+  if stage.segments is None:
+    return float(size(arrays) + size(stage.program.shapes(*stage.args)))
+  cache, table = 0, 0
+  for tree in arrays:
+    if isinstance(tree, generate.DecodeState):
+      cache += size(tree.cache.layers)
+    elif isinstance(tree, dict) and "head" in tree:
+      # A table of its own is not read but for the lines that are looked up.
+      table += size(tree["embed"])
+  rest = size(arrays) - cache - table
+  return stage.segments.length * (rest + stage.segments.share * cache)
+
+
+def _has_shapes(argument: Any) -> bool:
+  leaves = jax.tree.leaves(argument)
+  return bool(leaves) and all(
+      isinstance(x, jax.ShapeDtypeStruct) for x in leaves
+  )
+
+
+def measure(job: Job, machine: Machine) -> Measured:
+  """Compiles a program, or recalls what was found before.
+
+  The memory of a program that a GPU's compiler would tune is taken a little
+  larger than the compiler says.
+
+  Raises:
+    JaxRuntimeError: the compiler fails for another reason than the memory.
+  """
+  plan, stage = job.plan, job.stage
+  known = reckon(stage, job.bucket)
+  lowered = stage.program.beside(*stage.args, tree=plan.beside(stage)).lower()
+  home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+  directory = home.expanduser() / "prefix_distill" / "plan"
+  file = directory / f"{_key(lowered, job, machine)}.json"
+  if file.is_file():
+    found = json.loads(file.read_text())
+  else:
+    start = time.monotonic()
+    found = _compile(lowered, job)
+    found["seconds"] = time.monotonic() - start
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(found))
+    partial.rename(file)
+  if machine.chip.platform == "gpu" and stage.name in _TUNED:
+    found["memory"] *= _TUNING
+  return dataclasses.replace(known, **found)
+
+
+def _key(lowered: jax.stages.Lowered, job: Job, machine: Machine) -> str:
+  versions = [jax.__version__, jax.lib.__version__]
+  try:
+    import libtpu  # noqa: PLC0415
+
+    versions.append(libtpu.__version__)
+  except ImportError:
+    pass
+  mesh = dict(job.plan.mesh(job.stage.name).shape)
+  text = f"{lowered.as_text()}{machine}{mesh}{job.stage.trips}{versions}"
+  for file in (hlo.__file__, __file__):
+    text += pathlib.Path(file).read_text()
+  return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _compile(lowered: jax.stages.Lowered, job: Job) -> dict[str, Any]:
+  """Returns fields of `Measured`."""
+  plan, stage = job.plan, job.stage
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    return _refusal(str(error))
+  sizes = compiled.memory_analysis()
+  memory = getattr(sizes, "total_allocation_bytes", 0)
+  if not memory:
+    memory = sizes.argument_size_in_bytes + sizes.output_size_in_bytes
+    memory += sizes.temp_size_in_bytes - sizes.alias_size_in_bytes
+  mesh = plan.mesh(stage.name).shape
+  found = hlo.read(compiled.as_text(), mesh, stage.trips)
+  sent = {}
+  for one in found:
+    if one.total:
+      name = f"{one.kind} over {' x '.join(one.axes)}"
+      sent[name] = sent.get(name, 0.0) + one.total
+  return {
+      "memory": float(memory),
+      "sent": sent,
+      "exact": all(one.exact for one in found),
+      "unplanned": plan.unplanned(stage.name, found),
+  }
+
+
+def _refusal(text: str) -> dict[str, Any]:
+  """Returns the numbers of a TPU compiler's refusal, and a sentence's part."""
+  found = _USED.search(text)
+  if not found:
+    return {"refused": " ".join(text.split())[:300]}
+  used, limit = (float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3))
+  sentence = f"needs {used / _GIB:.1f} of {limit / _GIB:.2f} GiB"
+  return {"refused": sentence, "memory": used}
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+  """Compiles programs for a machine, and prints the progress.
+
+  Attributes:
+    machine: the machine to compile for.
+    devices: the machine's devices.
+    console: for the progress.
+  """
+
+  machine: Machine
+  devices: list
+  console: rich.console.Console
+
+  def build(self, config: Config) -> Plan:
+    return build(config, self.devices, self.machine.chip.memory)
+
+  def at(self, config: Config, buckets: Sequence[int]) -> list[Measured]:
+    """Compiles all programs of a config."""
+    todo = jobs(self.build(config), buckets)
+    return [
+        self.measure(job, f"[{i}/{len(todo)}] ")
+        for i, job in enumerate(todo, 1)
+    ]
+
+  def job(self, config: Config, name: str, bucket: int) -> Job:
+    """Returns one program of a config."""
+    found = jobs(self.build(config), (bucket,))
+    return next(job for job in found if job.stage.name == name)
+
+  def measure(self, job: Job, number: str = "") -> Measured:
+    """Compiles a program and prints what it takes, behind a number."""
+    label = f"{number}{job.stage.name} at P = {job.bucket:,}"
+    label += f", {job.rows:,} rows" if job.rows else ""
+    with self.console.status(f"{label}: compiling"):
+      found = measure(job, self.machine)
+    size = found.refused or f"{found.memory / _GIB:.1f} GiB"
+    text = f"{label}: {size} ({found.seconds:.0f} s)"
+    self.console.print(text, markup=False)
+    return found

@@ -1,0 +1,548 @@
+"""Faults that the tests must see, of the kind that a person makes.
+
+`test_faults` plants each in a copy of the package. An entry names no file of
+the package, so that code may be moved; its text says where it belongs.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+  """A change that makes the package wrong.
+
+  Attributes:
+    name: what is wrong.
+    old: text that occurs once in the package.
+    new: what takes its place.
+    tests: those of which at least one must fail, as pytest names them.
+  """
+
+  name: str
+  old: str
+  new: str
+  tests: tuple[str, ...]
+
+
+def _fault(name: str, old: str, new: str, *tests: str) -> Fault:
+  return Fault(name, old, new, tuple(f"tests/test_{x}" for x in tests))
+
+
+_DISTILL = (
+    _fault(
+        "the reverse KL is the forward one",
+        "return jnp.exp(log_p) * (log_p - log_q)",
+        "return jnp.exp(log_q) * (log_q - log_p)",
+        "divergence.py::test_a_tail_bucket_sees_mass_that_leaves_the_top",
+    ),
+    _fault(
+        "the forward KL is weighted by the student",
+        "return jnp.exp(log_q) * (log_q - log_p)",
+        "return jnp.exp(log_p) * (log_q - log_p)",
+        "divergence.py::test_divergences_equal_a_calculation_by_hand[1.0]",
+    ),
+    _fault(
+        "the mixture of the JSD has its weights swapped",
+        "jnp.logaddexp(log_q + jnp.log(beta), log_p + jnp.log1p(-beta))",
+        "jnp.logaddexp(log_p + jnp.log(beta), log_q + jnp.log1p(-beta))",
+        "divergence.py::test_beta_of_0_half_and_1_are_forward_js_and_reverse",
+    ),
+    _fault(
+        "divergences ignore the temperature",
+        "scaled = logits.astype(jnp.float32) / dist.temperature",
+        "scaled = logits.astype(jnp.float32)",
+        "divergence.py::test_divergences_equal_a_calculation_by_hand[2.0]",
+    ),
+    _fault(
+        "the gradient is not divided by the temperature",
+        "gradient = (slopes - probs * total[..., None]) / dist.temperature",
+        "gradient = slopes - probs * total[..., None]",
+        "divergence.py::test_the_gradient_by_formula_is_that_of_autodiff"
+        "[cool-reverse_kl]",
+    ),
+    _fault(
+        "padded rows of the vocabulary have probability",
+        "real = shard.ids(logits.shape[-1]) < dist.num_tokens\n"
+        "  masks = (real, *",
+        "real = shard.ids(logits.shape[-1]) >= 0\n  masks = (real, *",
+        "divergence.py::"
+        "test_vocabularies_of_different_padding_compare_on_the_real_ids"
+        "[reverse_kl]",
+    ),
+    _fault(
+        "stop tokens count as one event and one by one too",
+        "single &= ~stop\n    groups",
+        "groups",
+        "divergence.py::"
+        "test_the_name_of_the_stop_matters_only_if_stops_are_not_merged"
+        "[reverse_kl]",
+    ),
+    _fault(
+        "the tail of top-k is forgotten",
+        "    groups.append(single & ~kept)\n",
+        "",
+        "divergence.py::test_a_tail_bucket_sees_mass_that_leaves_the_top",
+    ),
+    _fault(
+        "top-k is of the other model",
+        'if dist.top_k_of == "student" else',
+        'if dist.top_k_of == "teacher" else',
+        "divergence.py::test_values_and_gradients_equal_float64"
+        "[student's top 3-reverse_kl]",
+    ),
+    _fault(
+        "each token of an event gets all of the event's gradient",
+        "jnp.where(members, group_slope * share, slopes)",
+        "jnp.where(members, group_slope, slopes)",
+        "divergence.py::test_the_gradient_by_formula_is_that_of_autodiff"
+        "[merged-reverse_kl]",
+    ),
+    _fault(
+        "k1 has the wrong sign",
+        "return student - teacher\n",
+        "return teacher - student\n",
+        "loss.py::test_estimates_by_hand",
+    ),
+    _fault(
+        "k3 has the ratio upside down",
+        "log_ratio = teacher - student",
+        "log_ratio = student - teacher",
+        "loss.py::test_estimates_by_hand",
+    ),
+    _fault(
+        "the policy gradient goes through the signal too",
+        "jnp.exp(student - sampler) * jax.lax.stop_gradient(signal)",
+        "jnp.exp(student - sampler) * signal",
+        "loss.py::"
+        "test_the_ratio_is_one_on_policy_and_the_estimate_has_no_gradient",
+    ),
+    _fault(
+        "the direct loss differentiates the ratio",
+        "jax.lax.stop_gradient(jnp.exp(student - sampler)) * signal",
+        "jnp.exp(student - sampler) * signal",
+        "loss.py::"
+        "test_the_ratio_is_one_on_policy_and_the_estimate_has_no_gradient",
+    ),
+    _fault(
+        "the mixture bounds the verdict from above",
+        "teacher = jnp.maximum(",
+        "teacher = jnp.minimum(",
+        "loss.py::test_a_mixture_bounds_the_verdict_from_below_only",
+    ),
+    _fault(
+        "the ratio is that of the event and not of the token",
+        "values = loss(tokens, sampler,",
+        "values = loss(events, sampler,",
+        "loss.py::test_a_stop_is_an_event_and_its_ratio_that_of_the_token",
+    ),
+    _fault(
+        "the fused loss forgets the weights, and so the mask",
+        "jnp.sum(values * weights), d_head",
+        "jnp.sum(values), d_head",
+        "chunked_head.py::test_cross_entropy_has_the_gradient_of_the_softmax",
+    ),
+    _fault(
+        "the fused gradient forgets the weights",
+        "d_logits = (d_logits * weights[:, None]).astype(dtype)",
+        "d_logits = d_logits.astype(dtype)",
+        "chunked_head.py::test_cross_entropy_has_the_gradient_of_the_softmax",
+    ),
+    _fault(
+        "the fused gradient is not multiplied by what comes from above",
+        "scaled = (g * cotangents[0] for g in gradients)",
+        "scaled = iter(gradients)",
+        "chunked_head.py::test_a_chunked_loss_equals_the_dense_one[24-reverse_kl]",
+    ),
+    _fault(
+        "the last chunk of tokens is left out",
+        "jnp.where(used, jnp.arange(count) + 1, 0)",
+        "jnp.where(used, jnp.arange(count), 0)",
+        "chunked_head.py::test_positions_that_are_padding_in_all_rows_are_left_out",
+    ),
+    _fault(
+        "chunks are joined rows first though they were cut positions first",
+        "return jnp.swapaxes(x.reshape(length, rows, *x.shape[1:]), 0, 1)",
+        "return x.reshape(rows, length, *x.shape[1:])",
+        "chunked_head.py::test_token_scores_are_those_of_the_softmax",
+    ),
+    _fault(
+        "metrics are at the temperature of sampling",
+        "dataclasses.replace(dist, temperature=1.0, top_k=0)",
+        "dataclasses.replace(dist, top_k=0)",
+        "chunked_head.py::test_metrics_are_those_of_the_whole_distributions",
+    ),
+    _fault(
+        "the teacher scores each position's next token",
+        "mask, mask,\n      tokens, mesh=model.mesh",
+        "mask, mask,\n      jnp.roll(tokens, -1, 1), mesh=model.mesh",
+        "chunked_head.py::test_token_scores_are_those_of_the_softmax",
+    ),
+    _fault(
+        "the teacher reads the student's prompt instead of its own",
+        "hidden = model.prefix_hidden(params, batch.for_teacher(), rollout)",
+        "hidden = model.prefix_hidden(params, batch, rollout)",
+        "teacher_prompt.py::"
+        "test_the_teacher_scores_prefixes_after_its_own_prompt[3]",
+    ),
+    _fault(
+        "logits are shifted against the tokens by one",
+        "return hidden[:, batch.tokens.shape[1] - 1 :]",
+        "return jnp.roll(hidden[:, batch.tokens.shape[1] - 1 :], -1, axis=1)",
+        "teacher_prompt.py::"
+        "test_the_teacher_scores_prefixes_after_its_own_prompt[3]",
+    ),
+    _fault(
+        "the cap grows before the first update",
+        "spec.increment * (step // spec.every)",
+        "spec.increment * (step // spec.every + 1)",
+        "prefix_length.py::test_the_default_is_the_papers_schedule",
+    ),
+    _fault(
+        "an audit takes every position for equally frequent",
+        "mass = np.nan_to_num(stats.kl) * stats.count / len(stats.lengths)",
+        "mass = np.nan_to_num(stats.kl)",
+        "prefix_schedule.py::"
+        "test_an_audit_weighs_positions_by_the_rollouts_that_reach_them",
+    ),
+    _fault(
+        "drift asks for reliability up to the cap itself",
+        "last = max(cap - spec.increment, 1) - 1",
+        "last = cap - 1",
+        "prefix_schedule.py::test_drift_grows_holds_and_shrinks",
+    ),
+    _fault(
+        "agreement remembers the oldest rollouts",
+        "minima[-self.spec.memory_rollouts :]",
+        "minima[: self.spec.memory_rollouts]",
+        "prefix_schedule.py::test_agreement_cuts_below_a_quantile_of_past_minima",
+    ),
+    _fault(
+        "a rollout is cut one token before its agreement is seen",
+        "seen = jnp.cumsum(running, axis=1) - running",
+        "seen = jnp.cumsum(running, axis=1)",
+        "prefix_schedule.py::test_rollouts_are_cut_after_four_windows_of_agreement",
+    ),
+)
+
+_ROLLOUT = (
+    _fault(
+        "a row draws one token more than the cap",
+        "live=live & ~is_stop & (count < draw.cap)",
+        "live=live & ~is_stop & (count <= draw.cap)",
+        "rollout.py::"
+        "test_the_mask_covers_up_to_and_with_the_stop_token_or_the_cap",
+    ),
+    _fault(
+        "the mask leaves the stop token out",
+        "      token,\n      live,\n",
+        "      token,\n"
+        "      live & ~jnp.isin(token, jnp.array(config.stop_ids)),\n",
+        "rollout.py::"
+        "test_the_mask_covers_up_to_and_with_the_stop_token_or_the_cap",
+    ),
+    _fault(
+        "a row draws all of its tokens with one random number",
+        "keys = jax.vmap(jax.random.fold_in)(state.keys, state.count)",
+        "keys = state.keys",
+        "rollout.py::test_every_token_of_a_row_is_drawn_anew",
+    ),
+    _fault(
+        "sampling ignores the temperature",
+        "mask_padding(logits.astype(jnp.float32), num_tokens) / temperature",
+        "mask_padding(logits.astype(jnp.float32), num_tokens)",
+        "rollout.py::test_draws_follow_the_distribution",
+    ),
+    _fault(
+        "padded ids are drawn",
+        "return jnp.where(real, logits, -jnp.inf)",
+        "return logits",
+        "rollout.py::test_draws_follow_the_distribution",
+    ),
+    _fault(
+        "top-p is off",
+        "kept = (above < truncation.top_p)",
+        "kept = (above < 1.0)",
+        "rollout.py::test_truncation_keeps_the_most_probable_and_renormalises",
+    ),
+    _fault(
+        "top-p leaves out the token that reaches it",
+        "jnp.cumsum(jnp.exp(ordered), axis=-1) - jnp.exp(ordered)",
+        "jnp.cumsum(jnp.exp(ordered), axis=-1)",
+        "rollout.py::test_truncation_keeps_the_most_probable_and_renormalises",
+    ),
+    _fault(
+        "what is left of a distribution is not renormalised",
+        "return jax.nn.log_softmax(left, axis=-1)",
+        "return left",
+        "rollout.py::test_truncation_keeps_the_most_probable_and_renormalises",
+    ),
+    _fault(
+        "the log-probabilities of the two distributions are swapped",
+        "for x in (distribution, allowed)",
+        "for x in (allowed, distribution)",
+        "rollout.py::test_truncated_rollouts_record_both_distributions",
+    ),
+    _fault(
+        "scales of int8 ignore negative entries",
+        "scale = jnp.max(jnp.abs(x), axis=-1) / _INT8_MAX",
+        "scale = jnp.max(x, axis=-1) / _INT8_MAX",
+        "models.py::test_what_goes_into_a_cache_lies_where_its_layout_says"
+        "[int8-bkhm-bkmh]",
+    ),
+    _fault(
+        "a prompt's padding predicts the first token",
+        "last = jnp.maximum(lengths - 1, 0)\n",
+        "last = jnp.full_like(lengths, tokens.shape[1] - 1)\n",
+        "rollout.py::test_log_probs_are_the_teacher_forced_ones[1.0-1]",
+    ),
+    _fault(
+        "decoded tokens are one position late",
+        "Rotation.of(c.rope, c.head_dim, cache.lengths[:, None])",
+        "Rotation.of(c.rope, c.head_dim, cache.lengths[:, None] + 1)",
+        "rollout.py::test_log_probs_are_the_teacher_forced_ones[1.0-1]",
+    ),
+    _fault(
+        "prompts are repeated one after the other, and rollouts are not",
+        "jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), batch)",
+        "jax.tree.map(lambda x: jnp.concatenate([x] * times), batch)",
+        "rollout.py::test_log_probs_are_the_teacher_forced_ones[0.7-3]",
+    ),
+    _fault(
+        "all rollouts of a prompt are the same",
+        "jnp.tile(jnp.arange(n), rows)[:, None],",
+        "jnp.zeros((rows * n, 1), jnp.int32),",
+        "rollout.py::test_rollouts_of_a_prompt_are_neighbours_that_differ",
+    ),
+    _fault(
+        "a row's key is its place in the batch",
+        "jnp.repeat(batch.index.reshape(rows, -1), n, axis=0),",
+        "jnp.repeat(jnp.arange(rows)[:, None], n, axis=0),",
+        "rollout.py::test_a_row_does_not_depend_on_its_place_in_the_batch",
+    ),
+    _fault(
+        "a run samples at temperature 1, whatever its settings",
+        "self._temperature = spec.temperature",
+        "self._temperature = 1.0",
+        "programs.py::"
+        "test_a_run_samples_and_compares_as_its_settings_say",
+    ),
+    _fault(
+        "a run samples without its top-p",
+        "truncation=Truncation(spec.top_k, spec.top_p),\n"
+        "        cache_dtype=spec.cache_dtype,",
+        "truncation=Truncation(spec.top_k),\n"
+        "        cache_dtype=spec.cache_dtype,",
+        "programs.py::"
+        "test_a_run_samples_and_compares_as_its_settings_say",
+    ),
+)
+
+_TRAIN = (
+    _fault(
+        "every update samples with the same key",
+        "jax.random.fold_in(self.key, step),",
+        "self.key,",
+        "methods.py::test_every_update_draws_rollouts_anew",
+    ),
+    _fault(
+        "the loss compares at temperature 1, whatever the settings",
+        "1.0 if config.is_supervised else config.rollout.temperature",
+        "1.0",
+        "programs.py::"
+        "test_a_run_samples_and_compares_as_its_settings_say",
+    ),
+    _fault(
+        "what was cut off is trained on",
+        "args = (state.params, teacher, batch, trained, scores)",
+        "args = (state.params, teacher, batch, rollout, scores)",
+        "programs.py::test_what_was_cut_off_is_not_trained_on",
+    ),
+    _fault(
+        "the student answers in the teacher's place",
+        "      params = programs.on_device(teacher_params)\n",
+        "      pass\n",
+        "programs.py::test_answers_of_the_teacher_are_the_teachers",
+    ),
+    _fault(
+        "given answers are one token longer than the cap",
+        "given.mask[:, :length] & (jnp.arange(length) < cap)",
+        "given.mask[:, :length] & (jnp.arange(length) <= cap)",
+        "rows.py::test_given_answers_are_cut_at_the_cap",
+    ),
+    _fault(
+        "parts are joined as they come instead of being dealt back",
+        "np.stack(cards, axis=1).reshape(-1, *rest)",
+        "np.concatenate(cards).reshape(-1, *rest)",
+        "rows.py::test_parts_together_are_the_whole_in_its_order[2]",
+    ),
+    _fault(
+        "the share of off-policy updates is that of the others",
+        "if rng.random() < spec.source_share else",
+        "if rng.random() > spec.source_share else",
+        "prefix_schedule.py::test_a_share_of_the_updates_has_another_source",
+    ),
+    _fault(
+        "the loss is a mean over tokens instead of rollouts",
+        'total.rows if normalize == "rollouts" else total.sums["loss"][1]',
+        'total.sums["loss"][1]',
+        "step.py::test_parts_do_not_change_the_update[rollouts-counts0]",
+    ),
+    _fault(
+        "accumulated gradients are divided twice",
+        "total = Gradient(grads, sums, rows)",
+        "grads = jax.tree.map(lambda g: g / rows, grads)\n"
+        "  total = Gradient(grads, sums, rows)",
+        "step.py::test_parts_do_not_change_the_update[rollouts-counts0]",
+    ),
+    _fault(
+        "the last micro-batch stands for all",
+        "return total if before is None else jax.tree.map(jnp.add, before,"
+        " total)",
+        "return total",
+        "step.py::test_parts_do_not_change_the_update[rollouts-counts0]",
+    ),
+    _fault(
+        "micro-batches are not divided by the global count",
+        "lambda g: g / jnp.maximum(count, 1), total.grads",
+        "lambda g: g, total.grads",
+        "step.py::test_parts_do_not_change_the_update[tokens-counts1]",
+    ),
+    _fault(
+        "the mask is missing in the loss",
+        "weights = window.weights(mask)",
+        "weights = jnp.ones_like(mask)",
+        "step.py::"
+        "test_the_loss_is_the_sum_over_prefix_tokens_of_full_forward_passes",
+    ),
+    _fault(
+        "a window counts from the end of the row and not of its rollout",
+        "length = jnp.sum(mask, axis=1, keepdims=True)",
+        "length = mask.shape[1]",
+        "step.py::test_a_window_chooses_positions_of_each_rollout",
+    ),
+    _fault(
+        "bins of positions divide the bucket and not the longest answer",
+        "bins = jnp.arange(mask.shape[1]) // bin_width(max_len)",
+        "bins = jnp.arange(mask.shape[1]) // bin_width(mask.shape[1])",
+        "step.py::test_position_bins_sum_to_the_whole",
+    ),
+    _fault(
+        "the warm-up begins at a rate of zero",
+        "      spec.learning_rate / spec.warmup_steps,",
+        "      0.0,",
+        "optimizer.py::"
+        "test_the_rate_rises_evenly_to_the_peak_over_the_warm_up[constant]",
+    ),
+    _fault(
+        "the warm-up takes one update more",
+        "max(spec.warmup_steps - 1, 1)",
+        "max(spec.warmup_steps, 1)",
+        "optimizer.py::"
+        "test_the_rate_rises_evenly_to_the_peak_over_the_warm_up[constant]",
+    ),
+    _fault(
+        "norms and biases decay too",
+        "      mask=matrices,\n",
+        "",
+        "optimizer.py::test_weight_decay_is_on_matrices_only[qwen3]",
+    ),
+    _fault(
+        "the update is clipped instead of the gradient",
+        "optax.chain(optax.clip_by_global_norm(spec.clip_norm), adamw)",
+        "optax.chain(adamw, optax.clip_by_global_norm(spec.clip_norm))",
+        "optimizer.py::"
+        "test_the_clip_scales_the_whole_gradient_to_its_norm[1e-08]",
+    ),
+    _fault(
+        "the ledger forgets the updates before",
+        'totals["flops"] += cost.total',
+        'totals["flops"] = cost.total',
+        "ledger.py::test_lines_hold_sums_of_both_accountings_by_phase",
+    ),
+    _fault(
+        "a resumed run begins the data anew",
+        "      setup.data.set_state(data)\n",
+        "",
+        "methods.py::test_a_schedule_runs_and_is_resumed_where_it_was[drift]",
+    ),
+)
+
+_DATA = (
+    _fault(
+        "every epoch has the same order",
+        "stream = stream.repeat()",
+        "stream = stream.repeat(reseed_each_epoch=False)",
+        "data.py::"
+        "test_every_record_comes_once_an_epoch_in_an_order_of_its_own",
+    ),
+    _fault(
+        "the seed does not change the order",
+        ".seed(seed).shuffle()",
+        ".seed(0).shuffle()",
+        "data.py::test_the_seed_decides_the_order",
+    ),
+    _fault(
+        "the suffix is forgotten",
+        "return text + suffix",
+        "return text",
+        "data.py::test_prompts_have_the_chat_form_and_the_suffix",
+    ),
+    _fault(
+        "the prompt does not open the assistant's turn",
+        "add_generation_prompt=True",
+        "add_generation_prompt=False",
+        "data.py::test_prompts_have_the_chat_form_and_the_suffix",
+    ),
+    _fault(
+        "prompts are padded on the right",
+        "row[-len(tokens) :], mask[-len(tokens) :] = tokens, True",
+        "row[: len(tokens)], mask[: len(tokens)] = tokens, True",
+        "data.py::test_prompts_are_whole_and_padded_on_the_left",
+    ),
+    _fault(
+        "a prompt that is too long loses its end",
+        "tokens = chat.encode(text)\n",
+        "tokens = chat.encode(text)[:max_len]\n",
+        "data.py::test_encode_prompt_gives_nothing_rather_than_a_part",
+    ),
+    _fault(
+        "completions have no stop token",
+        "tokens = [*chat.encode(text), chat.end_id]",
+        "tokens = chat.encode(text)",
+        "data.py::test_completions_end_with_the_stop_token_and_padding",
+    ),
+    _fault(
+        "prompts are cut on the wrong side",
+        "tokens=batch.tokens[:, -length:], mask=batch.mask[:, -length:]",
+        "tokens=batch.tokens[:, :length], mask=batch.mask[:, :length]",
+        "data.py::"
+        "test_a_batch_is_cut_to_the_smallest_bucket_that_holds_its_prompts",
+    ),
+    _fault(
+        "the stream forgets where it was",
+        'self._iterator.set_state(loaded["grain"])',
+        'loaded.pop("grain")',
+        "data.py::test_a_stream_goes_on_from_its_state[1]",
+    ),
+    _fault(
+        "the teacher is asked the student's question",
+        "teachers = _encode_own_prompt(self._teacher_chat, text, self._spec)",
+        "teachers = _encode_own_prompt(\n"
+        "          self._teacher_chat, question, self._spec\n      )",
+        "teacher_prompt.py::test_the_template_takes_fields_as_they_are",
+    ),
+    _fault(
+        "stop tokens of the generation config are ignored",
+        "stops += listed if isinstance(listed, list) else [listed]",
+        "pass",
+        "data.py::test_stop_tokens_come_from_tokenizer_and_generation_config",
+    ),
+    _fault(
+        "problems of the test split are trained on",
+        'if _is_test(drawn.question) == (split == "test"):',
+        "if drawn.question:",
+        "math_task.py::test_the_hash_of_the_text_decides_the_split",
+    ),
+)
+
+FAULTS = (*_DISTILL, *_ROLLOUT, *_TRAIN, *_DATA)
