@@ -408,11 +408,10 @@ _TRAIN = (
         "step.py::test_parts_do_not_change_the_update[tokens-counts1]",
     ),
     _fault(
-        "the mask is missing in the loss",
+        "the loss forgets the window and the mask",
         "weights = window.weights(mask)",
         "weights = jnp.ones_like(mask)",
-        "step.py::"
-        "test_the_loss_is_the_sum_over_prefix_tokens_of_full_forward_passes",
+        "step.py::test_a_window_trains_on_its_tokens_and_measures_all",
     ),
     _fault(
         "a window counts from the end of the row and not of its rollout",
