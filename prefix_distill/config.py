@@ -35,21 +35,21 @@ _HERE = "\0"
 _STRICT = pydantic.ConfigDict(allow_inf_nan=False, extra="forbid")
 # How a sentence goes on after "NAME is VALUE"; pydantic's names of errors.
 _MENDS = {
-  "greater_than": "; set it above {gt:g}.",
-  "greater_than_equal": "; set it to {ge:g} or more.",
-  "less_than": "; set it below {lt:g}.",
-  "less_than_equal": "; set it to {le:g} or less.",
-  "literal_error": "; use one of {expected}.",
-  "string_too_short": ", which is empty; give a name.",
-  "finite_number": ", which is no finite number; give a float.",
-  "int_type": " ({kind}); give an int.",
-  "int_from_float": " ({kind}); give an int.",
-  "float_type": " ({kind}); give a float.",
-  "bool_type": " ({kind}); give a bool, True or False.",
-  "string_type": " ({kind}); give a str.",
-  "tuple_type": " ({kind}); give a list.",
-  "dict_type": ", but it is a group of names; set NAME.FIELD.",
-  "dataclass_type": ", but it is a group of fields; set its fields.",
+    "greater_than": "; set it above {gt:g}.",
+    "greater_than_equal": "; set it to {ge:g} or more.",
+    "less_than": "; set it below {lt:g}.",
+    "less_than_equal": "; set it to {le:g} or less.",
+    "literal_error": "; use one of {expected}.",
+    "string_too_short": ", which is empty; give a name.",
+    "finite_number": ", which is no finite number; give a float.",
+    "int_type": " ({kind}); give an int.",
+    "int_from_float": " ({kind}); give an int.",
+    "float_type": " ({kind}); give a float.",
+    "bool_type": " ({kind}); give a bool, True or False.",
+    "string_type": " ({kind}); give a str.",
+    "tuple_type": " ({kind}); give a list.",
+    "dict_type": ", but it is a group of names; set NAME.FIELD.",
+    "dataclass_type": ", but it is a group of fields; set its fields.",
 }
 
 # Nothing is made a number that was none, and nothing a string; a dictionary
@@ -205,25 +205,26 @@ class DatasetSpec:
   def __post_init__(self):
     endless = self.source == "math_task"
     _check(
-      not endless or self.size > 0,
-      f"{_HERE}size is 0 but {_HERE}source is 'math_task', which has no end;"
-      f" set {_HERE}size above 0.",
+        not endless or self.size > 0,
+        f"{_HERE}size is 0 but {_HERE}source is 'math_task', which has no end;"
+        f" set {_HERE}size above 0.",
     )
     _check(
-      not self.random or (self.size > 0 and not endless),
-      f"{_HERE}random is True but {_HERE}source is {self.source!r} and"
-      f" {_HERE}size is {self.size}; set {_HERE}size to how many records to"
-      f" draw from a file or data set, or {_HERE}random to False.",
+        not self.random or (self.size > 0 and not endless),
+        f"{_HERE}random is True but {_HERE}source is {self.source!r} and"
+        f" {_HERE}size is {self.size}; set {_HERE}size to how many records to"
+        f" draw from a file or data set, or {_HERE}random to False.",
     )
     _check(
-      all(self.choices) and len(set(self.choices)) == len(self.choices),
-      f"{_HERE}choices is {self.choices}; name each field with options once.",
+        all(self.choices) and len(set(self.choices)) == len(self.choices),
+        f"{_HERE}choices is {self.choices}; name each field with options"
+        " once.",
     )
     _check(
-      self.choices != (self.answer,),
-      f"{_HERE}choices is {self.choices} and {_HERE}answer is"
-      f" {self.answer!r}, the same field; set {_HERE}answer to the field of"
-      " the right option's letter.",
+        self.choices != (self.answer,),
+        f"{_HERE}choices is {self.choices} and {_HERE}answer is"
+        f" {self.answer!r}, the same field; set {_HERE}answer to the field of"
+        " the right option's letter.",
     )
 
   @property
@@ -262,23 +263,23 @@ class DataSpec:
   def __post_init__(self):
     lengths = (0, *self.prompt_buckets, self.max_prompt_len)
     _check(
-      all(a < b for a, b in itertools.pairwise(lengths)),
-      f"data.prompt_buckets is {self.prompt_buckets}, which does not increase"
-      f" up to data.max_prompt_len {self.max_prompt_len}; sort the lengths,"
-      " and leave out those that are too long.",
+        all(a < b for a, b in itertools.pairwise(lengths)),
+        f"data.prompt_buckets is {self.prompt_buckets}, which does not increase"
+        f" up to data.max_prompt_len {self.max_prompt_len}; sort the lengths,"
+        " and leave out those that are too long.",
     )
     _check(
-      not self.max_teacher_prompt_len or bool(self.teacher_prompt),
-      f"data.max_teacher_prompt_len is {self.max_teacher_prompt_len} but"
-      " data.teacher_prompt is empty, so the teacher reads the student's"
-      " prompt; set data.teacher_prompt, or data.max_teacher_prompt_len to"
-      " 0.",
+        not self.max_teacher_prompt_len or bool(self.teacher_prompt),
+        f"data.max_teacher_prompt_len is {self.max_teacher_prompt_len} but"
+        " data.teacher_prompt is empty, so the teacher reads the student's"
+        " prompt; set data.teacher_prompt, or data.max_teacher_prompt_len to"
+        " 0.",
     )
     _check(
-      not self.teacher_prompt or bool(self.teacher_fields),
-      f"data.teacher_prompt is {self.teacher_prompt!r}, which names no field"
-      " and is the same for every record; name a field in braces, as"
-      f" {{{self.train.question}}}.",
+        not self.teacher_prompt or bool(self.teacher_fields),
+        f"data.teacher_prompt is {self.teacher_prompt!r}, which names no field"
+        " and is the same for every record; name a field in braces, as"
+        f" {{{self.train.question}}}.",
     )
 
   @property
@@ -329,10 +330,10 @@ class RolloutSpec:
 
   def __post_init__(self):
     _check(
-      self.source != "student" or self.source_share == 1,
-      f"rollout.source_share is {self.source_share} but rollout.source is"
-      " 'student'; set rollout.source to 'teacher' or 'data', or"
-      " rollout.source_share to 1.",
+        self.source != "student" or self.source_share == 1,
+        f"rollout.source_share is {self.source_share} but rollout.source is"
+        " 'student'; set rollout.source to 'teacher' or 'data', or"
+        " rollout.source_share to 1.",
     )
 
 
@@ -464,9 +465,9 @@ def _check_idle(values: Any, idle: Iterable[str], at: str, mend: str) -> None:
       value = getattr(group, field.name)
       where = f"{at}.{name}.{field.name}"
       _check(
-        value == field.default,
-        f"{where} is {value!r} but {mend.format(name)}, or leave {where} at"
-        f" {field.default!r}.",
+          value == field.default,
+          f"{where} is {value!r} but {mend.format(name)}, or leave {where} at"
+          f" {field.default!r}.",
       )
 
 
@@ -490,7 +491,7 @@ class PrefixSpec:
   """
 
   schedule: Literal[
-    "linear", "fixed", "random", "drift", "plateau", "agreement", "audited"
+      "linear", "fixed", "random", "drift", "plateau", "agreement", "audited"
   ] = "linear"
   buckets: tuple[_Positive, ...] = ()
   linear: LinearSpec = LinearSpec()
@@ -503,15 +504,13 @@ class PrefixSpec:
 
   def __post_init__(self):
     _check(
-      tuple(sorted(set(self.buckets))) == self.buckets,
-      f"prefix.buckets is {self.buckets}, which does not increase; sort the"
-      " lengths.",
+        tuple(sorted(set(self.buckets))) == self.buckets,
+        f"prefix.buckets is {self.buckets}, which does not increase; sort the"
+        " lengths.",
     )
     _check_idle(
-      self,
-      self.idle(self.schedule),
-      "prefix",
-      f"prefix.schedule is {self.schedule!r}; set prefix.schedule to '{{}}'",
+        self, self.idle(self.schedule), "prefix",
+        f"prefix.schedule is {self.schedule!r}; set prefix.schedule to '{{}}'",
     )
 
   @staticmethod
@@ -538,9 +537,9 @@ class ExactSpec:
 
   def __post_init__(self):
     _check(
-      self.top_k > 0 or self.top_k_of == "teacher",
-      f"loss.exact.top_k_of is {self.top_k_of!r} but loss.exact.top_k is 0;"
-      " set loss.exact.top_k, or leave loss.exact.top_k_of at 'teacher'.",
+        self.top_k > 0 or self.top_k_of == "teacher",
+        f"loss.exact.top_k_of is {self.top_k_of!r} but loss.exact.top_k is 0;"
+        " set loss.exact.top_k, or leave loss.exact.top_k_of at 'teacher'.",
     )
 
 
@@ -610,9 +609,9 @@ class LossSpec:
   def __post_init__(self):
     start, end = self.window_start, self.window_end
     _check(
-      start < end or (end <= 0 <= start) or (start < 0 and end == 0),
-      f"loss.window_start is {start} and loss.window_end is {end}, which"
-      " leaves no tokens; set loss.window_end behind loss.window_start.",
+        start < end or (end <= 0 <= start) or (start < 0 and end == 0),
+        f"loss.window_start is {start} and loss.window_end is {end}, which"
+        " leaves no tokens; set loss.window_end behind loss.window_start.",
     )
     divergence = self.exact.divergence
     idle = self.idle(self.form, divergence)
@@ -665,10 +664,10 @@ class OptimizerSpec:
 
   def __post_init__(self):
     _check(
-      self.decay == "cosine" or not self.final_fraction,
-      f"optimizer.final_fraction is {self.final_fraction} but optimizer.decay"
-      f" is {self.decay!r}; set optimizer.decay to 'cosine', or"
-      " optimizer.final_fraction to 0.",
+        self.decay == "cosine" or not self.final_fraction,
+        f"optimizer.final_fraction is {self.final_fraction} but optimizer.decay"
+        f" is {self.decay!r}; set optimizer.decay to 'cosine', or"
+        " optimizer.final_fraction to 0.",
     )
 
 
@@ -693,16 +692,16 @@ class MeshSpec:
 
   def __post_init__(self):
     _check(
-      self.data != 0,
-      "mesh.data is 0; set it to 1 or more, or to -1 for the devices that are"
-      " left.",
+        self.data != 0,
+        "mesh.data is 0; set it to 1 or more, or to -1 for the devices that are"
+        " left.",
     )
     shards = self.fsdp * self.tensor
     _check(
-      not self.sampling_tensor or shards % self.sampling_tensor == 0,
-      f"mesh.sampling_tensor is {self.sampling_tensor}, which does not divide"
-      f" mesh.fsdp x mesh.tensor = {shards}; set it to a divisor of that, or"
-      " to 0 for mesh.tensor.",
+        not self.sampling_tensor or shards % self.sampling_tensor == 0,
+        f"mesh.sampling_tensor is {self.sampling_tensor}, which does not divide"
+        f" mesh.fsdp x mesh.tensor = {shards}; set it to a divisor of that, or"
+        " to 0 for mesh.tensor.",
     )
 
 
@@ -740,15 +739,15 @@ class EvaluationSpec:
   def __post_init__(self):
     for name in self.between:
       _check(
-        name in self.sets,
-        f"evaluation.between is {self.between}, of which {name!r} is not in"
-        f" evaluation.sets; use {', '.join(self.sets) or '()'}.",
+          name in self.sets,
+          f"evaluation.between is {self.between}, of which {name!r} is not in"
+          f" evaluation.sets; use {', '.join(self.sets) or '()'}.",
       )
     for name, spec in self.sets.items():
       _check(
-        bool(spec.answer),
-        f"evaluation.sets.{name}.answer is empty, so nothing can be graded;"
-        " name the field of the right answer.",
+          bool(spec.answer),
+          f"evaluation.sets.{name}.answer is empty, so nothing can be graded;"
+          " name the field of the right answer.",
       )
 
 
@@ -812,71 +811,71 @@ class Config:
 
   def _check_models(self) -> None:
     _check(
-      self.student.param_dtype == "float32",
-      f"student.param_dtype is {self.student.param_dtype!r}, but AdamW's"
-      " small steps vanish in bfloat16; set student.param_dtype to 'float32'"
-      " and, to compute in bfloat16, student.compute_dtype.",
+        self.student.param_dtype == "float32",
+        f"student.param_dtype is {self.student.param_dtype!r}, but AdamW's"
+        " small steps vanish in bfloat16; set student.param_dtype to 'float32'"
+        " and, to compute in bfloat16, student.compute_dtype.",
     )
     _check(
-      not self.student.offload,
-      "student.offload is True, but the student is never idle; set"
-      " student.offload to False (optimizer.offload keeps the moments in the"
-      " host's memory).",
+        not self.student.offload,
+        "student.offload is True, but the student is never idle; set"
+        " student.offload to False (optimizer.offload keeps the moments in the"
+        " host's memory).",
     )
     _check(
-      self.method == "sft" or self.teacher is not None,
-      f"method is {self.method!r} but teacher is None; set teacher.path.",
+        self.method == "sft" or self.teacher is not None,
+        f"method is {self.method!r} but teacher is None; set teacher.path.",
     )
 
   def _check_answers(self) -> None:
     completion = self.data.train.completion
     _check(
-      self.method != "sft" or bool(completion),
-      "method is 'sft' but data.train.completion is empty; name the field of"
-      " the answers to learn.",
+        self.method != "sft" or bool(completion),
+        "method is 'sft' but data.train.completion is empty; name the field of"
+        " the answers to learn.",
     )
     _check(
-      self.rollout.source != "data" or bool(completion),
-      "rollout.source is 'data' but data.train.completion is empty; name the"
-      " field of the answers.",
+        self.rollout.source != "data" or bool(completion),
+        "rollout.source is 'data' but data.train.completion is empty; name the"
+        " field of the answers.",
     )
     supervised = self.is_supervised
     _check(
-      not supervised or self.rollout.per_prompt == 1,
-      f"method is {self.method!r} but rollout.per_prompt is"
-      f" {self.rollout.per_prompt}, and a record has one completion; set"
-      " rollout.per_prompt to 1.",
+        not supervised or self.rollout.per_prompt == 1,
+        f"method is {self.method!r} but rollout.per_prompt is"
+        f" {self.rollout.per_prompt}, and a record has one completion; set"
+        " rollout.per_prompt to 1.",
     )
     _check(
-      not supervised or not self.data.teacher_prompt,
-      f"method is {self.method!r} but data.teacher_prompt is"
-      f" {self.data.teacher_prompt!r}, and no teacher scores anything; leave"
-      " data.teacher_prompt empty.",
+        not supervised or not self.data.teacher_prompt,
+        f"method is {self.method!r} but data.teacher_prompt is"
+        f" {self.data.teacher_prompt!r}, and no teacher scores anything; leave"
+        " data.teacher_prompt empty.",
     )
 
   def _check_prefix(self) -> None:
     source, form = self.rollout.source, self.loss.form
     _check(
-      source == "student" or form == "exact",
-      f"rollout.source is {source!r} but loss.form is {form!r}, which needs"
-      " tokens that the student drew; set loss.form to 'exact'.",
+        source == "student" or form == "exact",
+        f"rollout.source is {source!r} but loss.form is {form!r}, which needs"
+        " tokens that the student drew; set loss.form to 'exact'.",
     )
     length, longest = self.prefix.fixed.length, self.rollout.max_len
     _check(
-      self.prefix.schedule != "fixed" or length <= longest,
-      f"prefix.fixed.length is {length} but rollout.max_len is {longest};"
-      " lower prefix.fixed.length or raise rollout.max_len.",
+        self.prefix.schedule != "fixed" or length <= longest,
+        f"prefix.fixed.length is {length} but rollout.max_len is {longest};"
+        " lower prefix.fixed.length or raise rollout.max_len.",
     )
     _check(
-      self.schedule != "drift" or form == "exact",
-      f"prefix.schedule is 'drift' but loss.form is {form!r}, which does not"
-      " see the two models' most probable tokens; set loss.form to 'exact'.",
+        self.schedule != "drift" or form == "exact",
+        f"prefix.schedule is 'drift' but loss.form is {form!r}, which does not"
+        " see the two models' most probable tokens; set loss.form to 'exact'.",
     )
     _check(
-      self.schedule != "agreement" or source == "student",
-      f"prefix.schedule is 'agreement' but rollout.source is {source!r}, and"
-      " the schedule cuts the student's own rollouts; set rollout.source to"
-      " 'student'.",
+        self.schedule != "agreement" or source == "student",
+        f"prefix.schedule is 'agreement' but rollout.source is {source!r}, and"
+        " the schedule cuts the student's own rollouts; set rollout.source to"
+        " 'student'.",
     )
 
   @property
@@ -944,7 +943,7 @@ def with_new_groups(values: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def without_idle_groups(
-  values: Mapping[str, Any], given: Iterable[str]
+    values: Mapping[str, Any], given: Iterable[str]
 ) -> dict[str, Any]:
   """Drops groups that a choice in `given` has put out of use.
 
@@ -963,8 +962,8 @@ def without_idle_groups(
     loss = values["loss"]
     exact = loss.get("exact", {})
     names = LossSpec.idle(
-      loss.get("form", LossSpec.form),
-      exact.get("divergence", ExactSpec.divergence),
+        loss.get("form", LossSpec.form),
+        exact.get("divergence", ExactSpec.divergence),
     )
     idle |= {("loss", name) for name in names}
   for group, name in idle:

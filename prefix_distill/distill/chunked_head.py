@@ -36,11 +36,11 @@ class TokenLoss(Protocol):
   """What `weighted_sum` sums."""
 
   def __call__(
-    self,
-    logits: jax.Array,
-    other_logits: jax.Array | None,
-    extras: Any,
-    shard: Shard,
+      self,
+      logits: jax.Array,
+      other_logits: jax.Array | None,
+      extras: Any,
+      shard: Shard,
   ) -> tuple[jax.Array, jax.Array, PerToken]:
     """Returns losses, their gradients and metrics.
 
@@ -58,16 +58,16 @@ class TokenLoss(Protocol):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 8, 9))
 def weighted_sum(
-  loss: TokenLoss,
-  hidden: jax.Array,
-  head: jax.Array,
-  weights: jax.Array,
-  mask: jax.Array,
-  extras: Any,
-  other_hidden: jax.Array | None = None,
-  other_head: jax.Array | None = None,
-  mesh: jax.sharding.Mesh | None = None,
-  memory: int = 2**28,
+    loss: TokenLoss,
+    hidden: jax.Array,
+    head: jax.Array,
+    weights: jax.Array,
+    mask: jax.Array,
+    extras: Any,
+    other_hidden: jax.Array | None = None,
+    other_head: jax.Array | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    memory: int = 2**28,
 ) -> tuple[jax.Array, PerToken]:
   """Sums a loss over tokens, straight from hidden states.
 
@@ -91,17 +91,8 @@ def weighted_sum(
     out.
   """
   return _run(
-    loss,
-    hidden,
-    head,
-    weights,
-    mask,
-    extras,
-    other_hidden,
-    other_head,
-    mesh,
-    memory,
-    with_gradient=False,
+      loss, hidden, head, weights, mask, extras, other_hidden, other_head,
+      mesh, memory, with_gradient=False,
   )[0]
 
 
@@ -125,17 +116,17 @@ def chunks(tokens: int, vocabulary: int, memory: int) -> tuple[int, int]:
 
 
 def _run(
-  loss: TokenLoss,
-  hidden: jax.Array,
-  head: jax.Array,
-  weights: jax.Array,
-  mask: jax.Array,
-  extras: Any,
-  other_hidden: jax.Array | None,
-  other_head: jax.Array | None,
-  mesh: jax.sharding.Mesh | None,
-  memory: int,
-  with_gradient: bool = True,
+    loss: TokenLoss,
+    hidden: jax.Array,
+    head: jax.Array,
+    weights: jax.Array,
+    mask: jax.Array,
+    extras: Any,
+    other_hidden: jax.Array | None,
+    other_head: jax.Array | None,
+    mesh: jax.sharding.Mesh | None,
+    memory: int,
+    with_gradient: bool = True,
 ) -> tuple[tuple[jax.Array, PerToken], tuple[jax.Array, jax.Array] | None]:
   """Runs `_local` on every device; returns the sum, metrics and gradients."""
   rows, width = head.shape
@@ -153,37 +144,32 @@ def _run(
   whole_head = _PartitionSpec(tensor)
   gradients = (batch, _PartitionSpec(tensor, fsdp)) if with_gradient else None
   return jax.shard_map(
-    functools.partial(
-      _local,
-      loss,
-      memory,
-      with_gradient,
-      sharding.BATCH_AXES,
-      tensor,
-      fsdp,
-    ),
-    mesh=mesh,
-    in_specs=(batch, whole_head, batch, batch, batch, batch, whole_head),
-    out_specs=((_PartitionSpec(), batch), gradients),
-    # Sums over a mesh axis are equal on it, which is not seen through loops.
-    check_vma=False,
+      functools.partial(
+          _local, loss, memory, with_gradient, sharding.BATCH_AXES, tensor,
+          fsdp,
+      ),
+      mesh=mesh,
+      in_specs=(batch, whole_head, batch, batch, batch, batch, whole_head),
+      out_specs=((_PartitionSpec(), batch), gradients),
+      # Sums over a mesh axis are equal on it, which is not seen through loops.
+      check_vma=False,
   )(*arrays)
 
 
 def _local(
-  loss: TokenLoss,
-  memory: int,
-  with_gradient: bool,
-  axes: tuple[str, ...] | None,
-  tensor: str | None,
-  fsdp: str | None,
-  hidden: jax.Array,
-  head: jax.Array,
-  weights: jax.Array,
-  mask: jax.Array,
-  extras: Any,
-  other_hidden: jax.Array | None,
-  other_head: jax.Array | None,
+    loss: TokenLoss,
+    memory: int,
+    with_gradient: bool,
+    axes: tuple[str, ...] | None,
+    tensor: str | None,
+    fsdp: str | None,
+    hidden: jax.Array,
+    head: jax.Array,
+    weights: jax.Array,
+    mask: jax.Array,
+    extras: Any,
+    other_hidden: jax.Array | None,
+    other_head: jax.Array | None,
 ) -> tuple[tuple[jax.Array, PerToken], tuple[jax.Array, jax.Array] | None]:
   """One device's part: its rows, and its rows of the heads.
 
@@ -220,27 +206,28 @@ def _local(
 
   def chunk(i: Any, before: tuple[Any, Any] | None = None) -> tuple[Any, Any]:
     """Returns sums and rows of chunk i, added to those of the chunks before."""
-    hidden, other_hidden, weights, extras = jax.tree.map(lambda x: x[i], parts)
+    hidden, other_hidden, weights, extras = jax.tree.map(
+        lambda x: x[i], parts
+    )
     other = None
     if other_hidden is not None:
       other = head_logits(other_hidden, other_head)
     values, d_logits, metrics = loss(
-      head_logits(hidden, head), other, extras, shard
+        head_logits(hidden, head), other, extras, shard
     )
     d_hidden = d_head = None
     if with_gradient:
       d_logits = (d_logits * weights[:, None]).astype(dtype)
       d_hidden = d_logits @ head.astype(dtype)
       d_head = jnp.einsum(
-        "nv,nd->vd", d_logits, hidden, preferred_element_type=jnp.float32
+          "nv,nd->vd", d_logits, hidden, preferred_element_type=jnp.float32
       )
     sums, found = (jnp.sum(values * weights), d_head), (metrics, d_hidden)
     if before is None:
       return sums, found
     return jax.tree.map(jnp.add, before[0], sums), jax.tree.map(
-      lambda all_, x: jax.lax.dynamic_update_index_in_dim(all_, x, i, 0),
-      before[1],
-      found,
+        lambda all_, x: jax.lax.dynamic_update_index_in_dim(all_, x, i, 0),
+        before[1], found,
     )
 
   if count == 1:
@@ -250,9 +237,8 @@ def _local(
     used = jnp.any(split(mask), axis=1)
     needed = jnp.max(jnp.where(used, jnp.arange(count) + 1, 0))
     sums, found = jax.eval_shape(chunk, 0)
-    zeros = (
-      jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums),
-      (jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), found)),
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums), (
+        jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), found)
     )
     sums, found = jax.lax.fori_loop(0, needed, chunk, zeros)
   (value, d_head), (metrics, d_hidden) = sums, jax.tree.map(join, found)
@@ -265,18 +251,20 @@ def _local(
   if tensor:
     d_hidden = jax.lax.psum(d_hidden, tensor)
   if fsdp:  # First, so that the replicas add a part up and not the whole.
-    d_head = jax.lax.psum_scatter(d_head, fsdp, scatter_dimension=1, tiled=True)
+    d_head = jax.lax.psum_scatter(
+        d_head, fsdp, scatter_dimension=1, tiled=True
+    )
   if axes:
     d_head = jax.lax.psum(d_head, "data" if fsdp else axes)
   return (value, metrics), (d_hidden, d_head)
 
 
 def _scaled(
-  loss: TokenLoss,
-  mesh: jax.sharding.Mesh | None,
-  memory: int,
-  gradients: tuple[jax.Array, jax.Array],
-  cotangents: tuple[jax.Array, PerToken],
+    loss: TokenLoss,
+    mesh: jax.sharding.Mesh | None,
+    memory: int,
+    gradients: tuple[jax.Array, jax.Array],
+    cotangents: tuple[jax.Array, PerToken],
 ) -> tuple[jax.Array | None, ...]:
   """Returns the gradients of `weighted_sum`: those of states and head."""
   del loss, mesh, memory

@@ -144,9 +144,9 @@ def jsd_term(log_p: jax.Array, log_q: jax.Array, beta: float) -> jax.Array:
 
 # What `loss.exact.divergence` may name.
 TERMS = {
-  "reverse_kl": reverse_kl_term,
-  "forward_kl": forward_kl_term,
-  "jsd": jsd_term,
+    "reverse_kl": reverse_kl_term,
+    "forward_kl": forward_kl_term,
+    "jsd": jsd_term,
 }
 
 
@@ -157,18 +157,18 @@ def named(name: str, beta: float = 0.5) -> Term:
     ConfigError: there is none.
   """
   errors.check(
-    name in TERMS,
-    f"loss.exact.divergence is {name!r}; use one of {', '.join(TERMS)}.",
+      name in TERMS,
+      f"loss.exact.divergence is {name!r}; use one of {', '.join(TERMS)}.",
   )
   found = TERMS[name]
   return functools.partial(found, beta=beta) if name == "jsd" else found
 
 
 def events(
-  student_logits: jax.Array,
-  teacher_logits: jax.Array,
-  dist: Distribution,
-  shard: Shard = WHOLE,
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    dist: Distribution,
+    shard: Shard = WHOLE,
 ) -> Events:
   """Says which tokens are compared one by one and which together."""
   ids = shard.ids(student_logits.shape[-1])
@@ -188,7 +188,7 @@ def events(
 
 
 def log_probs(
-  logits: jax.Array, dist: Distribution, these: Events, shard: Shard = WHOLE
+    logits: jax.Array, dist: Distribution, these: Events, shard: Shard = WHOLE
 ) -> LogProbs:
   """Returns log softmax(logits / temperature) of tokens and groups.
 
@@ -200,18 +200,20 @@ def log_probs(
   masks = (real, *these.groups)
   # A group has a maximum of its own, or an improbable one would vanish.
   top = shard.max(
-    jnp.stack(
-      [jnp.max(jnp.where(m, scaled, _NEVER), axis=-1) for m in masks], -1
-    )
+      jnp.stack(
+          [jnp.max(jnp.where(m, scaled, _NEVER), axis=-1) for m in masks], -1
+      )
   )
   sums = shard.sum(
-    jnp.stack(
-      [
-        jnp.sum(jnp.where(m, jnp.exp(jnp.where(m, scaled - t, 0)), 0), -1)
-        for m, t in zip(masks, _columns(top), strict=True)
-      ],
-      -1,
-    )
+      jnp.stack(
+          [
+              jnp.sum(
+                  jnp.where(m, jnp.exp(jnp.where(m, scaled - t, 0)), 0), -1
+              )
+              for m, t in zip(masks, _columns(top), strict=True)
+          ],
+          -1,
+      )
   )
   present = sums > 0
   logs = jnp.where(present, top + jnp.log(jnp.where(present, sums, 1)), 0)
@@ -226,11 +228,11 @@ def _columns(x: jax.Array) -> list[jax.Array]:
 
 
 def compare(
-  term: Term,
-  student: LogProbs,
-  teacher: LogProbs,
-  these: Events,
-  shard: Shard = WHOLE,
+    term: Term,
+    student: LogProbs,
+    teacher: LogProbs,
+    these: Events,
+    shard: Shard = WHOLE,
 ) -> jax.Array:
   """Sums a term over all events: float32 [...], nats."""
   shares = term(student.tokens, teacher.tokens)
@@ -240,12 +242,12 @@ def compare(
 
 
 def compare_with_gradient(
-  term: Term,
-  student: LogProbs,
-  teacher: LogProbs,
-  these: Events,
-  dist: Distribution,
-  shard: Shard = WHOLE,
+    term: Term,
+    student: LogProbs,
+    teacher: LogProbs,
+    these: Events,
+    dist: Distribution,
+    shard: Shard = WHOLE,
 ) -> tuple[jax.Array, jax.Array]:
   """`compare`, and its gradient with respect to the student's logits.
 
@@ -260,33 +262,27 @@ def compare_with_gradient(
   """
   # Gradients of the shares, in one pass with them.
   values, slopes = jax.jvp(
-    functools.partial(term, log_q=teacher.tokens),
-    (student.tokens,),
-    (jnp.ones_like(student.tokens),),
+      functools.partial(term, log_q=teacher.tokens), (student.tokens,),
+      (jnp.ones_like(student.tokens),),
   )
   group_values, group_slopes = jax.jvp(
-    functools.partial(term, log_q=teacher.groups),
-    (student.groups,),
-    (jnp.ones_like(student.groups),),
+      functools.partial(term, log_q=teacher.groups), (student.groups,),
+      (jnp.ones_like(student.groups),),
   )
   slopes = jnp.where(these.single, slopes, 0)
   value, total = shard.sum(
-    jnp.stack(
-      [
-        jnp.sum(jnp.where(these.single, values, 0), axis=-1),
-        jnp.sum(slopes, axis=-1),
-      ]
-    )
+      jnp.stack([
+          jnp.sum(jnp.where(these.single, values, 0), axis=-1),
+          jnp.sum(slopes, axis=-1),
+      ])
   )
   value += jnp.sum(jnp.where(student.present, group_values, 0), axis=-1)
   group_slopes = jnp.where(student.present, group_slopes, 0)
   total += jnp.sum(group_slopes, axis=-1)
   probs = jnp.exp(student.tokens)
   parts = zip(
-    these.groups,
-    _columns(group_slopes),
-    _columns(student.groups),
-    strict=True,
+      these.groups, _columns(group_slopes), _columns(student.groups),
+      strict=True,
   )
   for members, group_slope, log_prob in parts:
     share = jnp.exp(jnp.minimum(student.tokens - log_prob, 0))
@@ -297,7 +293,7 @@ def compare_with_gradient(
 
 
 def _same_rows(
-  student_logits: jax.Array, teacher_logits: jax.Array, dist: Distribution
+    student_logits: jax.Array, teacher_logits: jax.Array, dist: Distribution
 ) -> tuple[jax.Array, jax.Array]:
   """Cuts both to the smaller vocabulary; what is cut off is padding.
 
@@ -307,25 +303,27 @@ def _same_rows(
   rows = min(student_logits.shape[-1], teacher_logits.shape[-1])
   if rows < dist.num_tokens:
     raise ValueError(
-      f"The tokenizer has {dist.num_tokens} ids, but a vocabulary has only"
-      f" {rows} rows; the tokenizer is not that of the model."
+        f"The tokenizer has {dist.num_tokens} ids, but a vocabulary has only"
+        f" {rows} rows; the tokenizer is not that of the model."
     )
   return student_logits[..., :rows], teacher_logits[..., :rows]
 
 
 def _dense(
-  term: Term,
-  student_logits: jax.Array,
-  teacher_logits: jax.Array,
-  dist: Distribution,
+    term: Term,
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    dist: Distribution,
 ) -> jax.Array:
   logits = _same_rows(student_logits, teacher_logits, dist)
   these = events(*logits, dist)
-  return compare(term, *(log_probs(x, dist, these) for x in logits), these)
+  return compare(
+      term, *(log_probs(x, dist, these) for x in logits), these
+  )
 
 
 def reverse_kl(
-  student_logits: jax.Array, teacher_logits: jax.Array, dist: Distribution
+    student_logits: jax.Array, teacher_logits: jax.Array, dist: Distribution
 ) -> jax.Array:
   """Returns KL(student || teacher) at each position, the paper's objective.
 
@@ -348,7 +346,7 @@ def reverse_kl(
 
 
 def forward_kl(
-  student_logits: jax.Array, teacher_logits: jax.Array, dist: Distribution
+    student_logits: jax.Array, teacher_logits: jax.Array, dist: Distribution
 ) -> jax.Array:
   """Returns KL(teacher || student) at each position; as `reverse_kl`.
 
@@ -358,10 +356,10 @@ def forward_kl(
 
 
 def jsd(
-  student_logits: jax.Array,
-  teacher_logits: jax.Array,
-  dist: Distribution,
-  beta: float = 0.5,
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    dist: Distribution,
+    beta: float = 0.5,
 ) -> jax.Array:
   """Returns the generalised JSD at each position; see `jsd_term`.
 

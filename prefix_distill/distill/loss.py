@@ -57,14 +57,14 @@ class Loss:
   memory: int = dataclasses.field(default=2**28, kw_only=True)
 
   def arguments(
-    self,
-    model: Model,
-    params: Params,
-    teacher_head: jax.Array | None,
-    hidden: jax.Array,
-    rollout: Rollout,
-    scores: TeacherScores,
-    weights: jax.Array,
+      self,
+      model: Model,
+      params: Params,
+      teacher_head: jax.Array | None,
+      hidden: jax.Array,
+      rollout: Rollout,
+      scores: TeacherScores,
+      weights: jax.Array,
   ) -> tuple[Any, ...]:
     """Returns the arguments of `chunked_head.weighted_sum`.
 
@@ -83,16 +83,9 @@ class Loss:
       weights: [B, P], of each token; 0 where the mask is false.
     """
     return (
-      self,
-      hidden,
-      model.head(params),
-      weights,
-      rollout.mask,
-      self.extras(rollout, scores),
-      scores.hidden,
-      teacher_head,
-      model.mesh,
-      self.memory,
+        self, hidden, model.head(params), weights, rollout.mask,
+        self.extras(rollout, scores), scores.hidden, teacher_head, model.mesh,
+        self.memory,
     )
 
   def extras(self, rollout: Rollout, scores: TeacherScores) -> Any:
@@ -124,42 +117,38 @@ class ExactLoss(Loss):
     del rollout, scores
 
   def __call__(
-    self,
-    logits: jax.Array,
-    teacher_logits: jax.Array,
-    extras: None,
-    shard: Shard,
+      self,
+      logits: jax.Array,
+      teacher_logits: jax.Array,
+      extras: None,
+      shard: Shard,
   ) -> tuple[jax.Array, jax.Array, PerToken]:
     """See `chunked_head.TokenLoss`."""
     del extras
     dist, both = self.dist, (logits, teacher_logits)
     these = divergence.events(*both, dist, shard)
     student, teacher = (
-      divergence.log_probs(x, dist, these, shard) for x in both
+        divergence.log_probs(x, dist, these, shard) for x in both
     )
     value, gradient = divergence.compare_with_gradient(
-      divergence.named(self.kind, self.beta),
-      student,
-      teacher,
-      these,
-      dist,
-      shard,
+        divergence.named(self.kind, self.beta), student, teacher, these, dist,
+        shard,
     )
     plain = _plain(dist)
     if plain != dist:
       these = divergence.events(*both, plain, shard)
       student, teacher = (
-        divergence.log_probs(x, plain, these, shard) for x in both
+          divergence.log_probs(x, plain, these, shard) for x in both
       )
     agree = _top1(logits, dist, shard) == _top1(teacher_logits, dist, shard)
     metrics = {
-      "loss": value,
-      "kl": divergence.compare(
-        divergence.reverse_kl_term, student, teacher, these, shard
-      ),
-      "entropy_student": _entropy(student, plain, shard),
-      "entropy_teacher": _entropy(teacher, plain, shard),
-      "top1_agreement": agree.astype(jnp.float32),
+        "loss": value,
+        "kl": divergence.compare(
+            divergence.reverse_kl_term, student, teacher, these, shard
+        ),
+        "entropy_student": _entropy(student, plain, shard),
+        "entropy_teacher": _entropy(teacher, plain, shard),
+        "top1_agreement": agree.astype(jnp.float32),
     }
     if self.overlap_of:
       metrics["overlap"] = _overlap(both, self.overlap_of, dist, shard)
@@ -187,31 +176,28 @@ class SampledLoss(Loss):
   min_entropy: float = 0.0
 
   def extras(
-    self, rollout: Rollout, scores: TeacherScores
+      self, rollout: Rollout, scores: TeacherScores
   ) -> tuple[jax.Array, ...]:
     return (
-      rollout.tokens,
-      rollout.choice_log_probs,
-      scores.log_probs,
-      scores.entropy,
-      scores.top1,
+        rollout.tokens, rollout.choice_log_probs, scores.log_probs,
+        scores.entropy, scores.top1,
     )
 
   def signal(self, student: jax.Array, teacher: jax.Array) -> jax.Array:
     """Returns the estimate from log-probabilities of events [...]."""
     if self.mixture:
       teacher = jnp.maximum(
-        teacher, jax.lax.stop_gradient(student) + jnp.log(self.mixture)
+          teacher, jax.lax.stop_gradient(student) + jnp.log(self.mixture)
       )
     return {"k1": k1, "k3": k3}[self.estimator](student, teacher)
 
   def of_tokens(
-    self,
-    tokens: jax.Array,
-    events: jax.Array,
-    entropy: jax.Array,
-    sampler: jax.Array,
-    teacher: jax.Array,
+      self,
+      tokens: jax.Array,
+      events: jax.Array,
+      entropy: jax.Array,
+      sampler: jax.Array,
+      teacher: jax.Array,
   ) -> jax.Array:
     """Returns the loss of each token.
 
@@ -227,11 +213,11 @@ class SampledLoss(Loss):
     return jnp.where(entropy >= self.min_entropy, values, 0)
 
   def __call__(
-    self,
-    logits: jax.Array,
-    other_logits: None,
-    extras: tuple[jax.Array, ...],
-    shard: Shard,
+      self,
+      logits: jax.Array,
+      other_logits: None,
+      extras: tuple[jax.Array, ...],
+      shard: Shard,
   ) -> tuple[jax.Array, jax.Array, PerToken]:
     """See `chunked_head.TokenLoss`."""
     del other_logits
@@ -240,22 +226,21 @@ class SampledLoss(Loss):
     found = _tokens(logits, ids, dist, shard)
     entropy = _plain_entropy(logits, dist, shard)
     values, pull = jax.vjp(
-      lambda token, event: self.of_tokens(
-        token, event, entropy, sampler, teacher
-      ),
-      found.token,
-      found.event,
+        lambda token, event: self.of_tokens(
+            token, event, entropy, sampler, teacher
+        ),
+        found.token, found.event,
     )
     by_token, by_event = pull(jnp.ones_like(values))
     gradient = by_token[:, None] * found.d_token
     gradient += by_event[:, None] * found.d_event
     agree = _top1(logits, dist, shard) == teacher_top1
     metrics = {
-      "loss": values,
-      "kl": found.event - teacher,
-      "entropy_student": entropy,
-      "entropy_teacher": teacher_entropy,
-      "top1_agreement": agree.astype(jnp.float32),
+        "loss": values,
+        "kl": found.event - teacher,
+        "entropy_student": entropy,
+        "entropy_teacher": teacher_entropy,
+        "top1_agreement": agree.astype(jnp.float32),
     }
     return values, gradient, metrics
 
@@ -274,11 +259,11 @@ def make(config: Config, num_tokens: int, stop_ids: tuple[int, ...]) -> Loss:
   spec = config.loss
   memory = spec.logits_mib * 2**20
   dist = Distribution(
-    temperature=1.0 if config.is_supervised else config.rollout.temperature,
-    num_tokens=num_tokens,
-    stop_ids=stop_ids,
-    top_k=spec.exact.top_k,
-    top_k_of=spec.exact.top_k_of,
+      temperature=1.0 if config.is_supervised else config.rollout.temperature,
+      num_tokens=num_tokens,
+      stop_ids=stop_ids,
+      top_k=spec.exact.top_k,
+      top_k_of=spec.exact.top_k_of,
   )
   if spec.form == "direct":
     return SampledLoss(dist, "direct", "k3", memory=memory)
@@ -287,12 +272,8 @@ def make(config: Config, num_tokens: int, stop_ids: tuple[int, ...]) -> Loss:
     return SampledLoss(dist, **settings, memory=memory)
   schedule = prefix_schedule.make(config)
   return ExactLoss(
-    dist,
-    spec.exact.divergence,
-    spec.jsd.beta,
-    schedule.overlap_of,
-    schedule.score_tokens,
-    memory=memory,
+      dist, spec.exact.divergence, spec.jsd.beta, schedule.overlap_of,
+      schedule.score_tokens, memory=memory,
   )
 
 
@@ -308,7 +289,7 @@ def k3(student: jax.Array, teacher: jax.Array) -> jax.Array:
 
 
 def policy_gradient(
-  student: jax.Array, sampler: jax.Array, signal: jax.Array
+    student: jax.Array, sampler: jax.Array, signal: jax.Array
 ) -> jax.Array:
   """Returns the paper's importance-sampled token loss.
 
@@ -327,7 +308,7 @@ def policy_gradient(
 
 
 def direct(
-  student: jax.Array, sampler: jax.Array, signal: jax.Array
+    student: jax.Array, sampler: jax.Array, signal: jax.Array
 ) -> jax.Array:
   """Returns the signal itself, differentiated, importance weighted.
 
@@ -337,11 +318,11 @@ def direct(
 
 
 def score(
-  model: Model,
-  loss: Loss,
-  params: Params,
-  batch: PromptBatch,
-  rollout: Rollout,
+    model: Model,
+    loss: Loss,
+    params: Params,
+    batch: PromptBatch,
+    rollout: Rollout,
 ) -> TeacherScores:
   """Runs the teacher over prompt + prefix; the rest was never sampled.
 
@@ -359,30 +340,25 @@ def score(
   if exact and not loss.score_tokens:
     return TeacherScores(hidden=hidden)
   looked = token_scores(
-    model,
-    params,
-    hidden,
-    rollout.tokens,
-    rollout.mask,
-    loss.dist,
-    loss.memory,
+      model, params, hidden, rollout.tokens, rollout.mask, loss.dist,
+      loss.memory,
   )
   return TeacherScores(
-    hidden=hidden if exact else None,
-    log_probs=looked["event"],
-    entropy=looked["entropy"],
-    top1=looked["top1"],
+      hidden=hidden if exact else None,
+      log_probs=looked["event"],
+      entropy=looked["entropy"],
+      top1=looked["top1"],
   )
 
 
 def token_scores(
-  model: Model,
-  params: Params,
-  hidden: jax.Array,
-  tokens: jax.Array,
-  mask: jax.Array,
-  dist: Distribution,
-  memory: int = 2**28,
+    model: Model,
+    params: Params,
+    hidden: jax.Array,
+    tokens: jax.Array,
+    mask: jax.Array,
+    dist: Distribution,
+    memory: int = 2**28,
 ) -> PerToken:
   """Returns what the head says of given tokens, each [B, P].
 
@@ -400,48 +376,37 @@ def token_scores(
     at temperature 1, and `top1`, the most probable token.
   """
   return chunked_head.per_token(
-    functools.partial(_look, dist),
-    hidden,
-    model.head(params),
-    mask,
-    mask,
-    tokens,
-    mesh=model.mesh,
-    memory=memory,
+      functools.partial(_look, dist), hidden, model.head(params), mask, mask,
+      tokens, mesh=model.mesh, memory=memory,
   )
 
 
 def cross_entropy(
-  model: Model,
-  params: Params,
-  hidden: jax.Array,
-  rollout: Rollout,
-  dist: Distribution,
-  memory: int = 2**28,
+    model: Model,
+    params: Params,
+    hidden: jax.Array,
+    rollout: Rollout,
+    dist: Distribution,
+    memory: int = 2**28,
 ) -> jax.Array:
   """Sums -log p(token) over given answers: the supervised loss."""
   value, _ = chunked_head.weighted_sum(
-    functools.partial(_supervised, dist),
-    hidden,
-    model.head(params),
-    rollout.mask,
-    rollout.mask,
-    rollout.tokens,
-    mesh=model.mesh,
-    memory=memory,
+      functools.partial(_supervised, dist), hidden, model.head(params),
+      rollout.mask, rollout.mask, rollout.tokens, mesh=model.mesh,
+      memory=memory,
   )
   return value
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def token_divergence(
-  student: Model,
-  teacher: Model,
-  dist: Distribution,
-  student_params: Params,
-  teacher_params: Params,
-  batch: PromptBatch,
-  rollout: Rollout,
+    student: Model,
+    teacher: Model,
+    dist: Distribution,
+    student_params: Params,
+    teacher_params: Params,
+    batch: PromptBatch,
+    rollout: Rollout,
 ) -> jax.Array:
   """Returns the exact reverse KL at each rollout token, in nats: [B, P].
 
@@ -458,15 +423,11 @@ def token_divergence(
   """
   exact = ExactLoss(dist)
   _, metrics = chunked_head.weighted_sum(
-    *exact.arguments(
-      student,
-      student_params,
-      teacher.head(teacher_params),
-      student.prefix_hidden(student_params, batch, rollout),
-      rollout,
-      score(teacher, exact, teacher_params, batch, rollout),
-      rollout.mask,
-    )
+      *exact.arguments(
+          student, student_params, teacher.head(teacher_params),
+          student.prefix_hidden(student_params, batch, rollout), rollout,
+          score(teacher, exact, teacher_params, batch, rollout), rollout.mask,
+      )
   )
   return metrics["kl"]
 
@@ -477,7 +438,7 @@ def _plain(dist: Distribution) -> Distribution:
 
 
 def _entropy(
-  probs: divergence.LogProbs, dist: Distribution, shard: Shard
+    probs: divergence.LogProbs, dist: Distribution, shard: Shard
 ) -> jax.Array:
   """Returns -sum p log p over tokens: [N]."""
   real = shard.ids(probs.tokens.shape[-1]) < dist.num_tokens
@@ -499,10 +460,10 @@ def _top1(logits: jax.Array, dist: Distribution, shard: Shard) -> jax.Array:
 
 
 def _overlap(
-  both: tuple[jax.Array, jax.Array],
-  count: int,
-  dist: Distribution,
-  shard: Shard,
+    both: tuple[jax.Array, jax.Array],
+    count: int,
+    dist: Distribution,
+    shard: Shard,
 ) -> jax.Array:
   """Returns the share of the most probable tokens that are both models': [N].
 
@@ -534,7 +495,7 @@ class _Tokens(NamedTuple):
 
 
 def _tokens(
-  logits: jax.Array, ids: jax.Array, dist: Distribution, shard: Shard
+    logits: jax.Array, ids: jax.Array, dist: Distribution, shard: Shard
 ) -> _Tokens:
   """Looks up tokens [N] in logits [N, V] of a part of the vocabulary."""
   dist = dataclasses.replace(dist, top_k=0)
@@ -551,17 +512,17 @@ def _tokens(
     log_stop = probs.groups[:, 0]
     event = jnp.where(is_stop, log_stop, token)
     within = jnp.exp(jnp.where(members, probs.tokens - log_stop[:, None], 0))
-    share = jnp.where(is_stop[:, None], jnp.where(members, within, 0), mine)
+    share = jnp.where(
+        is_stop[:, None], jnp.where(members, within, 0), mine
+    )
   return _Tokens(
-    token,
-    event,
-    (mine - soft) / dist.temperature,
-    (share - soft) / dist.temperature,
+      token, event, (mine - soft) / dist.temperature,
+      (share - soft) / dist.temperature,
   )
 
 
 def _plain_entropy(
-  logits: jax.Array, dist: Distribution, shard: Shard
+    logits: jax.Array, dist: Distribution, shard: Shard
 ) -> jax.Array:
   """Returns one model's `_entropy` at temperature 1: [N]."""
   plain = dataclasses.replace(_plain(dist), stop_ids=())
@@ -571,30 +532,30 @@ def _plain_entropy(
 
 
 def _look(
-  dist: Distribution,
-  logits: jax.Array,
-  other_logits: None,
-  ids: jax.Array,
-  shard: Shard,
+    dist: Distribution,
+    logits: jax.Array,
+    other_logits: None,
+    ids: jax.Array,
+    shard: Shard,
 ) -> tuple[jax.Array, jax.Array, PerToken]:
   """Looks at given tokens; see `token_scores`."""
   del other_logits
   found = _tokens(logits, ids, dist, shard)
   metrics = {
-    "log_prob": found.token,
-    "event": found.event,
-    "entropy": _plain_entropy(logits, dist, shard),
-    "top1": _top1(logits, dist, shard),
+      "log_prob": found.token,
+      "event": found.event,
+      "entropy": _plain_entropy(logits, dist, shard),
+      "top1": _top1(logits, dist, shard),
   }
   return found.event, found.d_event, metrics
 
 
 def _supervised(
-  dist: Distribution,
-  logits: jax.Array,
-  other_logits: None,
-  ids: jax.Array,
-  shard: Shard,
+    dist: Distribution,
+    logits: jax.Array,
+    other_logits: None,
+    ids: jax.Array,
+    shard: Shard,
 ) -> tuple[jax.Array, jax.Array, PerToken]:
   """Cross-entropy of given tokens; see `chunked_head.TokenLoss`."""
   del other_logits

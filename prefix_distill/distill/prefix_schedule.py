@@ -122,7 +122,7 @@ class Schedule:
     del state
 
   def shown(
-    self, metrics: dict[str, jax.Array], mask: jax.Array
+      self, metrics: dict[str, jax.Array], mask: jax.Array
   ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Returns sums and counts [P] that `next` wants as statistics.
 
@@ -209,7 +209,7 @@ class Drift(_Chosen):
     return self.spec.overlap_tokens
 
   def shown(
-    self, metrics: dict[str, jax.Array], mask: jax.Array
+      self, metrics: dict[str, jax.Array], mask: jax.Array
   ) -> dict[str, tuple[jax.Array, jax.Array]]:
     low = metrics["overlap"] < self.spec.min_overlap
     drifted = jnp.cumsum(mask & low, axis=1)
@@ -323,13 +323,13 @@ class Agreement(Schedule):
 
 
 _SCHEDULES = {
-  "linear": Linear,
-  "fixed": Fixed,
-  "random": Random,
-  "drift": Drift,
-  "plateau": Plateau,
-  "agreement": Agreement,
-  "audited": Audited,
+    "linear": Linear,
+    "fixed": Fixed,
+    "random": Random,
+    "drift": Drift,
+    "plateau": Plateau,
+    "agreement": Agreement,
+    "audited": Audited,
 }
 
 
@@ -362,9 +362,9 @@ def buckets(config: Config) -> tuple[int, ...]:
   if config.is_supervised:
     return (most,)
   given = config.prefix.buckets or tuple(
-    -(-most // 2**i)
-    for i in range(_MAX_BUCKETS)[::-1]
-    if most >= _SMALLEST_BUCKET * 2**i
+      -(-most // 2**i)
+      for i in range(_MAX_BUCKETS)[::-1]
+      if most >= _SMALLEST_BUCKET * 2**i
   )
   shorter = tuple(length for length in given if length < most)
   return (*shorter, min((b for b in given if b >= most), default=most))
@@ -376,11 +376,11 @@ def needed(config: Config) -> tuple[int, ...]:
 
 
 def cut(
-  window: int,
-  rollout: Rollout,
-  scores: TeacherScores,
-  threshold: jax.Array,
-  after: int = _CUT_AFTER,
+    window: int,
+    rollout: Rollout,
+    scores: TeacherScores,
+    threshold: jax.Array,
+    after: int = _CUT_AFTER,
 ) -> tuple[Rollout, jax.Array]:
   """Shortens rollouts where both models agree; to be jitted, `window` static.
 
@@ -404,12 +404,10 @@ def cut(
   before = jnp.pad(total, ((0, 0), (window, 0)))[:, : total.shape[1]]
   full = jnp.arange(total.shape[1]) >= window - 1
   z = jnp.where(rollout.mask & full, (total - before) / window, jnp.inf)
-  running = jnp.stack(
-    [
+  running = jnp.stack([
       jnp.pad(z < threshold, ((0, 0), (i, 0)))[:, : z.shape[1]]
       for i in range(after)
-    ]
-  ).all(axis=0)
+  ]).all(axis=0)
   # The token at which it is seen still counts.
   seen = jnp.cumsum(running, axis=1) - running
   mask = rollout.mask & (seen == 0)
@@ -454,10 +452,10 @@ class Control:
     return spec.source if rng.random() < spec.source_share else "student"
 
   def observe(
-    self,
-    metrics: dict[str, Any],
-    mask: np.ndarray,
-    minima: np.ndarray | None,
+      self,
+      metrics: dict[str, Any],
+      mask: np.ndarray,
+      minima: np.ndarray | None,
   ) -> None:
     """Tells the schedule of an update.
 
@@ -467,10 +465,10 @@ class Control:
       minima: see `Stats`.
     """
     stats = Stats(
-      lengths=mask.sum(1),
-      kl=np.asarray(metrics.pop("kl_position", np.zeros(0))),
-      count=mask.sum(0),
-      reliable=metrics.pop("reliable", None),
-      minima=minima,
+        lengths=mask.sum(1),
+        kl=np.asarray(metrics.pop("kl_position", np.zeros(0))),
+        count=mask.sum(0),
+        reliable=metrics.pop("reliable", None),
+        minima=minima,
     )
     self._totals["controller"] = self._schedule.next(self._state, stats)
