@@ -27,7 +27,7 @@ setuptools.setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",
         "pyarrow>=18.0",
-        "pydantic>=2.11",
+        "pydantic>=2.8",
         "rich>=13.0",
         "safetensors>=0.6",
         "tokenizers>=0.22",

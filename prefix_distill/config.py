@@ -511,7 +511,7 @@ class PrefixSpec:
     _check_idle(
         self, self.idle(self.schedule), "prefix",
         f"prefix.schedule is {self.schedule!r}; set prefix.schedule to '{{}}'",
-    )  # fmt: skip
+    )
 
   @staticmethod
   def idle(schedule: str) -> set[str]:

@@ -20,6 +20,7 @@ from prefix_distill.data import records
 from prefix_distill.data import tokenizer
 from prefix_distill.data.prompt_checks import Fed
 from prefix_distill.data.tokenizer import Chat
+from prefix_distill.distill import divergence
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.models import huggingface as hf
 
@@ -34,6 +35,7 @@ def run(config: Config, console: rich.console.Console) -> None:
   Raises:
     UserError: see `prompt_checks.check`; nothing is printed then.
   """
+  divergence.named(config.loss.exact.divergence)  # Or there is none.
   models = _load(config)
   spec = config.data
   source = records.read(spec.train, first=True, more=spec.teacher_fields)

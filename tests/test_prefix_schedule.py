@@ -2,7 +2,6 @@ import json
 
 import jax.numpy as jnp
 import numpy as np
-from prefix_distill.train.control import Control
 import pytest
 import toys
 
@@ -10,6 +9,7 @@ from prefix_distill.config import LossSpec
 from prefix_distill.config import PrefixSpec
 from prefix_distill.config import RolloutSpec
 from prefix_distill.distill import prefix_schedule
+from prefix_distill.distill.prefix_schedule import Control
 from prefix_distill.distill.prefix_schedule import Stats
 from prefix_distill.errors import ConfigError
 from prefix_distill.structs import Rollout

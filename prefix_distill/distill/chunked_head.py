@@ -93,7 +93,7 @@ def weighted_sum(
   return _run(
       loss, hidden, head, weights, mask, extras, other_hidden, other_head,
       mesh, memory, with_gradient=False,
-  )[0]  # fmt: skip
+  )[0]
 
 
 def per_token(loss: TokenLoss, *args: Any, **options: Any) -> PerToken:
@@ -153,7 +153,7 @@ def _run(
       out_specs=((_PartitionSpec(), batch), gradients),
       # Sums over a mesh axis are equal on it, which is not seen through loops.
       check_vma=False,
-  )(*arrays)  # fmt: skip
+  )(*arrays)
 
 
 def _local(
@@ -228,7 +228,7 @@ def _local(
     return jax.tree.map(jnp.add, before[0], sums), jax.tree.map(
         lambda all_, x: jax.lax.dynamic_update_index_in_dim(all_, x, i, 0),
         before[1], found,
-    )  # fmt: skip
+    )
 
   if count == 1:
     sums, found = chunk(0)

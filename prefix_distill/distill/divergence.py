@@ -264,11 +264,11 @@ def compare_with_gradient(
   values, slopes = jax.jvp(
       functools.partial(term, log_q=teacher.tokens), (student.tokens,),
       (jnp.ones_like(student.tokens),),
-  )  # fmt: skip
+  )
   group_values, group_slopes = jax.jvp(
       functools.partial(term, log_q=teacher.groups), (student.groups,),
       (jnp.ones_like(student.groups),),
-  )  # fmt: skip
+  )
   slopes = jnp.where(these.single, slopes, 0)
   value, total = shard.sum(
       jnp.stack([
@@ -283,7 +283,7 @@ def compare_with_gradient(
   parts = zip(
       these.groups, _columns(group_slopes), _columns(student.groups),
       strict=True,
-  )  # fmt: skip
+  )
   for members, group_slope, log_prob in parts:
     share = jnp.exp(jnp.minimum(student.tokens - log_prob, 0))
     slopes = jnp.where(members, group_slope * share, slopes)

@@ -86,7 +86,7 @@ class Loss:
         self, hidden, model.head(params), weights, rollout.mask,
         self.extras(rollout, scores), scores.hidden, teacher_head, model.mesh,
         self.memory,
-    )  # fmt: skip
+    )
 
   def extras(self, rollout: Rollout, scores: TeacherScores) -> Any:
     """Returns what the loss needs of each token, besides logits."""
@@ -133,7 +133,7 @@ class ExactLoss(Loss):
     value, gradient = divergence.compare_with_gradient(
         divergence.named(self.kind, self.beta), student, teacher, these, dist,
         shard,
-    )  # fmt: skip
+    )
     plain = _plain(dist)
     if plain != dist:
       these = divergence.events(*both, plain, shard)
@@ -181,7 +181,7 @@ class SampledLoss(Loss):
     return (
         rollout.tokens, rollout.choice_log_probs, scores.log_probs,
         scores.entropy, scores.top1,
-    )  # fmt: skip
+    )
 
   def signal(self, student: jax.Array, teacher: jax.Array) -> jax.Array:
     """Returns the estimate from log-probabilities of events [...]."""
@@ -230,7 +230,7 @@ class SampledLoss(Loss):
             token, event, entropy, sampler, teacher
         ),
         found.token, found.event,
-    )  # fmt: skip
+    )
     by_token, by_event = pull(jnp.ones_like(values))
     gradient = by_token[:, None] * found.d_token
     gradient += by_event[:, None] * found.d_event
@@ -342,7 +342,7 @@ def score(
   looked = token_scores(
       model, params, hidden, rollout.tokens, rollout.mask, loss.dist,
       loss.memory,
-  )  # fmt: skip
+  )
   return TeacherScores(
       hidden=hidden if exact else None,
       log_probs=looked["event"],
@@ -378,7 +378,7 @@ def token_scores(
   return chunked_head.per_token(
       functools.partial(_look, dist), hidden, model.head(params), mask, mask,
       tokens, mesh=model.mesh, memory=memory,
-  )  # fmt: skip
+  )
 
 
 def cross_entropy(
@@ -394,7 +394,7 @@ def cross_entropy(
       functools.partial(_supervised, dist), hidden, model.head(params),
       rollout.mask, rollout.mask, rollout.tokens, mesh=model.mesh,
       memory=memory,
-  )  # fmt: skip
+  )
   return value
 
 
@@ -428,7 +428,7 @@ def token_divergence(
           student.prefix_hidden(student_params, batch, rollout), rollout,
           score(teacher, exact, teacher_params, batch, rollout), rollout.mask,
       )
-  )  # fmt: skip
+  )
   return metrics["kl"]
 
 
@@ -518,7 +518,7 @@ def _tokens(
   return _Tokens(
       token, event, (mine - soft) / dist.temperature,
       (share - soft) / dist.temperature,
-  )  # fmt: skip
+  )
 
 
 def _plain_entropy(

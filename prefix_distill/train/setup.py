@@ -18,6 +18,7 @@ from prefix_distill.data import prompt_checks
 from prefix_distill.data import tokenizer
 from prefix_distill.data.prompts import PromptIterator
 from prefix_distill.data.tokenizer import Chat
+from prefix_distill.distill import divergence
 from prefix_distill.distill import loss as loss_lib
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.distill.loss import Loss
@@ -263,6 +264,7 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
   _check_same_everywhere(config, workdir)
   mesh = sharding.make_mesh(config.mesh)
   check_batches(config, mesh)
+  divergence.named(config.loss.exact.divergence)  # Or there is none.
   student = read_model(config.student, mesh)
   chat = tokenizer.load(config.student.tokenizer_path)
   fed = [prompt_checks.Fed("student", chat, student.config.vocab_size)]
