@@ -330,10 +330,10 @@ def test_a_set_may_have_room_of_its_own(copy, chat):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"random": True}, ("dataset.random is True", "dataset.size 0")),
+        ({"random": True}, ("dataset.random is True", "dataset.size is 0")),
         (
             {"source": "math_task", "random": True, "size": 5},
-            ("dataset.random is True for 'math_task'",),
+            ("dataset.source is 'math_task'",),
         ),
         ({"choices": ("a", "a")}, ("dataset.choices is ('a', 'a')", "once")),
         ({"choices": ("a", "")}, ("dataset.choices is ('a', '')",)),

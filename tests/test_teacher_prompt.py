@@ -192,7 +192,7 @@ def test_supervised_training_has_no_teacher_to_read_it():
       config.data, train=train, teacher_prompt="{question}"
   )
   rollout = dataclasses.replace(config.rollout, per_prompt=1)
-  with pytest.raises(ConfigError, match="data.teacher_prompt is set"):
+  with pytest.raises(ConfigError, match="data.teacher_prompt is '{question}'"):
     dataclasses.replace(config, method="sft", data=data, rollout=rollout)
 
 
