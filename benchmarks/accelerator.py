@@ -53,8 +53,8 @@ _ATTEMPTS = 4
 NO_ACCELERATOR, ANOTHER_DEVICE, AGAIN = 3, 4, 5
 # Of a device's memory; the rest is for libraries.
 _MEMORY = "0.92"
-# The stage `right` has many small programs, and trying all kernels for each of
-# them would be most of its time.
+# The stage `right` has many small programs. XLA would spend most of the stage's
+# time on trying kernels for them.
 UNTUNED = "--xla_gpu_autotune_level=0"
 # On fewer the plan would slow down what is measured, and not be ready.
 _PLANNING_CORES = 8
@@ -178,7 +178,7 @@ def arguments() -> argparse.Namespace:
       "--stages", default=",".join(STAGES), help="some of them, in order"
   )
   parser.add_argument(
-      "--only", default="", help="those whose names hold this expression"
+      "--only", default="", help="measure what this regular expression finds"
   )
   parser.add_argument(
       "--plan", default="", help="what `plan --topology=h100:1 --json` wrote"
@@ -407,8 +407,8 @@ def _stage(bench: Bench, stages: Sequence[str], together: int) -> None:
 
   Args:
     bench: runs it.
-    stages: that are still to be begun.
-    together: how many run at a time.
+    stages: those that have not begun, in order.
+    together: the number of stages that run at a time.
   """
   weights = [STAGES[name] for name in stages]
   share = min(weights[0] / sum(weights) * together, 1)
@@ -439,7 +439,7 @@ def _run(bench: Bench, stages: Sequence[str], cpu: bool) -> None:
     )
   machine = bench.results.latest().get(("machine", "device"), {})
   bench.plan("" if cpu else machine.get("topology", ""))
-  # Of a rehearsal's times nothing is to be learned.
+  # A rehearsal's times say nothing, so two stages may share the processor.
   together = 2 if cpu else 1
   pool = concurrent.futures.ThreadPoolExecutor(together)
   running = [

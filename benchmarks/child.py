@@ -76,7 +76,7 @@ class Bench:
   def memory(self) -> float:
     """Bytes of the device that a measurement may take.
 
-    All of them: what the one before has left is deleted before they are taken.
+    That is all of them, since a measurement deletes what the last one left.
     """
     stats = self.device.memory_stats()
     if self.device.platform == "cpu" or not stats:

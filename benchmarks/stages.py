@@ -59,8 +59,9 @@ from prefix_distill.train.programs import Programs
 _ROOT = pathlib.Path(__file__).parent.parent
 # Keys and values of the rollouts are kept in these.
 _CACHE_DTYPES = ("bfloat16", "int8")
-# Seconds; beside so many it is next to nothing what is done but once: in a
-# program, and in a rollout, which compiles little things on its way.
+# Seconds. A call that takes longer is timed once, since what only a first call
+# does is then a small share: of a program, and of a rollout, whose first call
+# compiles small programs.
 _LONG, _LONG_ROLLOUT = 3, 12
 
 
@@ -214,7 +215,7 @@ def _seconds(run: Callable[..., Any], *args: Any) -> tuple[float, Any]:
 
 
 def _steady(run: Callable[[], Any]) -> tuple[float, Any]:
-  """Returns the same of a second call, unless the first one was long."""
+  """Returns the seconds and result of a second call, or of a long first one."""
   seconds, out = _seconds(run)
   if seconds < _LONG:
     del out
@@ -655,15 +656,15 @@ def _attentions(bench: Bench) -> Iterator[Measurement]:
 
 
 def _side_by_side(
-    bench: Bench, stage: str, measurements: Sequence[Measurement]
+    bench: Bench, measurements: Sequence[Measurement]
 ) -> list[Measurement]:
-  """Lets all measure at a time, since most of it is compiling on one core.
+  """Runs the measurements in threads, since most of their time is compiling.
 
-  Each one's line is written when it and those before it have ended.
+  The line of a measurement is written when it and all before it have ended.
   """
   threads = max(len(os.sched_getaffinity(0)) // 2, 2)
   pool = concurrent.futures.ThreadPoolExecutor(threads)
-  settled = bench.results.settled(stage)
+  settled = bench.results.settled(bench.args.child)
 
   def timed(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     start = time.perf_counter()
@@ -686,9 +687,7 @@ def right(bench: Bench) -> list[Measurement]:
       "the README's command", functools.partial(_readme, bench.args.cpu)
   )
   # The longest begins first.
-  readme, *others = _side_by_side(
-      bench, "right", [readme, *_computations(bench)]
-  )
+  readme, *others = _side_by_side(bench, [readme, *_computations(bench)])
   # What is timed has the device for itself.
   return [*others, readme, *_attentions(bench)]
 
