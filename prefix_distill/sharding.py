@@ -260,14 +260,24 @@ def moved(move: Callable[[Any], Any], abstract: Any) -> Any:
   )
 
 
-def abstract_key(mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
-  """Returns the shape of what `replicate_key` returns."""
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
+def is_abstract(tree: Any) -> bool:
+  """Whether a tree holds shapes and not arrays."""
+  return any(
+      isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree)
+  )
+
+
+def put(tree: Any, places: Any) -> Any:
+  """Moves arrays to other places; of shapes, says that they lie there."""
+  if is_abstract(tree):
+    return placed(tree, places)
+  return jax.device_put(tree, places)
 
 
 def replicate_key(key: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
-  """Puts a key that all processes have onto all devices."""
+  """Puts a key that all processes have, or its shape, onto all devices."""
+  if is_abstract(key):
+    return placed(key, replicated(mesh))
   data = np.asarray(jax.random.key_data(key))
   everywhere = jax.make_array_from_callback(
       data.shape, replicated(mesh), lambda index: data[index]
@@ -282,10 +292,12 @@ def global_batch(tree: Any, mesh: jax.sharding.Mesh) -> Any:
   are, nor whether an axis of the mesh runs through several of them.
 
   Args:
-    tree: arrays [B, ...], the same in all processes.
+    tree: arrays [B, ...], the same in all processes; or their shapes.
     mesh: the device mesh; rows lie over its data and fsdp axes.
   """
   rows = batch_sharding(mesh)
+  if is_abstract(tree):
+    return placed(tree, rows)
 
   def spread(x: Any) -> jax.Array:
     x = np.asarray(x)

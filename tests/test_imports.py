@@ -18,6 +18,7 @@ ORDER = (
     {"assets", "devices", "errors", "structs"},
     {"config"},
     {"sharding", "distributed"},
+    {"compilation"},
     {"models"},
     {"data", "rollout", "report"},
     {"distill"},

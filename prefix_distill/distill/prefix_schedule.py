@@ -414,61 +414,27 @@ def cut(
   return dataclasses.replace(rollout, mask=mask), jnp.min(z, axis=1)
 
 
-class Control:
-  """What the loop asks around each update: its cap, its source, the end.
+def source(config: Config, step: int) -> str:
+  """Returns whose answers update `step` (from 0) learns from."""
+  spec = config.rollout
+  rng = np.random.default_rng((config.seed, _SALT, step))
+  return spec.source if rng.random() < spec.source_share else "student"
 
-  The schedule's state lies in the running totals.
+
+def stats(
+    metrics: dict[str, Any], mask: np.ndarray, minima: np.ndarray | None
+) -> Stats:
+  """Returns what an update showed.
+
+  Args:
+    metrics: of the update.
+    mask: bool [rollouts, P], of the tokens that were sampled.
+    minima: see `Stats`.
   """
-
-  def __init__(self, config: Config, totals: dict[str, Any]):
-    """Starts, or goes on from what a checkpoint's totals hold."""
-    self._config, self._totals = config, totals
-    self._schedule = make(config)
-    totals.setdefault("controller", self._schedule.start())
-
-  @property
-  def _state(self) -> State:
-    return self._totals["controller"]
-
-  @property
-  def cap(self) -> int:
-    """The next update's cap in tokens."""
-    return self._schedule.cap(self._state)
-
-  @property
-  def finished(self) -> bool:
-    """Whether the schedule ends the run before its last update."""
-    return self.cap == 0
-
-  @property
-  def threshold(self) -> float | None:
-    """Below which rollouts agree; None if the schedule does not cut them."""
-    return self._schedule.threshold(self._state)
-
-  def source(self, step: int) -> str:
-    """Returns whose answers update `step` (from 0) learns from."""
-    spec = self._config.rollout
-    rng = np.random.default_rng((self._config.seed, _SALT, step))
-    return spec.source if rng.random() < spec.source_share else "student"
-
-  def observe(
-      self,
-      metrics: dict[str, Any],
-      mask: np.ndarray,
-      minima: np.ndarray | None,
-  ) -> None:
-    """Tells the schedule of an update.
-
-    Args:
-      metrics: of the update; those by position are taken out.
-      mask: bool [rollouts, P], of the tokens that were sampled.
-      minima: see `Stats`.
-    """
-    stats = Stats(
-        lengths=mask.sum(1),
-        kl=np.asarray(metrics.pop("kl_position", np.zeros(0))),
-        count=mask.sum(0),
-        reliable=metrics.pop("reliable", None),
-        minima=minima,
-    )
-    self._totals["controller"] = self._schedule.next(self._state, stats)
+  return Stats(
+      lengths=mask.sum(1),
+      kl=np.asarray(metrics.get("kl_position", np.zeros(0))),
+      count=mask.sum(0),
+      reliable=metrics.get("reliable"),
+      minima=minima,
+  )

@@ -230,7 +230,6 @@ def evaluate(
     chat: Chat,
     spec: EvaluationSpec,
     sets: Mapping[str, Problems],
-    mesh: jax.sharding.Mesh,
     stop_ids: tuple[int, ...],
     rows: int,
     seed: int,
@@ -239,12 +238,11 @@ def evaluate(
   """Evaluates on every set, sampled (mean@k) and greedy.
 
   Args:
-    model: the architecture.
+    model: the architecture, on the mesh of sampling.
     params: the weights.
     chat: the tokenizer.
     spec: lengths and temperature.
     sets: the problems, by name.
-    mesh: the device mesh of sampling.
     stop_ids: tokens that end an answer.
     rows: answers decoded at a time, at most.
     seed: see `complete`.
@@ -254,10 +252,10 @@ def evaluate(
   modes = ("sampled", "greedy") if spec.greedy else ("sampled",)
   config = sampler_config(chat, spec, stop_ids)
   # No more rows than answers.
-  shards = sharding.batch_shards(mesh)
+  shards = sharding.batch_shards(model.mesh)
   most = max(len(one.answers) * one.samples for one in sets.values())
   rows = min(rows, -(-most // shards) * shards)
-  engine = continuous_batching.Engine(model, config, params, rows, mesh)
+  engine = continuous_batching.Engine(model, config, params, rows)
   for name, problems in sets.items():
     for mode in modes:
       greedy = mode == "greedy"

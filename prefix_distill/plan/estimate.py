@@ -127,7 +127,7 @@ def least_sent(plan: Plan) -> float:
   the layers in the compute dtype, the head's in float32. What is looked up of
   the embeddings travels too and is not counted here.
   """
-  setup, sizes = plan.setup, plan.setup.mesh.shape
+  setup, sizes = plan.models, plan.models.mesh.shape
   n, data, tensor = sizes["fsdp"], sizes["data"], sizes["tensor"]
   width, c = setup.student.dtype.itemsize, setup.student.config
   table = c.vocab_size * c.dim
@@ -255,7 +255,7 @@ def check_weights(plan: Plan, machine: Machine) -> None:
   """
   parts = held(plan)
   parts["gradient"] = parts["student"]
-  config, offload = plan.setup.config, ", or optimizer.offload=True"
+  config, offload = plan.models.config, ", or optimizer.offload=True"
   if config.optimizer.offload:
     del parts["moments"]
     offload = ""
@@ -263,7 +263,7 @@ def check_weights(plan: Plan, machine: Machine) -> None:
   if total <= limit:
     return
   listed = ", ".join(f"{k} {v / _GIB:.1f}" for k, v in parts.items())
-  replicas = plan.setup.mesh.shape["data"]
+  replicas = plan.models.mesh.shape["data"]
   least = math.ceil(total / limit * machine.size / replicas)
   raise TooLargeError(
       f"a device of {machine.name} would hold {total / _GIB:.1f} of"

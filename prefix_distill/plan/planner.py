@@ -29,7 +29,7 @@ from prefix_distill.plan.machines import Machine
 from prefix_distill.plan.programs import Look
 from prefix_distill.plan.programs import Measured
 from prefix_distill.plan.programs import Plan
-from prefix_distill.train.compile import Stage
+from prefix_distill.plan.programs import Stage
 
 # How many searches there are; each mends what the last one's settings do not.
 _ROUNDS = 3
@@ -155,13 +155,11 @@ class _Reckoner:
     """
     self._plan, self._compiled, self._question = plan, compiled, question
     self._known: dict[tuple, Measured] = {}
-    self._stages = functools.cache(plan.stages)
 
   def _run(self, stage: Stage, bucket: int) -> tuple[float, str, float]:
     """Returns seconds of all runs in an update, what limits them, FLOPs."""
-    # Segments of one size of the cache differ only in what they read.
-    size = stage.segments.columns if stage.segments else bucket
-    key = (stage.name, size, stage.rows)
+    # Decoding with one size of the cache differs only in what it reads.
+    key = (stage.name, stage.variant)
     if key not in self._known:
       one = programs.reckon(stage, bucket)
       same = [c for c in self._compiled if c.name == one.name and not c.refused]
@@ -169,21 +167,20 @@ class _Reckoner:
         near = min(same, key=lambda c: abs(c.bucket - bucket))
         one = dataclasses.replace(one, sent=near.sent)
       self._known[key] = one
-    one = dataclasses.replace(self._known[key], times=stage.times)
-    if stage.segments:
-      one = dataclasses.replace(one, moved=programs.moved(stage))
+    one = dataclasses.replace(
+        self._known[key], times=stage.times, moved=programs.moved(stage)
+    )
     machine, assumptions = self._question.machine, self._question.assumptions
     seconds, why = estimate.seconds(one, machine, assumptions)
     return seconds, why, one.times * one.flops
 
   def update(self, cap: int) -> show.Update:
     """Returns an update whose rollouts all reach a cap."""
-    config = self._plan.setup.config
+    config = self._plan.models.config
     bucket = min(b for b in prefix_schedule.buckets(config) if b >= cap)
     seconds, limits, flops = {}, {}, 0.0
-    for stage in self._stages(bucket):
-      stage = stage.until(cap)
-      if stage.name not in programs.ORDER or not stage.times:
+    for stage in self._plan.stages(cap):
+      if stage.name not in programs.ORDER:
         continue
       time, limits[stage.name], work = self._run(stage, bucket)
       seconds[stage.name] = seconds.get(stage.name, 0.0) + time
@@ -198,7 +195,7 @@ class _Reckoner:
     Raises:
       UserError: the size of a set is not known.
     """
-    config = self._plan.setup.config
+    config = self._plan.models.config
     spec, hours = config.evaluation, {}
     stages = self._plan.evaluation()
     for model, sets, times in estimate.evaluations(config):
@@ -261,7 +258,7 @@ def plan(question: Question, console: rich.console.Console) -> show.Result:
   }
   return show.Result(
       machine,
-      dict(built.setup.mesh.shape),
+      dict(built.models.mesh.shape),
       notes,
       estimate.held(built),
       compiled,

@@ -1,11 +1,12 @@
-"""A run's programs for a machine that is not there: built, compiled, measured.
+"""A run's programs for a machine that is not there: called, compiled, measured.
 
-Programs are built from shapes; no array exists. What a compiler says of a
-program is kept in a file, named by a hash of the program's text, the machine
-and the versions. A second look then costs the tracing alone.
+The run's own update and its own evaluation are called on shapes; no array
+exists. What a compiler says of a program is kept in a file, named by a hash of
+the program's text, the machine and the versions. A second look then costs the
+tracing alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from collections.abc import Sequence
 import dataclasses
 import hashlib
@@ -17,10 +18,14 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 import rich.console
 
+from prefix_distill import compilation
 from prefix_distill import sharding
+from prefix_distill.compilation import Variant
 from prefix_distill.config import Config
+from prefix_distill.distill import chunked_head
 from prefix_distill.errors import ConfigError
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models import published
@@ -35,12 +40,11 @@ from prefix_distill.plan.machines import Machine
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
 from prefix_distill.rollout.sampling import Truncation
-from prefix_distill.train import capacity
+from prefix_distill.structs import PromptBatch
+from prefix_distill.train import microbatch
 from prefix_distill.train import setup as setup_lib
-from prefix_distill.train.compile import Program
-from prefix_distill.train.compile import Segments
-from prefix_distill.train.compile import Stage
-from prefix_distill.train.programs import Programs
+from prefix_distill.train.setup import Models
+from prefix_distill.train.update import Programs
 
 _GIB, _FLOAT32 = 2**30, 4
 # Evaluation's programs, by the model that writes the answers.
@@ -73,12 +77,60 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tokenizer:
-  """What programs want to know of a tokenizer; none of it moves a byte."""
+class Stage:
+  """A program of an update or an evaluation, and how often it runs.
 
-  num_tokens: int
-  pad_id: int = 0
-  special_ids: tuple[int, ...] = (0,)
+  Attributes:
+    name: the program's; of an evaluation's decoding one of `EVALUATION`.
+    variant: the program for its shapes.
+    times: how often it runs.
+    rows: of one run, over all devices; 0 if it has none.
+    trips: how often a loop in it runs whose end depends on data, at most.
+    share: of the cache that "decode" reads for a token, on average.
+  """
+
+  name: str
+  variant: Variant
+  times: int
+  rows: int = 0
+  trips: int = 1
+  share: float = 1.0
+
+  @property
+  def columns(self) -> int:
+    """Columns of the cache of a program that decodes; else 0."""
+    state = self.variant.arguments.get("state")
+    decodes = isinstance(state, generate.DecodeState)
+    return state.cache.columns if decodes else 0
+
+
+def _rows(variant: Variant) -> int:
+  """Returns the rows of a program's batch."""
+  for argument in variant.arguments.values():
+    parts = argument if isinstance(argument, tuple) else (argument,)
+    for part in parts:
+      if isinstance(part, PromptBatch):
+        return len(part.tokens)
+      if isinstance(part, generate.DecodeState):
+        return len(part.newest)
+  return 0
+
+
+def _share(variant: Variant, prompt: int, drawn: int) -> float:
+  """Returns the share of the cache that a segment of decoding reads a token.
+
+  Args:
+    variant: of `generate.decode`.
+    prompt: tokens of a row's prompt.
+    drawn: tokens that a row has drawn before.
+  """
+  found = variant.arguments
+  model, config = found["model"], found["config"]
+  kernel = model.cache_kernel(generate.cache_dtype(model, config))
+  if not kernel.reads_lengths:
+    return 1.0
+  read = prompt + drawn + found["steps"] / 2
+  return min(read / found["state"].cache.columns, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,91 +138,117 @@ class Plan:
   """A config on a machine.
 
   Attributes:
-    setup: the run, without data.
+    models: of the run.
     programs: the run's programs, none compiled yet.
-    teacher_params: shapes of the teacher's weights on the device.
   """
 
-  setup: setup_lib.Setup
+  models: Models
   programs: Programs
-  teacher_params: Params
+
+  @property
+  def teacher_params(self) -> Params:
+    """Shapes of the teacher's weights on the devices."""
+    return self.programs.on_device(self.programs.abstract_teacher())
 
   def stages(self, cap: int) -> list[Stage]:
-    """Returns the programs of an update."""
-    return list(self.programs.stages(cap, self.teacher_params))
+    """Returns the programs of an update whose rollouts all reach a cap."""
+    calls: list[Variant] = []
+    with compilation.watching(calls.append):
+      self.programs.update_on_shapes(cap)
+    return self._stages(calls, self.models.config.data.max_prompt_len)
+
+  def _stages(self, calls: Iterable[Variant], prompt: int) -> list[Stage]:
+    """Counts calls; `prompt` is the number of tokens of a usual prompt."""
+    found: dict[Variant, list[float]] = {}
+    drawn = 1
+    for variant in calls:
+      share = 1.0
+      if variant.program.name == "prefill":
+        drawn = 1
+      elif variant.program.name == "decode":
+        share = _share(variant, prompt, drawn)
+        drawn += variant.arguments["steps"]
+      found.setdefault(variant, []).append(share)
+    return [
+        Stage(
+            variant.program.name,
+            variant,
+            len(shares),
+            _rows(variant),
+            self._chunks(variant),
+            sum(shares) / len(shares),
+        )
+        for variant, shares in found.items()
+    ]
+
+  def _chunks(self, variant: Variant) -> int:
+    """Returns in how many chunks the output head takes the tokens, at most."""
+    if variant.program.name not in ("score", "gradient"):
+      return 1
+    found = variant.arguments
+    rollout = found.get("rollout") or found["inputs"][1]
+    mesh, student = self.models.mesh, self.models.student.config
+    split = mesh.shape["tensor"]
+    rows = student.vocab_size // (1 if student.vocab_size % split else split)
+    tokens = rollout.tokens.size // sharding.batch_shards(mesh)
+    return chunked_head.chunks(tokens, rows, self.models.loss.memory)[0]
 
   def evaluation(self) -> list[Stage]:
-    """Returns the decoding of evaluation, for each size of the cache."""
-    setup, spec = self.setup, self.setup.config.evaluation
+    """Returns the decoding of evaluation, for each size of the cache.
+
+    All answers are as long as they may be.
+    """
+    models, spec = self.models, self.models.config.evaluation
     if not spec.sets:
       return []
-    stages = list(self._evaluate(setup.student, EVALUATION["student"]))
+    stages = self._evaluate(models.student, EVALUATION["student"])
     if spec.teacher:
-      stages += self._evaluate(setup.teacher, EVALUATION["teacher"])
+      stages += self._evaluate(models.teacher, EVALUATION["teacher"])
     return stages
 
-  def _evaluate(self, model: Model, name: str) -> Iterator[Stage]:
-    """Yields the program that decodes a segment of evaluation's answers.
-
-    There is one for each size of the cache. The last is for the longest rows.
-    """
-    setup, spec = self.setup, self.setup.config.evaluation
-    mesh, model = setup.sampling_mesh, setup.for_sampling(model)
+  def _evaluate(self, model: Model, name: str) -> list[Stage]:
+    models, spec = self.models, self.models.config.evaluation
+    model = models.for_sampling(model)
     config = generate.SamplerConfig(
-        setup.stop_ids,
-        setup.chat.pad_id,
-        setup.chat.num_tokens,
+        models.stop_ids,
+        models.pad_id,
+        models.num_tokens,
         truncation=Truncation(spec.top_k, spec.top_p),
     )
-    place = generate.state_shardings(model, config)
-    usual = setup.config.data.max_prompt_len
+    usual = models.config.data.max_prompt_len
     prompt = max(one.max_prompt_len or usual for one in spec.sets.values())
     resting = self.programs.resting()
-    rows = capacity.answers(setup, model, config, resting, prompt)
-    layout = jax.eval_shape(model.decode_layout, model.abstract_params())
-    layout = sharding.placed(layout, sharding.decode_params(layout, mesh))
-    steps, drawn = generate.segment(model), 1
-    program = Program(
-        generate.decode,
-        3,
-        out_shardings=(place, sharding.batch_sharding(mesh)),
-        donate_argnums=4,
-        compiler_options=generate.compiler_options(mesh),
+    rows = microbatch.answers(models, model, config, resting, prompt)
+    params = sharding.with_shardings(model.abstract_params(), models.mesh)
+    prompts = PromptBatch(
+        jax.ShapeDtypeStruct((rows, prompt), np.int32),
+        jax.ShapeDtypeStruct((rows, prompt), bool),
+        jax.ShapeDtypeStruct((rows, 2), np.int32),
     )
-    kernel = model.cache_kernel(generate.cache_dtype(model, config))
-    draw = generate.Draw.of(spec.max_len)
-    for room in continuous_batching.rooms(model, config, prompt, spec.max_len):
-      columns = generate.columns(model, config, prompt + room)
-      state = jax.eval_shape(
-          lambda columns=columns: generate.empty(
-              model, config, rows, columns, jax.random.key(0)
-          )
-      )
-      segments = Segments(
-          steps,
-          -(-(room + 1 - drawn) // steps),
-          drawn,
-          usual,
-          columns,
-          kernel.reads_lengths,
-      ).until(spec.max_len)
-      state = sharding.placed(state, place)
-      args = (model, config, steps, layout, state, draw)
-      if segments.count:
-        yield Stage(name, program, args, rows=rows, segments=segments)
-        drawn += segments.count * steps
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    calls: list[Variant] = []
+    with compilation.watching(calls.append):
+      engine = continuous_batching.Engine(model, config, params, rows)
+      draw = generate.Draw.of(spec.max_len)
+      for _ in engine.answers(prompts, key, draw):
+        pass
+    return [
+        dataclasses.replace(stage, name=name)
+        for stage in self._stages(calls, usual)
+        if stage.name == "decode"
+    ]
 
   def mesh(self, name: str) -> jax.sharding.Mesh:
     """Returns the mesh that a program runs on."""
     if name in _SAMPLING or name in EVALUATION.values():
-      return self.setup.sampling_mesh
-    return self.setup.mesh
+      return self.models.sampling_mesh
+    return self.models.mesh
 
   def beside(self, stage: Stage) -> dict[str, Any]:
     """Returns shapes of what lies in the memory while a program runs."""
-    setup, config, name = self.setup, self.setup.config, stage.name
+    models, config, name = self.models, self.models.config, stage.name
     state, lying = self.programs.abstract_state(), {}
-    two_meshes = setup.sampling_mesh != setup.mesh
+    two_meshes = models.sampling_mesh != models.mesh
     evaluated = {v: k for k, v in EVALUATION.items()}.get(name)
     teacher_waits = (
         config.teacher.offload
@@ -184,9 +262,9 @@ class Plan:
     if name not in takes_student:
       lying["student"] = state.params
     if two_meshes and evaluated:  # Prompts are read between two segments.
-      model = setup.teacher if evaluated == "teacher" else setup.student
+      model = models.teacher if evaluated == "teacher" else models.student
       weights = jax.eval_shape(model.cast, model.abstract_params())
-      moved = sharding.with_shardings(weights, setup.sampling_mesh)
+      moved = sharding.with_shardings(weights, models.sampling_mesh)
       lying["moved"] = moved
     if not config.optimizer.offload and name != "apply":
       lying["moments"] = state.opt_state
@@ -197,7 +275,7 @@ class Plan:
   def _largest(self) -> tuple[int, int]:
     """Returns float32 bytes of the largest layer and of the largest table."""
     layers, tables = [], []
-    for model in (self.setup.student, self.setup.teacher):
+    for model in (self.models.student, self.models.teacher):
       c = model.config
       tables.append(_FLOAT32 * c.vocab_size * c.dim)
       rest = num_params(c, False) - c.vocab_size * c.dim
@@ -286,12 +364,17 @@ def build(config: Config, devices: list, memory: float | None = None) -> Plan:
       setup_lib.make_model(architecture(spec.path)[0], spec, mesh)
       for spec in (config.student, config.teacher)
   ]
-  tokens = _Tokenizer(min(m.config.vocab_size for m in models))
-  setup = setup_lib.Setup(
-      config, mesh, *models, tokens, (0,), (0,), None, {}, memory
+  built = Models(
+      config,
+      mesh,
+      *models,
+      num_tokens=min(m.config.vocab_size for m in models),
+      special_ids=(0,),
+      stop_ids=(0,),
+      teacher_stop_ids=(0,),
+      memory=memory,
   )
-  programs = Programs(setup)
-  return Plan(setup, programs, programs.abstract_teacher())
+  return Plan(built, Programs(built))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,7 +402,7 @@ def jobs(plan: Plan, buckets: Sequence[int]) -> list[Job]:
   A bucket has several decoders, of which the last takes most; it stands for
   all. A program that does not depend on the bucket is there once.
   """
-  longest = plan.setup.config.evaluation.max_len
+  longest = plan.models.config.evaluation.max_len
   last = {stage.name: stage for stage in plan.evaluation()}
   found = [Job(plan, stage, longest) for stage in last.values()]
   for i, bucket in enumerate(buckets):
@@ -373,8 +456,7 @@ class Measured:
 
 def reckon(stage: Stage, bucket: int) -> Measured:
   """Returns what follows from a program's trace alone."""
-  traced = stage.program.trace(*stage.args)
-  flops = count.flops(traced.jaxpr, stage.trips)
+  flops = count.flops(stage.variant.traced.jaxpr, stage.trips)
   return Measured(
       stage.name, bucket, stage.times, stage.rows, flops, moved(stage)
   )
@@ -386,26 +468,47 @@ def moved(stage: Stage) -> float:
   A step of decoding reads the weights, and of the cache what its kernel reads.
   Any other program reads its arguments and writes its results.
   """
-  arrays = [a for a in stage.args if _has_shapes(a)]
-  size = sharding.bytes_per_device
-  if stage.segments is None:
-    return float(size(arrays) + size(stage.program.shapes(*stage.args)))
-  cache, table = 0, 0
-  for tree in arrays:
-    if isinstance(tree, generate.DecodeState):
-      cache += size(tree.cache.layers)
-    elif isinstance(tree, dict) and "head" in tree:
-      # A table of its own is not read but for the lines that are looked up.
-      table += size(tree["embed"])
-  rest = size(arrays) - cache - table
-  return stage.segments.length * (rest + stage.segments.share * cache)
+  size, variant = sharding.bytes_per_device, stage.variant
+  if not stage.columns:
+    dynamic = variant.args[variant.program.static :]
+    arrays = [
+        x
+        for x in jax.tree.leaves(dynamic)
+        if isinstance(x, jax.ShapeDtypeStruct) and x.sharding is not None
+    ]
+    return float(size(arrays) + size(variant.results))
+  found = variant.arguments
+  params, state = found["params"], found["state"]
+  weights = size(params)
+  if "head" in params:
+    # Of a table of its own only the lines that are looked up are read.
+    weights -= size(params["embed"])
+  cache = size(state.cache.layers)
+  rest = weights + size(state) - cache
+  return found["steps"] * (rest + stage.share * cache)
 
 
-def _has_shapes(argument: Any) -> bool:
-  leaves = jax.tree.leaves(argument)
-  return bool(leaves) and all(
-      isinstance(x, jax.ShapeDtypeStruct) for x in leaves
+def _with_others(variant: Variant, others: Any) -> jax.stages.Lowered:
+  """Lowers a program with arguments more, which it does not use.
+
+  So the compiler's memory estimate counts arrays that lie there meanwhile.
+  """
+  program = variant.program
+  options = dict(program.options)
+  donated = options.pop("donate_argnums", None)
+  if donated is not None:
+    options["donate_argnums"] = donated + 1
+
+  def function(_, *args):
+    return program.function(*args)
+
+  jitted = jax.jit(
+      function,
+      static_argnums=tuple(range(1, program.static + 1)),
+      keep_unused=True,
+      **options,
   )
+  return jitted.trace(others, *variant.args).lower()
 
 
 def measure(job: Job, machine: Machine) -> Measured:
@@ -419,7 +522,7 @@ def measure(job: Job, machine: Machine) -> Measured:
   """
   plan, stage = job.plan, job.stage
   known = reckon(stage, job.bucket)
-  lowered = stage.program.beside(*stage.args, tree=plan.beside(stage)).lower()
+  lowered = _with_others(stage.variant, plan.beside(stage))
   home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
   directory = home.expanduser() / "prefix_distill" / "plan"
   file = directory / f"{_key(lowered, job, machine)}.json"

@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from prefix_distill import sharding
+from prefix_distill.compilation import Program
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.rollout import generate
@@ -61,26 +62,22 @@ class Engine:
       config: generate.SamplerConfig,
       params: Params,
       rows: int,
-      mesh: jax.sharding.Mesh,
   ):
     """Lays the weights out for decoding.
 
     Args:
-      model: the architecture.
+      model: on the mesh of sampling.
       config: how to sample; one answer a prompt.
-      params: the weights, on any mesh of the same devices.
+      params: the weights, on any mesh of the same devices, or their shapes.
       rows: answers decoded at a time, divisible by the mesh's batch axes.
-      mesh: the device mesh of sampling.
     """
-    self._mesh, self._rows = mesh, rows
-    model = dataclasses.replace(model, mesh=mesh)
+    self._rows = rows
     self._model, self._config = model, config
+    mesh = model.mesh
     self._segment = generate.segment(model)
-    batch_shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    groups = max(int(rows * REFILL) // batch_shards, 1)
-    self._refill = groups * batch_shards
-    self._stop_ids = config.stop_ids
-    self._programs = _programs(model, config, mesh)
+    shards = sharding.batch_shards(mesh)
+    self._refill = max(int(rows * REFILL) // shards, 1) * shards
+    self._programs = _programs(model, config)
     place = jax.tree.leaves(params)[0].sharding
     if isinstance(place, jax.sharding.NamedSharding) and place.mesh != mesh:
       params = self._programs.move(params)
@@ -92,33 +89,49 @@ class Engine:
   ) -> Iterator[tuple[int, np.ndarray, bool]]:
     """Yields number, tokens and whether it stopped, of each answer, as it ends.
 
+    On shapes every answer reaches the cap.
+
     Args:
-      prompts: NumPy prompts [n, S], for any n; every process has all.
+      prompts: NumPy prompts [n, S], for any n; every process has all. Or their
+        shapes.
       key: see `generate.prefill`.
       draw: cap, temperature, greedy.
     """
+    model, config = self._model, self._config
     waiting = list(range(len(prompts.tokens)))[::-1]
     prompt, programs = prompts.tokens.shape[1], self._programs
-    sizes = rooms(self._model, self._config, prompt, int(draw.cap))
-    table = _Table(self._rows, sizes, self._segment)
-    key = sharding.replicate_key(key, self._mesh)
-    state = programs.empty(self._rows, self._columns(prompt, table), key)
+    sizes, cap = rooms(model, config, prompt, int(draw.cap)), int(draw.cap)
+    table = _Table(self._rows, sizes, self._segment, cap)
+    key = sharding.replicate_key(key, model.mesh)
+    state = programs.empty(
+        model, config, self._rows, self._columns(prompt, table), key
+    )
     while waiting or table.busy:
       while waiting and table.num_free >= min(self._refill, len(waiting)):
         size = min(self._refill, len(waiting))
         numbers = [waiting.pop() for _ in range(size)]
         slots = table.claim(numbers, self._refill)
         batch = self._take(prompts, numbers)
-        new, first = programs.prefill(prompt, self._params, batch, key, draw)
+        new, first = programs.prefill(
+            model,
+            config,
+            generate.columns(model, config, prompt),
+            self._params,
+            batch,
+            key,
+            draw,
+        )
         state = programs.insert(state, new, slots)
         table.write(slots, *self._look(first, new))
-      yield from table.harvest(self._stop_ids)
+      yield from table.harvest(self._config.stop_ids)
       if not table.busy:
         continue
       state = programs.resize(state, self._columns(prompt, table))
-      state, drawn = programs.decode(self._segment, self._layout, state, draw)
+      state, drawn = programs.decode(
+          model, config, self._segment, self._layout, state, draw
+      )
       table.write(np.arange(self._rows), *self._look(drawn, state))
-      yield from table.harvest(self._stop_ids)
+      yield from table.harvest(self._config.stop_ids)
 
   def _columns(self, prompt: int, table: "_Table") -> int:
     return generate.columns(
@@ -128,21 +141,31 @@ class Engine:
   def _take(self, prompts: PromptBatch, numbers: list[int]) -> PromptBatch:
     """Returns prompts as a batch of the refill's size; some come twice."""
     padded = np.resize(numbers, self._refill)
-    batch = jax.tree.map(lambda x: x[padded], prompts)
-    return sharding.global_batch(batch, self._mesh)
+
+    def rows(tree: PromptBatch) -> PromptBatch:
+      return jax.tree.map(lambda x: x[padded], tree)
+
+    abstract = sharding.is_abstract(prompts)
+    batch = jax.eval_shape(rows, prompts) if abstract else rows(prompts)
+    return sharding.global_batch(batch, self._model.mesh)
 
   def _look(
       self, drawn: Rollout, state: generate.DecodeState
   ) -> tuple[np.ndarray, ...]:
     """Brings tokens and mask [B, n], and who is live [B], to the host."""
-    return to_host((drawn.tokens, drawn.mask, state.live), self._mesh)
+    shown = (drawn.tokens, drawn.mask, state.live)
+    if sharding.is_abstract(shown):
+      return tuple(np.ones(x.shape, x.dtype) for x in shown)
+    return to_host(shown, self._model.mesh)
 
 
 class _Table:
   """Which row answers which prompt, and what it has written so far."""
 
-  def __init__(self, rows: int, sizes: tuple[int, ...], segment: int):
-    self._sizes, self._segment = sizes, segment
+  def __init__(
+      self, rows: int, sizes: tuple[int, ...], segment: int, cap: int
+  ):
+    self._sizes, self._segment, self._cap = sizes, segment, cap
     self._owner = np.full(rows, -1)
     self._tokens: list[list[np.ndarray]] = [[] for _ in range(rows)]
     self._count = np.zeros(rows, int)
@@ -176,15 +199,18 @@ class _Table:
     return self._room
 
   def write(
-      self, rows: np.ndarray, tokens: np.ndarray, mask: np.ndarray,
+      self,
+      rows: np.ndarray,
+      tokens: np.ndarray,
+      mask: np.ndarray,
       live: np.ndarray,
-  ) -> None:  # fmt: skip
+  ) -> None:
     """Takes what rows have drawn: [R, n] and [R]."""
     for i, row in enumerate(rows):
       if row < len(self._owner) and self._owner[row] >= 0:
         self._tokens[row].append(tokens[i][mask[i]])
         self._count[row] += int(mask[i].sum())
-        self._live[row] = live[i]
+        self._live[row] = live[i] and self._count[row] < self._cap
 
   def harvest(
       self, stop_ids: tuple[int, ...]
@@ -198,57 +224,49 @@ class _Table:
 
 @dataclasses.dataclass(frozen=True)
 class _Programs:
-  """The engine's jitted parts; the first arguments are static or sizes."""
+  """The engine's programs."""
 
-  move: Any
-  layout: Any
-  prefill: Any
-  decode: Any
-  insert: Any
-  resize: Any
-  empty: Any
+  move: Program
+  layout: Program
+  prefill: Program
+  decode: Program
+  insert: Program
+  resize: generate.Resizer
+  empty: Program
 
 
 @functools.cache
-def _programs(
-    model: Model, config: generate.SamplerConfig, mesh: jax.sharding.Mesh
-) -> _Programs:
+def _programs(model: Model, config: generate.SamplerConfig) -> _Programs:
   """Jits once for a model, however often it is evaluated."""
-  model = dataclasses.replace(model, mesh=mesh)
   place = generate.state_shardings(model, config)
-  rows = sharding.batch_sharding(mesh)
+  rows = sharding.batch_sharding(model.mesh)
   params = model.abstract_params()
   layout = jax.eval_shape(model.decode_layout, params)
-
-  def prefill(prompt, *args):
-    columns = generate.columns(model, config, prompt)
-    return generate.prefill(model, config, columns, *args)
-
   return _Programs(
-      move=jax.jit(
-          model.cast, out_shardings=sharding.param_shardings(params, mesh)
+      move=Program(
+          "move",
+          model.cast,
+          out_shardings=sharding.param_shardings(params, model.mesh),
       ),
-      layout=jax.jit(
+      layout=Program(
+          "layout",
           model.decode_layout,
-          out_shardings=sharding.decode_params(layout, mesh),
+          out_shardings=sharding.decode_params(layout, model.mesh),
       ),
-      prefill=jax.jit(
-          prefill, static_argnums=0, out_shardings=(place, rows)
+      prefill=Program(
+          "prefill", generate.prefill, 3, out_shardings=(place, rows)
       ),
-      decode=jax.jit(
-          functools.partial(generate.decode, model, config),
-          static_argnums=0,
+      decode=Program(
+          "decode",
+          generate.decode,
+          3,
           out_shardings=(place, rows),
-          donate_argnums=2,
-          compiler_options=generate.compiler_options(mesh),
+          donate_argnums=4,
+          compiler_options=generate.compiler_options(model.mesh),
       ),
-      insert=jax.jit(
-          generate.insert, out_shardings=place, donate_argnums=0
+      insert=Program(
+          "insert", generate.insert, out_shardings=place, donate_argnums=0
       ),
       resize=generate.Resizer(place),
-      empty=jax.jit(
-          functools.partial(generate.empty, model, config),
-          static_argnums=(0, 1),
-          out_shardings=place,
-      ),
+      empty=Program("empty", generate.empty, 4, out_shardings=place),
   )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prefix_distill import sharding
+from prefix_distill.compilation import Program
 from prefix_distill.models import attention
 from prefix_distill.models import kv_cache
 from prefix_distill.models.transformer import Model
@@ -174,46 +175,30 @@ def state_shardings(model: Model, config: SamplerConfig) -> DecodeState:
 class Resizer:
   """Moves rows to a cache of another size, one layer after the other.
 
-  So there is never more than one layer of the cache in both sizes, where one
-  program for all of it would hold the old cache beside the new one.
+  There is never more than one layer of the cache in both sizes. One program for
+  the whole cache would hold the old cache beside the new one.
   """
 
   def __init__(self, place: DecodeState):
-    """Jits it.
-
-    Args:
-      place: see `state_shardings`.
-    """
-    self._place = place
-    self._layer = jax.jit(
+    """Jits the move of a layer; `place` is what `state_shardings` returns."""
+    self._layer = Program(
+        "resize",
         kv_cache.resize_layer,
-        static_argnums=(0, 1),
+        2,
         out_shardings=place.cache.layers[0],
     )
 
-  def shapes(self, state: DecodeState, size: int) -> DecodeState:
-    """Returns shapes of the rows, from shapes, with so many columns."""
-    cache = state.cache
-    layers = tuple(
-        jax.eval_shape(
-            lambda x: kv_cache.resize_layer(cache.layout, size, x), layer
-        )
-        for layer in cache.layers
-    )
-    cache = dataclasses.replace(cache, layers=layers)
-    state = dataclasses.replace(state, cache=cache)
-    return sharding.placed(state, self._place)
-
   def __call__(self, state: DecodeState, size: int) -> DecodeState:
-    """Returns the rows in a cache of so many columns; the old is deleted."""
+    """Returns the rows in a cache of so many columns; deletes the old one."""
     cache = state.cache
     if cache.columns == size:
       return state
     layers = []
     for layer in cache.layers:
       layers.append(self._layer(cache.layout, size, layer))
-      for array in jax.tree.leaves(layer):
-        array.delete()
+      if not sharding.is_abstract(layer):
+        for array in jax.tree.leaves(layer):
+          array.delete()
     cache = dataclasses.replace(cache, layers=tuple(layers))
     return dataclasses.replace(state, cache=cache)
 
@@ -461,3 +446,149 @@ def _draw(
       live=live & ~is_stop & (count < draw.cap),
   )
   return state, drawn
+
+
+class Sampler:
+  """Samples prefixes with one model, in programs that are compiled once.
+
+  Attributes:
+    model: on the mesh of sampling.
+    config: how it samples.
+  """
+
+  def __init__(
+      self,
+      model: Model,
+      config: SamplerConfig,
+      temperature: float,
+      buckets: tuple[int, ...],
+      training: jax.sharding.Mesh,
+  ):
+    """Jits the programs.
+
+    Args:
+      model: on the mesh of sampling.
+      config: see `SamplerConfig`.
+      temperature: divides the logits.
+      buckets: the lengths that rollouts may have, in ascending order.
+      training: the mesh that weights come from and rollouts go to.
+    """
+    self.model, self.config = model, config
+    self._temperature, self._buckets = temperature, buckets
+    self._segment = segment(model)
+    place = state_shardings(model, config)
+    rows = sharding.batch_sharding(model.mesh)
+    params = model.abstract_params()
+    layout = jax.eval_shape(model.decode_layout, params)
+    # Weights go to the mesh of sampling once a rollout, in the compute dtype.
+    self._move = None
+    if model.mesh != training:
+      self._move = Program(
+          "move",
+          model.cast,
+          out_shardings=sharding.param_shardings(params, model.mesh),
+      )
+    self._layout = Program(
+        "layout",
+        model.decode_layout,
+        out_shardings=sharding.decode_params(layout, model.mesh),
+    )
+    self._prefill = Program(
+        "prefill", prefill, 3, out_shardings=(place, rows)
+    )
+    self._decode = Program(
+        "decode",
+        decode,
+        3,
+        out_shardings=(place, rows),
+        donate_argnums=4,
+        compiler_options=compiler_options(model.mesh),
+    )
+    self._resize = Resizer(place)
+    self._start = Program("start", start, 2, out_shardings=rows)
+    self._append = Program(
+        "append", append, out_shardings=rows, donate_argnums=0
+    )
+    self._cut = Program(
+        "cut", _cut, 1, out_shardings=sharding.batch_sharding(training)
+    )
+    everywhere = sharding.replicated(model.mesh)
+    self._look = Program("look", _look, out_shardings=everywhere)
+
+  @property
+  def used(self) -> int:
+    """How many variants of prefill and decode have run."""
+    return self._prefill.used + self._decode.used
+
+  def sample(
+      self, params: Params, batch: PromptBatch, key: jax.Array, cap: int
+  ) -> Rollout:
+    """Samples `per_prompt` prefixes of at most `cap` tokens.
+
+    The prompts are prefilled once. The cache then grows with the prefixes. On
+    shapes all prefixes reach the cap.
+
+    Args:
+      params: the weights, on the mesh of training.
+      batch: prompts [B, S], on the mesh of sampling.
+      key: of this update.
+      cap: in tokens.
+
+    Returns:
+      Rollouts [B * per_prompt, P], on the mesh of training. P is the smallest
+      bucket that holds the cap; or, if all rows ended earlier, the smallest one
+      that holds the longest row.
+
+    Raises:
+      ValueError: no bucket of the run holds the cap.
+    """
+    if cap > self._buckets[-1]:
+      raise ValueError(
+          f"The cap is {cap}, but the run's longest prefix is"
+          f" {self._buckets[-1]}; sample with that at most."
+      )
+    model, config, steps = self.model, self.config, self._segment
+    bucket, prompt = self._bucket(cap), batch.tokens.shape[1]
+    draw = Draw.of(cap, self._temperature)
+    key = sharding.replicate_key(key, model.mesh)
+    if self._move:
+      params = self._move(params)
+    # One program reads the prompts of all lengths, into a small cache.
+    room = min(self._buckets[0], LEAST_STEP)
+    state, first = self._prefill(
+        model, config, columns(model, config, prompt + room), params, batch,
+        key, draw,
+    )
+    layout, drawn = self._layout(params), 1
+    del params  # The moved weights are not needed any more.
+    # The first token, and whole segments.
+    length = 1 + -(-(bucket - 1) // steps) * steps
+    rollout = self._start(length, config.pad_id, first)
+    live, longest = self._watch(state, bucket)
+    for room in rooms(model, config, prompt, bucket):
+      size = columns(model, config, prompt + room)
+      while live and drawn < cap and drawn <= room:
+        state = self._resize(state, size)
+        state, new = self._decode(model, config, steps, layout, state, draw)
+        rollout = self._append(rollout, new, np.int32(drawn))
+        drawn += steps
+        live, longest = self._watch(state, bucket)
+    return self._cut(bucket if live else self._bucket(longest), rollout)
+
+  def _bucket(self, length: int) -> int:
+    return min(b for b in self._buckets if b >= length)
+
+  def _watch(self, state: DecodeState, bucket: int) -> tuple[bool, int]:
+    """Returns whether a row is live, and the longest row's tokens."""
+    live, longest = self._look(state)
+    if sharding.is_abstract(live):
+      return True, bucket
+    return bool(live), int(longest)
+
+
+def _look(state: DecodeState) -> tuple[jax.Array, jax.Array]:
+  return jnp.any(state.live), jnp.max(state.count)
+
+
+def _cut(length: int, rollout: Rollout) -> Rollout:
+  return jax.tree.map(lambda x: x[:, :length], rollout)

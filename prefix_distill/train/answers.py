@@ -21,7 +21,7 @@ from prefix_distill.report import flops
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
 from prefix_distill.structs import PromptBatch
-from prefix_distill.train import capacity
+from prefix_distill.train import microbatch
 from prefix_distill.train import setup as setup_lib
 
 FILE = "answers.parquet"
@@ -45,7 +45,7 @@ def with_answers(
     if not rows:
       raise records.DataError(
           f"None of the teacher's answers ended within rollout.max_len"
-          f" {setup.config.rollout.max_len} tokens; raise it."
+          f" {setup.models.config.rollout.max_len} tokens; raise it."
       )
     if jax.process_index() == 0:
       partial = path.with_suffix(".partial")
@@ -55,7 +55,7 @@ def with_answers(
   spec = DatasetSpec(
       str(path), question="question", completion="completion"
   )
-  config = setup.config
+  config = setup.models.config
   data = PromptIterator(
       dataclasses.replace(config.data, train=spec),
       setup.chat,
@@ -64,8 +64,9 @@ def with_answers(
   )
   table = pq.read_table(path, columns=["prompt_tokens", "tokens"])
   prompts, answers = (np.asarray(table[n]) for n in table.column_names)
-  spent = flops.answers(setup.teacher.config, prompts, answers)
-  return dataclasses.replace(setup, data=data, teacher=None), spent
+  spent = flops.answers(setup.models.teacher.config, prompts, answers)
+  models = dataclasses.replace(setup.models, teacher=None)
+  return dataclasses.replace(setup, data=data, models=models), spent
 
 
 def _questions(config: Config) -> list[str]:
@@ -80,34 +81,32 @@ def _questions(config: Config) -> list[str]:
 
 def _answers(setup: setup_lib.Setup) -> Iterator[dict[str, Any]]:
   """Samples the teacher's answers; yields records."""
-  config, chat = setup.config, setup.chat
-  encoded = [
-      (question, prompts_lib.encode_prompt(
-          chat, question, config.data.max_prompt_len, config.data.suffix
-      ))
-      for question in _questions(config)
-  ]  # fmt: skip
-  kept = [(question, row) for question, row in encoded if row is not None]
+  models, chat = setup.models, setup.chat
+  config, kept = models.config, []
+  for question in _questions(config):
+    row = prompts_lib.encode_prompt(
+        chat, question, config.data.max_prompt_len, config.data.suffix
+    )
+    if row is not None:
+      kept.append((question, row))
   batch = PromptBatch(
       np.stack([tokens for _, (tokens, _) in kept]),
       np.stack([mask for _, (_, mask) in kept]),
       np.arange(len(kept), dtype=np.int32),
   )
-  model = setup.for_sampling(setup.teacher)
+  model = models.for_sampling(models.teacher)
   sampler_config = generate.SamplerConfig(
-      stop_ids=setup.teacher_stop_ids,
+      stop_ids=models.teacher_stop_ids,
       pad_id=chat.pad_id,
       num_tokens=chat.num_tokens,
   )
   params = setup_lib.load_model(
-      config.teacher, setup.teacher, setup.mesh, config.seed
+      config.teacher, models.teacher, models.mesh, config.seed
   )
-  rows = capacity.answers(
-      setup, model, sampler_config, params, batch.tokens.shape[1]
+  rows = microbatch.answers(
+      models, model, sampler_config, params, batch.tokens.shape[1]
   )
-  engine = continuous_batching.Engine(
-      model, sampler_config, params, rows, setup.sampling_mesh
-  )
+  engine = continuous_batching.Engine(model, sampler_config, params, rows)
   draw = generate.Draw.of(
       config.rollout.max_len, config.rollout.temperature
   )

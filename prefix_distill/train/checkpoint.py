@@ -1,13 +1,13 @@
-"""Checkpoints through Orbax: the state, and where the data stream is."""
+"""Checkpoints through Orbax: the state, the data stream's place, the sums."""
 
 import pathlib
-from typing import Any
 
 import orbax.checkpoint as ocp
 
 from prefix_distill import distributed
 from prefix_distill.config import CheckpointSpec
 from prefix_distill.errors import UserError
+from prefix_distill.train.ledger import Totals
 from prefix_distill.train.step import TrainState
 
 
@@ -30,13 +30,13 @@ class Checkpointer:
     """Returns the last saved step, the one that process 0 sees."""
     return distributed.from_first("step", self._manager.latest_step())
 
-  def save(self, state: TrainState, data: str, totals: dict[str, Any]) -> None:
+  def save(self, state: TrainState, data: str, totals: Totals) -> None:
     """Saves after an update; every process must call it.
 
     Args:
       state: what the next update starts from.
       data: the position of the data stream, the same in all processes.
-      totals: running sums of the metrics, JSON.
+      totals: the running sums.
     """
     step = int(state.step)
     if self._manager.latest_step() == step:
@@ -45,11 +45,13 @@ class Checkpointer:
         step,
         args=ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            host=ocp.args.JsonSave({"data": data, "totals": totals}),
+            host=ocp.args.JsonSave(
+                {"data": data, "totals": totals.to_json()}
+            ),
         ),
     )
 
-  def restore(self, abstract: TrainState) -> tuple[TrainState, str, dict]:
+  def restore(self, abstract: TrainState) -> tuple[TrainState, str, Totals]:
     """Restores the latest checkpoint straight into its shards.
 
     Args:
@@ -73,7 +75,8 @@ class Checkpointer:
           f" be restored ({distributed.first_line(error)}); delete that step's"
           " directory to go back to the one before."
       ) from error
-    return restored.state, restored.host["data"], restored.host["totals"]
+    totals = Totals.from_json(restored.host["totals"])
+    return restored.state, restored.host["data"], totals
 
   def close(self) -> None:
     self._manager.close()

@@ -1,80 +1,117 @@
-"""A run's running sums of FLOPs and tokens, for each metrics line."""
+"""The running sums of a run, which each checkpoint holds."""
 
 import dataclasses
 from typing import Any
 
 import numpy as np
 
+from prefix_distill.models.config import ModelConfig
 from prefix_distill.report import flops
 from prefix_distill.report.flops import Lengths
 from prefix_distill.report.flops import StepFlops
-from prefix_distill.train import setup as setup_lib
 
 
-class Ledger:
-  """Adds up what the updates cost; the sums lie in the running totals."""
+@dataclasses.dataclass(frozen=True)
+class Totals:
+  """Sums over the updates so far, and the schedule's state.
 
-  def __init__(
-      self,
-      setup: setup_lib.Setup,
-      totals: dict[str, Any],
-      spent: StepFlops,
-  ):
-    """Starts, or goes on from what a checkpoint's totals hold.
+  Attributes:
+    schedule: the state of the prefix schedule, JSON.
+    seconds: time of the updates.
+    tokens: sampled tokens.
+    flops: all FLOPs, those before the first update included.
+    phases: the same by phase.
+    flops_paper: FLOPs by the paper's formula, of the updates alone.
+    flops_full: an estimate of what the same updates would have cost with whole
+      answers of `answer_len` tokens.
+    answer_len: mean length of whole answers in the last evaluation.
+  """
 
-    Args:
-      setup: of the run.
-      totals: of the run. Their `answer_len` is the mean length of whole
-        answers, from which the cost of full distillation is estimated.
-      spent: before the first update. The paper's formula does not count that.
-    """
-    self._setup, self._totals = setup, totals
-    for phase, value in dataclasses.asdict(spent).items():
-      totals.setdefault(f"flops_{phase}", value)
-    totals.setdefault("flops", spent.total)
-    for name in ("flops_paper", "flops_full", "tokens"):
-      totals.setdefault(name, 0)
+  schedule: dict[str, Any]
+  seconds: float = 0.0
+  tokens: int = 0
+  flops: float = 0.0
+  phases: StepFlops = StepFlops()
+  flops_paper: float = 0.0
+  flops_full: float = 0.0
+  answer_len: float = 0.0
 
-  def add(self, lengths: Lengths, source: str = "student") -> dict[str, Any]:
-    """Adds an update and returns its part of the metrics line: the sums.
+  def to_json(self) -> dict[str, Any]:
+    return dataclasses.asdict(self)
 
-    Args:
-      lengths: of its sequences.
-      source: who sampled the answers, as `flops.distillation` takes it.
-    """
-    totals, cost = self._totals, self._cost(lengths, source)
-    for phase, value in dataclasses.asdict(cost).items():
-      totals[f"flops_{phase}"] += value
-    totals["flops"] += cost.total
-    totals["flops_paper"] += self._paper(lengths, source)
-    totals["tokens"] += int(lengths.sampled.sum())
-    names = ("tokens", "flops", "flops_paper")
-    line = {"rollout_len": float(lengths.sampled.mean())}
-    line |= {name: totals[name] for name in names}
-    line |= {f"flops_{name}": totals[f"flops_{name}"] for name in flops.PHASES}
-    if self._setup.config.method == "prefix":
-      line["flops_full_estimate"] = self._add_full(lengths)
+  @classmethod
+  def from_json(cls, values: dict[str, Any]) -> "Totals":
+    return cls(**values | {"phases": StepFlops(**values["phases"])})
+
+  def line(self) -> dict[str, Any]:
+    """Returns the sums as a metrics line has them."""
+    line = {
+        "tokens": self.tokens,
+        "flops": self.flops,
+        "flops_paper": self.flops_paper,
+    }
+    for phase, value in dataclasses.asdict(self.phases).items():
+      line[f"flops_{phase}"] = value
+    if self.flops_full:
+      line["flops_full_estimate"] = self.flops_full
     return line
 
+
+@dataclasses.dataclass(frozen=True)
+class Prices:
+  """What an update of certain models costs.
+
+  Attributes:
+    student: the student's architecture.
+    teacher: the teacher's; None for supervised training.
+    remat: what the student computes again, see `ModelSpec`.
+    compares: whether full distillation's cost is estimated too.
+  """
+
+  student: ModelConfig
+  teacher: ModelConfig | None
+  remat: str = "none"
+  compares: bool = False
+
+  def charge(
+      self, totals: Totals, lengths: Lengths, source: str = "student"
+  ) -> Totals:
+    """Adds an update to the sums.
+
+    Args:
+      totals: before the update.
+      lengths: of the update's sequences.
+      source: who sampled the answers, as `flops.distillation` takes it.
+    """
+    cost, before = self._cost(lengths, source), totals.phases
+    phases = StepFlops(**{
+        phase: getattr(before, phase) + getattr(cost, phase)
+        for phase in flops.PHASES
+    })
+    full = 0.0
+    if self.compares:
+      whole = np.full(len(lengths.sampled), totals.answer_len)
+      whole = dataclasses.replace(lengths, sampled=whole, trained=None)
+      full = self._cost(whole, "student").total
+    return dataclasses.replace(
+        totals,
+        tokens=totals.tokens + int(lengths.sampled.sum()),
+        flops=totals.flops + cost.total,
+        phases=phases,
+        flops_paper=totals.flops_paper + self._paper(lengths, source),
+        flops_full=totals.flops_full + full,
+    )
+
   def _cost(self, lengths: Lengths, source: str) -> StepFlops:
-    student, teacher = self._setup.student, self._setup.teacher
-    if teacher is None:
-      return flops.supervised(student.config, lengths, student.remat)
+    if self.teacher is None:
+      return flops.supervised(self.student, lengths, self.remat)
     return flops.distillation(
-        student.config, teacher.config, lengths, source, student.remat
+        self.student, self.teacher, lengths, source, self.remat
     )
 
   def _paper(self, lengths: Lengths, source: str) -> float:
-    student, teacher = self._setup.student, self._setup.teacher
-    if teacher is None:
-      return flops.paper_supervised(student.config, lengths)
+    if self.teacher is None:
+      return flops.paper_supervised(self.student, lengths)
     return flops.paper_distillation(
-        student.config, teacher.config, lengths, source
+        self.student, self.teacher, lengths, source
     )
-
-  def _add_full(self, lengths: Lengths) -> float:
-    """Adds what the same update would cost with whole answers."""
-    whole = np.full(len(lengths.sampled), self._totals["answer_len"])
-    full = dataclasses.replace(lengths, sampled=whole, trained=None)
-    self._totals["flops_full"] += self._cost(full, "student").total
-    return self._totals["flops_full"]

@@ -9,6 +9,7 @@ it, and so ends with the numbers of a run that was never stopped.
 from collections.abc import Collection
 from collections.abc import Iterator
 import contextlib
+import dataclasses
 import pathlib
 import signal
 import sys
@@ -33,14 +34,15 @@ from prefix_distill.report import metrics as metrics_lib
 from prefix_distill.report import report
 from prefix_distill.report.flops import Lengths
 from prefix_distill.train import answers
-from prefix_distill.train import capacity
+from prefix_distill.train import microbatch
 from prefix_distill.train import setup as setup_lib
 from prefix_distill.train import step as step_lib
 from prefix_distill.train import update as update_lib
 from prefix_distill.train.checkpoint import Checkpointer
-from prefix_distill.train.ledger import Ledger
-from prefix_distill.train.programs import Programs
+from prefix_distill.train.ledger import Prices
+from prefix_distill.train.ledger import Totals
 from prefix_distill.train.step import TrainState
+from prefix_distill.train.update import Programs
 
 
 class Stop:
@@ -99,44 +101,60 @@ class Run:
       spent: flops.StepFlops = _NOTHING,
   ):
     """Starts or goes on; `spent` FLOPs were spent before the first update."""
-    config = setup.config
-    self.setup, self.config, self.workdir = setup, config, workdir
-    self.programs = Programs(setup)
+    models = setup.models
+    self.setup, self.models, self.workdir = setup, models, workdir
+    self.config = config = models.config
+    self.programs = Programs(models)
     self.checkpointer = Checkpointer(
         workdir / "checkpoints", config.checkpoint
     )
-    # Running sums, see `Ledger`; `answer_len` is as last evaluated.
-    self.totals: dict[str, Any] = {"seconds": 0.0, "answer_len": 0.0}
+    self.schedule = prefix_schedule.make(config)
+    self.prices = Prices(
+        models.student.config,
+        models.teacher and models.teacher.config,
+        models.student.remat,
+        compares=config.method == "prefix",
+    )
+    self.totals = Totals(
+        self.schedule.start(), flops=spent.total, phases=spent
+    )
     self.key = jax.random.key(config.seed)
     self.teacher_params: Params | None = None
     self.writes = jax.process_index() == 0
     self.state = self._start()
-    self.control = prefix_schedule.Control(config, self.totals)
-    self.ledger = Ledger(setup, self.totals, spent)
-    self.programs.compile_ahead(self.teacher_params)
+    self.programs.compile_ahead()
 
   def _start(self) -> TrainState:
     """Restores the latest checkpoint, or loads the student."""
-    setup, step = self.setup, self.checkpointer.latest_step()
+    models, step = self.models, self.checkpointer.latest_step()
     self.resumed = step is not None
     if step is None:
       params = setup_lib.load_model(
-          self.config.student, setup.student, setup.mesh, self.config.seed
+          self.config.student, models.student, models.mesh, self.config.seed
       )
       state = self.programs.init(params)
     else:
       state, data, self.totals = self.checkpointer.restore(
           self.programs.abstract_state()
       )
-      setup.data.set_state(data)
+      self.setup.data.set_state(data)
       print(f"Resuming after update {step} of {self.config.steps}.")
     if self.writes:
       self.writer = metrics_lib.Writer(self.workdir / "metrics.jsonl", step)
-    if setup.teacher is not None:
+    if models.teacher is not None:
       self.teacher_params = setup_lib.load_model(
-          self.config.teacher, setup.teacher, setup.mesh, self.config.seed
+          self.config.teacher, models.teacher, models.mesh, self.config.seed
       )
     return state
+
+  @property
+  def cap(self) -> int:
+    """The next update's cap in tokens; 0 if the schedule ends the run."""
+    return self.schedule.cap(self.totals.schedule)
+
+  def is_last(self, step: int) -> bool:
+    """Whether no update comes after update `step`, counted from 1."""
+    return step == self.config.steps or self.cap == 0
 
   def write(self, values: dict[str, Any]) -> None:
     if self.writes:
@@ -149,100 +167,125 @@ class Run:
 
   def evaluate(self, step: int, which: str = "student") -> None:
     """Evaluates the student or the teacher on all sets."""
-    setup = self.setup
-    model, params = setup.student, self.state.params
-    stop_ids = setup.stop_ids
+    setup, models = self.setup, self.models
+    model, params = models.student, self.state.params
+    stop_ids = models.stop_ids
     if which == "teacher":
-      model = setup.teacher
+      model = models.teacher
       params = self.programs.on_device(self.teacher_params)
-      stop_ids = setup.teacher_stop_ids
+      stop_ids = models.teacher_stop_ids
     start = time.perf_counter()
 
     def write(values: dict[str, Any]) -> None:
       if which == "student" and values["mode"] == "sampled":
-        self.totals["answer_len"] = values["mean_length"]
+        self.totals = dataclasses.replace(
+            self.totals, answer_len=values["mean_length"]
+        )
       self.write({
           "step": step,
           "model": which,
-          "flops": self.totals["flops"],
+          "flops": self.totals.flops,
           **values,
           "seconds_evaluate": time.perf_counter() - start,
       })
       if self.writes:
         tqdm.tqdm.write(report.evaluation_line(which, step, values))
 
-    spec, model = self.config.evaluation, setup.for_sampling(model)
+    spec, model = self.config.evaluation, models.for_sampling(model)
     sets = self._sets(step)
     if not sets:
       return
-    rows = capacity.answers(
-        setup, model, evaluator.sampler_config(setup.chat, spec, stop_ids),
-        self.programs.resting(), evaluator.longest_prompt(sets),
-    )  # fmt: skip
+    sampler = evaluator.sampler_config(setup.chat, spec, stop_ids)
+    rows = microbatch.answers(
+        models,
+        model,
+        sampler,
+        self.programs.resting(),
+        evaluator.longest_prompt(sets),
+    )
     evaluator.evaluate(
-        model, params, setup.chat, spec, sets, setup.sampling_mesh, stop_ids,
-        rows, self.config.seed, write,
-    )  # fmt: skip
+        model,
+        params,
+        setup.chat,
+        spec,
+        sets,
+        stop_ids,
+        rows,
+        self.config.seed,
+        write,
+    )
 
   def _sets(self, step: int) -> dict[str, evaluator.Problems]:
     """Returns the sets to evaluate after update `step`."""
     between, sets = self.config.evaluation.between, self.setup.problems
-    last = step == self.config.steps or self.control.finished
-    if last or not between:
+    if self.is_last(step) or not between:
       return sets
     return {name: sets[name] for name in between}
 
   def update(self, step: int) -> dict[str, Any]:
     """Does update number `step` (from 0) and returns its metrics line."""
-    begin, clock = time.perf_counter(), update_lib.Clock()
-    cap, source = self.control.cap, self.control.source(step)
+    begin, clock, config = time.perf_counter(), update_lib.Clock(), self.config
+    cap, source = self.cap, prefix_schedule.source(config, step)
     prompts, completions = next(self.setup.data)
-    prompts = prompts_lib.trim(prompts, self.config.data)
-    read = prompts.mask.sum(1), prompts.for_teacher().mask.sum(1)
-    self.state, done = update_lib.run(
-        self.programs, self.state, self.teacher_params,
-        *sharding.global_batch((prompts, completions), self.setup.mesh),
+    prompts = prompts_lib.trim(prompts, config.data)
+    self.state, done = self.programs.update(
+        self.state,
+        self.teacher_params,
+        *sharding.global_batch((prompts, completions), self.models.mesh),
         update_lib.Request(
             cap,
             jax.random.fold_in(self.key, step),
-            None if self.config.is_supervised else source,
-            self.control.threshold,
+            None if config.is_supervised else source,
+            self.schedule.threshold(self.totals.schedule),
         ),
         clock,
-    )  # fmt: skip
-    metrics, mask = done.metrics, done.mask
-    self.control.observe(metrics, mask, done.minima)
+    )
+    mask, trained = done.mask, done.trained
+    stats = prefix_schedule.stats(done.metrics, mask, done.minima)
+    lengths = Lengths(
+        prompts.mask.sum(1),
+        mask.sum(1),
+        prompts.for_teacher().mask.sum(1),
+        trained.sum(1),
+    )
+    totals = self.prices.charge(self.totals, lengths, source)
     line = {"step": step + 1, "prefix_len": cap}
-    line |= _flatten(metrics, self.config)
-    lengths = (read[0], mask.sum(1), read[1], done.trained.sum(1))
-    line |= self.ledger.add(Lengths(*lengths), source)
-    if self.config.rollout.source != "student":
+    line |= _flatten(done.metrics, config)
+    line |= {"rollout_len": float(mask.sum(1).mean())} | totals.line()
+    if config.rollout.source != "student":
       line["source"] = source
     if done.minima is not None:
-      line["trained_len"] = float(done.trained.sum(1).mean())
-    if not self.config.is_supervised:
-      line |= metrics_lib.of_rollouts(done.tokens, mask, self.setup.stop_ids)
-    self.totals["seconds"] += time.perf_counter() - begin
-    line |= {
+      line["trained_len"] = float(trained.sum(1).mean())
+    if not config.is_supervised:
+      line |= metrics_lib.of_rollouts(
+          done.tokens, mask, self.models.stop_ids
+      )
+    passed = time.perf_counter() - begin
+    self.totals = dataclasses.replace(
+        totals,
+        seconds=totals.seconds + passed,
+        schedule=self.schedule.next(totals.schedule, stats),
+    )
+    return line | {
         "dropped": self.setup.data.dropped,
         **self.programs.compilations(),
-        "seconds": self.totals["seconds"],
+        "seconds": self.totals.seconds,
         **clock.seconds,
-        "tokens_per_second": float(mask.sum())
-        / (time.perf_counter() - begin),
+        "tokens_per_second": float(mask.sum()) / passed,
     }
-    return line
 
 
 def _flatten(metrics: dict[str, Any], config: Config) -> dict[str, float]:
   """Makes flat JSON of the update's metrics.
 
-  What no token belonged to, a bin of positions or the special tokens, is left
-  out.
+  Bins of positions and special tokens that no token belonged to are left out,
+  and so are the statistics that only the schedule reads.
   """
   out = {}
   width = step_lib.bin_width(config.rollout.max_len)
   for name, value in metrics.items():
+    if name in ("kl_position", "reliable"):
+      continue
     if np.ndim(value) == 0:
       if name != "kl_special" or np.isfinite(value):
         out[name] = float(value)
@@ -288,7 +331,7 @@ def _steps(run: Run, stop: Stop, traced: Collection[int]) -> None:
   )
   with bar:
     for step in range(first, config.steps):
-      if run.control.finished:
+      if run.cap == 0:
         break
       with contextlib.ExitStack() as stack:
         if step + 1 in traced:
@@ -298,7 +341,7 @@ def _steps(run: Run, stop: Stop, traced: Collection[int]) -> None:
       bar.set_postfix(report.progress(line), refresh=step == first)
       bar.update()
       done = step + 1
-      last = done == config.steps or run.control.finished
+      last = run.is_last(done)
       if last or (every and done % every == 0):
         run.evaluate(done)
       stopping = _any_process(stop.wanted)
@@ -331,20 +374,24 @@ def train(
   finished = (workdir / "export").is_dir()
   if not distributed.from_first("finished", finished):
     if writes:
-      print(report.headline(config, setup.mesh.shape, workdir), flush=True)
+      shape = setup.models.mesh.shape
+      print(report.headline(config, shape, workdir), flush=True)
     spent = _NOTHING
     if config.method == "seqkd":
       setup, spent = answers.with_answers(setup, workdir)
     run = Run(setup, workdir, spent)
     with stop_on_signal() as stop:
       _steps(run, stop, traced)
-    if setup.teacher is not None and config.evaluation.teacher:
+    if setup.models.teacher is not None and config.evaluation.teacher:
       run.evaluate(int(run.state.step), "teacher")
     run.programs.close()
     run.checkpointer.close()
     hf.export(
-        run.state.params, config.student.path, config.student.tokenizer_path,
-        workdir / "export", config.student.param_dtype,
-    )  # fmt: skip
+        run.state.params,
+        config.student.path,
+        config.student.tokenizer_path,
+        workdir / "export",
+        config.student.param_dtype,
+    )
   if writes:
     report.write(workdir)

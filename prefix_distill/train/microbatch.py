@@ -1,12 +1,18 @@
-"""Batches that are too large for the memory go through it in parts.
+"""Microbatches: how many rows go through the memory at a time.
 
-How many parts depends on the prefix: early in a schedule thousands of rollouts
-are sampled and scored at a time, at its end a few. Programs are compiled for
-each length anyway.
+A batch that is too large for the memory is sampled in microbatches, and each of
+those is scored and differentiated in microbatches. How many there are depends
+on the prefix: early in a schedule thousands of rollouts fit, at its end a few.
+
+Where the settings name no limit, sampling and evaluation take as many rows as
+the memory holds. Weights are read once a token for all rows together, so a
+token of more rows costs less. What a row takes is computed, not tried;
+`python -m prefix_distill.plan` compiles the result.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Sequence
+import functools
 import math
 from typing import Any
 
@@ -15,24 +21,33 @@ import jax.numpy as jnp
 import numpy as np
 
 from prefix_distill import sharding
+from prefix_distill.compilation import Program
 from prefix_distill.distill import prefix_schedule
+from prefix_distill.models.transformer import Model
+from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 from prefix_distill.structs import TeacherScores
-from prefix_distill.train import setup as setup_lib
-from prefix_distill.train.compile import Program
+from prefix_distill.train.setup import Models
+
+# Share of the memory that is left to the compiler and to fragments.
+_SPARE = 0.04
+# Arrays of [B, V] in float32 that exist while a token is drawn.
+_LOGITS = 4
+# Answers at a time where no memory is known, as on a CPU.
+_DEFAULT_ROWS = 64
 
 
 def count(rows: int, length: int, most: int, shards: int) -> int:
-  """Returns the number of parts that rows are taken in.
+  """Returns the number of microbatches.
 
   Args:
-    rows: in all, divisible by `shards`.
+    rows: of the batch, divisible by `shards`.
     length: tokens of a row.
-    most: tokens of a part, over all devices; 0 for no limit. A part has at
-      least one row for each shard, whatever the limit.
-    shards: of the batch, each of which holds as many rows of every part.
+    most: tokens of a microbatch, over all devices; 0 for no limit. A
+      microbatch has at least one row for each shard, whatever the limit.
+    shards: of the batch; each holds as many rows of every microbatch.
   """
   if not most:
     return 1
@@ -50,16 +65,16 @@ def count(rows: int, length: int, most: int, shards: int) -> int:
 def take(
     parts: int, mesh: jax.sharding.Mesh, tree: Any, index: jax.Array
 ) -> Any:
-  """Returns a part of [B, ...]: [B / parts, ...]; to be jitted.
+  """Returns a microbatch of [B, ...]: [B / parts, ...]; to be jitted.
 
   Rows are dealt out like cards, so every device keeps its own rows and nothing
   moves.
 
   Args:
-    parts: in how many the rows go; static.
-    mesh: whose batch axes the rows are split over; static.
+    parts: the number of microbatches; static.
+    mesh: rows are split over its batch axes; static.
     tree: of arrays [B, ...].
-    index: int32 [], which part.
+    index: int32 [], which microbatch.
   """
   spec = jax.sharding.PartitionSpec(sharding.BATCH_AXES)
   place = jax.sharding.NamedSharding(mesh, spec)
@@ -73,10 +88,10 @@ def take(
 
 
 def join(arrays: Sequence[np.ndarray], together: int = 1) -> np.ndarray:
-  """Puts what was computed of the parts into the order of the whole.
+  """Puts the microbatches' results into the order of the batch.
 
   Args:
-    arrays: of the parts, [B / parts, ...].
+    arrays: of the microbatches, [B / parts, ...].
     together: rows that a row was repeated into after the split.
   """
   rest = arrays[0].shape[1:]
@@ -84,8 +99,8 @@ def join(arrays: Sequence[np.ndarray], together: int = 1) -> np.ndarray:
   return np.stack(cards, axis=1).reshape(-1, *rest)
 
 
-class Rows:
-  """What is done to prompts and rollouts between the phases of a run.
+class Microbatches:
+  """Splits prompts and rollouts, and changes rollouts between the phases.
 
   Attributes:
     mesh: of scoring and training.
@@ -94,44 +109,67 @@ class Rows:
 
   def __init__(
       self,
-      setup: setup_lib.Setup,
-      buckets: tuple[int, ...],
-      capacity: Callable[[int, int], int] | None = None,
+      models: Models,
+      samplers: Iterable[generate.Sampler],
+      resting: Any,
   ):
-    """Describes what is done.
+    """Jits the programs.
 
     Args:
-      setup: of the run.
-      buckets: lengths of prefixes.
-      capacity: of S and P, how many rollouts a device samples at a time, if
-        `rollout.batch_tokens` does not say; None for no limit.
+      models: of the run.
+      samplers: those that the run may sample with.
+      resting: shapes of what lies in the memory while sampling.
     """
-    config = setup.config
-    self._capacity = capacity
-    self.mesh, self.per_prompt = setup.mesh, config.rollout.per_prompt
-    self._sampling_mesh = setup.sampling_mesh
-    self._config, self._buckets = config, buckets
-    self._shards = sharding.batch_shards(setup.mesh)
-    rows = sharding.batch_sharding(setup.mesh)
+    config = models.config
+    self.mesh, self.per_prompt = models.mesh, config.rollout.per_prompt
+    self._models, self._samplers = models, tuple(samplers)
+    self._resting = resting
+    self._capacity = functools.cache(self._rollouts_at_a_time)
+    self._sampling_mesh = models.sampling_mesh
+    self._buckets = prefix_schedule.buckets(config)
+    self._shards = sharding.batch_shards(models.mesh)
+    rows = sharding.batch_sharding(models.mesh)
     self._deal = Program(
-        take, 2, out_shardings=sharding.batch_sharding(self._sampling_mesh)
+        "deal",
+        take,
+        2,
+        out_shardings=sharding.batch_sharding(self._sampling_mesh),
     )
-    self._repeat = Program(generate.repeat_prompts, 1, out_shardings=rows)
-    self._take = Program(take, 2, out_shardings=rows)
-    self._shorten = Program(_shorten, 1, out_shardings=rows)
-    self._lengthen = Program(_lengthen, 1, out_shardings=rows)
-    self._agree = Program(prefix_schedule.cut, 1, out_shardings=rows)
+    self._repeat = Program(
+        "repeat", generate.repeat_prompts, 1, out_shardings=rows
+    )
+    self._take = Program("take", take, 2, out_shardings=rows)
+    self._shorten = Program("shorten", _shorten, 1, out_shardings=rows)
+    self._lengthen = Program("lengthen", _lengthen, 1, out_shardings=rows)
+    self._agree = Program(
+        "agree", prefix_schedule.cut, 1, out_shardings=rows
+    )
 
   def bucket(self, cap: int) -> int:
     """Returns the static length that holds a cap."""
     return min(b for b in self._buckets if b >= cap)
 
-  def group_count(self, prompts: PromptBatch, bucket: int) -> int:
-    """Returns in how many groups prompts [B, S] are sampled."""
+  def _rollouts_at_a_time(self, prompt: int, length: int) -> int:
+    """Returns how many rollouts a device samples at a time."""
+    return min(
+        rollouts(
+            self._models,
+            sampler.model,
+            sampler.config,
+            self._resting,
+            prompt,
+            length,
+            1 / sampler.config.per_prompt,
+        )
+        for sampler in self._samplers
+    )
+
+  def sampling_count(self, prompts: PromptBatch, bucket: int) -> int:
+    """Returns in how many microbatches prompts [B, S] are sampled."""
     rows, length = prompts.tokens.shape
     tokens = self.per_prompt * (length + bucket)
-    most = self._config.rollout.batch_tokens
-    if not most and self._capacity:
+    most = self._models.config.rollout.batch_tokens
+    if not most and self._models.memory is not None:
       most = self._capacity(length, bucket) * (length + bucket)
       most *= sharding.batch_shards(self._sampling_mesh)
     # Prompts split evenly over one mesh, and their rollouts over the other.
@@ -139,49 +177,30 @@ class Rows:
     shards = math.lcm(sharding.batch_shards(self._sampling_mesh), least)
     return count(rows, tokens, most, shards)
 
-  def groups(self, prompts: PromptBatch, cap: int) -> list[PromptBatch]:
-    """Splits prompts [B, S] into those that are sampled at a time.
-
-    Returns:
-      Groups, on the mesh of sampling.
-    """
-    number = self.group_count(prompts, self.bucket(cap))
+  def for_sampling(
+      self, prompts: PromptBatch, cap: int
+  ) -> list[PromptBatch]:
+    """Splits prompts [B, S] into microbatches on the mesh of sampling."""
+    number = self.sampling_count(prompts, self.bucket(cap))
     if number == 1 and self._sampling_mesh == self.mesh:
       return [prompts]
     return _split(self._deal, number, self._sampling_mesh, prompts)
 
-  def part_count(self, batch: PromptBatch, rollout: Rollout) -> int:
-    """Returns in how many parts rollouts [B, P] are scored."""
+  def scoring_count(self, batch: PromptBatch, rollout: Rollout) -> int:
+    """Returns in how many microbatches rollouts [B, P] are scored."""
     prompt = max(batch.tokens.shape[1], batch.for_teacher().tokens.shape[1])
     rows, length = rollout.tokens.shape
-    most = self._config.optimizer.batch_tokens
+    most = self._models.config.optimizer.batch_tokens
     return count(rows, prompt + length, most, self._shards)
 
-  def parts(
+  def for_scoring(
       self, batch: PromptBatch, rollout: Rollout
   ) -> list[tuple[PromptBatch, Rollout]]:
-    """Splits rollouts [B, P] into those that are scored at a time."""
-    number = self.part_count(batch, rollout)
+    """Splits rollouts [B, P] into microbatches."""
+    number = self.scoring_count(batch, rollout)
     if number == 1:
       return [(batch, rollout)]
     return _split(self._take, number, self.mesh, (batch, rollout))
-
-  def part_shapes(
-      self, prompts: PromptBatch, rollout: Rollout
-  ) -> tuple[PromptBatch, Rollout, int]:
-    """Returns the shapes of a part, and how many there are.
-
-    Args:
-      prompts: shapes of a group.
-      rollout: shapes of its rollouts.
-    """
-    batch = self._repeat.shapes(self.per_prompt, prompts)
-    number = self.part_count(batch, rollout)
-    if number > 1:
-      batch, rollout = self._take.shapes(
-          number, self.mesh, (batch, rollout), np.int32(0)
-      )
-    return batch, rollout, number
 
   def repeat(self, batch: PromptBatch) -> PromptBatch:
     """Repeats each prompt for its rollouts."""
@@ -192,7 +211,7 @@ class Rows:
     return self._shorten(self.bucket(cap), given, np.int32(cap))
 
   def lengthen(self, rollouts: list[Rollout]) -> list[Rollout]:
-    """Pads rollouts to the longest, for some groups end before others."""
+    """Pads rollouts to the longest; some microbatches end before others."""
     longest = max(rollout.tokens.shape[1] for rollout in rollouts)
     return [
         rollout
@@ -205,19 +224,19 @@ class Rows:
       self, rollout: Rollout, scores: TeacherScores, threshold: float
   ) -> tuple[Rollout, jax.Array]:
     """Cuts rollouts short; see `prefix_schedule.cut`."""
-    window = self._config.prefix.agreement.window_tokens
+    window = self._models.config.prefix.agreement.window_tokens
     return self._agree(window, rollout, scores, np.float32(threshold))
 
 
 def _split(
     program: Program, number: int, mesh: jax.sharding.Mesh, tree: Any
 ) -> list[Any]:
-  """Returns all parts; `program` is `take`."""
+  """Returns all microbatches; `program` is `take`."""
   return [program(number, mesh, tree, np.int32(i)) for i in range(number)]
 
 
 def _lengthen(length: int, rollout: Rollout) -> Rollout:
-  """Pads behind the mask, where nobody looks."""
+  """Pads behind the mask."""
   return jax.tree.map(
       lambda x: jnp.pad(x, ((0, 0), (0, length - x.shape[1]))), rollout
   )
@@ -226,3 +245,118 @@ def _lengthen(length: int, rollout: Rollout) -> Rollout:
 def _shorten(length: int, given: Rollout, cap: jax.Array) -> Rollout:
   mask = given.mask[:, :length] & (jnp.arange(length) < cap)
   return Rollout(given.tokens[:, :length], mask)
+
+
+def _free(models: Models, model: Model, resting: Any) -> float:
+  """Returns bytes of a device that are free while a model decodes.
+
+  Args:
+    models: with `memory`.
+    model: on the mesh of sampling.
+    resting: what lies in the memory meanwhile, as shapes or arrays; those that
+      are on the host are not counted.
+  """
+  layout = jax.eval_shape(model.decode_layout, model.abstract_params())
+  layout = sharding.placed(layout, sharding.decode_params(layout, model.mesh))
+  on_device = [
+      x
+      for x in jax.tree.leaves(resting)
+      if x.sharding.memory_kind != "pinned_host"
+  ]
+  taken = sharding.bytes_per_device(on_device)
+  taken += sharding.bytes_per_device(layout)
+  return (1 - _SPARE) * models.memory - taken
+
+
+def _row_bytes(
+    model: Model,
+    config: generate.SamplerConfig,
+    prompt: int,
+    length: int,
+    reading: float,
+) -> float:
+  """Returns bytes that a row takes on a device.
+
+  Its cache, one layer of it once more while it grows, the keys and values of
+  prompts before they are laid out, and its logits.
+
+  Args:
+    model: on the mesh of sampling.
+    config: see `SamplerConfig`.
+    prompt: S.
+    length: P.
+    reading: prompts that are read at a time, for each row.
+  """
+  c, dtype = model.config, generate.cache_dtype(model, config)
+  kernel, split = model.cache_kernel(dtype), model.mesh.shape["tensor"]
+  shards = split if c.num_kv_heads % split == 0 else 1
+  heads = 2 * c.num_layers * c.num_kv_heads / shards
+  entry = c.head_dim * dtype.itemsize + (4 if dtype.itemsize == 1 else 0)
+  columns = generate.columns(model, config, prompt + length)
+  cache = columns * heads * entry
+  growth = 0.0 if kernel.reads_lengths else cache / c.num_layers
+  read = 2 * prompt * heads * c.head_dim * model.dtype.itemsize
+  return cache + growth + reading * read + 4 * _LOGITS * c.vocab_size
+
+
+def rollouts(
+    models: Models,
+    model: Model,
+    config: generate.SamplerConfig,
+    resting: Any,
+    prompt: int,
+    length: int,
+    reading: float,
+) -> int:
+  """Returns how many rollouts a device samples at a time; at least one.
+
+  Args:
+    models: whose `memory` is known.
+    model: on the mesh of sampling.
+    config: see `SamplerConfig`.
+    resting: see `_free`.
+    prompt: S.
+    length: P.
+    reading: prompts that are read at a time, for each row.
+  """
+  row = _row_bytes(model, config, prompt, length, reading)
+  return max(int(_free(models, model, resting) // row), 1)
+
+
+def answers(
+    models: Models,
+    model: Model,
+    config: generate.SamplerConfig,
+    resting: Any,
+    prompt: int,
+) -> int:
+  """Returns how many answers are decoded at a time, over all devices.
+
+  `evaluation.batch_size`; or, if that is 0, as many as the memory holds.
+
+  Args:
+    models: of the run.
+    model: on the mesh of sampling.
+    config: see `SamplerConfig`.
+    resting: see `_free`.
+    prompt: S.
+  """
+  spec = models.config.evaluation
+  if spec.batch_size:
+    return spec.batch_size
+  shards = sharding.batch_shards(model.mesh)
+  if models.memory is None:
+    return -(-_DEFAULT_ROWS // shards) * shards
+  if model.mesh != models.mesh:  # Prompts are read between two segments.
+    moved = jax.eval_shape(model.cast, model.abstract_params())
+    resting = [resting, sharding.with_shardings(moved, model.mesh)]
+  most = rollouts(
+      models,
+      model,
+      config,
+      resting,
+      prompt,
+      spec.max_len,
+      reading=continuous_batching.REFILL,
+  )
+  return shards * most

@@ -39,20 +39,22 @@ class WorkdirError(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
-  """What a run needs besides weights.
+class Models:
+  """The models of a run, and all else that its programs are built from.
+
+  Neither weights nor data, so it can be made for devices that are not there.
 
   Attributes:
     config: the settings.
     mesh: the device mesh.
     student: the student's architecture.
     teacher: the teacher's; None for supervised training.
-    chat: the student's tokenizer.
+    num_tokens: how many token ids the tokenizer has.
+    pad_id: fills the columns behind a prefix.
+    special_ids: tokens such as `<think>` and the stop tokens.
     stop_ids: tokens that end the student's answers: those of both models, or
-      with `loss.merge_stop_tokens` off its own.
-    teacher_stop_ids: tokens that end the teacher's.
-    data: whole batches, the same in all processes.
-    problems: the evaluation sets.
+      with `loss.merge_stop_tokens` off the student's own.
+    teacher_stop_ids: tokens that end the teacher's answers.
     memory: bytes of a device that programs may use; None for no limit.
   """
 
@@ -60,29 +62,46 @@ class Setup:
   mesh: jax.sharding.Mesh
   student: Model
   teacher: Model | None
-  chat: Chat
-  stop_ids: tuple[int, ...]
-  teacher_stop_ids: tuple[int, ...]
-  data: PromptIterator
-  problems: dict[str, evaluator.Problems]
+  num_tokens: int
+  pad_id: int = 0
+  special_ids: tuple[int, ...] = ()
+  stop_ids: tuple[int, ...] = ()
+  teacher_stop_ids: tuple[int, ...] = ()
   memory: float | None = None
 
   @property
   def sampling_mesh(self) -> jax.sharding.Mesh:
-    """The devices as sampling takes them, in training and evaluation."""
+    """The mesh on which training and evaluation sample."""
     return sharding.sampling_mesh(self.mesh, self.config.mesh)
 
   def for_sampling(self, model: Model) -> Model:
-    """Returns the student or teacher, to be run on `sampling_mesh`."""
+    """Returns the student or the teacher on `sampling_mesh`."""
     return dataclasses.replace(model, mesh=self.sampling_mesh)
 
   @property
   def loss(self) -> Loss:
-    """What is minimised; for supervised training only its distribution."""
+    """The loss; supervised training uses only its distribution."""
     config = self.config
     merge = config.loss.merge_stop_tokens and not config.is_supervised
     stop_ids = self.stop_ids if merge else ()
-    return loss_lib.make(config, self.chat.num_tokens, stop_ids)
+    return loss_lib.make(config, self.num_tokens, stop_ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """What a run needs besides weights.
+
+  Attributes:
+    models: what programs are built from.
+    chat: the student's tokenizer.
+    data: whole batches, the same in all processes.
+    problems: the evaluation sets.
+  """
+
+  models: Models
+  chat: Chat
+  data: PromptIterator
+  problems: dict[str, evaluator.Problems]
 
 
 def check_batches(config: Config, mesh: jax.sharding.Mesh) -> None:
@@ -114,13 +133,16 @@ def make_model(
 
 
 def _dtype_note(
-    config: Config, mesh: jax.sharding.Mesh, student: Model,
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    student: Model,
     teacher: Model | None,
-) -> str:  # fmt: skip
+) -> str:
   """Returns a sentence if a model does not compute in what was asked for."""
   pairs = {
-      "student": (config.student, student), "teacher": (config.teacher, teacher)
-  }  # fmt: skip
+      "student": (config.student, student),
+      "teacher": (config.teacher, teacher),
+  }
   names = [
       f"{role}.compute_dtype"
       for role, (spec, model) in pairs.items()
@@ -305,10 +327,19 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
   note = _dtype_note(config, mesh, student, teacher)
   if note and jax.process_index() == 0:
     print(note, flush=True)
-  return Setup(
-      config, mesh, student, teacher, chat, stop_ids, teacher_stop_ids, data,
-      problems, distributed.from_first("memory", sharding.memory(mesh)),
-  )  # fmt: skip
+  models = Models(
+      config,
+      mesh,
+      student,
+      teacher,
+      chat.num_tokens,
+      chat.pad_id,
+      chat.special_ids,
+      stop_ids,
+      teacher_stop_ids,
+      distributed.from_first("memory", sharding.memory(mesh)),
+  )
+  return Setup(models, chat, data, problems)
 
 
 def load_model(

@@ -1,6 +1,6 @@
-"""The update: the student is scored again, with gradient, and stepped.
+"""The pure functions of an update: the gradient and the optimizer's step.
 
-In two functions: `gradient` for each micro-batch, and `apply` once.
+`gradient` runs for each microbatch and adds up sums; `apply` runs once.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from prefix_distill.config import OptimizerSpec
 from prefix_distill.distill import chunked_head
 from prefix_distill.distill import loss as loss_lib
 from prefix_distill.distill.divergence import Distribution
@@ -24,7 +25,7 @@ from prefix_distill.structs import TeacherScores
 
 # Sums over the batch and their counts; a metric is sum / count.
 Sums = dict[str, tuple[jax.Array, jax.Array]]
-# (params, the teacher's output head, micro-batch) -> summed loss, metrics.
+# (params, the teacher's output head, microbatch) -> summed loss, metrics.
 Inputs = tuple[PromptBatch, Rollout, TeacherScores | None]
 LossFn = Callable[
     [Params, jax.Array | None, Inputs], tuple[jax.Array, Sums]
@@ -52,7 +53,7 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Gradient:
-  """What the micro-batches of an update add up to: sums, not means.
+  """What the microbatches of an update add up to: sums, not means.
 
   Attributes:
     grads: of the summed loss, like the parameters.
@@ -103,6 +104,50 @@ class Window:
 
 def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
   return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+
+def learning_rate(spec: OptimizerSpec, steps: int) -> optax.Schedule:
+  """Linear warm-up, then constant or a cosine to the last step.
+
+  The first update is at 1 / warmup_steps of the peak, not at 0.
+  """
+  if spec.decay == "cosine":
+    rising = max(spec.warmup_steps - 1, 0)
+    return optax.warmup_cosine_decay_schedule(
+        spec.learning_rate / max(spec.warmup_steps, 1),
+        spec.learning_rate,
+        rising,
+        max(steps - 1, rising + 1),
+        spec.learning_rate * spec.final_fraction,
+    )
+  if not spec.warmup_steps:
+    return optax.constant_schedule(spec.learning_rate)
+  return optax.linear_schedule(
+      spec.learning_rate / spec.warmup_steps,
+      spec.learning_rate,
+      max(spec.warmup_steps - 1, 1),
+  )
+
+
+def optimizer(spec: OptimizerSpec, steps: int) -> optax.GradientTransformation:
+  """Returns clip, then AdamW with decay on matrices (not norms or biases)."""
+
+  def matrices(params):
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not str(path[-1].key).endswith(("scale", "bias")),
+        params,
+    )
+
+  adamw = optax.adamw(
+      learning_rate(spec, steps),
+      b1=spec.b1,
+      b2=spec.b2,
+      weight_decay=spec.weight_decay,
+      mask=matrices,
+  )
+  if not spec.clip_norm:
+    return adamw
+  return optax.chain(optax.clip_by_global_norm(spec.clip_norm), adamw)
 
 
 def _masked(values: jax.Array, mask: jax.Array) -> jax.Array:
@@ -212,7 +257,7 @@ def gradient(
     inputs: Inputs,
     before: Gradient | None = None,
 ) -> Gradient:
-  """Adds a micro-batch's gradient and metrics; to be jitted, `before` donated.
+  """Adds a microbatch's gradient and metrics; to be jitted, `before` donated.
 
   Args:
     loss_fn: returns a sum and metrics as (sum, count).
@@ -220,7 +265,7 @@ def gradient(
     teacher_head: [V, D of the teacher]; None if the loss does not need it.
     inputs: prompts [B, S], one row for each rollout; rollouts [B, P]; the
       teacher's scores of them, None for supervised training.
-    before: of the micro-batches so far; None for none.
+    before: of the microbatches so far; None for none.
   """
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
   (_, sums), grads = grad_fn(params, teacher_head, inputs)
@@ -237,19 +282,19 @@ def apply(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """Takes the optimizer's step; to be jitted with the state donated.
 
-  Gradients of *sums* were added over micro-batches and are divided once by the
-  global count, so neither micro-batches nor sharding change the update.
+  Gradients of *sums* were added over microbatches and are divided once by the
+  global count, so neither microbatches nor sharding change the update.
 
   Args:
     tx: the optimizer.
     normalize: "rollouts" or "tokens", what the loss is divided by.
     state: before.
-    total: of all micro-batches.
+    total: of all microbatches.
 
   Returns:
     The state after, and metrics as means.
   """
-  # Of all micro-batches and devices, or it would be a mean of means.
+  # Of all microbatches and devices, or it would be a mean of means.
   count = total.rows if normalize == "rollouts" else total.sums["loss"][1]
   grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1), total.grads)
   with jax.named_scope("optimizer"):

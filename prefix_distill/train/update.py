@@ -1,20 +1,40 @@
-"""One update: sample, score, differentiate, step; in parts if need be."""
+"""The update: sample, score, differentiate, step; in microbatches if need be.
+
+It is described once, as `Programs.update`. On arrays it trains. On shapes it
+says which programs it would run, in which order and how often: so programs are
+compiled ahead in the background, and planned for machines that are not there.
+"""
 
 from collections.abc import Iterator
 import contextlib
 import dataclasses
+import functools
+import threading
 import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from prefix_distill import compilation
+from prefix_distill import sharding
+from prefix_distill.compilation import Program
+from prefix_distill.distill import loss as loss_lib
+from prefix_distill.distill import prefix_schedule
+from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.rollout import continuous_batching
+from prefix_distill.rollout import generate
+from prefix_distill.rollout.sampling import Truncation
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
+from prefix_distill.structs import TeacherScores
 from prefix_distill.train import microbatch
-from prefix_distill.train.programs import Programs
+from prefix_distill.train import step as step_lib
+from prefix_distill.train.microbatch import Microbatches
+from prefix_distill.train.setup import Models
+from prefix_distill.train.step import Gradient
 from prefix_distill.train.step import TrainState
 
 
@@ -41,7 +61,7 @@ class Request:
     cap: in tokens.
     key: of the update's draws.
     source: whose answers it learns from: "student", "teacher" or "data"; None
-      for supervised training, which learns from the given ones, whole.
+      for supervised training, which learns from the given answers, whole.
     threshold: below which rollouts agree; None if they are not cut.
   """
 
@@ -70,97 +90,352 @@ class Outcome:
   minima: np.ndarray | None
 
 
-def run(
-    programs: Programs,
-    state: TrainState,
-    teacher_params: Params | None,
-    prompts: PromptBatch,
-    given: Rollout | None,
-    request: Request,
-    clock: Clock,
-) -> tuple[TrainState, Outcome]:
-  """Does one update.
+class _Closed(Exception):
+  """The run has ended, so nothing more is compiled ahead."""
 
-  Args:
-    programs: of the run.
-    state: donated.
-    teacher_params: where they rest; None for supervised training.
-    prompts: [B, S].
-    given: answers [B, C], if the source or supervised training wants them.
-    request: see there.
-    clock: gets the seconds of the phases sample, score and update.
+
+class Programs:
+  """The compiled programs of a run, and the update that chains them.
+
+  Attributes:
+    microbatches: splits batches.
   """
-  groups = _answers(
-      programs, state.params, teacher_params, prompts, given, request, clock
-  )
-  teacher = teacher_params and programs.on_device(teacher_params)
-  split = [programs.rows.parts(*group) for group in groups]
-  parts = [part for group in split for part in group]
-  total, shown = None, []
-  for batch, rollout in parts:
-    scores, minima, trained = None, None, rollout
-    if request.source is not None:
-      with clock.phase("score"):
-        scores = programs.score(teacher, batch, rollout)
-        jax.block_until_ready(scores)
-    if request.threshold is not None:
-      trained, minima = programs.rows.agree(rollout, scores, request.threshold)
-    with clock.phase("update"):
-      args = (state.params, teacher, batch, trained, scores)
-      if total is None and len(parts) > 1:
-        total = programs.zeros(*args)
-      shown.append((rollout.tokens, rollout.mask, trained.mask, minima))
-      total = programs.gradient(*args, total)
-  with clock.phase("update"):
-    arrays = _gather(programs, shown, len(groups))
-    state, metrics = programs.apply(state, total)
-    metrics = jax.device_get(metrics)
-  return state, Outcome(metrics, *arrays)
 
+  def __init__(self, models: Models):
+    config = models.config
+    self._models = models
+    self._tx = step_lib.optimizer(config.optimizer, config.steps)
+    self._thread: threading.Thread | None = None
+    self._closed = threading.Event()
+    rows = sharding.batch_sharding(models.mesh)
+    replicated = sharding.replicated(models.mesh)
+    state = self.abstract_state()
+    self._resting = jax.tree.map(lambda x: x.sharding, state)
+    self._working = working = sharding.on_device(self._resting)
+    self._samplers = {"student": self._sampler(models.student)}
+    if config.rollout.source == "teacher":
+      self._samplers["teacher"] = self._sampler(models.teacher)
+    self.microbatches = Microbatches(
+        models, self._samplers.values(), self.resting()
+    )
+    self._score = Program("score", loss_lib.score, 2, out_shardings=rows)
+    self._init = Program(
+        "init",
+        functools.partial(step_lib.init_state, tx=self._tx),
+        out_shardings=working,
+        donate_argnums=0,
+    )
+    totals = Gradient(working.params, replicated, replicated)
+    gradient = functools.partial(step_lib.gradient, self._loss())
+    self._gradient = Program(
+        "gradient", gradient, out_shardings=totals, donate_argnums=3
+    )
+    self._zeros = Program(
+        "zeros",
+        functools.partial(_zeros_of, gradient),
+        out_shardings=totals,
+    )
+    normalize = "tokens" if config.is_supervised else config.loss.normalize
+    self._apply = Program(
+        "apply",
+        functools.partial(step_lib.apply, self._tx, normalize),
+        out_shardings=(working, replicated),
+        donate_argnums=0,
+    )
 
-def _answers(
-    programs: Programs,
-    params: Params,
-    teacher_params: Params | None,
-    prompts: PromptBatch,
-    given: Rollout | None,
-    request: Request,
-    clock: Clock,
-) -> list[tuple[PromptBatch, Rollout]]:
-  """Samples prefixes, or takes given ones, group by group."""
-  source, cap = request.source, request.cap
-  if source is None:
-    return [(prompts, given)]
-  with clock.phase("sample"):
-    if source == "data":
-      return [(prompts, programs.rows.shorten(given, cap))]
-    if source == "teacher":
-      params = programs.on_device(teacher_params)
-    batches = programs.rows.groups(prompts, cap)
-    rollouts = []
-    for batch in batches:
-      read = batch.for_teacher() if source == "teacher" else batch
-      rollouts.append(programs.sample(params, read, request.key, cap, source))
-    rollouts = jax.block_until_ready(programs.rows.lengthen(rollouts))
-    batches = [programs.rows.repeat(batch) for batch in batches]
-  return list(zip(batches, rollouts, strict=True))
+  def _sampler(self, model: Model) -> generate.Sampler:
+    models, spec = self._models, self._models.config.rollout
+    config = generate.SamplerConfig(
+        stop_ids=models.stop_ids,
+        pad_id=models.pad_id,
+        num_tokens=models.num_tokens,
+        per_prompt=spec.per_prompt,
+        truncation=Truncation(spec.top_k, spec.top_p),
+        cache_dtype=spec.cache_dtype,
+    )
+    return generate.Sampler(
+        models.for_sampling(model),
+        config,
+        spec.temperature,
+        prefix_schedule.buckets(models.config),
+        models.mesh,
+    )
 
+  def _loss(self) -> step_lib.LossFn:
+    models, config = self._models, self._models.config
+    loss = models.loss
+    if models.teacher is None:
+      return functools.partial(
+          step_lib.supervised_loss, models.student, loss.dist, loss.memory
+      )
+    watch = step_lib.Watch(
+        config.rollout.max_len,
+        models.special_ids,
+        prefix_schedule.make(config),
+    )
+    window = step_lib.Window(config.loss.window_start, config.loss.window_end)
+    return functools.partial(
+        step_lib.distillation_loss, models.student, loss, watch, window
+    )
 
-def _gather(
-    programs: Programs, shown: list[tuple], groups: int
-) -> list[np.ndarray | None]:
-  """Brings what the parts showed to the host, in the prompts' order."""
-  found = continuous_batching.to_host(shown, programs.rows.mesh)
-  size = len(found) // groups
+  def abstract_state(self) -> TrainState:
+    """Shapes, dtypes and shardings of the state between updates."""
+    shapes = jax.eval_shape(
+        functools.partial(step_lib.init_state, tx=self._tx),
+        self._models.student.abstract_params(),
+    )
+    state = sharding.with_shardings(shapes, self._models.mesh)
+    if not self._models.config.optimizer.offload:
+      return state
+    return dataclasses.replace(
+        state, opt_state=sharding.moved(sharding.on_host, state.opt_state)
+    )
 
-  def whole(kind: int) -> np.ndarray | None:
-    if found[0][kind] is None:
+  def abstract_teacher(self) -> Params | None:
+    """Shapes, dtypes and shardings of the teacher between updates, if any."""
+    models = self._models
+    if models.teacher is None:
       return None
-    arrays = [part[kind] for part in found]
-    joined = [
-        microbatch.join(arrays[first : first + size])
-        for first in range(0, len(arrays), size)
-    ]
-    return microbatch.join(joined, programs.rows.per_prompt)
+    spec = models.config.teacher
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, spec.param_dtype),
+        models.teacher.abstract_params(),
+    )
+    shapes = sharding.with_shardings(shapes, models.mesh)
+    return sharding.moved(sharding.on_host, shapes) if spec.offload else shapes
 
-  return [whole(kind) for kind in range(len(found[0]))]
+  def resting(self) -> Any:
+    """Returns shapes of what lies in the memory while answers are sampled."""
+    return self.abstract_state(), self.abstract_teacher()
+
+  def init(self, params: Params) -> TrainState:
+    """Builds the first state; the parameters are donated."""
+    return self._move_moments(self._init(params), self._resting)
+
+  def _move_moments(self, state: TrainState, places: TrainState) -> TrainState:
+    if not self._models.config.optimizer.offload:
+      return state
+    moved = sharding.put(state.opt_state, places.opt_state)
+    return dataclasses.replace(state, opt_state=moved)
+
+  def on_device(self, params: Params) -> Params:
+    """Brings weights that rest on the host, as the teacher's may."""
+    places = jax.tree.map(lambda x: x.sharding, params)
+    if all(s.memory_kind != "pinned_host" for s in jax.tree.leaves(places)):
+      return params
+    return sharding.put(params, sharding.on_device(places))
+
+  def sample(
+      self,
+      params: Params,
+      batch: PromptBatch,
+      key: jax.Array,
+      cap: int,
+      source: str = "student",
+  ) -> Rollout:
+    """Samples prefixes with the student or the teacher; see `Sampler`."""
+    return self._samplers[source].sample(params, batch, key, cap)
+
+  def score(
+      self, params: Params, batch: PromptBatch, rollout: Rollout
+  ) -> TeacherScores:
+    """Scores prefixes with the teacher."""
+    models = self._models
+    return self._score(models.teacher, models.loss, params, batch, rollout)
+
+  def update(
+      self,
+      state: TrainState,
+      teacher_params: Params | None,
+      prompts: PromptBatch,
+      given: Rollout | None,
+      request: Request,
+      clock: Clock,
+  ) -> tuple[TrainState, Outcome | None]:
+    """Does one update; or on shapes, calls the same programs on shapes.
+
+    Args:
+      state: donated.
+      teacher_params: where they rest; None for supervised training.
+      prompts: [B, S].
+      given: answers [B, C], if the source or supervised training wants them.
+      request: see there.
+      clock: gets the seconds of the phases sample, score and update.
+
+    Returns:
+      The next state, and what the update showed; None on shapes.
+    """
+    microbatches = self.microbatches
+    sampled = self._answers(
+        state.params, teacher_params, prompts, given, request, clock
+    )
+    teacher = teacher_params and self.on_device(teacher_params)
+    split = [
+        part for batch in sampled for part in microbatches.for_scoring(*batch)
+    ]
+    total, shown = None, []
+    for batch, rollout in split:
+      scores, minima, trained = None, None, rollout
+      if request.source is not None:
+        with clock.phase("score"):
+          scores = self.score(teacher, batch, rollout)
+          jax.block_until_ready(scores)
+      if request.threshold is not None:
+        trained, minima = microbatches.agree(
+            rollout, scores, request.threshold
+        )
+      with clock.phase("update"):
+        head = self._teacher_head(teacher, scores)
+        inputs = (batch, trained, scores)
+        if total is None and len(split) > 1:
+          # The first microbatch runs the same program as the others.
+          total = self._zeros(state.params, head, inputs)
+        shown.append((rollout.tokens, rollout.mask, trained.mask, minima))
+        total = self._gradient(state.params, head, inputs, total)
+    with clock.phase("update"):
+      state = self._move_moments(state, self._working)
+      if sharding.is_abstract(total):
+        state, _ = self._apply(state, total)
+        return self._move_moments(state, self._resting), None
+      arrays = self._gather(shown, len(sampled))
+      state, metrics = self._apply(state, total)
+      state = self._move_moments(state, self._resting)
+      metrics = jax.device_get(metrics)
+    return state, Outcome(metrics, *arrays)
+
+  def _answers(
+      self,
+      params: Params,
+      teacher_params: Params | None,
+      prompts: PromptBatch,
+      given: Rollout | None,
+      request: Request,
+      clock: Clock,
+  ) -> list[tuple[PromptBatch, Rollout]]:
+    """Samples prefixes, or takes given ones, in microbatches."""
+    source, cap = request.source, request.cap
+    if source is None:
+      return [(prompts, given)]
+    with clock.phase("sample"):
+      if source == "data":
+        return [(prompts, self.microbatches.shorten(given, cap))]
+      if source == "teacher":
+        params = self.on_device(teacher_params)
+      batches = self.microbatches.for_sampling(prompts, cap)
+      rollouts = [
+          self.sample(
+              params,
+              batch.for_teacher() if source == "teacher" else batch,
+              request.key,
+              cap,
+              source,
+          )
+          for batch in batches
+      ]
+      rollouts = self.microbatches.lengthen(rollouts)
+      jax.block_until_ready(rollouts)
+      batches = [self.microbatches.repeat(batch) for batch in batches]
+    return list(zip(batches, rollouts, strict=True))
+
+  def _teacher_head(
+      self, params: Params | None, scores: TeacherScores | None
+  ) -> Any:
+    if scores is None or scores.hidden is None:
+      return None
+    return self._models.teacher.head(params)
+
+  def _gather(
+      self, shown: list[tuple], sampled: int
+  ) -> list[np.ndarray | None]:
+    """Brings what microbatches showed to the host, in the prompts' order."""
+    found = continuous_batching.to_host(shown, self._models.mesh)
+    size = len(found) // sampled
+
+    def whole(kind: int) -> np.ndarray | None:
+      if found[0][kind] is None:
+        return None
+      arrays = [part[kind] for part in found]
+      joined = [
+          microbatch.join(arrays[first : first + size])
+          for first in range(0, len(arrays), size)
+      ]
+      return microbatch.join(joined, self.microbatches.per_prompt)
+
+    return [whole(kind) for kind in range(len(found[0]))]
+
+  def update_on_shapes(self, cap: int, source: str = "student") -> None:
+    """Calls an update's programs on shapes, for `compilation.watching`."""
+    state, config = self.abstract_state(), self._models.config
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    adaptive = prefix_schedule.make(config)
+    threshold = adaptive.threshold(adaptive.start())
+    self.update(
+        state,
+        self.abstract_teacher(),
+        self._abstract_prompts(),
+        None,
+        Request(cap, key, source, threshold),
+        Clock(),
+    )
+
+  def _abstract_prompts(self) -> PromptBatch:
+    spec = self._models.config.data
+    place = sharding.batch_sharding(self._models.mesh)
+
+    def array(dtype: Any, *length: int) -> jax.ShapeDtypeStruct:
+      shape = (spec.batch_size, *length)
+      return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    def prompts(length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+      return array(jnp.int32, length), array(bool, length)
+
+    own = prompts(spec.teacher_prompt_len) if spec.teacher_prompt else ()
+    return PromptBatch(*prompts(spec.max_prompt_len), array(jnp.int32), *own)
+
+  def compile_ahead(self) -> None:
+    """Compiles the updates of all buckets in another thread, in order."""
+    config = self._models.config
+    if self._models.teacher is None:
+      return
+
+    def compile_one(variant: compilation.Variant) -> None:
+      if self._closed.is_set():
+        raise _Closed
+      variant.compiled()
+
+    def compile_all() -> None:
+      try:
+        with compilation.watching(compile_one):
+          for bucket in prefix_schedule.needed(config):
+            for source in self._samplers:
+              self.update_on_shapes(bucket, source)
+      except Exception:  # pylint: disable=broad-except
+        pass  # The update that needs the program raises the error again.
+
+    self._thread = threading.Thread(target=compile_all, daemon=True)
+    self._thread.start()
+
+  def close(self) -> None:
+    """Stops compiling ahead, after the program that is being compiled."""
+    self._closed.set()
+    self.wait()
+
+  def wait(self) -> None:
+    """Waits until all that is compiled ahead is there."""
+    if self._thread is not None:
+      self._thread.join()
+
+  def compilations(self) -> dict[str, int]:
+    """Returns how many compiled programs of each phase have run."""
+    sampled = sum(s.used for s in self._samplers.values())
+    return {
+        "compilations_sample": sampled,
+        "compilations_score": self._score.used,
+        "compilations_update": self._gradient.used,
+    }
+
+
+def _zeros_of(gradient: Any, *args: Any) -> Gradient:
+  """Returns a zero accumulator for `gradient(*args)`."""
+  shapes = jax.eval_shape(gradient, *args)
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

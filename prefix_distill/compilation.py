@@ -1,0 +1,157 @@
+"""Jitted programs: called on arrays they run, on shapes they are planned.
+
+On shapes a program computes nothing. It shows the call to whoever watches and
+returns the shapes of its results. So code that chains programs, such as an
+update, is written once: on arrays it computes, and on shapes it says what it
+would compile, hold, send and compute.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from concurrent import futures
+import contextlib
+import contextvars
+import functools
+import inspect
+import threading
+from typing import Any
+
+import jax
+import numpy as np
+
+from prefix_distill import sharding
+
+# How many calls on shapes a program remembers by the arguments' identity.
+_MOST_RECENT = 256
+_watch = contextvars.ContextVar("watch", default=None)
+
+
+@contextlib.contextmanager
+def watching(watch: Callable[["Variant"], None]) -> Iterator[None]:
+  """Shows `watch` each call on shapes that this thread makes inside."""
+  token = _watch.set(watch)
+  try:
+    yield
+  finally:
+    _watch.reset(token)
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+  if isinstance(x, jax.Array):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+  if isinstance(x, jax.ShapeDtypeStruct):
+    return x
+  x = np.asarray(x)  # NumPy has no sharding: the program chooses the place.
+  return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+class Variant:
+  """A program for arguments of certain shapes.
+
+  Attributes:
+    program: the program.
+    args: its static arguments, and the shapes of the others.
+  """
+
+  def __init__(self, program: "Program", args: tuple[Any, ...]):
+    self.program, self.args = program, args
+    self._lock = threading.Lock()
+    self._compiled: futures.Future | None = None
+
+  @property
+  def arguments(self) -> dict[str, Any]:
+    """The arguments by the names of the function's parameters."""
+    signature = inspect.signature(self.program.function)
+    return signature.bind(*self.args).arguments
+
+  @functools.cached_property
+  def traced(self) -> jax.stages.Traced:
+    """The trace, which holds the jaxpr."""
+    return self.program.jitted.trace(*self.args)
+
+  @functools.cached_property
+  def results(self) -> Any:
+    """Shapes of the results, and where they lie."""
+    places = self.program.options.get("out_shardings")
+    return sharding.placed(self.traced.out_info, places)
+
+  @property
+  def is_compiled(self) -> bool:
+    """Whether it was compiled, or is being compiled."""
+    return self._compiled is not None
+
+  def compiled(self) -> jax.stages.Compiled:
+    """Compiles once, whichever thread comes first; the others wait for it."""
+    with self._lock:
+      mine = self._compiled is None
+      if mine:
+        self._compiled = futures.Future()
+    if mine:
+      try:
+        self._compiled.set_result(self.traced.lower().compile())
+      except BaseException as error:
+        self._compiled.set_exception(error)
+        raise
+    return self._compiled.result()
+
+
+class Program:
+  """A jitted function with a name, compiled once for each set of shapes.
+
+  Attributes:
+    name: such as "decode".
+    function: a pure function.
+    static: how many of the function's first arguments are static.
+    options: those of `jax.jit`; `out_shardings` must be among them.
+    jitted: the function, jitted.
+  """
+
+  def __init__(
+      self, name: str, function: Callable, static: int = 0, **options: Any
+  ):
+    self.name, self.function, self.static = name, function, static
+    self.options = options
+    self.jitted = jax.jit(
+        function, static_argnums=tuple(range(static)), **options
+    )
+    self._variants: dict[Any, Variant] = {}
+    # The same shapes come again and again, as the same objects.
+    self._recent: dict[tuple[int, ...], tuple[Any, Variant]] = {}
+    self._used: set[Variant] = set()
+
+  def __call__(self, *args: Any) -> Any:
+    """Runs on arrays; on shapes returns those of the results."""
+    recent = self._recent.get(tuple(map(id, args)))
+    if recent is None:
+      static, rest = args[: self.static], args[self.static :]
+      leaves, structure = jax.tree.flatten(rest)
+      shapes = [_abstract(x) for x in leaves]
+      signature = tuple((x.shape, x.dtype, x.sharding) for x in shapes)
+      key = (static, structure, signature)
+      variant = self._variants.get(key)
+      if variant is None:
+        shapes = jax.tree.unflatten(structure, shapes)
+        variant = Variant(self, (*static, *shapes))
+        variant = self._variants.setdefault(key, variant)
+      if not any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
+        self._used.add(variant)
+        return variant.compiled()(*rest)
+      if len(self._recent) > _MOST_RECENT:
+        self._recent.clear()
+      self._recent[tuple(map(id, args))] = args, variant
+    else:
+      _, variant = recent
+    watch = _watch.get()
+    if watch is not None:
+      watch(variant)
+    return variant.results
+
+  @property
+  def used(self) -> int:
+    """How many variants have run."""
+    return len(self._used)
+
+  @property
+  def compiled(self) -> int:
+    """How many variants have been compiled."""
+    return sum(v.is_compiled for v in self._variants.values())
