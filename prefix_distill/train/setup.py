@@ -14,7 +14,7 @@ from prefix_distill import distributed
 from prefix_distill import sharding
 from prefix_distill.config import Config
 from prefix_distill.config import ModelSpec
-from prefix_distill.data import prompt_checks
+from prefix_distill.data import prompts
 from prefix_distill.data import tokenizer
 from prefix_distill.data.prompts import PromptIterator
 from prefix_distill.data.tokenizer import Chat
@@ -267,7 +267,7 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
   divergence.named(config.loss.exact.divergence)  # Or there is none.
   student = read_model(config.student, mesh)
   chat = tokenizer.load(config.student.tokenizer_path)
-  fed = [prompt_checks.Fed("student", chat, student.config.vocab_size)]
+  fed = [prompts.Fed("student", chat, student.config.vocab_size)]
   stop_ids, teacher_stop_ids, teacher = chat.stop_ids, (), None
   teacher_chat = None
   if config.method != "sft":
@@ -279,7 +279,7 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
       either = tuple(sorted({*stop_ids, *teacher_stop_ids}))
       stop_ids = teacher_stop_ids = either
     rows = teacher.config.vocab_size
-    fed.append(prompt_checks.Fed("teacher", teacher_chat, rows))
+    fed.append(prompts.Fed("teacher", teacher_chat, rows))
   _check_lengths(config, student, teacher)
   data = PromptIterator(
       config.data,
@@ -288,7 +288,7 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
       completion_len=config.rollout.max_len if config.reads_completions else 0,
       teacher_chat=teacher_chat,
   )
-  prompt_checks.check(
+  prompts.check(
       config.data, data.question, *fed, teacher_question=data.teacher_question
   )
   problems = {
