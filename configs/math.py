@@ -13,7 +13,7 @@ tiny, tiny-weak
 
 tiny-privileged, tiny-concise, tiny-crosslingual
   One model is student and teacher (`bundled:guided`, see
-  `prefix_distill/data/guided_task.py`); the teacher is the one it starts as,
+  `prefix_distill/data/bundled_tasks.py`); the teacher is the one it starts as,
   and reads another prompt: the problem with a short solution, with "Be brief."
   where the student has "Take care.", or in English with "Take care." where the
   student has it in German. The model was trained to answer each in its own
