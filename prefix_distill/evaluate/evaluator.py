@@ -40,7 +40,7 @@ from prefix_distill.data.tokenizer import Chat
 from prefix_distill.evaluate import grading
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
-from prefix_distill.report import metrics
+from prefix_distill.report import report
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
 from prefix_distill.rollout.sampling import Truncation
@@ -152,7 +152,7 @@ class Completions:
     lengths: int [problems, samples], in tokens, with the stop token.
     finished: bool [problems, samples], whether each stopped by itself; the
       others were cut at the longest length.
-    repetition: float [problems, samples], see `metrics.repetition`.
+    repetition: float [problems, samples], see `report.repetition`.
   """
 
   texts: Sequence[Sequence[str]]
@@ -264,7 +264,7 @@ def complete(
     at = divmod(answer, samples)
     texts[at[0]][at[1]] = chat.answer(tokens, np.ones(len(tokens), bool))
     lengths[at], finished[at] = len(tokens), stopped
-    repetition[at] = metrics.repetition(tokens)
+    repetition[at] = report.repetition(tokens)
   return Completions(texts, lengths, finished, repetition)
 
 
@@ -291,9 +291,9 @@ def summarize(
       "accuracy_finished": float(correct[finished].mean())
       if finished.any()
       else 0.0,
-      **metrics.shares(finished),
+      **report.finish_shares(finished),
       "mean_length": float(completions.lengths.mean()),
-      "length_p95": metrics.length_p95(completions.lengths),
+      "length_p95": report.length_p95(completions.lengths),
       "repetition": float(completions.repetition.mean()),
       "problems": len(answers),
       "samples": correct.shape[1],

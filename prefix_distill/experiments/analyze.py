@@ -49,8 +49,8 @@ from prefix_distill.errors import UserError
 from prefix_distill.evaluate import evaluator
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
-from prefix_distill.report import metrics as metrics_lib
 from prefix_distill.report import plots
+from prefix_distill.report import report
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
 from prefix_distill.structs import PromptBatch
@@ -95,7 +95,7 @@ def read(workdir: pathlib.Path, cells: Sequence[str]) -> list[Row]:
       for place in sorted((workdir / student / cell).glob("*")):
         if not (place / "export").is_dir():
           continue
-        for line in metrics_lib.read(place / "metrics.jsonl"):
+        for line in report.read_metrics(place / "metrics.jsonl"):
           if line.get("mode") == "sampled" and line["model"] == "student":
             rows.append(
                 {"student": student, "cell": cell, "seed": int(place.name)}

@@ -29,7 +29,6 @@ from prefix_distill.evaluate import evaluator
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models.transformer import Params
 from prefix_distill.report import flops
-from prefix_distill.report import metrics as metrics_lib
 from prefix_distill.report import report
 from prefix_distill.report.flops import Lengths
 from prefix_distill.train import answers
@@ -131,7 +130,7 @@ class Run:
       setup.data.set_state(data)
       print(f"Resuming after update {step} of {self.config.steps}.")
     if self.writes:
-      self.writer = metrics_lib.Writer(self.workdir / "metrics.jsonl", step)
+      self.writer = report.MetricsWriter(self.workdir / "metrics.jsonl", step)
     if setup.teacher is not None:
       self.teacher_params = setup_lib.load_model(
           self.config.teacher, setup.teacher, setup.mesh, self.config.seed
@@ -221,7 +220,7 @@ class Run:
     if done.minima is not None:
       line["trained_len"] = float(done.trained.sum(1).mean())
     if not self.config.is_supervised:
-      line |= metrics_lib.of_rollouts(done.tokens, mask, self.setup.stop_ids)
+      line |= report.rollout_metrics(done.tokens, mask, self.setup.stop_ids)
     self.totals["seconds"] += time.perf_counter() - begin
     line |= {
         "dropped": self.setup.data.dropped,
