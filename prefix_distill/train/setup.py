@@ -9,7 +9,6 @@ from typing import Any
 import jax
 
 from prefix_distill import config as config_lib
-from prefix_distill import devices
 from prefix_distill import distributed
 from prefix_distill import sharding
 from prefix_distill.config import Config
@@ -107,7 +106,7 @@ def make_model(
 ) -> Model:
   """Makes a model that computes in what the settings and all devices allow."""
   dtype = spec.compute_dtype
-  lacking = devices.first_without(devices.has_bfloat16, mesh)
+  lacking = sharding.first_without(sharding.has_bfloat16, mesh)
   if dtype == "bfloat16" and lacking is not None:
     dtype = "float32"
   return Model(architecture, dtype, spec.remat, mesh)
@@ -128,10 +127,11 @@ def _dtype_note(
   ]
   if not names:
     return ""
-  device = devices.first_without(devices.has_bfloat16, mesh)
+  device = sharding.first_without(sharding.has_bfloat16, mesh)
   return (
       f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} 'bfloat16',"
-      f" which {devices.describe(device)} lacks; float32 is used instead."
+      f" which {sharding.describe_device(device)} lacks; float32 is used"
+      " instead."
   )
 
 
