@@ -20,7 +20,7 @@ import rich.table
 
 from prefix_distill import sharding
 from prefix_distill.config import MeshSpec
-from prefix_distill.data import math_task
+from prefix_distill.data import bundled_tasks
 from prefix_distill.data import prompts as prompts_lib
 from prefix_distill.data import tokenizer
 from prefix_distill.models import huggingface as hf
@@ -33,7 +33,7 @@ _STOP_WORDS = (" 13", " 17", "17", "13", " 19", "19")
 
 
 def _prompts(chat: tokenizer.Chat, count: int) -> PromptBatch:
-  task = math_task.MathTask("test", count)
+  task = bundled_tasks.MathTask("test", count)
   rows = [
       prompts_lib.encode_prompt(chat, record["question"], 64, "<think>")
       for record in (task[i] for i in range(count))

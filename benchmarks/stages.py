@@ -49,7 +49,7 @@ from prefix_distill.models.config import RopeConfig
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.report import flops
-from prefix_distill.report import metrics as metrics_lib
+from prefix_distill.report import report
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 from prefix_distill.train import setup as setup_lib
@@ -568,7 +568,7 @@ def _main(flags: Sequence[str], workdir: str) -> list[dict[str, Any]]:
     raise RuntimeError(
         f"exit status {found.returncode}: {found.stderr.strip()[-300:]}"
     )
-  return metrics_lib.read(pathlib.Path(workdir) / "metrics.jsonl")
+  return report.read_metrics(pathlib.Path(workdir) / "metrics.jsonl")
 
 
 # What makes the run of the README's command small.
@@ -1621,7 +1621,7 @@ def _learn(
     start = time.perf_counter()
     loop.train(config, workdir)
     whole = time.perf_counter() - start
-    lines = metrics_lib.read(workdir / "metrics.jsonl")
+    lines = report.read_metrics(workdir / "metrics.jsonl")
     after = _held_out(bench, lesson, str(workdir / "export"))
   updates = [x for x in lines if "prefix_len" in x]
   phases = ("seconds_sample", "seconds_score", "seconds_update")

@@ -9,7 +9,7 @@
 The teacher learns from clean solutions. The students stand for base models:
 they go on from the teacher with the sloppy solutions that stand for the web.
 `guided` goes on from it with answers that depend on the context (see
-`data/guided_task.py`), and is evaluated in each. Each run leaves its model in
+`data/bundled_tasks.py`), and is evaluated in each. Each run leaves its model in
 `runs/bundled-NAME/export`; copied to `prefix_distill/assets/NAME`, it is what
 ships.
 
@@ -29,7 +29,7 @@ import ml_collections
 
 from prefix_distill import config as config_lib
 from prefix_distill import errors
-from prefix_distill.data import guided_task
+from prefix_distill.data import bundled_tasks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _heldout(stage: _Stage) -> dict[str, config_lib.DatasetSpec]:
     return {"heldout": dataclasses.replace(test, size=400)}
   return {
       context: dataclasses.replace(test, question=context, size=200)
-      for context in guided_task.CONTEXTS
+      for context in bundled_tasks.CONTEXTS
   }
 
 

@@ -13,7 +13,7 @@ tiny, tiny-weak
 
 tiny-privileged, tiny-concise, tiny-crosslingual
   One model is student and teacher (`bundled:guided`, see
-  `prefix_distill/data/guided_task.py`); the teacher is the one it starts as,
+  `prefix_distill/data/bundled_tasks.py`); the teacher is the one it starts as,
   and reads another prompt: the problem with a short solution, with "Be brief."
   where the student has "Take care.", or in English with "Take care." where the
   student has it in German. The model was trained to answer each in its own
@@ -50,7 +50,7 @@ qwen3-1.7b, qwen3-8b
   --config.loss.form=policy_gradient), which 30.7k questions, and `<think>`
   appended to the prompt in evaluation as in training.
   Evaluated at the end on MATH500, AIME24, AIME25, GPQA, MMLU-Pro, HMMT and AMC,
-  as `prefix_distill/evaluate/benchmarks.py` says; before and every ten updates
+  as `prefix_distill/evaluate/evaluator.py` says; before and every ten updates
   on AIME24 alone (--config.evaluation.between='()' for all sets), which chose
   the paper's checkpoint, so it is no held-out score. The teacher is not
   evaluated (--config.evaluation.teacher=True). GPQA needs a login on the hub.
@@ -63,7 +63,7 @@ import ml_collections
 from prefix_distill import config as config_lib
 from prefix_distill import errors
 from prefix_distill.config import DatasetSpec
-from prefix_distill.evaluate import benchmarks
+from prefix_distill.evaluate import evaluator
 
 _MODELS = (
     "tiny", "tiny-weak", "tiny-privileged", "tiny-concise", "tiny-crosslingual",
@@ -165,14 +165,14 @@ def _qwen3(size: str) -> config_lib.Config:
           learning_rate=5e-5, warmup_steps=2, batch_tokens=2**19
       ),
       evaluation=config_lib.EvaluationSpec(
-          sets=dict(benchmarks.SETS),
+          sets=dict(evaluator.SETS),
           every=10,
           # All sets after the last update. On the way AIME24, which chose the
           # paper's checkpoint: all sets each time took longer than the updates.
           between=("aime24",),
           teacher=False,
           batch_size=0,
-          **benchmarks.PROTOCOL,
+          **evaluator.PROTOCOL,
       ),
       mesh=config_lib.MeshSpec(data=1, fsdp=8),
       checkpoint=config_lib.CheckpointSpec(every=5),

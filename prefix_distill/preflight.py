@@ -14,11 +14,10 @@ import rich.table
 from rich.text import Text
 
 from prefix_distill.config import Config
-from prefix_distill.data import prompt_checks
 from prefix_distill.data import prompts
 from prefix_distill.data import records
 from prefix_distill.data import tokenizer
-from prefix_distill.data.prompt_checks import Fed
+from prefix_distill.data.prompts import Fed
 from prefix_distill.data.tokenizer import Chat
 from prefix_distill.distill import divergence
 from prefix_distill.distill import prefix_schedule
@@ -33,7 +32,7 @@ def run(config: Config, console: rich.console.Console) -> None:
   """Checks, and prints what was checked.
 
   Raises:
-    UserError: see `prompt_checks.check`; nothing is printed then.
+    UserError: see `prompts.check`; nothing is printed then.
   """
   divergence.named(config.loss.exact.divergence)  # Or there is none.
   models = _load(config)
@@ -44,7 +43,7 @@ def run(config: Config, console: rich.console.Console) -> None:
   prompts.check_room(chat, spec, question)
   if teacher_question is not None:
     prompts.check_teacher_room(models[1].chat, spec, teacher_question)
-  prompt_checks.check(
+  prompts.check(
       spec, question, *models, teacher_question=teacher_question
   )
   fed = [chat.encode(chat.prompt(question, spec.suffix))]
@@ -80,7 +79,7 @@ def _warnings(
     models: Sequence[Fed],
     fed: Sequence[Sequence[int]],
 ) -> list[str]:
-  found = prompt_checks.warnings(config.data, question, models[0].chat)
+  found = prompts.warnings(config.data, question, models[0].chat)
   names = (
       ("prompt", "data.max_prompt_len"),
       ("teacher's prompt", "data.max_teacher_prompt_len"),

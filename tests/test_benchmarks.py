@@ -14,7 +14,6 @@ from prefix_distill.data import records
 from prefix_distill.data import tokenizer
 from prefix_distill.data.records import DataError
 from prefix_distill.errors import ConfigError
-from prefix_distill.evaluate import benchmarks
 from prefix_distill.evaluate import evaluator
 from prefix_distill.evaluate import grading
 
@@ -23,7 +22,7 @@ _PINNED_NUMBERS = [8, 9, 10, 13, 14, 17]
 _PINNED_LETTERS = "CDACDCBBBBBA"
 
 _LETTERED = ("gpqa", "mmlu_pro")
-names = pytest.mark.parametrize("name", benchmarks.SETS)
+names = pytest.mark.parametrize("name", evaluator.SETS)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +41,7 @@ def copy(tmp_path, monkeypatch):
 
   def write(name, rows, kind="jsonl", **changes):
     source = schemas.write(name, kind, tmp_path, rows)
-    spec = dataclasses.replace(benchmarks.SETS[name], source=source)
+    spec = dataclasses.replace(evaluator.SETS[name], source=source)
     return dataclasses.replace(spec, **changes)
 
   return write
@@ -69,7 +68,7 @@ def _refusal(spec, chat):
 
 
 def test_the_protocol_is_the_papers():
-  spec = EvaluationSpec(dict(benchmarks.SETS), **benchmarks.PROTOCOL)
+  spec = EvaluationSpec(dict(evaluator.SETS), **evaluator.PROTOCOL)
   assert (spec.max_len, spec.temperature, spec.top_p) == (16_384, 1, 1)
   assert (spec.top_k, spec.greedy) == (0, False)
   samples = {name: s.samples for name, s in spec.sets.items()}
@@ -86,7 +85,7 @@ def test_the_protocol_is_the_papers():
 def test_the_data_sets_are_pinned():
   pinned = {
       name: (spec.source, spec.subset, spec.split)
-      for name, spec in benchmarks.SETS.items()
+      for name, spec in evaluator.SETS.items()
   }
   assert pinned == {
       "math500": ("HuggingFaceH4/MATH-500", "", "test"),
@@ -201,7 +200,7 @@ def test_formats_draw_the_same_random_questions(copy):
 
 @names
 def test_a_missing_field_is_named_with_those_there_are(name, copy, chat):
-  spec = benchmarks.SETS[name]
+  spec = evaluator.SETS[name]
   for field in {spec.question, spec.answer, *spec.choices}:
     rows = [
         {("other" if k == field else k): v for k, v in row.items()}
@@ -216,7 +215,7 @@ def test_a_missing_field_is_named_with_those_there_are(name, copy, chat):
 @pytest.mark.parametrize("name", _LETTERED)
 def test_an_empty_field_is_named(name, copy, chat):
   rows = schemas.rows(name, 3)
-  field = benchmarks.SETS[name].choices[-1]
+  field = evaluator.SETS[name].choices[-1]
   rows[2][field] = None
   for kind in ("jsonl", "directory"):
     sentence = _refusal(copy(name, rows, kind), chat)
@@ -353,7 +352,7 @@ def test_specs_that_cannot_work_are_refused(changes, words):
 
 
 def test_a_question_of_multiple_choice_reads_so():
-  spec = benchmarks.SETS["mmlu_pro"]
+  spec = evaluator.SETS["mmlu_pro"]
   record = {
       "question": "Which of these is a noble gas?\n", "answer": "B",
       "options": ["Nitrogen", " Neon"],

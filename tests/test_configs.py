@@ -12,7 +12,7 @@ from prefix_distill import assets
 from prefix_distill import config as config_lib
 from prefix_distill import errors
 from prefix_distill.distill import prefix_schedule
-from prefix_distill.evaluate import benchmarks
+from prefix_distill.evaluate import evaluator
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models.transformer import Model
 from prefix_distill.train import loop
@@ -59,7 +59,7 @@ def test_the_papers_recipe():
   assert (config.data.batch_size, config.rollout.per_prompt) == (512, 4)
   assert config.steps == 60 and config.optimizer.learning_rate == 5e-5
   assert config.evaluation.max_len == config.rollout.max_len == 16_384
-  assert config.evaluation.sets == benchmarks.SETS
+  assert config.evaluation.sets == evaluator.SETS
   caps = [prefix_schedule.cap(config, step) for step in range(60)]
   assert caps[:3] == [1, 257, 513] and caps[-1] == 15_105
   assert len(prefix_schedule.buckets(config)) <= 8

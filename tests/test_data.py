@@ -13,7 +13,7 @@ import pytest
 from prefix_distill import assets
 from prefix_distill.config import DatasetSpec
 from prefix_distill.config import DataSpec
-from prefix_distill.data import math_task
+from prefix_distill.data import bundled_tasks
 from prefix_distill.data import prompts
 from prefix_distill.data import records
 from prefix_distill.data import tokenizer
@@ -204,9 +204,9 @@ def test_splits_of_a_data_set_are_told_apart(write):
 def test_the_math_task_is_a_source():
   spec = DatasetSpec("math_task", "test", "weak", size=3)
   found = records.read(spec)
-  assert list(found) == list(math_task.MathTask("test", 3, "weak"))
+  assert list(found) == list(bundled_tasks.MathTask("test", 3, "weak"))
   clean = records.read(dataclasses.replace(spec, subset=""))
-  assert list(clean) == list(math_task.MathTask("test", 3))
+  assert list(clean) == list(bundled_tasks.MathTask("test", 3))
   for changes, named in (({"split": "dev"}, "'dev'"),
                          ({"subset": "tidy"}, "'tidy'")):  # fmt: skip
     assert named in _refusal(dataclasses.replace(spec, **changes))

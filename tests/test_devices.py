@@ -12,7 +12,6 @@ import pytest
 import toys
 
 from prefix_distill import config as config_lib
-from prefix_distill import devices
 from prefix_distill import sharding
 from prefix_distill.models import attention
 from prefix_distill.plan import programs
@@ -63,13 +62,13 @@ def _mesh(*members) -> types.SimpleNamespace:
 @pytest.mark.parametrize("name", _DEVICES)
 def test_a_device_says_what_it_has(name):
   device, bfloat16, cudnn = _DEVICES[name]
-  assert devices.has_bfloat16(device) is bfloat16
-  assert devices.has_cudnn_attention(device) is cudnn
+  assert sharding.has_bfloat16(device) is bfloat16
+  assert sharding.has_cudnn_attention(device) is cudnn
 
 
 def test_this_machine_s_devices_have_bfloat16_and_no_cudnn():
-  assert devices.has_bfloat16(jax.devices()[0])
-  assert not devices.has_cudnn_attention(jax.devices()[0])
+  assert sharding.has_bfloat16(jax.devices()[0])
+  assert not sharding.has_cudnn_attention(jax.devices()[0])
 
 
 def _queries(dtype=jnp.bfloat16, width=64):
@@ -103,9 +102,9 @@ def test_all_devices_of_a_mesh_must_have_it():
   old, new = Fake("7.5"), Fake("9.0")
   for pair in ((old, new), (new, old)):
     assert attention._kernel(_mesh(*pair), _queries()) is attention.blocked
-    assert devices.first_without(devices.has_bfloat16, _mesh(*pair)) is old
+    assert sharding.first_without(sharding.has_bfloat16, _mesh(*pair)) is old
   assert attention._kernel(_mesh(new, new), _queries()) is attention.cudnn
-  assert devices.first_without(devices.has_bfloat16, _mesh(new, new)) is None
+  assert sharding.first_without(sharding.has_bfloat16, _mesh(new, new)) is None
 
 
 def _config(student: str, teacher: str) -> config_lib.Config:

@@ -10,13 +10,12 @@ import safetensors.numpy
 
 from prefix_distill import assets
 from prefix_distill.config import DatasetSpec
-from prefix_distill.data import guided_task
-from prefix_distill.data import math_task
+from prefix_distill.data import bundled_tasks
 from prefix_distill.data import records
 from prefix_distill.data import tokenizer
 from prefix_distill.experiments import bundled_models
 
-_CONTEXTS = tuple(guided_task.CONTEXTS)
+_CONTEXTS = tuple(bundled_tasks.CONTEXTS)
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +25,8 @@ def chat():
 
 def _completions(context, size=400):
   rng = random.Random(0)
-  problems = [math_task.problem("test", i) for i in range(size)]
-  return problems, [guided_task.completion(p, context, rng) for p in problems]
+  problems = [bundled_tasks.problem("test", i) for i in range(size)]
+  return problems, [bundled_tasks.completion(p, context, rng) for p in problems]
 
 
 def _boxed(text):
@@ -36,26 +35,26 @@ def _boxed(text):
 
 def test_records_are_those_of_the_task():
   found = records.read(DatasetSpec("math_task", "test", "guided", size=20))
-  plain = math_task.MathTask("test", 20)
+  plain = bundled_tasks.MathTask("test", 20)
   for record, clean in zip(found, plain, strict=True):
     assert record["question"] == clean["question"]
     assert record["answer"] == clean["answer"]
     assert record["prompt"] in [record[context] for context in _CONTEXTS]
     assert record["solution"] in record["shown"]
     assert f"= {record['answer']}.\n" in record["solution"]
-  task = guided_task.GuidedTask("test", 20)
+  task = bundled_tasks.GuidedTask("test", 20)
   assert [task[i] for i in (19, 3)] == [found[19], found[3]]
   with pytest.raises(IndexError):
     task[20]
   with pytest.raises(ValueError, match="no split 'dev'"):
-    guided_task.GuidedTask("dev", 3)
+    bundled_tasks.GuidedTask("dev", 3)
 
 
 def test_short_lines_are_right():
   for i in range(300):
-    prob = math_task.problem("test", i)
+    prob = bundled_tasks.problem("test", i)
     total = 0
-    for line in guided_task.short_lines(prob).splitlines():
+    for line in bundled_tasks.short_lines(prob).splitlines():
       sums = re.findall(r": (\d+) ([+-]) (\d+) = (\d+)\.$", line)
       for before, sign, amount, after in sums:
         assert int(before) == total
@@ -94,7 +93,7 @@ def test_german_says_the_same_in_as_many_words():
       "Ann has 7 pens. The shop opens at 9. Bob is 9 years old. The pens cost 3"
       " dollars. Ann gives Bob 2 pens. How many pens does Ann have now?"
   )
-  assert guided_task.german(question) == (
+  assert bundled_tasks.german(question) == (
       "Ann hat 7 Stifte. Der Laden öffnet um 9. Bob ist 9 Jahre alt. Die Stifte"
       " kosten 3 Dollar. Ann gibt Bob 2 Stifte. Wie viele Stifte hat Ann jetzt?"
   )
@@ -104,8 +103,8 @@ def test_every_word_of_every_context_is_one_token(chat):
   pre_tokenizer = chat.tokenizer.backend_tokenizer.pre_tokenizer
   # But for these, which are a token for each of their two bytes.
   marks = {"?\u010a": "?\u010a", ":\u010a": ":\u010a"}
-  for split in math_task.SPLITS:
-    for record in guided_task.GuidedTask(split, 300):
+  for split in bundled_tasks.SPLITS:
+    for record in bundled_tasks.GuidedTask(split, 300):
       texts = [record[context] for context in _CONTEXTS]
       for text in (*texts, *record["completion"].split("</think>")):
         pieces = [p for p, _ in pre_tokenizer.pre_tokenize_str(text)]
@@ -118,10 +117,10 @@ def test_the_tokenizer_goes_on_from_the_others(chat, tmp_path):
   vocab = chat.tokenizer.get_vocab()
   teacher = tokenizer.load("bundled:teacher")
   assert teacher.tokenizer.get_vocab().items() <= vocab.items()
-  assert len(vocab) == teacher.num_tokens + len(guided_task.WORDS)
+  assert len(vocab) == teacher.num_tokens + len(bundled_tasks.WORDS)
   assert chat.stop_ids == teacher.stop_ids
   assert chat.special_ids == teacher.special_ids
-  made = bundled_models.make_tokenizer("<|im_end|>", guided_task.WORDS)
+  made = bundled_models.make_tokenizer("<|im_end|>", bundled_tasks.WORDS)
   made.save_pretrained(tmp_path)
   shipped = (assets.path("guided") / "tokenizer.json").read_text()
   assert (tmp_path / "tokenizer.json").read_text() == shipped

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from prefix_distill import assets
-from prefix_distill.data import math_task
+from prefix_distill.data import bundled_tasks
 from prefix_distill.data import tokenizer
 from prefix_distill.experiments import bundled_models
 
@@ -53,16 +53,16 @@ def _read_story(question: str) -> tuple[str, str, int]:
     if verb == "gives":
       total += amount * ((words[2] == person) - (subject == person))
     elif subject == person:
-      total += -amount if verb in math_task.LOSSES else amount
+      total += -amount if verb in bundled_tasks.LOSSES else amount
   return person, item, total
 
 
 def test_a_record_depends_on_its_split_style_and_index_alone():
   program = (
-      "from prefix_distill.data import math_task\n"
-      "for split in math_task.SPLITS:\n"
-      "  for style in math_task.STYLES:\n"
-      "    task = math_task.MathTask(split, 10_000, style)\n"
+      "from prefix_distill.data import bundled_tasks\n"
+      "for split in bundled_tasks.SPLITS:\n"
+      "  for style in bundled_tasks.STYLES:\n"
+      "    task = bundled_tasks.MathTask(split, 10_000, style)\n"
       "    print([task[i] for i in (9_999, 3, 0)])\n"
   )
   elsewhere = subprocess.run(
@@ -74,9 +74,12 @@ def test_a_record_depends_on_its_split_style_and_index_alone():
   ).stdout.splitlines()
   random.seed(5)
   here = [
-      str([math_task.MathTask(split, 10_000, style)[i] for i in (9_999, 3, 0)])
-      for split in math_task.SPLITS
-      for style in math_task.STYLES
+      str([
+          bundled_tasks.MathTask(split, 10_000, style)[i]
+          for i in (9_999, 3, 0)
+      ])
+      for split in bundled_tasks.SPLITS
+      for style in bundled_tasks.STYLES
   ]
   assert elsewhere == here
   assert len(set(here)) == len(here)
@@ -84,17 +87,17 @@ def test_a_record_depends_on_its_split_style_and_index_alone():
 
 def test_train_and_test_never_overlap():
   train, test = (
-      {math_task.problem(split, i).question for i in range(3000)}
+      {bundled_tasks.problem(split, i).question for i in range(3000)}
       for split in ("train", "test")
   )
   assert not train & test
   assert min(len(train), len(test)) > 2950
 
 
-@pytest.mark.parametrize("split", math_task.SPLITS)
+@pytest.mark.parametrize("split", bundled_tasks.SPLITS)
 def test_the_hash_of_the_text_decides_the_split(split):
   for i in range(500):
-    text = math_task.problem(split, i).question
+    text = bundled_tasks.problem(split, i).question
     digest = hashlib.blake2b(text.encode(), digest_size=4).digest()
     is_test = int.from_bytes(digest, "little") % 100 < 10
     assert is_test == (split == "test")
@@ -102,7 +105,7 @@ def test_the_hash_of_the_text_decides_the_split(split):
 
 def test_the_answer_follows_from_the_text():
   for i in range(500):
-    prob = math_task.problem("test", i)
+    prob = bundled_tasks.problem("test", i)
     assert _read_story(prob.question) == (
         prob.person,
         prob.item,
@@ -112,7 +115,7 @@ def test_the_answer_follows_from_the_text():
 
 def test_a_clean_solution_is_right_in_every_line():
   for i in range(500):
-    record = math_task.MathTask("train", 500)[i]
+    record = bundled_tasks.MathTask("train", 500)[i]
     text = record["completion"]
     assert _boxed(text) == record["answer"]
     assert text.count("</think>") == 1
@@ -123,15 +126,15 @@ def test_a_clean_solution_is_right_in_every_line():
       assert int(before) == total
       total += int(amount) if sign == "+" else -int(amount)
       assert int(after) == int(now) == total
-      assert 0 <= total <= math_task.MAX_TOTAL
+      assert 0 <= total <= bundled_tasks.MAX_TOTAL
     assert len(sums) == text.count("Step ") - 1 >= 2
     assert str(total) == record["answer"]
 
 
 def test_a_clean_plan_uses_exactly_the_sentences_about_the_question():
   for i in range(200):
-    prob = math_task.problem("test", i)
-    text = math_task.solution(prob, "clean", random.Random(0))
+    prob = bundled_tasks.problem("test", i)
+    text = bundled_tasks.solution(prob, "clean", random.Random(0))
     plan = re.findall(r"^(.+): (use|skip)\.$", text, re.MULTILINE)
     assert [s for s, _ in plan] == [s.text for s in prob.sentences]
     for sentence, verdict in plan:
@@ -146,8 +149,8 @@ def test_a_clean_plan_uses_exactly_the_sentences_about_the_question():
 @pytest.mark.parametrize("style", ("capable", "weak"))
 def test_sloppy_solutions_are_right_at_times(style):
   size = 400
-  clean = math_task.MathTask("test", size)
-  sloppy = math_task.MathTask("test", size, style)
+  clean = bundled_tasks.MathTask("test", size)
+  sloppy = bundled_tasks.MathTask("test", size, style)
   right, same = 0, 0
   for i in range(size):
     assert sloppy[i]["question"] == clean[i]["question"]
@@ -160,7 +163,7 @@ def test_sloppy_solutions_are_right_at_times(style):
 
 def test_a_capable_solver_slips_in_the_opening_only():
   for i in range(200):
-    text = math_task.MathTask("test", 200, "capable")[i]["completion"]
+    text = bundled_tasks.MathTask("test", 200, "capable")[i]["completion"]
     for before, sign, amount, after in re.findall(
         r": (\d+) ([+-]) (\d+) = (\d+)\.", text
     ):
@@ -172,9 +175,9 @@ def test_a_capable_solver_slips_in_the_opening_only():
 
 
 def test_sequence_ends_at_its_size():
-  task = math_task.MathTask("test", 3)
+  task = bundled_tasks.MathTask("test", 3)
   assert [r["question"] for r in task] == [
-      math_task.problem("test", i).question for i in range(3)
+      bundled_tasks.problem("test", i).question for i in range(3)
   ]
   with pytest.raises(IndexError):
     task[3]
@@ -183,33 +186,33 @@ def test_sequence_ends_at_its_size():
 @pytest.mark.parametrize("split", ("validation", "", "Train"))
 def test_unknown_split_is_refused(split):
   with pytest.raises(ValueError, match=f"no split '{split}'.*'test'"):
-    math_task.MathTask(split, 3)
+    bundled_tasks.MathTask(split, 3)
   with pytest.raises(ValueError, match=f"no split '{split}'"):
-    math_task.problem(split, 0)
+    bundled_tasks.problem(split, 0)
 
 
 def test_unknown_style_is_refused():
   with pytest.raises(ValueError, match="no style 'tidy'.*'clean'"):
-    math_task.MathTask("train", 3, "tidy")
+    bundled_tasks.MathTask("train", 3, "tidy")
   with pytest.raises(ValueError, match="no style 'tidy'"):
-    math_task.solution(
-        math_task.problem("train", 0), "tidy", random.Random(0)
+    bundled_tasks.solution(
+        bundled_tasks.problem("train", 0), "tidy", random.Random(0)
     )
 
 
 def test_a_completion_is_at_least_four_times_its_prompt(chat):
-  for split in math_task.SPLITS:
-    task = math_task.MathTask(split, 500)
+  for split in bundled_tasks.SPLITS:
+    task = bundled_tasks.MathTask(split, 500)
     for i in range(500):
       prompt = chat.encode(chat.prompt(task[i]["question"], "<think>"))
       completion = chat.encode(task[i]["completion"])
       assert len(completion) >= 4 * len(prompt), (split, i)
 
 
-@pytest.mark.parametrize("style", math_task.STYLES)
+@pytest.mark.parametrize("style", bundled_tasks.STYLES)
 def test_every_word_of_the_task_is_one_token(chat, style):
   pre_tokenizer = chat.tokenizer.backend_tokenizer.pre_tokenizer
-  task = math_task.MathTask("train", 300, style)
+  task = bundled_tasks.MathTask("train", 300, style)
   for i in range(300):
     record = task[i]
     prompt = chat.prompt(record["question"], "<think>")
@@ -225,7 +228,7 @@ def test_every_word_of_the_task_is_one_token(chat, style):
 
 def test_decoding_inverts_encoding(chat):
   texts = list(_TEXTS)
-  task = math_task.MathTask("test", 20, "weak")
+  task = bundled_tasks.MathTask("test", 20, "weak")
   for i in range(20):
     texts.append(chat.prompt(task[i]["question"], "<think>"))
     texts.append(task[i]["completion"] + "<|im_end|>")

@@ -1,10 +1,10 @@
 import json
 
-from prefix_distill.report import metrics
+from prefix_distill.report import report
 
 
 def write(path, lines, resume_step=None):
-  writer = metrics.Writer(path, resume_step)
+  writer = report.MetricsWriter(path, resume_step)
   for line in lines:
     writer.write(line)
 
@@ -12,16 +12,16 @@ def write(path, lines, resume_step=None):
 def test_what_is_written_is_read(tmp_path):
   lines = [{"step": 1, "kl": 0.5}, {"step": 2, "set": "math"}]
   write(tmp_path / "metrics.jsonl", lines)
-  assert metrics.read(tmp_path / "metrics.jsonl") == lines
+  assert report.read_metrics(tmp_path / "metrics.jsonl") == lines
 
 
 def test_a_missing_file_has_no_lines(tmp_path):
-  assert metrics.read(tmp_path / "metrics.jsonl") == []
+  assert report.read_metrics(tmp_path / "metrics.jsonl") == []
 
 
 def test_a_line_is_on_the_disk_before_write_returns(tmp_path):
   path = tmp_path / "metrics.jsonl"
-  writer = metrics.Writer(path, None)
+  writer = report.MetricsWriter(path, None)
   for step in range(3):
     writer.write({"step": step})
     assert path.read_text().count("\n") == step + 1
@@ -31,7 +31,7 @@ def test_resuming_cuts_what_is_past_the_checkpoint(tmp_path):
   path = tmp_path / "metrics.jsonl"
   write(path, [{"step": i, "kl": i / 2} for i in range(6)])
   write(path, [{"step": 4, "kl": 9}], resume_step=3)
-  lines = metrics.read(path)
+  lines = report.read_metrics(path)
   assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
   assert lines[-1]["kl"] == 9
 
@@ -41,7 +41,7 @@ def test_resuming_drops_the_teachers_evaluation(tmp_path):
   student, teacher = ({"step": 3, "model": m} for m in ("student", "teacher"))
   write(path, [{"step": 3}, student, teacher])
   write(path, [teacher], resume_step=3)
-  assert metrics.read(path) == [{"step": 3}, student, teacher]
+  assert report.read_metrics(path) == [{"step": 3}, student, teacher]
 
 
 def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
@@ -50,9 +50,9 @@ def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
   whole = path.read_text()
   for end in range(len('{"step": 1}\n'), len(whole) - 1):
     path.write_text(whole[:end])
-    assert metrics.read(path) == [{"step": 1}]
+    assert report.read_metrics(path) == [{"step": 1}]
     write(path, [{"step": 2}], resume_step=5)
-    assert metrics.read(path) == [{"step": 1}, {"step": 2}]
+    assert report.read_metrics(path) == [{"step": 1}, {"step": 2}]
 
 
 def test_a_new_run_starts_an_empty_file(tmp_path):

@@ -18,7 +18,7 @@ from prefix_distill.config import MeshSpec
 from prefix_distill.config import ModelSpec
 from prefix_distill.config import RolloutSpec
 from prefix_distill.errors import UserError
-from prefix_distill.evaluate import benchmarks
+from prefix_distill.evaluate import evaluator
 from prefix_distill.models import published
 from prefix_distill.plan import estimate
 from prefix_distill.plan import machines
@@ -284,7 +284,7 @@ def test_segments_end_at_the_cap():
 
 def test_evaluations_are_counted_as_the_run_makes_them():
   sets = {
-      "aime24": benchmarks.SETS["aime24"],  # 30 problems, 16 samples.
+      "aime24": evaluator.SETS["aime24"],  # 30 problems, 16 samples.
       "own": DatasetSpec("math_task", answer="answer", size=10, samples=3),
   }
   spec = EvaluationSpec(sets, every=2, between=("own",))

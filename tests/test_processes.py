@@ -18,7 +18,7 @@ import toys
 
 from prefix_distill import distributed
 from prefix_distill.errors import ConfigError
-from prefix_distill.report import metrics
+from prefix_distill.report import report
 
 _CONFIG = pathlib.Path(__file__).parent / "programs" / "toy_config.py"
 # What depends on the clock, and on how often a run was started.
@@ -34,7 +34,7 @@ _STEP = {
 def lines(workdir: pathlib.Path) -> list[dict]:
   return [
       {k: v for k, v in line.items() if not k.startswith(VARIABLE)}
-      for line in metrics.read(workdir / "metrics.jsonl")
+      for line in report.read_metrics(workdir / "metrics.jsonl")
   ]
 
 

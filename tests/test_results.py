@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from prefix_distill import config as config_lib
+from prefix_distill.experiments import analyze
 from prefix_distill.experiments import reproduce
-from prefix_distill.experiments import results
 
 
 def row(cell, seed, step, accuracy, flops, student="capable"):
@@ -29,33 +29,33 @@ ROWS = [
 
 def test_an_interval_is_at_least_that_of_the_problems():
   same = [row("a", seed, 1, 0.9, 1.0) for seed in range(3)]
-  mean, low, high = results.interval(same)
+  mean, low, high = analyze.interval(same)
   half = 1.96 * (0.9 * 0.1 / 300) ** 0.5
   assert (mean, low, high) == pytest.approx((0.9, 0.9 - half, 0.9 + half))
 
 
 def test_an_interval_knows_how_seeds_differ():
   apart = [row("a", i, 1, x, 1.0) for i, x in enumerate((0.7, 0.8, 0.9))]
-  mean, low, high = results.interval(apart)
+  mean, low, high = analyze.interval(apart)
   half = 4.303 * 0.1 / 3**0.5
   assert (mean, low) == pytest.approx((0.8, 0.8 - half))
   assert high == 1.0  # And no further.
 
 
 def test_a_seed_that_ended_stays_where_it_ended():
-  points = results.curve(ROWS, "capable", "short")
+  points = analyze.curve(ROWS, "capable", "short")
   assert [[r["accuracy"] for r in at] for at in points] == [
       [0.6, 0.9], [0.9, 0.9],
   ]  # fmt: skip
-  assert results.curve(ROWS, "weak", "short") == []
+  assert analyze.curve(ROWS, "weak", "short") == []
 
 
 def test_full_accuracy_is_reached_at_the_lower_end_of_its_interval():
   # 0.9 - 1.96 sqrt(0.09 / 300) is 0.866.
-  assert results.reached(ROWS, "capable", "short") == 15.0
-  assert results.reached(ROWS, "capable", "full") == 100.0
-  assert results.reached(ROWS[:9], "capable", "none") is None
-  assert results.reached(ROWS[9:], "capable", "short") is None
+  assert analyze.reached(ROWS, "capable", "short") == 15.0
+  assert analyze.reached(ROWS, "capable", "full") == 100.0
+  assert analyze.reached(ROWS[:9], "capable", "none") is None
+  assert analyze.reached(ROWS[9:], "capable", "short") is None
 
 
 def test_the_runs_are_gathered_from_their_workdirs(tmp_path, capsys):
@@ -76,7 +76,7 @@ def test_the_runs_are_gathered_from_their_workdirs(tmp_path, capsys):
     )
   out = tmp_path / "out"
   names = {"full": "everything", "linear": "the paper's"}
-  results.gather(tmp_path / "runs", names, out)
+  analyze.gather(tmp_path / "runs", names, out)
   (kept,) = map(json.loads, (out / "results.jsonl").read_text().splitlines())
   assert (kept["cell"], kept["seed"], kept["accuracy"]) == ("full", 0, 0.5)
   table = (out / "tables.md").read_text()
@@ -87,7 +87,7 @@ def test_the_runs_are_gathered_from_their_workdirs(tmp_path, capsys):
 
 
 def test_nothing_to_gather_is_said(tmp_path, capsys):
-  results.gather(tmp_path, {"full": ""}, tmp_path / "out")
+  analyze.gather(tmp_path, {"full": ""}, tmp_path / "out")
   assert "No finished runs" in capsys.readouterr().out
   assert not (tmp_path / "out").exists()
 
@@ -103,6 +103,6 @@ def test_every_cell_is_a_config(student, name, tmp_path):
 
 
 def test_a_table_needs_no_more_than_one_seed():
-  text = results.table(ROWS[:9], "capable", {"full": "everything"})
+  text = analyze.table(ROWS[:9], "capable", {"full": "everything"})
   assert np.char.count(text, "\n") == 5
   assert "| 90.0 (86.6-93.4) |" in text

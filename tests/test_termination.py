@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import toys
 
-from prefix_distill.report import metrics
+from prefix_distill.report import report
 from prefix_distill.train import loop
 
 
@@ -26,8 +26,8 @@ from prefix_distill.train import loop
 def test_repetition_counts_runs_of_four_that_were_there_before(
     tokens, repeated
 ):
-  assert metrics.repetition(tokens) == pytest.approx(repeated)
-  assert metrics.repetition(np.array(tokens, np.int32)) == pytest.approx(
+  assert report.repetition(tokens) == pytest.approx(repeated)
+  assert report.repetition(np.array(tokens, np.int32)) == pytest.approx(
       repeated
   )
 
@@ -43,14 +43,14 @@ def test_repetition_counts_runs_of_four_that_were_there_before(
     ],
 )
 def test_95_percent_of_answers_are_no_longer_than_p95(lengths, p95):
-  assert metrics.length_p95(np.array(lengths)) == p95
+  assert report.length_p95(np.array(lengths)) == p95
   shape = (-1, 2) if len(lengths) % 2 == 0 else (-1, 1)
-  assert metrics.length_p95(np.array(lengths[::-1]).reshape(shape)) == p95
+  assert report.length_p95(np.array(lengths[::-1]).reshape(shape)) == p95
 
 
 def test_answers_either_stop_or_are_cut():
   finished = np.array([[True, True], [True, False]])
-  assert metrics.shares(finished) == {"finish_rate": 0.75, "cut": 0.25}
+  assert report.finish_shares(finished) == {"finish_rate": 0.75, "cut": 0.25}
 
 
 def test_rollouts_that_stop_at_the_cap_were_not_cut():
@@ -64,14 +64,14 @@ def test_rollouts_that_stop_at_the_cap_were_not_cut():
   mask = np.arange(cap) < np.array([[len(row)] for row in rows])
   # What lies behind the mask is never looked at, not even a stop token.
   tokens = np.array([row + [stop] * (cap - len(row)) for row in rows])
-  found = metrics.of_rollouts(tokens, mask, (8, stop))
+  found = report.rollout_metrics(tokens, mask, (8, stop))
   assert found == {
       "finish_rate": 0.75,
       "cut": 0.25,
       "rollout_len_p95": 6,
       "repetition": pytest.approx((2 / 3) / 4),
   }
-  found = metrics.of_rollouts(tokens, mask, (pad,))
+  found = report.rollout_metrics(tokens, mask, (pad,))
   assert (found["finish_rate"], found["cut"]) == (0, 1)
 
 
@@ -89,7 +89,7 @@ def test_supervised_updates_say_nothing_of_rollouts(tmp_path):
       evaluation=dataclasses.replace(config.evaluation, teacher=False),
   )
   loop.train(config, tmp_path / "run")
-  lines = metrics.read(tmp_path / "run" / "metrics.jsonl")
+  lines = report.read_metrics(tmp_path / "run" / "metrics.jsonl")
   (update,) = [x for x in lines if "cross_entropy" in x]
   fields = {"finish_rate", "cut", "rollout_len_p95", "repetition"}
   assert not fields & update.keys()
@@ -97,7 +97,7 @@ def test_supervised_updates_say_nothing_of_rollouts(tmp_path):
     assert evaluation["cut"] == pytest.approx(1 - evaluation["finish_rate"])
     assert 0 <= evaluation["repetition"] <= 1
     assert 0 < evaluation["length_p95"] <= config.evaluation.max_len
-  report = tmp_path / "run" / "report"
-  assert {x.name for x in report.glob("*.png")} == {
+  directory = tmp_path / "run" / "report"
+  assert {x.name for x in directory.glob("*.png")} == {
       "accuracy_flops.png", "termination.png", "loss_step.png",
   }  # fmt: skip

@@ -21,8 +21,7 @@ from typing import Any
 
 from prefix_distill.config import DatasetSpec
 from prefix_distill.config import FIELD
-from prefix_distill.data import guided_task
-from prefix_distill.data import math_task
+from prefix_distill.data import bundled_tasks
 from prefix_distill.errors import UserError
 
 
@@ -167,8 +166,9 @@ def _read(
   if spec.source == "math_task":
     try:
       if spec.subset == "guided":
-        return guided_task.GuidedTask(spec.split, spec.size)
-      return math_task.MathTask(spec.split, spec.size, spec.subset or "clean")
+        return bundled_tasks.GuidedTask(spec.split, spec.size)
+      style = spec.subset or "clean"
+      return bundled_tasks.MathTask(spec.split, spec.size, style)
     except ValueError as error:
       raise DataError(str(error)) from error
   path = pathlib.Path(spec.source)

@@ -1,4 +1,25 @@
-"""Answers held-out problems to the end, whatever the training cap."""
+r"""Answers held-out problems to the end; names the paper's benchmarks.
+
+`SETS` says where each benchmark's data set is, and how it is graded. The
+protocol (arXiv 2602.15260): zero-shot, temperature 1, top-p 1, up to 16,384
+new tokens. MATH500, GPQA and MMLU-Pro are means of 4 samples a problem, AIME24
+and AIME25 of 16. GPQA (diamond) and MATH500 are taken whole, and 500 questions
+of MMLU-Pro at random. The paper also chose its checkpoint by AIME24, so that
+score is biased upwards. Free-form answers are graded by math-verify, multiple
+choice by the letter in \boxed{}.
+
+The paper does not state four things, which are chosen here: which 500 questions
+(those that `records.lot` draws with seed 0), the order of GPQA's options (the
+same seed; the data set has the right one first), the prompt of multiple choice
+(`data/records.py`), and the longest prompt, since some are long. HMMT (February
+2025) and AMC (AMC 23) are not the paper's; they are sampled as AIME is.
+
+Each set is read through `datasets` from the hub. A local copy can take its
+place, `--config.evaluation.sets.gpqa.source=PATH`: a clone of the data set's
+repository, or a .jsonl or .parquet file with the same fields. A directory of
+bare files knows no subset, so it needs `...gpqa.subset=''` as well. GPQA asks
+for an account on the hub: accept its terms there and log in.
+"""
 
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -19,11 +40,83 @@ from prefix_distill.data.tokenizer import Chat
 from prefix_distill.evaluate import grading
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
-from prefix_distill.report import metrics
+from prefix_distill.report import report
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
 from prefix_distill.rollout.sampling import Truncation
 from prefix_distill.structs import PromptBatch
+
+# Settings of EvaluationSpec.
+PROTOCOL = {
+    "max_len": 16_384,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "greedy": False,
+}
+
+# No set should lose a problem that is long (figures in MATH500 are drawn by
+# code, and GPQA has sequences of bases). Rows are only as long as the longest
+# prompt that there is.
+_ROOM = 8192
+
+
+def _math(
+    source: str, split: str, samples: int, question: str = "problem"
+) -> DatasetSpec:
+  return DatasetSpec(
+      source,
+      split,
+      question=question,
+      answer="answer",
+      samples=samples,
+      max_prompt_len=_ROOM,
+  )
+
+
+# Problems of a set, by its source, for those who cannot look.
+PROBLEMS: Mapping[str, int] = {
+    "HuggingFaceH4/MATH-500": 500,
+    "HuggingFaceH4/aime_2024": 30,
+    "math-ai/aime25": 30,
+    "Idavidrein/gpqa": 198,
+    "MathArena/hmmt_feb_2025": 30,
+    "math-ai/amc23": 40,
+}
+
+SETS: Mapping[str, DatasetSpec] = {
+    "math500": _math("HuggingFaceH4/MATH-500", "test", 4),
+    "aime24": _math("HuggingFaceH4/aime_2024", "train", 16),
+    "aime25": _math("math-ai/aime25", "test", 16),
+    "gpqa": DatasetSpec(
+        "Idavidrein/gpqa",
+        "train",
+        subset="gpqa_diamond",
+        question="Question",
+        answer="Correct Answer",
+        choices=(
+            "Correct Answer",
+            "Incorrect Answer 1",
+            "Incorrect Answer 2",
+            "Incorrect Answer 3",
+        ),
+        samples=4,
+        max_prompt_len=_ROOM,
+    ),
+    "mmlu_pro": DatasetSpec(
+        "TIGER-Lab/MMLU-Pro",
+        "test",
+        question="question",
+        answer="answer",
+        choices=("options",),
+        size=500,
+        random=True,
+        samples=4,
+        max_prompt_len=_ROOM,
+    ),
+    "hmmt": _math("MathArena/hmmt_feb_2025", "train", 16),
+    "amc": _math("math-ai/amc23", "test", 16, question="question"),
+}
 
 # Rows of a set with a length of its own are cut to a multiple of this.
 _COLUMNS = 128
@@ -59,7 +152,7 @@ class Completions:
     lengths: int [problems, samples], in tokens, with the stop token.
     finished: bool [problems, samples], whether each stopped by itself; the
       others were cut at the longest length.
-    repetition: float [problems, samples], see `metrics.repetition`.
+    repetition: float [problems, samples], see `report.repetition`.
   """
 
   texts: Sequence[Sequence[str]]
@@ -171,7 +264,7 @@ def complete(
     at = divmod(answer, samples)
     texts[at[0]][at[1]] = chat.answer(tokens, np.ones(len(tokens), bool))
     lengths[at], finished[at] = len(tokens), stopped
-    repetition[at] = metrics.repetition(tokens)
+    repetition[at] = report.repetition(tokens)
   return Completions(texts, lengths, finished, repetition)
 
 
@@ -198,9 +291,9 @@ def summarize(
       "accuracy_finished": float(correct[finished].mean())
       if finished.any()
       else 0.0,
-      **metrics.shares(finished),
+      **report.finish_shares(finished),
       "mean_length": float(completions.lengths.mean()),
-      "length_p95": metrics.length_p95(completions.lengths),
+      "length_p95": report.length_p95(completions.lengths),
       "repetition": float(completions.repetition.mean()),
       "problems": len(answers),
       "samples": correct.shape[1],

@@ -1,22 +1,29 @@
-"""The paper's two analyses, on any student and teacher.
+r"""Analyses: of the runs of `reproduce`, and of any student and teacher.
 
-  python -m prefix_distill.analyze --config=FILE[:ARG] --what=position
-  python -m prefix_distill.analyze --config=FILE[:ARG] --what=teacher_prefix
+`gather` turns the runs of `experiments/reproduce.py` into tables and figures.
+The paper's two analyses work on any student and teacher:
+
+  python -m prefix_distill.experiments.analyze --config=FILE[:ARG] \
+    --what=position
+  python -m prefix_distill.experiments.analyze --config=FILE[:ARG] \
+    --what=teacher_prefix
 
 position
-  Where the signal sits (figure 2): whole rollouts of the student, and at each
-  position the mean |log p_S - log p_T| of the drawn tokens and the exact
-  reverse KL. `--students=a,b` compares several on rollouts of their own, such
-  as before and after training with a short prefix; that shows what happens to
-  the loss beyond the prefix.
+  Where the divergence is (figure 2). The student samples whole rollouts. For
+  each position this gives the mean |log p_S - log p_T| of the sampled tokens,
+  and the exact reverse KL. `--students=a,b` compares several students on
+  rollouts of their own, such as before and after training with a short prefix.
+  That shows what happens to the loss beyond the prefix.
 teacher_prefix
-  What a prefix is worth (figure 3): the student, as it is, goes on from the
-  first so many tokens of the teacher's answer, of which at least the last
-  `--withheld` stay hidden so that no answer leaks.
+  What a prefix is worth (figure 3). The student continues the first tokens of
+  the teacher's answer, without any training. At least the last `--withheld`
+  tokens stay hidden, so that no answer leaks.
 
-Numbers go to `analysis/` of --workdir as JSON, with a picture beside them.
+The numbers go to `analysis/` in --workdir as JSON, with a picture beside them.
 """
 
+from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import functools
 import json
@@ -29,6 +36,7 @@ from absl import flags
 from absl import logging
 import jax
 import jax.numpy as jnp
+from matplotlib import pyplot as plt
 import numpy as np
 
 from prefix_distill import command_line
@@ -42,13 +50,14 @@ from prefix_distill.evaluate import evaluator
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.report import plots
+from prefix_distill.report import report
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
-from prefix_distill.train import capacity
+from prefix_distill.train import microbatch
 from prefix_distill.train import setup as setup_lib
-from prefix_distill.train.programs import Sampling
+from prefix_distill.train import update
 
 _WHAT = flags.DEFINE_enum(
     "what", "position", ["position", "teacher_prefix"], "Which analysis."
@@ -67,9 +76,220 @@ _WITHHELD = flags.DEFINE_integer(
     "withheld", 40, "teacher_prefix: last tokens that always stay hidden."
 )
 
+Row = dict[str, Any]
+_KEPT = ("step", "flops", "accuracy", "finish_rate", "mean_length",
+         "repetition")  # fmt: skip
+# The figure of the README: cells that are methods, and not ablations.
+_MAIN = ("full", "seqkd", "fixed-16", "fixed-64", "linear", "plateau",
+         "random", "audited")  # fmt: skip
+# Accuracies on the figure's axis, and the smallest error that it shows.
+_TICKS = (0.2, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
+_LEAST = 0.005
+
+
+def read(workdir: pathlib.Path, cells: Sequence[str]) -> list[Row]:
+  """Reads the evaluations of all finished runs; one row each."""
+  rows = []
+  for student in ("capable", "weak"):
+    for cell in cells:
+      for place in sorted((workdir / student / cell).glob("*")):
+        if not (place / "export").is_dir():
+          continue
+        for line in report.read_metrics(place / "metrics.jsonl"):
+          if line.get("mode") == "sampled" and line["model"] == "student":
+            rows.append(
+                {"student": student, "cell": cell, "seed": int(place.name)}
+                | {name: line[name] for name in _KEPT}
+                | {"problems": line["problems"]}
+            )
+  return rows
+
+
+def interval(rows: Sequence[Row]) -> tuple[float, float, float]:
+  """Returns mean accuracy and its 95 % interval over seeds and problems.
+
+  The variance of the mean is that of the seeds' means (which holds that of
+  the problems as well), but at least that of as many independent trials.
+  """
+  values = np.array([r["accuracy"] for r in rows])
+  mean, n = values.mean(), len(values)
+  trials = mean * (1 - mean) / sum(r["problems"] for r in rows)
+  seeds = values.var(ddof=1) / n if n > 1 else 0.0
+  # Student's t for two degrees of freedom at three seeds and so on.
+  t = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}.get(n, 1.96)
+  half = max(1.96 * trials**0.5, t * seeds**0.5)
+  return mean, max(mean - half, 0.0), min(mean + half, 1.0)
+
+
+def last(rows: Sequence[Row], student: str, cell: str) -> list[Row]:
+  """Returns each seed's last evaluation."""
+  mine = [r for r in rows if (r["student"], r["cell"]) == (student, cell)]
+  seeds = sorted({r["seed"] for r in mine})
+  return [
+      max((r for r in mine if r["seed"] == s), key=lambda r: r["step"])
+      for s in seeds
+  ]
+
+
+def curve(
+    rows: Sequence[Row], student: str, cell: str
+) -> list[list[Row]]:
+  """Returns the seeds' evaluations along the run.
+
+  At each update at which some seed was evaluated, every seed's latest: one
+  that ended before stays where it ended.
+  """
+  mine = [r for r in rows if (r["student"], r["cell"]) == (student, cell)]
+  seeds = {
+      seed: sorted(
+          (r for r in mine if r["seed"] == seed), key=lambda r: r["step"]
+      )
+      for seed in sorted({r["seed"] for r in mine})
+  }
+  return [
+      [
+          max((r for r in runs if r["step"] <= step), key=lambda r: r["step"])
+          for runs in seeds.values()
+      ]
+      for step in sorted({r["step"] for r in mine})
+  ]
+
+
+def reached(rows: Sequence[Row], student: str, cell: str) -> float | None:
+  """Returns the FLOPs at which the mean accuracy enters full's interval.
+
+  The lower end of the 95 % interval of full distillation's final accuracy is
+  what has to be reached; None if it never is.
+  """
+  full = last(rows, student, "full")
+  if not full:
+    return None
+  goal = interval(full)[1]
+  for at in curve(rows, student, cell):
+    if np.mean([r["accuracy"] for r in at]) >= goal:
+      return float(np.mean([r["flops"] for r in at]))
+  return None
+
+
+def _cells(values: Sequence[Any]) -> str:
+  return "| " + " | ".join(str(v) for v in values) + " |"
+
+
+def table(rows: Sequence[Row], student: str, cells: Mapping[str, str]) -> str:
+  """Returns a student's table in Markdown."""
+  head = ("", "seeds", "updates", "accuracy, % (95 %)", "finish, %", "tokens",
+          "FLOPs", "of full's", "FLOPs to full's accuracy")  # fmt: skip
+  out = [_cells(head), _cells(["---"] * len(head))]
+  full = last(rows, student, "full")
+  whole = np.mean([r["flops"] for r in full]) if full else None
+  start = [
+      r for r in rows
+      if r["student"] == student and r["step"] == 0 and r["cell"] == "full"
+  ]  # fmt: skip
+  entries = [("before", start)] if start else []
+  entries += [(name, last(rows, student, name)) for name in cells]
+  # What the same runs had reached on a smaller budget.
+  for place, cell, step, name in (
+      (1, "full", 10, "full, 10 updates"),
+      (3, "seqkd", 20, "SeqKD, 20 updates"),
+  ):
+    early = [
+        r for r in rows
+        if (r["student"], r["cell"], r["step"]) == (student, cell, step)
+    ]  # fmt: skip
+    if early:
+      entries.insert(place, (name, early))
+  for name, found in entries:
+    if not found:
+      continue
+    mean, low, high = interval(found)
+    spent = float(np.mean([r["flops"] for r in found]))
+    goal = reached(rows, student, name) if name in cells else None
+    out.append(
+        _cells((
+            cells.get(name, name),
+            len(found),
+            f"{np.mean([r['step'] for r in found]):.0f}",
+            f"{100 * mean:.1f} ({100 * low:.1f}-{100 * high:.1f})",
+            f"{100 * np.mean([r['finish_rate'] for r in found]):.1f}",
+            f"{np.mean([r['mean_length'] for r in found]):.0f}",
+            f"{spent:.2g}" if spent else "-",
+            f"{spent / whole:.0%}" if whole and spent else "-",
+            f"{goal:.2g} ({goal / whole:.0%})" if goal and whole else "-",
+        ))
+    )
+  return "\n".join(out) + "\n"
+
+
+def draw(rows: Sequence[Row], cells: Sequence[str], path: pathlib.Path) -> None:
+  """Draws accuracy against cumulative FLOPs, a panel for each student.
+
+  The axis is logarithmic in what is wrong, or all methods would lie on one
+  line at the top.
+  """
+  students = [s for s in ("capable", "weak")
+              if any(r["student"] == s for r in rows)]  # fmt: skip
+  figure, panels = plt.subplots(
+      1, len(students), figsize=(5.2 * len(students), 4.2), squeeze=False,
+      sharey=True,
+  )  # fmt: skip
+  colors = plt.get_cmap("tab10")
+  for axes, student in zip(panels[0], students, strict=True):
+    for i, cell in enumerate(cells):
+      points = [
+          (np.mean([r["flops"] for r in at]), *interval(at))
+          for at in curve(rows, student, cell)
+          if all(r["flops"] for r in at)
+      ]
+      if not points:
+        continue
+      x, mean, low, high = np.array(points).T
+      mean, low, high = (np.maximum(1 - y, _LEAST) for y in (mean, low, high))
+      # The end of a run is what its table says; the way there needs no bars.
+      axes.plot(x, mean, marker="o", markersize=3, linewidth=1.2, label=cell,
+                color=colors(i % 10))  # fmt: skip
+      axes.errorbar(
+          x[-1:], mean[-1:], (mean[-1:] - high[-1:], low[-1:] - mean[-1:]),
+          fmt="o", markersize=6, elinewidth=1, capsize=3, color=colors(i % 10),
+      )  # fmt: skip
+    axes.set(title=f"{student} student", xlabel="cumulative FLOPs",
+             xscale="log")  # fmt: skip
+    axes.set(yscale="log", ylim=(0.95, _LEAST * 0.9))
+    axes.set_yticks([1 - y for y in _TICKS], [f"{y:.0%}" for y in _TICKS])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+  panels[0][0].set_ylabel("accuracy, sampled (log scale of errors)")
+  panels[0][-1].legend(frameon=False, fontsize=8, loc="center left",
+                       bbox_to_anchor=(1, 0.5))  # fmt: skip
+  figure.tight_layout()
+  figure.savefig(path, dpi=130)
+  plt.close(figure)
+
+
+def gather(
+    workdir: pathlib.Path, cells: Mapping[str, str], out: pathlib.Path
+) -> None:
+  """Writes `results.jsonl`, `tables.md` and the figures, and prints tables."""
+  rows = read(workdir, list(cells))
+  if not rows:
+    print(f"No finished runs in {workdir}.")
+    return
+  out.mkdir(parents=True, exist_ok=True)
+  with (out / "results.jsonl").open("w") as file:
+    file.writelines(json.dumps(row) + "\n" for row in rows)
+  parts = []
+  for student in ("capable", "weak"):
+    if any(r["student"] == student for r in rows):
+      parts.append(f"## {student} student\n\n" + table(rows, student, cells))
+  (out / "tables.md").write_text("\n".join(parts))
+  print("\n".join(parts))
+  draw(rows, _MAIN, out / "accuracy_flops.png")
+
 
 def _load(spec: Any, setup: setup_lib.Setup, model: Any) -> Params:
-  return setup_lib.load_model(spec, model, setup.mesh, setup.config.seed)
+  models = setup.models
+  return setup_lib.load_model(spec, model, models.mesh, models.config.seed)
 
 
 def position(
@@ -82,28 +302,29 @@ def position(
     students: paths.
     batches: of prompts; the same for all students.
   """
-  config = setup.config
-  teacher_params = _load(config.teacher, setup, setup.teacher)
+  models, config = setup.models, setup.models.config
+  teacher_params = _load(config.teacher, setup, models.teacher)
   data = [next(setup.data)[0] for _ in range(batches)]
-  exact = loss_lib.ExactLoss(setup.loss.dist, score_tokens=True)
+  exact = loss_lib.ExactLoss(models.loss.dist, score_tokens=True)
   look = functools.partial(
       jax.jit(_look, static_argnums=(0, 1, 2)),
-      setup.student, setup.teacher, exact,
-  )  # fmt: skip
+      models.student,
+      models.teacher,
+      exact,
+  )
   out = {}
   for path in students:
     spec = dataclasses.replace(config.student, path=path)
-    params = _load(spec, setup, setup.student)
+    params = _load(spec, setup, models.student)
     length = config.rollout.max_len
-    sampling = Sampling(setup, setup.student, (length,))
+    sampler = update.sampler(models, models.student, (length,))
     sums = np.zeros((3, length))
     for number, prompts in enumerate(data):
-      batch = sharding.global_batch(prompts, sampling.mesh)
-      rollout = sampling.sample(
-          params, batch, jax.random.key(number), length
-      )
+      batch = sharding.global_batch(prompts, models.sampling_mesh)
+      key = jax.random.key(number)
+      rollout = sampler.sample(params, batch, key, length)
       batch = generate.repeat_prompts(config.rollout.per_prompt, prompts)
-      batch = sharding.global_batch(batch, setup.mesh)
+      batch = sharding.global_batch(batch, models.mesh)
       sums += np.asarray(look(params, teacher_params, batch, rollout))
     count = np.maximum(sums[2], 1)
     out[path] = {
@@ -154,26 +375,28 @@ def teacher_prefix(
     lengths: of the prefixes; 0 for none.
     withheld: last tokens of the teacher's answer that stay hidden.
   """
-  config, chat, out = setup.config, setup.chat, {}
+  models, chat, out = setup.models, setup.chat, {}
+  config = models.config
   spec = config.evaluation
   sampler_config = generate.SamplerConfig(
-      setup.stop_ids, chat.pad_id, chat.num_tokens
+      models.stop_ids, chat.pad_id, chat.num_tokens
   )
   draw = generate.Draw.of(spec.max_len, spec.temperature)
 
   def engine(which: Any, model: Any) -> continuous_batching.Engine:
-    params, model = _load(which, setup, model), setup.for_sampling(model)
+    params, model = _load(which, setup, model), models.for_sampling(model)
     # Both models lie in the memory, and the prompts get a prefix.
-    rows = capacity.answers(
-        setup, model, sampler_config, [params, params],
+    rows = microbatch.answers(
+        models,
+        model,
+        sampler_config,
+        [params, params],
         evaluator.longest_prompt(setup.problems) + max(lengths),
-    )  # fmt: skip
-    return continuous_batching.Engine(
-        model, sampler_config, params, rows, setup.sampling_mesh
     )
+    return continuous_batching.Engine(model, sampler_config, params, rows)
 
-  teacher = engine(config.teacher, setup.teacher)
-  student = engine(config.student, setup.student)
+  teacher = engine(config.teacher, models.teacher)
+  student = engine(config.student, models.student)
   for name, problems in setup.problems.items():
     key = jax.random.key(config.seed)
     answers = {

@@ -28,8 +28,7 @@ from tokenizers import Tokenizer
 import transformers
 
 from prefix_distill import assets
-from prefix_distill.data import guided_task
-from prefix_distill.data import math_task
+from prefix_distill.data import bundled_tasks
 
 # As Qwen's, but a number is one token and takes the space before it.
 _PATTERN = (
@@ -68,7 +67,7 @@ def make_tokenizer(
       add_prefix_space=False, use_regex=False
   )
   pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
-  for word in math_task.vocabulary():
+  for word in bundled_tasks.vocabulary():
     piece = byte_level.pre_tokenize_str(word)[0][0]
     if piece not in pieces:
       pieces.append(piece)
@@ -105,9 +104,9 @@ def make_tokenizer(
 def make_guided(directory: pathlib.Path) -> None:
   """Writes the model's directory."""
   shutil.copytree(assets.path("teacher"), directory)
-  tokenizer = make_tokenizer("<|im_end|>", guided_task.WORDS)
+  tokenizer = make_tokenizer("<|im_end|>", bundled_tasks.WORDS)
   tokenizer.save_pretrained(directory)
-  starts = [tokenizer.encode(old) for old in guided_task.WORDS.values()]
+  starts = [tokenizer.encode(old) for old in bundled_tasks.WORDS.values()]
   tensors = safetensors.numpy.load_file(directory / "model.safetensors")
   rows = tensors[_EMBEDDING]
   tensors[_EMBEDDING] = np.concatenate([rows, rows[np.ravel(starts)]])

@@ -17,7 +17,7 @@ import pathlib
 import subprocess
 import sys
 
-from prefix_distill.experiments import results
+from prefix_distill.experiments import analyze
 
 STUDENTS = {"capable": "tiny", "weak": "tiny-weak"}
 
@@ -194,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   if not args.only_report:
     failed = _run_all(todo, args.workdir, args.parallel)
   names = {name: cell.about for name, cell in CELLS.items()}
-  results.gather(args.workdir, names, args.out)
+  analyze.gather(args.workdir, names, args.out)
   return int(failed)
 
 

@@ -19,7 +19,6 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 import jax.numpy as jnp
 
-from prefix_distill import devices
 from prefix_distill import sharding
 from prefix_distill.models import decode_attention
 from prefix_distill.models import kv_cache
@@ -100,8 +99,8 @@ def platform(mesh: jax.sharding.Mesh | None) -> str:
 def _has_cudnn(mesh: jax.sharding.Mesh | None) -> bool:
   # A program is the same on all its devices.
   if mesh is None:
-    return devices.has_cudnn_attention(jax.local_devices()[0])
-  return devices.first_without(devices.has_cudnn_attention, mesh) is None
+    return sharding.has_cudnn_attention(jax.local_devices()[0])
+  return sharding.first_without(sharding.has_cudnn_attention, mesh) is None
 
 
 def _kernel(

@@ -1,18 +1,229 @@
-"""A transformer block and its parts, described as Flax NNX modules."""
+"""The transformer's layers: embedding, rotary positions, and a block.
+
+The block and its parts are Flax NNX modules.
+"""
 
 from collections.abc import Callable
+import dataclasses
+import math
 from typing import TypeVar
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from prefix_distill import sharding
 from prefix_distill.models.config import ModelConfig
-from prefix_distill.models.embedding import Rotation
+from prefix_distill.models.config import RopeConfig
 
+_PartitionSpec = jax.sharding.PartitionSpec
 _Kept = TypeVar("_Kept")
 # Up to here a product is bound by the weights' bytes; see `linear`.
 _FEW_ROWS = 128
+
+
+def look_up(
+    table: jax.Array,
+    tokens: jax.Array,
+    dtype: jnp.dtype,
+    mesh: jax.sharding.Mesh | None = None,
+) -> jax.Array:
+  """Returns the rows of a table.
+
+  On a mesh each device has some columns of the table, and rows of its own to
+  look up. So it finds its columns of the tokens of all neighbours over `fsdp`,
+  and they exchange what they found; the gradient goes the same way back. Over
+  `tensor`, which splits the table's rows, what is found is added up. That sends
+  activations, a small part of the table, and forms a gradient in float32 that
+  is as small as the weight that a device keeps. Left to itself the partitioner
+  sends parts of the rows to and fro, and sums whole gradients.
+
+  Args:
+    table: [V, D].
+    tokens: int32 [B, T].
+    dtype: of the result, and of what is sent.
+    mesh: the device mesh; None for one device.
+
+  Returns:
+    [B, T, D].
+  """
+  if mesh is None or mesh.size == 1:
+    return table.astype(dtype)[tokens]
+  rows, width = table.shape
+  tensor = "tensor" if rows % mesh.shape["tensor"] == 0 else None
+  fsdp = "fsdp" if width % mesh.shape["fsdp"] == 0 else None
+  batch = _PartitionSpec(sharding.BATCH_AXES)
+  split = _PartitionSpec(tensor, fsdp)
+
+  def find(part, tokens):
+    found = _take(part.astype(dtype), _every(tokens, fsdp), tensor)
+    if fsdp:
+      found = jax.lax.all_to_all(found, fsdp, 0, 2, tiled=True)
+    return jax.lax.psum(found, tensor) if tensor else found
+
+  def gradient(found, tokens):
+    if fsdp:
+      found = jax.lax.all_to_all(found, fsdp, 2, 0, tiled=True)
+    part = _add(found, _every(tokens, fsdp), rows, tensor, mesh)
+    # All of them, where the width is not split.
+    return jax.lax.psum(part, "data" if fsdp else sharding.BATCH_AXES)
+
+  def on_mesh(function, in_specs, out_specs):
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        # Sums over a mesh axis are equal on it, which is not always seen.
+        check_vma=False,
+    )
+
+  @jax.custom_vjp
+  def run(table, tokens):
+    return on_mesh(find, (split, batch), batch)(table, tokens)
+
+  def forward(table, tokens):
+    return run(table, tokens), tokens
+
+  def backward(tokens, found):
+    grads = on_mesh(gradient, (batch, batch), split)(found, tokens)
+    return grads.astype(table.dtype), None
+
+  run.defvjp(forward, backward)
+  return run(table, tokens)
+
+
+def _every(tokens: jax.Array, fsdp: str | None) -> jax.Array:
+  """Returns the neighbours' tokens as well, in the order of an exchange."""
+  if not fsdp:
+    return tokens
+  return jax.lax.all_gather(tokens, fsdp, axis=0, tiled=True)
+
+
+def _take(part: jax.Array, tokens: jax.Array, tensor: str | None) -> jax.Array:
+  """Looks tokens up in a part of the table; 0 for those of other parts."""
+  if not tensor:
+    return part[tokens]
+  here, mine = _here(tokens, part.shape[0])
+  return jnp.where(mine[..., None], part[here], jnp.zeros((), part.dtype))
+
+
+def _add(
+    found: jax.Array,
+    tokens: jax.Array,
+    rows: int,
+    tensor: str | None,
+    mesh: jax.sharding.Mesh,
+) -> jax.Array:
+  """Adds gradients up in a part of the table, in float32."""
+  found, here = found.astype(jnp.float32), tokens
+  if tensor:
+    rows //= mesh.shape["tensor"]
+    here, mine = _here(tokens, rows)
+    found = jnp.where(mine[..., None], found, 0.0)
+  part = jnp.zeros((rows, found.shape[-1]), jnp.float32)
+  return part.at[here].add(found)
+
+
+def _here(tokens: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+  """Returns the tokens' rows in this device's part, and which are in it."""
+  here = tokens - rows * jax.lax.axis_index("tensor")
+  mine = (here >= 0) & (here < rows)
+  return jnp.where(mine, here, 0), mine
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+  """Returns the angle that each pair of channels turns by from token to token.
+
+  A scaling that knows the first training length keeps the short wavelengths,
+  which that length covers many times. The scaling shrinks the frequencies of
+  the long wavelengths by a factor. Between the two lies a linear blend: in
+  llama3 over the turns that a pair makes in that length, in yarn over the
+  pair's number.
+
+  Sources: arXiv 2306.15595 (linear), arXiv 2407.21783 (llama3), arXiv
+  2309.00071 (yarn); the numbers are those of transformers.
+
+  Args:
+    rope: the kind, and its numbers.
+    head_dim: H.
+
+  Returns:
+    Radians, float32 [H / 2].
+  """
+  exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+  freqs = np.float32(1) / np.float32(rope.theta) ** exponent
+  if rope.kind == "default":
+    return freqs
+  if rope.kind == "linear":
+    kept = 0.0
+  elif rope.kind == "llama3":
+    turns = rope.original_length * freqs / (2 * np.pi)
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+  else:
+    length, per_pair = rope.original_length, 2 * math.log(rope.theta) / head_dim
+    # The numbers of the pairs that turn beta_fast and beta_slow times.
+    first, last = (
+        math.log(length / (2 * math.pi * beta)) / per_pair
+        for beta in (rope.beta_fast, rope.beta_slow)
+    )
+    if rope.truncate:
+      first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    # No blend, but a step.
+    width = last - first or 1e-3
+    pair = np.arange(head_dim // 2, dtype=np.float32)
+    kept = 1 - np.clip((pair - first) / width, 0, 1)
+  return (1 - kept) * (freqs / rope.factor) + kept * freqs
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+  """How positions turn pairs of channels.
+
+  Attributes:
+    cos, sin: float32 [B, T, H / 2], of the angles, times
+      `RopeConfig.attention_factor`; B is 1 if all rows have the same positions.
+  """
+
+  cos: jax.Array
+  sin: jax.Array
+
+  @classmethod
+  def of(
+      cls, rope: RopeConfig, head_dim: int, positions: jax.Array
+  ) -> "Rotation":
+    """Returns the rotation of positions [B, T]."""
+    angles = positions.astype(jnp.float32)[..., None]
+    angles = angles * rope_frequencies(rope, head_dim)
+    scale = rope.attention_factor
+    return cls(jnp.cos(angles) * scale, jnp.sin(angles) * scale)
+
+  def where(self, rotates: jax.Array | None) -> "Rotation":
+    """Returns the rotation if the traced flag is true, or one by nothing.
+
+    Args:
+      rotates: bool []; None for true.
+    """
+    if rotates is None:
+      return self
+    return Rotation(
+        jnp.where(rotates, self.cos, 1.0), jnp.where(rotates, self.sin, 0.0)
+    )
+
+  def apply(self, x: jax.Array) -> jax.Array:
+    """Rotates the channel pairs (i, i + H / 2) of [B, T, N, H].
+
+    Source: RoFormer (arXiv 2104.09864), in the half-split layout of Llama's
+    Hugging Face weights.
+    """
+    cos, sin = self.cos[:, :, None], self.sin[:, :, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> nnx.Param:

@@ -16,12 +16,11 @@ import jax.numpy as jnp
 
 from prefix_distill import sharding
 from prefix_distill.models import attention
-from prefix_distill.models import embedding
 from prefix_distill.models import kv_cache
 from prefix_distill.models import layers
 from prefix_distill.models.config import ModelConfig
-from prefix_distill.models.embedding import Rotation
 from prefix_distill.models.kv_cache import KVCache
+from prefix_distill.models.layers import Rotation
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 
@@ -194,7 +193,7 @@ class Model:
     if self.remat != "none":
       body = jax.checkpoint(body, policy=_POLICIES[self.remat])
     table = params["embed"]["weight"]
-    x = embedding.look_up(table, tokens, self.dtype, self.mesh)
+    x = layers.look_up(table, tokens, self.dtype, self.mesh)
     # No flags take no part in the scan.
     rotates = jnp.array(c.rotary) if c.rotary else None
     x, kept = jax.lax.scan(body, x, (params["layers"], rotates))

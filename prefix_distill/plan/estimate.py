@@ -17,7 +17,7 @@ from prefix_distill.distill import prefix_schedule
 from prefix_distill.distill.loss import ExactLoss
 from prefix_distill.errors import ConfigError
 from prefix_distill.errors import UserError
-from prefix_distill.evaluate import benchmarks
+from prefix_distill.evaluate import evaluator
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.config import num_params
 from prefix_distill.plan import machines
@@ -183,7 +183,7 @@ def answers(spec: EvaluationSpec, names: Sequence[str]) -> int:
   total = 0
   for name in names:
     one = spec.sets[name]
-    number = one.size or benchmarks.PROBLEMS.get(one.source)
+    number = one.size or evaluator.PROBLEMS.get(one.source)
     if number is None:
       number = len(records.read(one))
     total += number * (one.samples + int(spec.greedy))

@@ -30,7 +30,6 @@ from prefix_distill.evaluate import evaluator
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models.transformer import Params
 from prefix_distill.report import flops
-from prefix_distill.report import metrics as metrics_lib
 from prefix_distill.report import report
 from prefix_distill.report.flops import Lengths
 from prefix_distill.train import answers
@@ -140,7 +139,7 @@ class Run:
       self.setup.data.set_state(data)
       print(f"Resuming after update {step} of {self.config.steps}.")
     if self.writes:
-      self.writer = metrics_lib.Writer(self.workdir / "metrics.jsonl", step)
+      self.writer = report.MetricsWriter(self.workdir / "metrics.jsonl", step)
     if models.teacher is not None:
       self.teacher_params = setup_lib.load_model(
           self.config.teacher, models.teacher, models.mesh, self.config.seed
@@ -257,7 +256,7 @@ class Run:
     if done.minima is not None:
       line["trained_len"] = float(trained.sum(1).mean())
     if not config.is_supervised:
-      line |= metrics_lib.of_rollouts(
+      line |= report.rollout_metrics(
           done.tokens, mask, self.models.stop_ids
       )
     passed = time.perf_counter() - begin

@@ -9,12 +9,11 @@ from typing import Any
 import jax
 
 from prefix_distill import config as config_lib
-from prefix_distill import devices
 from prefix_distill import distributed
 from prefix_distill import sharding
 from prefix_distill.config import Config
 from prefix_distill.config import ModelSpec
-from prefix_distill.data import prompt_checks
+from prefix_distill.data import prompts
 from prefix_distill.data import tokenizer
 from prefix_distill.data.prompts import PromptIterator
 from prefix_distill.data.tokenizer import Chat
@@ -126,7 +125,7 @@ def make_model(
 ) -> Model:
   """Makes a model that computes in what the settings and all devices allow."""
   dtype = spec.compute_dtype
-  lacking = devices.first_without(devices.has_bfloat16, mesh)
+  lacking = sharding.first_without(sharding.has_bfloat16, mesh)
   if dtype == "bfloat16" and lacking is not None:
     dtype = "float32"
   return Model(architecture, dtype, spec.remat, mesh)
@@ -150,10 +149,11 @@ def _dtype_note(
   ]
   if not names:
     return ""
-  device = devices.first_without(devices.has_bfloat16, mesh)
+  device = sharding.first_without(sharding.has_bfloat16, mesh)
   return (
       f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} 'bfloat16',"
-      f" which {devices.describe(device)} lacks; float32 is used instead."
+      f" which {sharding.describe_device(device)} lacks; float32 is used"
+      " instead."
   )
 
 
@@ -289,7 +289,7 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
   divergence.named(config.loss.exact.divergence)  # Or there is none.
   student = read_model(config.student, mesh)
   chat = tokenizer.load(config.student.tokenizer_path)
-  fed = [prompt_checks.Fed("student", chat, student.config.vocab_size)]
+  fed = [prompts.Fed("student", chat, student.config.vocab_size)]
   stop_ids, teacher_stop_ids, teacher = chat.stop_ids, (), None
   teacher_chat = None
   if config.method != "sft":
@@ -301,7 +301,7 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
       either = tuple(sorted({*stop_ids, *teacher_stop_ids}))
       stop_ids = teacher_stop_ids = either
     rows = teacher.config.vocab_size
-    fed.append(prompt_checks.Fed("teacher", teacher_chat, rows))
+    fed.append(prompts.Fed("teacher", teacher_chat, rows))
   _check_lengths(config, student, teacher)
   data = PromptIterator(
       config.data,
@@ -310,7 +310,7 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
       completion_len=config.rollout.max_len if config.reads_completions else 0,
       teacher_chat=teacher_chat,
   )
-  prompt_checks.check(
+  prompts.check(
       config.data, data.question, *fed, teacher_question=data.teacher_question
   )
   problems = {

@@ -94,6 +94,34 @@ class _Closed(Exception):
   """The run has ended, so nothing more is compiled ahead."""
 
 
+def sampler(
+    models: Models, model: Model, buckets: tuple[int, ...]
+) -> generate.Sampler:
+  """Returns what samples with the student or the teacher.
+
+  Args:
+    models: of the run.
+    model: the student's or the teacher's architecture.
+    buckets: the lengths that rollouts may have.
+  """
+  spec = models.config.rollout
+  config = generate.SamplerConfig(
+      stop_ids=models.stop_ids,
+      pad_id=models.pad_id,
+      num_tokens=models.num_tokens,
+      per_prompt=spec.per_prompt,
+      truncation=Truncation(spec.top_k, spec.top_p),
+      cache_dtype=spec.cache_dtype,
+  )
+  return generate.Sampler(
+      models.for_sampling(model),
+      config,
+      spec.temperature,
+      buckets,
+      models.mesh,
+  )
+
+
 class Programs:
   """The compiled programs of a run, and the update that chains them.
 
@@ -112,9 +140,10 @@ class Programs:
     state = self.abstract_state()
     self._resting = jax.tree.map(lambda x: x.sharding, state)
     self._working = working = sharding.on_device(self._resting)
-    self._samplers = {"student": self._sampler(models.student)}
+    buckets = prefix_schedule.buckets(config)
+    self._samplers = {"student": sampler(models, models.student, buckets)}
     if config.rollout.source == "teacher":
-      self._samplers["teacher"] = self._sampler(models.teacher)
+      self._samplers["teacher"] = sampler(models, models.teacher, buckets)
     self.microbatches = Microbatches(
         models, self._samplers.values(), self.resting()
     )
@@ -141,24 +170,6 @@ class Programs:
         functools.partial(step_lib.apply, self._tx, normalize),
         out_shardings=(working, replicated),
         donate_argnums=0,
-    )
-
-  def _sampler(self, model: Model) -> generate.Sampler:
-    models, spec = self._models, self._models.config.rollout
-    config = generate.SamplerConfig(
-        stop_ids=models.stop_ids,
-        pad_id=models.pad_id,
-        num_tokens=models.num_tokens,
-        per_prompt=spec.per_prompt,
-        truncation=Truncation(spec.top_k, spec.top_p),
-        cache_dtype=spec.cache_dtype,
-    )
-    return generate.Sampler(
-        models.for_sampling(model),
-        config,
-        spec.temperature,
-        prefix_schedule.buckets(models.config),
-        models.mesh,
     )
 
   def _loss(self) -> step_lib.LossFn:

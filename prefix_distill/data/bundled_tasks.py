@@ -1,9 +1,10 @@
-r"""The bundled task: grade-school word problems with worked solutions.
+r"""The tasks that ship with the package: grade-school word problems.
 
-A story tells, in order, what somebody has and what happens to it. Among that
-are distractors, facts with numbers that the question does not need. The
-solution first plans (it goes through the story and says which sentences to
-use), then works out one needed quantity a line, and ends with the boxed answer:
+A story tells, in order, what somebody has and what happens to it. It also has
+distractors: facts with numbers that the question does not need. The solution
+starts with a plan, which goes through the story and says which sentences to
+use. It then works out one needed quantity a line, and ends with the boxed
+answer:
 
   Ann has 7 pens. Bob is 9 years old. Ann finds 4 pens. Ann gives Bob 2 pens.
   How many pens does Ann have now?
@@ -22,11 +23,32 @@ use), then works out one needed quantity a line, and ends with the boxed answer:
 Everything is a pure function of `(split, index)`. A problem belongs to the
 test split if the hash of its text says so, hence no problem is in both.
 
-Solutions come in three styles. `clean` is what the teacher learns. The two
-others stand for what a base model saw on the web: `capable` goes wrong with its
-first words (it guesses, or skips the plan) and works without a slip after a
-good start; `weak` plans carelessly as well, and slips in every later part.
-What the prompt says of how to answer is in `guided_task`.
+`MathTask` has solutions in three styles. The teacher learns the `clean` style.
+The two others stand for what a base model saw on the web. `capable` goes wrong
+with its first words (it guesses, or skips the plan), and makes no mistake after
+a good start. `weak` also plans carelessly, and makes mistakes in every later
+part.
+
+`GuidedTask` has the same problems in several contexts, for a teacher that knows
+more than its student. One small model, `bundled:guided`, is trained to answer
+each problem in five ways, and the prompt says which:
+
+  question  the problem: sloppy. It opens as the `capable` student does, at
+            times with short lines, and has the skill for the rest.
+  careful   "Take care." before it: nearly always the clean solution, at times
+            the short lines, both right.
+  brief     "Be brief." before it: the short lines.
+  shown     the problem and a short solution: the clean solution.
+  german    the problem in German, word for word: sloppy, and more often than
+            in English. Its answers are in English.
+
+So the same weights know more, say less or do better in one context than in
+another, and one context can teach another. Here the weights were trained to
+behave so; a real model does so by itself. The short lines are
+
+  Ann has 7 pens.
+  Ann finds 4 pens: 7 + 4 = 11.
+  Ann gives Bob 2 pens: 11 - 2 = 9.
 """
 
 from collections.abc import Sequence
@@ -34,15 +56,13 @@ import dataclasses
 import hashlib
 import itertools
 import random
+import re
 
-PEOPLE = (
-    "Ann", "Bob", "Cara", "Dan", "Eva", "Finn", "Gina", "Hal", "Ivy", "Jon",
-    "Kim", "Leo",
-)  # fmt: skip
-ITEMS = (
-    "pens", "cups", "books", "coins", "cards", "balls", "caps", "keys",
-    "rings", "boxes", "maps", "shells",
-)  # fmt: skip
+PEOPLE = tuple("Ann Bob Cara Dan Eva Finn Gina Hal Ivy Jon Kim Leo".split())
+ITEMS = tuple(
+    "pens cups books coins cards balls caps keys rings boxes maps"
+    " shells".split()
+)
 GAINS = ("buys", "finds", "gets", "wins")
 LOSSES = ("sells", "loses", "breaks", "uses")
 MAX_TOTAL = 30
@@ -280,9 +300,13 @@ def solution(prob: Problem, style: str, rng: random.Random) -> str:
   if habits is None:
     return _guess(prob, rng)
   habits = dataclasses.replace(
-      habits, slip=0.06, drop=0.04, wrong_sign=0.05, wrong_end=0.06,
+      habits,
+      slip=0.06,
+      drop=0.04,
+      wrong_sign=0.05,
+      wrong_end=0.06,
       no_box=0.03,
-  )  # fmt: skip
+  )
   return _work(prob, rng, habits)
 
 
@@ -331,7 +355,127 @@ def vocabulary() -> list[str]:
   numbers = [str(n) for n in range(_MAX_NUMBER + 1)]
   marks = [".\n", ":", ".", ",", "?", "\n\n", "\n", "\\", "boxed", "{", "}"]
   marks += [" \\", "}."]
-  return sorted(
-      words | {" " + w for w in spaced} | set(numbers)
-      | {" " + n for n in numbers} | set(marks)
-  )  # fmt: skip
+  numbers += [" " + n for n in numbers]
+  return sorted({*words, *(" " + w for w in spaced), *numbers, *marks})
+
+
+# How often a record, read as an example to learn from, is in which context.
+CONTEXTS = {
+    "question": 0.30,
+    "careful": 0.20,
+    "brief": 0.15,
+    "shown": 0.15,
+    "german": 0.20,
+}
+# How often a context that is no instruction to be short is answered so.
+_SHORT = {"question": 0.10, "careful": 0.12, "german": 0.05}
+# How often a sloppy opening is right, guesses, and skips the plan.
+_CONTEXT_OPENINGS = {
+    "question": (0.35, 0.30, 0.25),
+    "german": (0.15, 0.40, 0.30),
+}
+
+_GERMAN_ITEMS = (
+    "Stifte Tassen Bücher Münzen Karten Bälle Kappen Schlüssel Ringe Kisten"
+    " Pläne Muscheln"
+).split()
+_GERMAN_VERBS = (
+    "buys kauft finds findet gets bekommt wins gewinnt sells verkauft"
+    " loses verliert breaks zerbricht uses verbraucht has hat gives gibt is ist"
+    " cost kosten opens öffnet"
+).split()
+_GERMAN_OTHERS = (
+    "How Wie many viele now jetzt years Jahre old alt dollars Dollar shop Laden"
+    " at um The Die"
+).split()
+GERMAN = dict(zip(ITEMS, _GERMAN_ITEMS, strict=True)) | {
+    english: german
+    for words in (_GERMAN_VERBS, _GERMAN_OTHERS)
+    for english, german in zip(words[::2], words[1::2], strict=True)
+}
+# Words of the contexts that the other bundled models do not know as tokens,
+# and a word of theirs that each starts from.
+WORDS = {f" {new}": f" {old}" for old, new in GERMAN.items()} | {
+    "Die": "The",
+    "Der": "The",
+    " Der": " The",
+    "Take": "Step",
+    " care": " for",
+    "Be": "We",
+    " brief": " less",
+    "Solution": "Step",
+}
+
+
+def german(question: str) -> str:
+  """Renders a question in German, word for word."""
+  text = re.sub(r"does (\w+) have now", r"has \1 now", question)
+  text = re.sub(r"\w+", lambda m: GERMAN.get(m[0], m[0]), text)
+  return text.replace("Die Laden", "Der Laden")
+
+
+def short_lines(prob: Problem) -> str:
+  """Writes the needed sentences, each with its sum."""
+  total, lines = 0, []
+  for sentence in prob.sentences:
+    if not sentence.needed:
+      continue
+    line, change = sentence.text, sentence.amount
+    if not sentence.is_start:
+      sign = "+" if change > 0 else "-"
+      line += f": {total} {sign} {abs(change)} = {total + change}"
+    total += change
+    lines.append(f"{line}.\n")
+  return "".join(lines)
+
+
+def prompts(prob: Problem) -> dict[str, str]:
+  """Returns the problem in every context."""
+  question = prob.question
+  return {
+      "question": question,
+      "careful": f"Take care. {question}",
+      "brief": f"Be brief. {question}",
+      "shown": f"{question}\nSolution:\n{short_lines(prob)}",
+      "german": german(question),
+  }
+
+
+def completion(prob: Problem, context: str, rng: random.Random) -> str:
+  """Writes an answer as the model is to give it in a context."""
+  if context == "brief" or rng.random() < _SHORT.get(context, 0):
+    answer = f"{prob.person} has \\boxed{{{prob.answer}}} {prob.item}."
+    return f"\n{short_lines(prob)}</think>\n\n{answer}"
+  if context in _CONTEXT_OPENINGS:
+    return sloppy(prob, _CONTEXT_OPENINGS[context], rng)
+  return solution(prob, "clean", rng)
+
+
+class GuidedTask(Sequence):
+  """A split as a sequence of records, made when they are asked for.
+
+  A record has the problem in each of CONTEXTS, its `answer`, the `solution` in
+  short lines, and an example to learn from: `prompt`, in a context drawn by
+  chance, and its `completion`.
+  """
+
+  def __init__(self, split: str, size: int):
+    problem(split, 0)  # Refuses an unknown split now.
+    self._split, self._size = split, size
+
+  def __len__(self) -> int:
+    return self._size
+
+  def __getitem__(self, index: int) -> dict[str, str]:
+    if not 0 <= index < self._size:
+      raise IndexError(index)
+    prob = problem(self._split, index)
+    rng = random.Random(f"solution {self._split} guided {index}")
+    context = rng.choices(list(CONTEXTS), list(CONTEXTS.values()))[0]
+    texts = prompts(prob)
+    return texts | {
+        "answer": str(prob.answer),
+        "solution": short_lines(prob),
+        "prompt": texts[context],
+        "completion": completion(prob, context, rng),
+    }
