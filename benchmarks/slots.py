@@ -59,7 +59,7 @@ def main() -> None:
 
   def engine(stops: tuple[int, ...]) -> continuous_batching.Engine:
     config = generate.SamplerConfig(stops, chat.pad_id, chat.num_tokens)
-    return continuous_batching.Engine(model, config, params, args.rows, mesh)
+    return continuous_batching.Engine(model, config, params, args.rows)
 
   spread, steady = engine((*chat.stop_ids, *words)), engine(())
 

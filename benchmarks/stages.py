@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import gc
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -39,8 +38,10 @@ import make_reference
 import numpy as np
 
 from prefix_distill import assets
+from prefix_distill import compilation
 from prefix_distill import config as config_lib
 from prefix_distill import sharding
+from prefix_distill.compilation import Variant
 from prefix_distill.models import attention
 from prefix_distill.models import published
 from prefix_distill.models.config import ModelConfig
@@ -48,13 +49,16 @@ from prefix_distill.models.config import num_params
 from prefix_distill.models.config import RopeConfig
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
+from prefix_distill.plan import programs as planned
 from prefix_distill.report import flops
 from prefix_distill.report import report
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 from prefix_distill.train import setup as setup_lib
-from prefix_distill.train.compile import Stage
-from prefix_distill.train.programs import Programs
+from prefix_distill.train.setup import Models
+from prefix_distill.train.update import Clock
+from prefix_distill.train.update import Programs
+from prefix_distill.train.update import Request
 
 _ROOT = pathlib.Path(__file__).parent.parent
 # Keys and values of the rollouts are kept in these.
@@ -110,15 +114,6 @@ class HalfModel(Model):
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tokens:
-  """What programs want to know of a tokenizer."""
-
-  num_tokens: int
-  pad_id: int = 0
-  special_ids: tuple[int, ...] = (0,)
-
-
 class Bench(child.Bench):
   """With sizes, and runs of random models."""
 
@@ -126,15 +121,19 @@ class Bench(child.Bench):
   def size(self) -> Size:
     return _TOY if self.args.cpu else _TRUE
 
-  def setup(
+  def models(
       self, config: config_lib.Config, student: Model, teacher: Model
-  ) -> setup_lib.Setup:
-    """Returns a run without data, whose answers never stop."""
+  ) -> Models:
+    """Returns the models of a run whose answers never stop."""
     mesh = sharding.make_mesh(config_lib.MeshSpec())
     models = [dataclasses.replace(m, mesh=mesh) for m in (student, teacher)]
-    tokens = _Tokens(min(m.config.vocab_size for m in models))
-    return setup_lib.Setup(
-        config, mesh, *models, tokens, (), (), None, {}, sharding.memory(mesh)
+    return Models(
+        config,
+        mesh,
+        *models,
+        num_tokens=min(m.config.vocab_size for m in models),
+        special_ids=(0,),
+        memory=sharding.memory(mesh),
     )
 
 
@@ -197,14 +196,14 @@ def _weights(
   return jax.tree.unflatten(structure, arrays)
 
 
-def _prompts(setup: setup_lib.Setup, seed: int = 0) -> PromptBatch:
+def _prompts(models: Models, seed: int = 0) -> PromptBatch:
   """Returns random prompts, as many and as long as the config says."""
-  spec, rng = setup.config.data, np.random.default_rng(seed)
+  spec, rng = models.config.data, np.random.default_rng(seed)
   shape = (spec.batch_size, spec.max_prompt_len)
-  tokens = rng.integers(1, setup.chat.num_tokens, shape).astype(np.int32)
+  tokens = rng.integers(1, models.num_tokens, shape).astype(np.int32)
   index = np.arange(len(tokens), dtype=np.int32)
   batch = PromptBatch(tokens, np.ones(shape, bool), index)
-  return sharding.global_batch(batch, setup.sampling_mesh)
+  return sharding.global_batch(batch, models.sampling_mesh)
 
 
 def _seconds(run: Callable[..., Any], *args: Any) -> tuple[float, Any]:
@@ -267,13 +266,13 @@ class _Case:
   """The tiny models of `make_reference` in some precision.
 
   Attributes:
-    setup: of a run of them.
-    programs: of it.
+    models: as a run has them.
+    programs: of them.
     params, teacher: weights.
     batch, rollout: its inputs.
   """
 
-  setup: setup_lib.Setup
+  models: Models
   programs: Programs
   params: Params
   teacher: Params
@@ -311,18 +310,17 @@ def _case(
       for tiny in (make_reference.STUDENT, make_reference.TEACHER)
   ]
   config = _config(rows, prompt, given.tokens.shape[1], **changes)
-  setup = bench.setup(config, *models)
-  setup = dataclasses.replace(
-      setup, chat=_Tokens(make_reference.NUM_TOKENS)
+  models = dataclasses.replace(
+      bench.models(config, *models), num_tokens=make_reference.NUM_TOKENS
   )
   params, teacher = (
       jax.device_put(
           _nested(make_reference.weights(tiny)),
-          sharding.param_shardings(model.abstract_params(), setup.mesh),
+          sharding.param_shardings(model.abstract_params(), models.mesh),
       )
       for tiny, model in zip(
           (make_reference.STUDENT, make_reference.TEACHER),
-          (setup.student, setup.teacher), strict=True,
+          (models.student, models.teacher), strict=True,
       )
   )  # fmt: skip
   index = np.arange(rows, dtype=np.int32)
@@ -330,20 +328,21 @@ def _case(
   rollout = Rollout(
       given.tokens, given.mask, given.sampled_at, given.sampled_at
   )
-  batch, rollout = sharding.global_batch((batch, rollout), setup.mesh)
-  return _Case(setup, Programs(setup), params, teacher, batch, rollout)
+  batch, rollout = sharding.global_batch((batch, rollout), models.mesh)
+  return _Case(models, Programs(models), params, teacher, batch, rollout)
 
 
 def _gradient(case: _Case) -> tuple[float, Params]:
   """Returns the summed loss of all tokens and its gradient, in microbatches."""
-  total = None
-  parts = case.programs.rows.parts(case.batch, case.rollout)
-  for batch, rollout in parts:
-    scores = case.programs.score(case.teacher, batch, rollout)
-    args = (case.params, case.teacher, batch, rollout, scores)
-    if total is None and len(parts) > 1:
-      total = case.programs.zeros(*args)
-    total = case.programs.gradient(*args, total)
+  total, programs = None, case.programs
+  split = programs.microbatches.for_scoring(case.batch, case.rollout)
+  for batch, rollout in split:
+    scores = programs.score(case.teacher, batch, rollout)
+    head = programs.teacher_head(case.teacher, scores)
+    args = (case.params, head, (batch, rollout, scores))
+    if total is None and len(split) > 1:
+      total = programs.zeros(*args)
+    total = programs.gradient(*args, total)
   return float(total.sums["loss"][0]), total.grads
 
 
@@ -359,7 +358,7 @@ def _against_reference(
   reference = dict(np.load(make_reference.FILE))
   with _precision(precision):
     case = _case(bench, dtype)
-    student = case.setup.student
+    student = case.models.student
 
     def look(params, batch, rollout):
       hidden = student.prefix_hidden(params, batch, rollout)
@@ -441,11 +440,11 @@ def _teacher_forced(
         bench, dtype, rollout__cache_dtype=cache_dtype,
         prefix__buckets=_BUCKETS,
     )  # fmt: skip
-    length = case.setup.config.prefix.fixed.length
+    length = case.models.config.prefix.fixed.length
     rollout = case.programs.sample(
         case.params, case.batch, jax.random.key(0), length
     )
-    student = case.setup.student
+    student = case.models.student
 
     def look(params, batch, rollout):
       hidden = student.prefix_hidden(params, batch, rollout)
@@ -531,14 +530,15 @@ def _twice(bench: Bench) -> dict[str, Any]:
   )  # fmt: skip
   for _ in range(2):
     state = case.programs.init(jax.tree.map(jnp.copy, case.params))
-    rollout = case.programs.sample(
-        state.params, case.batch, jax.random.key(0), _BUCKETS[-1]
+    state, shown = case.programs.update(
+        state,
+        case.teacher,
+        case.batch,
+        None,
+        Request(_BUCKETS[-1], jax.random.key(0)),
+        Clock(),
     )
-    scores = case.programs.score(case.teacher, case.batch, rollout)
-    state, _ = case.programs.update(
-        state, case.teacher, case.batch, rollout, scores
-    )
-    states.append(jax.device_get((state.params, rollout.tokens)))
+    states.append(jax.device_get((state.params, shown.tokens)))
   first, second = map(jax.tree.leaves, states)
   same = all(
       np.array_equal(a, b) for a, b in zip(first, second, strict=True)
@@ -700,13 +700,13 @@ class _Writer:
   """A model that is ready to write.
 
   Attributes:
-    setup: of a run of it.
-    programs: of it.
+    models: as a run has them.
+    programs: of them.
     params: weights.
     compiled: what compiling its programs showed.
   """
 
-  setup: setup_lib.Setup
+  models: Models
   programs: Programs
   params: Params
   compiled: dict[str, Any]
@@ -745,17 +745,28 @@ def _largest(bench: Bench, cache_dtype: str) -> int:
   return rows
 
 
-def _sampling_stages(
-    programs: Programs, news: Sequence[int]
-) -> list[Stage]:
+def _sampling(
+    models: Models, programs: Programs, news: Sequence[int]
+) -> list[Variant]:
   """Returns the programs that write so many tokens, the longest last."""
-  return [
-      stage
-      for new in news
-      for stage in itertools.takewhile(
-          lambda stage: stage.name != "score", programs.stages(new, None)
+  spec, found = models.config.data, []
+  prompts = PromptBatch(
+      *(
+          jax.ShapeDtypeStruct(shape, dtype)
+          for shape, dtype in (
+              ((spec.batch_size, spec.max_prompt_len), jnp.int32),
+              ((spec.batch_size, spec.max_prompt_len), bool),
+              ((spec.batch_size,), jnp.int32),
+          )
       )
-  ]
+  )
+  params = programs.abstract_state().params
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  with compilation.watching(found.append):
+    for new in news:
+      batch = sharding.global_batch(prompts, models.sampling_mesh)
+      programs.sample(params, batch, key, new)
+  return [v for v in dict.fromkeys(found) if v.program.name in _SAMPLING]
 
 
 @contextlib.contextmanager
@@ -773,23 +784,23 @@ def _fresh_cache() -> Iterator[None]:
 
 
 def _compile(
-    stages: Sequence[Stage],
-) -> tuple[float, list[tuple[Stage, Any, float]]]:
+    variants: Sequence[Variant],
+) -> tuple[float, list[tuple[str, Any, float]]]:
   """Compiles programs side by side.
 
   Returns:
-    Seconds in all; and each one's program and own seconds.
+    Seconds in all; and each one's name, program and own seconds.
   """
 
-  def one(stage: Stage) -> tuple[Stage, Any, float]:
+  def one(variant: Variant) -> tuple[str, Any, float]:
     start = time.perf_counter()
-    compiled = stage.program.executable(*stage.args)
-    return stage, compiled, time.perf_counter() - start
+    compiled = variant.compiled()
+    return variant.program.name, compiled, time.perf_counter() - start
 
   start = time.perf_counter()
   threads = min(len(os.sched_getaffinity(0)), 8)
   with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-    found = list(pool.map(one, stages))
+    found = list(pool.map(one, variants))
   return time.perf_counter() - start, found
 
 
@@ -822,19 +833,19 @@ def _writer(
       # All rows at a time: there are no moments and no teacher here.
       rollout__batch_tokens=2**40, prefix__buckets=size.buckets,
   )  # fmt: skip
-  setup = bench.setup(
+  models = bench.models(
       config, HalfModel(size.student, "bfloat16"),
       HalfModel(size.student, "bfloat16"),
   )  # fmt: skip
   with _fresh_cache():
-    cold, found = _compile(_sampling_stages(Programs(setup), size.news))
+    cold, found = _compile(_sampling(models, Programs(models), size.news))
     jax.clear_caches()
-    programs = Programs(setup)
-    warm, _ = _compile(_sampling_stages(programs, size.news))
-  decoding = [x for x in found if x[0].name == "decode"] or found[-1:]
+    programs = Programs(models)
+    warm, _ = _compile(_sampling(models, programs, size.news))
+  decoding = [x for x in found if x[0] == "decode"] or found[-1:]
   compiled = {
       "cold": cold,
-      "cold_each": [(stage.name, seconds) for stage, _, seconds in found],
+      "cold_each": [(name, seconds) for name, _, seconds in found],
       "warm": warm,
       "kernels": kernels.kernels_a_token(decoding[-1][1].as_text()),
       "programs": len(found),
@@ -842,10 +853,10 @@ def _writer(
   }
   if params is None:
     shardings = sharding.param_shardings(
-        setup.student.abstract_params(), setup.mesh
+        models.student.abstract_params(), models.mesh
     )
-    params = _weights(setup.student, "bfloat16", shardings)
-  memo[key] = _Writer(setup, programs, params, compiled)
+    params = _weights(models.student, "bfloat16", shardings)
+  memo[key] = _Writer(models, programs, params, compiled)
   return memo[key]
 
 
@@ -871,7 +882,7 @@ def _write(
 ) -> dict[str, Any]:  # fmt: skip
   """Writes rollouts of a length, and the first token alone."""
   writer, size = _writer(bench, memo, rows, cache_dtype), bench.size
-  batch, key = _prompts(writer.setup), jax.random.key(0)
+  batch, key = _prompts(writer.models), jax.random.key(0)
 
   def sample(cap: int) -> Rollout:
     return writer.programs.sample(writer.params, batch, key, cap)
@@ -1072,41 +1083,37 @@ class _Updater:
     ]
     prompt, per_prompt = config.data.max_prompt_len, config.rollout.per_prompt
     rows = config.rollout.batch_tokens // (prompt + bucket)
-    setup = bench.setup(config, *models)
-    if not rows and setup.memory:
-      rows = Programs(setup).capacity(prompt, bucket)
+    built = bench.models(config, *models)
+    if not rows and built.memory:
+      microbatches = Programs(built).microbatches
+      rows = microbatches.rollouts_at_a_time(prompt, bucket)
     rows = 2 ** int(math.log2(min(max(rows, per_prompt), 2048)))
     prompts = max(rows // per_prompt, 1)
     self.config = config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, batch_size=prompts)
     )
-    self.setup = setup = bench.setup(config, *models)
-    self.programs = Programs(setup)
+    self.models = models = bench.models(config, *models)
+    self.programs = Programs(models)
     self.whole = _recipe(plan.flags).rollouts_per_step
     shardings = sharding.param_shardings(
-        setup.teacher.abstract_params(), setup.mesh
+        models.teacher.abstract_params(), models.mesh
     )
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16),
-        setup.teacher.abstract_params(),
+    stages = planned.Plan(models, self.programs).stages(bucket)
+    self.stages = {s.name: s for s in stages if s.name in _COMPILED}
+    self.compile_seconds, found = _compile(
+        [stage.variant for stage in self.stages.values()]
     )
-    stages = self.programs.stages(
-        bucket, sharding.with_shardings(shapes, setup.mesh)
-    )
-    self.compile_seconds, found = _compile(list(stages))
-    self.compiled: dict[str, tuple[Stage, Any]] = {
-        stage.name: (stage, program) for stage, program, _ in found
-    }
+    self.compiled = {name: program for name, program, _ in found}
     if config.teacher.offload:
       shardings = sharding.on_host(shardings)
-    self.teacher = _weights(setup.teacher, "bfloat16", shardings, 1)
+    self.teacher = _weights(models.teacher, "bfloat16", shardings, 1)
     shardings = sharding.param_shardings(
-        setup.student.abstract_params(), setup.mesh
+        models.student.abstract_params(), models.mesh
     )
     self.state = self.programs.init(
-        _weights(setup.student, "float32", shardings)
+        _weights(models.student, "float32", shardings)
     )
-    self.prompts = _prompts(setup)
+    self.prompts = _prompts(models)
     self.scores: Any = None
 
   @functools.cached_property
@@ -1114,16 +1121,17 @@ class _Updater:
     """One microbatch, of random answers."""
     config, rng = self.config, np.random.default_rng(0)
     shape = (config.rollouts_per_step, self.bucket)
-    tokens = rng.integers(1, self.setup.chat.num_tokens, shape)
+    tokens = rng.integers(1, self.models.num_tokens, shape)
     log_probs = np.zeros(shape, np.float32)
     rollout = sharding.global_batch(
         Rollout(
             tokens.astype(np.int32), np.ones(shape, bool), log_probs, log_probs
         ),
-        self.setup.mesh,
+        self.models.mesh,
     )
-    batch = self.programs.rows.repeat(self.prompts)
-    return self.programs.rows.parts(batch, rollout)[0]
+    microbatches = self.programs.microbatches
+    batch = microbatches.repeat(self.prompts)
+    return microbatches.for_scoring(batch, rollout)[0]
 
   def sample(self) -> tuple[float, int]:
     """Returns the seconds of a group, and its rows."""
@@ -1144,8 +1152,9 @@ class _Updater:
     if self.scores is None:
       self.score()
     teacher = self.programs.on_device(self.teacher)
-    args = (self.state.params, teacher, *self.part, self.scores)
-    several = self.compiled["gradient"][0].times > 1
+    head = self.programs.teacher_head(teacher, self.scores)
+    args = (self.state.params, head, (*self.part, self.scores))
+    several = self.stages["gradient"].times > 1
     total = self.programs.zeros(*args) if several else None
 
     def run() -> Any:
@@ -1160,7 +1169,7 @@ class _Updater:
 
   def apply(self) -> tuple[float, int]:
     """Steps twice, with gradients of zero; the second is timed."""
-    _, gradient = self.compiled["gradient"]
+    gradient = self.compiled["gradient"]
     total = jax.tree.map(
         lambda x, place: jnp.zeros(x.shape, x.dtype, device=place),
         gradient.out_info,
@@ -1204,6 +1213,9 @@ def _updater(
   return memo[bucket]
 
 
+# The programs that are compiled before the update's phases are timed.
+_SAMPLING = ("prefill", "layout", "decode", "cut")
+_COMPILED = (*_SAMPLING, "score", "gradient", "apply")
 # In the order of the memory that they take, so that each one's peak is seen.
 _PHASES = ("apply", "score", "sample", "gradient")
 
@@ -1229,7 +1241,7 @@ def _phase(
   planned = [updater.plan.of(n, bucket) for n in _programs_of(name, names)]
   most = max(planned, key=lambda p: p.get("memory", 0), default={})
   compiled = max(
-      _total_bytes(updater.compiled[n][1])
+      _total_bytes(updater.compiled[n])
       for n in _programs_of(name, updater.compiled)
   )
   flop = updater.flops(name, rows)
@@ -1266,7 +1278,7 @@ def _compiled_update(
     bench: Bench, memo: dict[int, _Updater], bucket: int
 ) -> dict[str, Any]:
   updater = _updater(bench, memo, bucket)
-  sizes = {n: _total_bytes(p) for n, (_, p) in updater.compiled.items()}
+  sizes = {n: _total_bytes(p) for n, p in updater.compiled.items()}
   flags = " ".join(f"{k}={v}" for k, v in updater.plan.flags.items())
   return {
       "compile": updater.compile_seconds,
@@ -1570,10 +1582,18 @@ def _held_out(bench: Bench, lesson: _Lesson, student: str) -> float:
   ]
   models = [setup_lib.read_model(spec, mesh) for spec in described]
   chat = tokenizer.load(student)
-  setup = setup_lib.Setup(
-      config, mesh, *models, chat, chat.stop_ids, chat.stop_ids, None, {}
+  programs = Programs(
+      Models(
+          config,
+          mesh,
+          *models,
+          chat.num_tokens,
+          chat.pad_id,
+          chat.special_ids,
+          chat.stop_ids,
+          chat.stop_ids,
+      )
   )
-  programs = Programs(setup)
   params, teacher = (
       setup_lib.load_model(spec, model, mesh, 0)
       for spec, model in zip(described, models, strict=True)
@@ -1590,7 +1610,8 @@ def _held_out(bench: Bench, lesson: _Lesson, student: str) -> float:
   )
   rollout = programs.sample(params, batch, jax.random.key(1), lesson.length)
   scores = programs.score(teacher, batch, rollout)
-  total = programs.gradient(params, teacher, batch, rollout, scores)
+  head = programs.teacher_head(teacher, scores)
+  total = programs.gradient(params, head, (batch, rollout, scores), None)
   value, count = jax.device_get(total.sums["kl"])
   return float(value / count)
 

@@ -75,7 +75,7 @@ def main() -> None:
         sum(one.sent.values()) / 1e9,
     )  # fmt: skip
     first = first or values
-    mesh = "x".join(map(str, plan.setup.mesh.shape.values()))
+    mesh = "x".join(map(str, plan.models.mesh.shape.values()))
     table.add_row(
         name, str(machine.size), mesh,
         *(f"{v:.4g} ({v / f:.2f})" for v, f in zip(values, first, strict=True)),

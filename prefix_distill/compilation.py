@@ -75,11 +75,6 @@ class Variant:
     places = self.program.options.get("out_shardings")
     return sharding.placed(self.traced.out_info, places)
 
-  @property
-  def is_compiled(self) -> bool:
-    """Whether it was compiled, or is being compiled."""
-    return self._compiled is not None
-
   def compiled(self) -> jax.stages.Compiled:
     """Compiles once, whichever thread comes first; the others wait for it."""
     with self._lock:
@@ -111,8 +106,10 @@ class Program:
   ):
     self.name, self.function, self.static = name, function, static
     self.options = options
+    called = functools.partial(function)
+    called.__name__ = name  # In logs and profiles.
     self.jitted = jax.jit(
-        function, static_argnums=tuple(range(static)), **options
+        called, static_argnums=tuple(range(static)), **options
     )
     self._variants: dict[Any, Variant] = {}
     # The same shapes come again and again, as the same objects.
@@ -150,8 +147,3 @@ class Program:
   def used(self) -> int:
     """How many variants have run."""
     return len(self._used)
-
-  @property
-  def compiled(self) -> int:
-    """How many variants have been compiled."""
-    return sum(v.is_compiled for v in self._variants.values())

@@ -181,6 +181,6 @@ def test_the_plan_computes_in_the_same(capability, dtype, monkeypatch):
       _config("bfloat16", "bfloat16"), mesh=config_lib.MeshSpec(fsdp=2)
   )
   plan = programs.build(config, _fakes(capability))
-  assert plan.setup.student.dtype == plan.setup.teacher.dtype == dtype
+  assert plan.models.student.dtype == plan.models.teacher.dtype == dtype
   lying = jax.tree.leaves(plan.teacher_params)
   assert {x.dtype.name for x in lying} == {"bfloat16"}

@@ -18,7 +18,7 @@ from prefix_distill.report import flops
 from prefix_distill.report.flops import Lengths
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
-from prefix_distill.train import optimizer
+from prefix_distill.train import step
 from prefix_distill.train import step as step_lib
 
 
@@ -265,7 +265,7 @@ def test_forward_and_backward_agree_with_the_compiler(form, remat):
 
 
 def test_the_optimizer_agrees_with_the_compiler():
-  tx = optimizer.make(config_lib.OptimizerSpec(learning_rate=1e-3), 10)
+  tx = step.optimizer(config_lib.OptimizerSpec(learning_rate=1e-3), 10)
   params = Model(STUDENT).abstract_params()
 
   def update(state, grads):

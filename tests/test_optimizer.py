@@ -8,20 +8,20 @@ import toys
 
 from prefix_distill.config import OptimizerSpec
 from prefix_distill.models.transformer import Model
-from prefix_distill.train import optimizer
+from prefix_distill.train import step
 
 SPEC = OptimizerSpec(learning_rate=0.5)
 
 
 def rates(steps: int, **changes) -> list[float]:
-  schedule = optimizer.learning_rate(
+  schedule = step.learning_rate(
       dataclasses.replace(SPEC, **changes), steps
   )
-  return [float(schedule(step)) for step in range(steps)]
+  return [float(schedule(i)) for i in range(steps)]
 
 
 def first_update(params, grads, **changes):
-  tx = optimizer.make(dataclasses.replace(SPEC, **changes), 10)
+  tx = step.optimizer(dataclasses.replace(SPEC, **changes), 10)
   return jax.jit(lambda p, g: tx.update(g, tx.init(p), p)[0])(params, grads)
 
 

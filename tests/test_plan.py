@@ -26,8 +26,6 @@ from prefix_distill.plan import planner
 from prefix_distill.plan import programs
 from prefix_distill.plan.estimate import Assumptions
 from prefix_distill.plan.programs import Measured
-from prefix_distill.rollout.generate import DecodeState
-from prefix_distill.train.compile import Segments
 
 GPU = machines.parse("h100:1")
 SMALL, LARGE = published.QWEN3_1_7B, published.QWEN3_8B
@@ -271,15 +269,22 @@ def test_a_file_that_holds_no_results_is_refused(tmp_path):
       estimate.measured(file)
 
 
-def test_segments_end_at_the_cap():
-  whole = Segments(64, 16, drawn=129, prompt=512, columns=2048,
-                   reads_lengths=True)  # fmt: skip
-  assert whole.until(129).count == 0
-  assert whole.until(130).count == 1
-  assert whole.until(129 + 128).count == 2
-  assert whole.until(10_000).count == 16
-  assert whole.share == (512 + 129 + 512) / 2048
-  assert dataclasses.replace(whole, reads_lengths=False).share == 1.0
+def test_a_plan_decodes_up_to_the_cap_and_no_further(models):
+  made = toys.run_config(*models)
+  plan = programs.build(made, jax.devices()[:1])
+  steps = 8  # Of a segment on a CPU.
+  for cap, segments in ((1, 0), (2, 1), (8, 1)):
+    found = {stage.name: stage for stage in plan.stages(cap)}
+    assert found["decode"].times == segments if segments else (
+        "decode" not in found
+    )
+  made = dataclasses.replace(
+      made, method="full", rollout=RolloutSpec(per_prompt=2, max_len=40)
+  )
+  plan = programs.build(made, jax.devices()[:1])
+  (decode,) = (s for s in plan.stages(40) if s.name == "decode")
+  assert decode.times == 5
+  assert decode.variant.arguments["steps"] == steps
 
 
 def test_evaluations_are_counted_as_the_run_makes_them():
@@ -318,13 +323,13 @@ def test_a_device_takes_as_many_rows_as_its_memory_holds(models):
   def look(made, memory):
     plan = programs.build(made, jax.devices()[:1], memory)
     (decode,) = (s for s in plan.stages(8) if s.name == "decode")
-    assert decode.rows * decode.batches == 128
+    prefill = next(s for s in plan.stages(8) if s.name == "prefill")
+    assert decode.rows * prefill.times == 128
     return plan, decode, plan.evaluation()[-1]
 
   plan, whole, evaluate = look(made, None)
   assert (whole.rows, evaluate.rows) == (128, 64)
-  (layout,) = (a for a in whole.args if isinstance(a, dict))
-  (state,) = (a for a in whole.args if isinstance(a, DecodeState))
+  layout, state = (whole.variant.arguments[n] for n in ("params", "state"))
   held = sharding.bytes_per_device([plan.programs.resting(), layout])
   cache = sharding.bytes_per_device(state.cache.layers) / whole.rows
   before = 0
@@ -340,7 +345,7 @@ def test_a_device_takes_as_many_rows_as_its_memory_holds(models):
   assert (least.rows, evaluate.rows) == (2, 1)
   given = dataclasses.replace(rollout, batch_tokens=3 * (96 + 8))
   made = dataclasses.replace(made, rollout=given)
-  assert look(made, 1e12)[1].rows == 2
+  assert look(made, memory)[1].rows == 2
 
 
 def test_the_compilers_refusal_is_read():
@@ -391,10 +396,10 @@ def test_a_plan_looks_at_evaluation_with_rows_as_long_as_they_get(models):
   for stage in plan.evaluation():
     assert stage.rows == spec.batch_size
     columns = made.data.max_prompt_len + spec.max_len
-    assert stage.segments.columns == columns
+    assert stage.columns == columns
     # A row draws its first token when its prompt is read.
-    drawn = stage.segments.count * stage.segments.length
-    assert 0 <= drawn - (spec.max_len - 1) < stage.segments.length
+    steps = stage.variant.arguments["steps"]
+    assert 0 <= stage.times * steps - (spec.max_len - 1) < steps
   beside = plan.beside(plan.evaluation()[0])
   assert {"student", "teacher", "moments"} <= set(beside)
   quiet = dataclasses.replace(spec, teacher=False)

@@ -9,7 +9,6 @@ from prefix_distill.config import LossSpec
 from prefix_distill.config import PrefixSpec
 from prefix_distill.config import RolloutSpec
 from prefix_distill.distill import prefix_schedule
-from prefix_distill.distill.prefix_schedule import Control
 from prefix_distill.distill.prefix_schedule import Stats
 from prefix_distill.errors import ConfigError
 from prefix_distill.structs import Rollout
@@ -225,7 +224,7 @@ def test_rollouts_are_cut_after_four_windows_of_agreement():
 def test_a_share_of_the_updates_has_another_source():
   rollout = RolloutSpec(1, 16, source="teacher", source_share=0.25)
   config = toys.run_config("student", "teacher", rollout=rollout)
-  sources = [Control(config, {}).source(step) for step in range(400)]
+  sources = [prefix_schedule.source(config, step) for step in range(400)]
   assert set(sources) == {"teacher", "student"}
   assert sources.count("teacher") == pytest.approx(100, abs=30)
 

@@ -1,7 +1,7 @@
 """The compiled phases of a run: how many there are, and when they compile."""
 
+import collections
 import dataclasses
-import types
 
 import jax
 import numpy as np
@@ -20,9 +20,8 @@ from prefix_distill.config import RolloutSpec
 from prefix_distill.distill import divergence
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.models.transformer import Model
-from prefix_distill.train import setup as setup_lib
 from prefix_distill.train import update
-from prefix_distill.train.programs import Programs
+from prefix_distill.train.update import Programs
 
 _ROWS, _PROMPT = 4, 5
 
@@ -42,16 +41,8 @@ def _make(stop_ids=(), own=0, **changes):
         config.data, teacher_prompt="{question}", max_teacher_prompt_len=own
     )
     config = dataclasses.replace(config, data=data)
-  student, teacher = (
-      Model(toys.model_config(num_layers=1), mesh=mesh) for _ in range(2)
-  )
-  chat = types.SimpleNamespace(
-      num_tokens=toys.NUM_TOKENS, pad_id=toys.PAD, special_ids=toys.STOPS
-  )
-  setup = setup_lib.Setup(
-      config, mesh, student, teacher, chat, stop_ids, (), None, {}
-  )
-  programs = Programs(setup)
+  models = toys.models(config, mesh, stop_ids=stop_ids)
+  student, programs = models.student, Programs(models)
   shardings = sharding.param_shardings(student.abstract_params(), mesh)
   params, teacher_params = (
       jax.device_put(student.init(jax.random.key(seed)), shardings)
@@ -68,51 +59,55 @@ def _make(stop_ids=(), own=0, **changes):
   return config, programs, programs.init(params), teacher_params, batch
 
 
-def _update(programs, state, teacher_params, prompts, cap):
-  rollout = programs.sample(state.params, prompts, jax.random.key(cap), cap)
-  batch = programs.rows.repeat(prompts)
-  scores = programs.score(teacher_params, batch, rollout)
-  state, metrics = programs.update(
-      state, teacher_params, batch, rollout, scores
+def _update(made, cap, *, threshold=None, source="student"):
+  _, programs, state, teacher_params, prompts = made
+  request = update.Request(cap, jax.random.key(cap), source, threshold)
+  state, shown = programs.update(
+      state, teacher_params, prompts, None, request, update.Clock()
   )
-  assert np.isfinite(metrics["kl"])
-  return state, rollout
+  return (*made[:2], state, teacher_params, prompts), shown
+
+
+def _ahead(made):
+  """Returns the names of the programs that are compiled ahead."""
+  _, programs, *_ = made
+  with toys.compilations() as names:
+    programs.compile_ahead()
+    programs.wait()
+  return collections.Counter(names)
+
+
+# The programs of an update, and not what it does to a few numbers on the side.
+_PHASES = (
+    "move", "deal", "prefill", "layout", "start", "decode", "append", "resize",
+    "look", "cut", "repeat", "take", "score", "zeros", "gradient", "apply",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def schedule():
   """Sixty updates of the paper's schedule, at a sixty-fourth of its length."""
-  config, programs, state, teacher_params, batch = _make(
+  made = _make(
       steps=60,
       prefix=PrefixSpec(
           buckets=(4, 8, 16, 32, 64, 128, 256), linear=LinearSpec(increment=4)
       ),
       rollout=RolloutSpec(per_prompt=1, max_len=256),
   )
-  programs.compile_ahead(teacher_params)
-  programs._thread.join()
-  ahead = _compiled(programs)
-  caps = []
-  for step in range(config.steps):
-    cap = prefix_schedule.cap(config, step)
-    state, rollout = _update(programs, state, teacher_params, batch, cap)
-    assert rollout.mask.sum(axis=1).max() == cap
-    caps.append(cap)
+  ahead, caps, config = _ahead(made), [], made[0]
+  with toys.compilations() as late:
+    for step in range(config.steps):
+      cap = prefix_schedule.cap(config, step)
+      made, shown = _update(made, cap)
+      assert shown.mask.sum(axis=1).max() == cap
+      assert np.isfinite(shown.metrics["kl"])
+      caps.append(cap)
   assert caps[-1] == 237
-  return programs, ahead
-
-
-def _compiled(programs):
-  sampling = programs._sampling["student"]
-  parts = (
-      sampling._prefill, sampling._decode, programs._score,
-      programs._gradient, sampling._cut, sampling._layout,
-  )  # fmt: skip
-  return [len(part._compiled) for part in parts]
+  return made[1], ahead, late
 
 
 def test_the_papers_schedule_compiles_at_most_eight_programs_a_phase(schedule):
-  programs, _ = schedule
+  programs, _, _ = schedule
   assert programs.compilations() == {
       "compilations_sample": 7,
       "compilations_score": 7,
@@ -121,28 +116,29 @@ def test_the_papers_schedule_compiles_at_most_eight_programs_a_phase(schedule):
 
 
 def test_what_was_compiled_ahead_is_what_runs(schedule):
-  programs, ahead = schedule
-  assert ahead == [1, 7, 7, 7, 7, 1] == _compiled(programs)
+  _, ahead, late = schedule
+  wanted = {"prefill": 1, "layout": 1, "decode": 7}
+  wanted |= {"cut": 7, "score": 7, "gradient": 7}
+  assert {name: ahead[name] for name in wanted} == wanted
+  assert not set(late) & set(_PHASES)
 
 
 def test_what_was_compiled_ahead_runs_with_prompts_of_the_teachers_own():
-  config, programs, state, teacher_params, batch = _make(
+  made = _make(
       own=9,
       steps=3,
       prefix=PrefixSpec(buckets=(4, 16), linear=LinearSpec(increment=4)),
       rollout=RolloutSpec(per_prompt=2, max_len=16),
   )
-  programs.compile_ahead(teacher_params)
-  programs._thread.join()
-  ahead = _compiled(programs)
-  for step in range(config.steps):
-    cap = prefix_schedule.cap(config, step)
-    state, _ = _update(programs, state, teacher_params, batch, cap)
-  assert ahead == [1, 2, 2, 2, 2, 1] == _compiled(programs)
+  assert _ahead(made)["score"] == 2
+  with toys.compilations() as late:
+    for step in range(3):
+      made, _ = _update(made, prefix_schedule.cap(made[0], step))
+  assert not set(late) & set(_PHASES)
 
 
 def test_a_cap_above_the_runs_longest_prefix_is_refused(schedule):
-  programs, _ = schedule
+  programs, _, _ = schedule
   with pytest.raises(ValueError, match="cap is 257, .* longest prefix is 256"):
     programs.sample(None, None, None, 257)
 
@@ -178,46 +174,44 @@ def test_what_is_offloaded_rests_on_the_host_and_changes_nothing():
       teacher_params = jax.device_put(
           teacher_params, sharding.on_host(places)
       )
+    made = (None, programs, state, teacher_params, batch)
     for cap in caps:
-      assert _kinds(state.opt_state) == resting
-      assert _kinds(state.params) == {"device"}
-      teacher = programs.on_device(teacher_params)
-      assert _kinds(teacher) == {"device"}
-      state, _ = _update(programs, state, teacher, batch, cap)
-    assert _kinds(state.opt_state) == resting
+      assert _kinds(made[2].opt_state) == resting
+      assert _kinds(made[2].params) == {"device"}
+      assert _kinds(programs.on_device(teacher_params)) == {"device"}
+      made, _ = _update(made, cap)
+    assert _kinds(made[2].opt_state) == resting
     assert programs.compilations()["compilations_update"] == 1
-    found.append(jax.tree.map(np.asarray, state.params))
+    found.append(jax.tree.map(np.asarray, made[2].params))
   jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 def test_batches_that_go_through_in_parts_are_compiled_ahead_too():
-  # At a cap of 8 a row has 13 tokens: two groups of two prompts are sampled,
-  # and each is scored in two parts. At 4 there are 9, and one group of all.
-  _, programs, state, teacher_params, batch = _make(
+  # At a cap of 8 a row has 13 tokens: two microbatches of two prompts are
+  # sampled, and each is scored in two. At 4 there are 9, and one is sampled.
+  made = _make(
       prefix=PrefixSpec(buckets=(4, 8), linear=LinearSpec(4, 4)),
       steps=2,
       rollout=RolloutSpec(per_prompt=1, max_len=8, batch_tokens=36),
       optimizer=OptimizerSpec(learning_rate=1e-2, batch_tokens=13),
   )
-  programs.compile_ahead(teacher_params)
-  programs._thread.join()
-  ahead = _compiled(programs)
-  for cap, groups in ((4, 1), (8, 2)):
-    state, shown = update.run(
-        programs, state, teacher_params, batch, None,
-        update.Request(cap, jax.random.key(cap)), update.Clock(),
-    )  # fmt: skip
-    assert len(programs.rows.groups(batch, cap)) == groups
-    assert shown.mask.shape[0] == _ROWS
-    assert np.isfinite(shown.metrics["kl"])
-  assert _compiled(programs) == ahead
+  _ahead(made)
+  with toys.compilations() as late:
+    for cap, sampled in ((4, 1), (8, 2)):
+      made, shown = _update(made, cap)
+      _, programs, _, _, batch = made
+      assert len(programs.microbatches.for_sampling(batch, cap)) == sampled
+      assert shown.mask.shape[0] == _ROWS
+      assert np.isfinite(shown.metrics["kl"])
+  assert not set(late) & set(_PHASES)
 
 
 def test_a_run_samples_and_compares_as_its_settings_say():
   spec = RolloutSpec(per_prompt=2, max_len=8, temperature=0.5, top_p=0.6)
-  _, programs, state, teacher_params, prompts = _make(rollout=spec)
-  rollout = programs.sample(state.params, prompts, jax.random.key(0), 8)
-  batch = programs.rows.repeat(prompts)
+  made = _make(rollout=spec)
+  _, programs, state, teacher_params, prompts = made
+  rollout = programs.sample(state.params, prompts, jax.random.key(8), 8)
+  batch = programs.microbatches.repeat(prompts)
   model = Model(toys.model_config(num_layers=1))
   logits = [
       model.logits(params, model.prefix_hidden(params, batch, rollout))
@@ -235,17 +229,10 @@ def test_a_run_samples_and_compares_as_its_settings_say():
   assert 0.3 < above.max() < spec.top_p
   dist = toys.distribution(temperature=spec.temperature)
   kl = np.asarray(divergence.reverse_kl(*logits, dist))[mask].mean()
-  scores = programs.score(teacher_params, batch, rollout)
-  _, metrics = programs.update(state, teacher_params, batch, rollout, scores)
-  assert float(metrics["loss"]) == pytest.approx(kl, rel=1e-4)
-  assert float(metrics["kl"]) != pytest.approx(kl, rel=0.1)
-
-
-def _run(made, request):
-  _, programs, state, teacher_params, prompts = made
-  return update.run(
-      programs, state, teacher_params, prompts, None, request, update.Clock()
-  )[1]
+  _, shown = _update(made, 8)
+  np.testing.assert_array_equal(shown.tokens, np.asarray(rollout.tokens))
+  assert float(shown.metrics["loss"]) == pytest.approx(kl, rel=1e-4)
+  assert float(shown.metrics["kl"]) != pytest.approx(kl, rel=0.1)
 
 
 def test_what_was_cut_off_is_not_trained_on():
@@ -253,8 +240,7 @@ def test_what_was_cut_off_is_not_trained_on():
       prefix=PrefixSpec("agreement", agreement=AgreementSpec(window_tokens=1)),
       rollout=RolloutSpec(per_prompt=2, max_len=8),
   )
-  key = jax.random.key(0)
-  shown = _run(made, update.Request(8, key, threshold=np.inf))
+  _, shown = _update(made, 8, threshold=np.inf)
   assert shown.mask.all()
   # All agree, which is seen at the fourth token.
   assert shown.trained.any(axis=0).tolist() == [True] * 4 + [False] * 4
@@ -266,11 +252,11 @@ def test_what_was_cut_off_is_not_trained_on():
 def test_answers_of_the_teacher_are_the_teachers():
   made = _make(rollout=RolloutSpec(per_prompt=2, max_len=8, source="teacher"))
   _, programs, state, teacher_params, prompts = made
-  key = jax.random.key(0)
+  key = jax.random.key(8)
   wanted, other = (
       np.asarray(programs.sample(params, prompts, key, 8, "teacher").tokens)
       for params in (teacher_params, state.params)
   )
   assert (wanted != other).any()
-  shown = _run(made, update.Request(8, key, "teacher"))
+  _, shown = _update(made, 8, source="teacher")
   np.testing.assert_array_equal(shown.tokens, wanted)

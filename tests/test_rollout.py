@@ -309,12 +309,13 @@ MESH = sharding.make_mesh(MeshSpec(), jax.devices()[:1])
 def test_the_engine_answers_as_a_batch_of_its_own_does(rows, cap):
   """More prompts than rows: rows are reused, and the cache grows."""
   model, params = toys.model(vocab_size=toys.NUM_TOKENS)
+  model = dataclasses.replace(model, mesh=MESH)
   # Weights that seldom stop, so that lengths differ by much.
   params["head"]["weight"] = params["head"]["weight"].at[
       jnp.array(toys.STOPS)
   ].multiply(0.1)
   draw = Draw.of(cap)
-  engine = continuous_batching.Engine(model, CONFIG, params, rows, MESH)
+  engine = continuous_batching.Engine(model, CONFIG, params, rows)
   prompts = jax.tree.map(np.asarray, toys.prompts(20))
   found = {n: (t, s) for n, t, s in engine.answers(prompts, KEY, draw)}
   assert sorted(found) == list(range(20))

@@ -22,7 +22,6 @@ from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 from prefix_distill.structs import TeacherScores
 from prefix_distill.train import microbatch
-from prefix_distill.train import optimizer
 from prefix_distill.train import step as step_lib
 
 LENGTHS = [1, 3, 8, 8, 2, 5, 8, 1]
@@ -325,7 +324,7 @@ def test_parts_do_not_change_the_update(normalize, counts):
 
 @functools.cache
 def _adam() -> optax.GradientTransformation:
-  return optimizer.make(OptimizerSpec(0.02), 50)
+  return step_lib.optimizer(OptimizerSpec(0.02), 50)
 
 
 def kl_before_and_after(form: str) -> tuple[float, float]:

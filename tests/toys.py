@@ -1,10 +1,14 @@
 """Small models, prompts and model directories that the tests share."""
 
+from collections.abc import Iterator
 from collections.abc import Sequence
+import contextlib
 import dataclasses
 import json
+import logging
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -24,6 +28,7 @@ from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
+from prefix_distill.train import setup as setup_lib
 
 _TESTS = pathlib.Path(__file__).parent
 
@@ -87,6 +92,51 @@ def rollout(lengths: list[int], columns: int, seed: int = 0) -> Rollout:
 def distribution(**changes) -> Distribution:
   dist = Distribution(temperature=1.0, num_tokens=NUM_TOKENS)
   return dataclasses.replace(dist, **changes)
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+  """Collects the names of the functions that XLA compiles, in any thread."""
+  names = []
+
+  class Handler(logging.Handler):
+
+    def emit(self, record: logging.LogRecord) -> None:
+      found = re.match(
+          r"Finished XLA compilation of jit\((\w+)\)", record.getMessage()
+      )
+      if found:
+        names.append(found[1])
+
+  handler, logger = Handler(), logging.getLogger("jax")
+  propagate, logger.propagate = logger.propagate, False
+  logger.addHandler(handler)
+  jax.config.update("jax_log_compiles", True)
+  try:
+    yield names
+  finally:
+    jax.config.update("jax_log_compiles", False)
+    logger.removeHandler(handler)
+    logger.propagate = propagate
+
+
+def models(
+    config: config_lib.Config, mesh: jax.sharding.Mesh, **changes
+) -> setup_lib.Models:
+  """Two toy models of one layer, and what else programs are built from."""
+  student, teacher = (
+      Model(model_config(num_layers=1), mesh=mesh) for _ in range(2)
+  )
+  return setup_lib.Models(
+      config,
+      mesh,
+      student,
+      teacher,
+      NUM_TOKENS,
+      PAD,
+      special_ids=STOPS,
+      **changes,
+  )
 
 
 def write_model(directory: pathlib.Path, seed: int, tokenizer: str) -> str:

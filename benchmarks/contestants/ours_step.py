@@ -3,7 +3,6 @@
 Arguments: the teacher's directory, the student's, and what to compute in.
 """
 
-import dataclasses
 import functools
 import sys
 
@@ -15,16 +14,9 @@ from prefix_distill import config as config_lib
 from prefix_distill import sharding
 from prefix_distill.structs import PromptBatch
 from prefix_distill.train import setup as setup_lib
-from prefix_distill.train.programs import Programs
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tokens:
-  """What programs want to know of a tokenizer."""
-
-  num_tokens: int
-  pad_id: int = 0
-  special_ids: tuple[int, ...] = (0,)
+from prefix_distill.train.update import Clock
+from prefix_distill.train.update import Programs
+from prefix_distill.train.update import Request
 
 
 class _Trainer:
@@ -54,11 +46,9 @@ class _Trainer:
         setup_lib.read_model(spec, mesh)
         for spec in (config.student, config.teacher)
     ]
-    setup = setup_lib.Setup(
-        config, mesh, *models, _Tokens(models[0].config.vocab_size), (), (),
-        None, {},
-    )  # fmt: skip
-    self._programs = Programs(setup)
+    self._programs = Programs(
+        setup_lib.Models(config, mesh, *models, models[0].config.vocab_size)
+    )
     params, self._teacher = (
         setup_lib.load_model(spec, model, mesh, 0)
         for spec, model in zip(
@@ -72,17 +62,12 @@ class _Trainer:
     rows = np.arange(len(tokens), dtype=np.int32)
     batch = PromptBatch(tokens, np.ones(tokens.shape, bool), rows)
     batch = sharding.global_batch(batch, self._mesh)
-    rollout = self._programs.sample(
-        self._state.params, batch, jax.random.key(0),
-        self._config.prefix.fixed.length,
-    )  # fmt: skip
-    batch = self._programs.rows.repeat(batch)
-    scores = self._programs.score(self._teacher, batch, rollout)
-    self._state, metrics = self._programs.update(
-        self._state, self._teacher, batch, rollout, scores
+    request = Request(self._config.prefix.fixed.length, jax.random.key(0))
+    self._state, shown = self._programs.update(
+        self._state, self._teacher, batch, None, request, Clock()
     )
-    assert np.isfinite(float(metrics["kl"]))
-    assert np.asarray(rollout.mask).all()
+    assert np.isfinite(float(shown.metrics["kl"]))
+    assert shown.mask.all()
 
 
 def main() -> None:

@@ -124,7 +124,7 @@ class Microbatches:
     self.mesh, self.per_prompt = models.mesh, config.rollout.per_prompt
     self._models, self._samplers = models, tuple(samplers)
     self._resting = resting
-    self._capacity = functools.cache(self._rollouts_at_a_time)
+    self._capacity = functools.cache(self.rollouts_at_a_time)
     self._sampling_mesh = models.sampling_mesh
     self._buckets = prefix_schedule.buckets(config)
     self._shards = sharding.batch_shards(models.mesh)
@@ -149,7 +149,7 @@ class Microbatches:
     """Returns the static length that holds a cap."""
     return min(b for b in self._buckets if b >= cap)
 
-  def _rollouts_at_a_time(self, prompt: int, length: int) -> int:
+  def rollouts_at_a_time(self, prompt: int, length: int) -> int:
     """Returns how many rollouts a device samples at a time."""
     return min(
         rollouts(

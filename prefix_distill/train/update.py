@@ -127,6 +127,9 @@ class Programs:
 
   Attributes:
     microbatches: splits batches.
+    gradient: `step.gradient` of the run's loss.
+    zeros: a zero accumulator, of the arguments of `gradient`, so that the
+      first microbatch runs the same program as the others.
   """
 
   def __init__(self, models: Models):
@@ -156,10 +159,10 @@ class Programs:
     )
     totals = Gradient(working.params, replicated, replicated)
     gradient = functools.partial(step_lib.gradient, self._loss())
-    self._gradient = Program(
+    self.gradient = Program(
         "gradient", gradient, out_shardings=totals, donate_argnums=3
     )
-    self._zeros = Program(
+    self.zeros = Program(
         "zeros",
         functools.partial(_zeros_of, gradient),
         out_shardings=totals,
@@ -296,23 +299,27 @@ class Programs:
             rollout, scores, request.threshold
         )
       with clock.phase("update"):
-        head = self._teacher_head(teacher, scores)
+        head = self.teacher_head(teacher, scores)
         inputs = (batch, trained, scores)
         if total is None and len(split) > 1:
-          # The first microbatch runs the same program as the others.
-          total = self._zeros(state.params, head, inputs)
+          total = self.zeros(state.params, head, inputs)
         shown.append((rollout.tokens, rollout.mask, trained.mask, minima))
-        total = self._gradient(state.params, head, inputs, total)
+        total = self.gradient(state.params, head, inputs, total)
     with clock.phase("update"):
-      state = self._move_moments(state, self._working)
       if sharding.is_abstract(total):
-        state, _ = self._apply(state, total)
-        return self._move_moments(state, self._resting), None
+        return self.apply(state, total)[0], None
       arrays = self._gather(shown, len(sampled))
-      state, metrics = self._apply(state, total)
-      state = self._move_moments(state, self._resting)
+      state, metrics = self.apply(state, total)
       metrics = jax.device_get(metrics)
     return state, Outcome(metrics, *arrays)
+
+  def apply(
+      self, state: TrainState, total: Gradient
+  ) -> tuple[TrainState, dict[str, Any]]:
+    """Takes the optimizer's step; the state is donated."""
+    state = self._move_moments(state, self._working)
+    state, metrics = self._apply(state, total)
+    return self._move_moments(state, self._resting), metrics
 
   def _answers(
       self,
@@ -348,9 +355,10 @@ class Programs:
       batches = [self.microbatches.repeat(batch) for batch in batches]
     return list(zip(batches, rollouts, strict=True))
 
-  def _teacher_head(
+  def teacher_head(
       self, params: Params | None, scores: TeacherScores | None
   ) -> Any:
+    """Returns the teacher's head if the loss forms the teacher's logits."""
     if scores is None or scores.hidden is None:
       return None
     return self._models.teacher.head(params)
@@ -442,7 +450,7 @@ class Programs:
     return {
         "compilations_sample": sampled,
         "compilations_score": self._score.used,
-        "compilations_update": self._gradient.used,
+        "compilations_update": self.gradient.used,
     }
 
 

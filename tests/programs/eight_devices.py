@@ -22,7 +22,7 @@ from prefix_distill.models import huggingface as hf
 from prefix_distill.models.transformer import Model
 from prefix_distill.train import setup as setup_lib
 from prefix_distill.train import update
-from prefix_distill.train.programs import Programs
+from prefix_distill.train.update import Programs
 
 STEPS = 5
 
@@ -52,19 +52,26 @@ def run(config, devices, mesh_spec) -> dict:
   # So many that some rows stop early.
   stops = tuple(range(0, chat.num_tokens, 12))
   data = PromptIterator(config.data, chat, seed=0)
-  setup = setup_lib.Setup(
-      config, mesh, student, teacher, chat, stops, stops, data, {}
+  models = setup_lib.Models(
+      config,
+      mesh,
+      student,
+      teacher,
+      chat.num_tokens,
+      chat.pad_id,
+      chat.special_ids,
+      stops,
+      stops,
   )
-  programs = Programs(setup)
+  programs = Programs(models)
   state = programs.init(params)
   losses, norms, tokens, lengths = [], [], [], []
   for step in range(STEPS):
     prompts = sharding.global_batch(next(data)[0], mesh)
     request = update.Request(config.prefix.fixed.length, jax.random.key(step))
-    state, shown = update.run(
-        programs, state, teacher_params, prompts, None, request,
-        update.Clock(),
-    )  # fmt: skip
+    state, shown = programs.update(
+        state, teacher_params, prompts, None, request, update.Clock()
+    )
     losses.append(float(shown.metrics["kl_rollout"]))
     norms.append(float(shown.metrics["grad_norm"]))
     tokens.append(shown.tokens.tolist())
