@@ -51,10 +51,16 @@ class Variant:
   Attributes:
     program: the program.
     args: its static arguments, and the shapes of the others.
+    traced: the program's trace for them, which holds the jaxpr.
   """
 
-  def __init__(self, program: "Program", args: tuple[Any, ...]):
-    self.program, self.args = program, args
+  def __init__(
+      self,
+      program: "Program",
+      args: tuple[Any, ...],
+      traced: jax.stages.Traced,
+  ):
+    self.program, self.args, self.traced = program, args, traced
     self._lock = threading.Lock()
     self._compiled: futures.Future | None = None
 
@@ -63,11 +69,6 @@ class Variant:
     """The arguments by the names of the function's parameters."""
     signature = inspect.signature(self.program.function)
     return signature.bind(*self.args).arguments
-
-  @functools.cached_property
-  def traced(self) -> jax.stages.Traced:
-    """The trace, which holds the jaxpr."""
-    return self.program.jitted.trace(*self.args)
 
   @functools.cached_property
   def results(self) -> Any:
@@ -112,6 +113,7 @@ class Program:
         called, static_argnums=tuple(range(static)), **options
     )
     self._variants: dict[Any, Variant] = {}
+    self._lock = threading.Lock()
     # The same shapes come again and again, as the same objects.
     self._recent: dict[tuple[int, ...], tuple[Any, Variant]] = {}
     self._used: set[Variant] = set()
@@ -125,11 +127,12 @@ class Program:
       shapes = [_abstract(x) for x in leaves]
       signature = tuple((x.shape, x.dtype, x.sharding) for x in shapes)
       key = (static, structure, signature)
-      variant = self._variants.get(key)
-      if variant is None:
-        shapes = jax.tree.unflatten(structure, shapes)
-        variant = Variant(self, (*static, *shapes))
-        variant = self._variants.setdefault(key, variant)
+      with self._lock:
+        variant = self._variants.get(key)
+        if variant is None:
+          shapes = (*static, *jax.tree.unflatten(structure, shapes))
+          variant = Variant(self, shapes, self.jitted.trace(*shapes))
+          self._variants[key] = variant
       if not any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
         self._used.add(variant)
         return variant.compiled()(*rest)

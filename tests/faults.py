@@ -321,17 +321,17 @@ _ROLLOUT = (
     ),
     _fault(
         "a run samples at temperature 1, whatever its settings",
-        "self._temperature = spec.temperature",
-        "self._temperature = 1.0",
+        "draw = Draw.of(cap, self._temperature)",
+        "draw = Draw.of(cap, 1.0)",
         "programs.py::"
         "test_a_run_samples_and_compares_as_its_settings_say",
     ),
     _fault(
         "a run samples without its top-p",
         "truncation=Truncation(spec.top_k, spec.top_p),\n"
-        "        cache_dtype=spec.cache_dtype,",
+        "      cache_dtype=spec.cache_dtype,",
         "truncation=Truncation(spec.top_k),\n"
-        "        cache_dtype=spec.cache_dtype,",
+        "      cache_dtype=spec.cache_dtype,",
         "programs.py::"
         "test_a_run_samples_and_compares_as_its_settings_say",
     ),
@@ -353,27 +353,27 @@ _TRAIN = (
     ),
     _fault(
         "what was cut off is trained on",
-        "args = (state.params, teacher, batch, trained, scores)",
-        "args = (state.params, teacher, batch, rollout, scores)",
+        "inputs = (batch, trained, scores)",
+        "inputs = (batch, rollout, scores)",
         "programs.py::test_what_was_cut_off_is_not_trained_on",
     ),
     _fault(
         "the student answers in the teacher's place",
-        "      params = programs.on_device(teacher_params)\n",
-        "      pass\n",
+        "        params = self.on_device(teacher_params)\n",
+        "        pass\n",
         "programs.py::test_answers_of_the_teacher_are_the_teachers",
     ),
     _fault(
         "given answers are one token longer than the cap",
         "given.mask[:, :length] & (jnp.arange(length) < cap)",
         "given.mask[:, :length] & (jnp.arange(length) <= cap)",
-        "rows.py::test_given_answers_are_cut_at_the_cap",
+        "microbatch.py::test_given_answers_are_cut_at_the_cap",
     ),
     _fault(
         "parts are joined as they come instead of being dealt back",
         "np.stack(cards, axis=1).reshape(-1, *rest)",
         "np.concatenate(cards).reshape(-1, *rest)",
-        "rows.py::test_parts_together_are_the_whole_in_its_order[2]",
+        "microbatch.py::test_parts_together_are_the_whole_in_its_order[2]",
     ),
     _fault(
         "the share of off-policy updates is that of the others",
@@ -454,13 +454,13 @@ _TRAIN = (
     ),
     _fault(
         "the ledger forgets the updates before",
-        'totals["flops"] += cost.total',
-        'totals["flops"] = cost.total',
+        "flops=totals.flops + cost.total,",
+        "flops=cost.total,",
         "ledger.py::test_lines_hold_sums_of_both_accountings_by_phase",
     ),
     _fault(
         "a resumed run begins the data anew",
-        "      setup.data.set_state(data)\n",
+        "      self.setup.data.set_state(data)\n",
         "",
         "methods.py::test_a_schedule_runs_and_is_resumed_where_it_was[drift]",
     ),
