@@ -359,7 +359,7 @@ def test_rows_change_the_cache_and_keep_all_that_they_hold(size):
   state = jax.device_put(state, place)
   before = jax.tree.map(_plain, state)
   resizer = generate.Resizer(place)
-  shapes = resizer.shapes(state, size)
+  shapes = resizer(sharding.placed(state, place), size)
   old = jax.tree.leaves(state.cache.layers)
   found = resizer(state, size)
   assert all(x.is_deleted() for x in old) == (size != 15)

@@ -5,7 +5,6 @@ same and decide the same.
 """
 
 from collections.abc import Iterator
-import dataclasses
 import functools
 from typing import Any
 
@@ -14,7 +13,6 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from prefix_distill import sharding
-from prefix_distill.compilation import Program
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.rollout import generate
@@ -53,6 +51,10 @@ def to_host(tree: Any, mesh: jax.sharding.Mesh) -> Any:
   )
 
 
+# Jitted once for a model, however often it is evaluated.
+_decoding = functools.cache(generate.decoding)
+
+
 class Engine:
   """Decodes with one set of weights, a fixed number of rows at a time."""
 
@@ -77,7 +79,7 @@ class Engine:
     self._segment = generate.segment(model)
     shards = sharding.batch_shards(mesh)
     self._refill = max(int(rows * REFILL) // shards, 1) * shards
-    self._programs = _programs(model, config)
+    self._programs = _decoding(model, config)
     place = jax.tree.leaves(params)[0].sharding
     if isinstance(place, jax.sharding.NamedSharding) and place.mesh != mesh:
       params = self._programs.move(params)
@@ -220,53 +222,3 @@ class _Table:
       tokens = np.concatenate(self._tokens[row])
       yield int(self._owner[row]), tokens, int(tokens[-1]) in stop_ids
       self._owner[row], self._tokens[row] = -1, []
-
-
-@dataclasses.dataclass(frozen=True)
-class _Programs:
-  """The engine's programs."""
-
-  move: Program
-  layout: Program
-  prefill: Program
-  decode: Program
-  insert: Program
-  resize: generate.Resizer
-  empty: Program
-
-
-@functools.cache
-def _programs(model: Model, config: generate.SamplerConfig) -> _Programs:
-  """Jits once for a model, however often it is evaluated."""
-  place = generate.state_shardings(model, config)
-  rows = sharding.batch_sharding(model.mesh)
-  params = model.abstract_params()
-  layout = jax.eval_shape(model.decode_layout, params)
-  return _Programs(
-      move=Program(
-          "move",
-          model.cast,
-          out_shardings=sharding.param_shardings(params, model.mesh),
-      ),
-      layout=Program(
-          "layout",
-          model.decode_layout,
-          out_shardings=sharding.decode_params(layout, model.mesh),
-      ),
-      prefill=Program(
-          "prefill", generate.prefill, 3, out_shardings=(place, rows)
-      ),
-      decode=Program(
-          "decode",
-          generate.decode,
-          3,
-          out_shardings=(place, rows),
-          donate_argnums=4,
-          compiler_options=generate.compiler_options(model.mesh),
-      ),
-      insert=Program(
-          "insert", generate.insert, out_shardings=place, donate_argnums=0
-      ),
-      resize=generate.Resizer(place),
-      empty=Program("empty", generate.empty, 4, out_shardings=place),
-  )

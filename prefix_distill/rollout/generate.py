@@ -448,6 +448,68 @@ def _draw(
   return state, drawn
 
 
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+  """The programs that sample with one model, on the model's mesh.
+
+  Attributes:
+    move: brings weights from another mesh, in the compute dtype.
+    layout: `Model.decode_layout`.
+    prefill: see `prefill`.
+    decode: see `decode`; the state is donated.
+    resize: gives a state another size of the cache.
+    insert: see `insert`; the state is donated.
+    empty: see `empty`.
+  """
+
+  move: Program
+  layout: Program
+  prefill: Program
+  decode: Program
+  resize: Resizer
+  insert: Program
+  empty: Program
+
+  @property
+  def used(self) -> int:
+    """How many variants of prefill and decode have run."""
+    return self.prefill.used + self.decode.used
+
+
+def decoding(model: Model, config: SamplerConfig) -> Decoding:
+  """Jits the programs that sample with a model."""
+  place = state_shardings(model, config)
+  rows = sharding.batch_sharding(model.mesh)
+  params = model.abstract_params()
+  layout = jax.eval_shape(model.decode_layout, params)
+  return Decoding(
+      move=Program(
+          "move",
+          model.cast,
+          out_shardings=sharding.param_shardings(params, model.mesh),
+      ),
+      layout=Program(
+          "layout",
+          model.decode_layout,
+          out_shardings=sharding.decode_params(layout, model.mesh),
+      ),
+      prefill=Program("prefill", prefill, 3, out_shardings=(place, rows)),
+      decode=Program(
+          "decode",
+          decode,
+          3,
+          out_shardings=(place, rows),
+          donate_argnums=4,
+          compiler_options=compiler_options(model.mesh),
+      ),
+      resize=Resizer(place),
+      insert=Program(
+          "insert", insert, out_shardings=place, donate_argnums=0
+      ),
+      empty=Program("empty", empty, 4, out_shardings=place),
+  )
+
+
 class Sampler:
   """Samples prefixes with one model, in programs that are compiled once.
 
@@ -476,35 +538,10 @@ class Sampler:
     self.model, self.config = model, config
     self._temperature, self._buckets = temperature, buckets
     self._segment = segment(model)
-    place = state_shardings(model, config)
-    rows = sharding.batch_sharding(model.mesh)
-    params = model.abstract_params()
-    layout = jax.eval_shape(model.decode_layout, params)
+    self._programs = decoding(model, config)
     # Weights go to the mesh of sampling once a rollout, in the compute dtype.
-    self._move = None
-    if model.mesh != training:
-      self._move = Program(
-          "move",
-          model.cast,
-          out_shardings=sharding.param_shardings(params, model.mesh),
-      )
-    self._layout = Program(
-        "layout",
-        model.decode_layout,
-        out_shardings=sharding.decode_params(layout, model.mesh),
-    )
-    self._prefill = Program(
-        "prefill", prefill, 3, out_shardings=(place, rows)
-    )
-    self._decode = Program(
-        "decode",
-        decode,
-        3,
-        out_shardings=(place, rows),
-        donate_argnums=4,
-        compiler_options=compiler_options(model.mesh),
-    )
-    self._resize = Resizer(place)
+    self._moves = model.mesh != training
+    rows = sharding.batch_sharding(model.mesh)
     self._start = Program("start", start, 2, out_shardings=rows)
     self._append = Program(
         "append", append, out_shardings=rows, donate_argnums=0
@@ -518,7 +555,7 @@ class Sampler:
   @property
   def used(self) -> int:
     """How many variants of prefill and decode have run."""
-    return self._prefill.used + self._decode.used
+    return self._programs.used
 
   def sample(
       self, params: Params, batch: PromptBatch, key: jax.Array, cap: int
@@ -548,18 +585,19 @@ class Sampler:
           f" {self._buckets[-1]}; sample with that at most."
       )
     model, config, steps = self.model, self.config, self._segment
+    programs = self._programs
     bucket, prompt = self._bucket(cap), batch.tokens.shape[1]
     draw = Draw.of(cap, self._temperature)
     key = sharding.replicate_key(key, model.mesh)
-    if self._move:
-      params = self._move(params)
+    if self._moves:
+      params = programs.move(params)
     # One program reads the prompts of all lengths, into a small cache.
     room = min(self._buckets[0], LEAST_STEP)
-    state, first = self._prefill(
+    state, first = programs.prefill(
         model, config, columns(model, config, prompt + room), params, batch,
         key, draw,
     )
-    layout, drawn = self._layout(params), 1
+    layout, drawn = programs.layout(params), 1
     del params  # The moved weights are not needed any more.
     # The first token, and whole segments.
     length = 1 + -(-(bucket - 1) // steps) * steps
@@ -568,8 +606,10 @@ class Sampler:
     for room in rooms(model, config, prompt, bucket):
       size = columns(model, config, prompt + room)
       while live and drawn < cap and drawn <= room:
-        state = self._resize(state, size)
-        state, new = self._decode(model, config, steps, layout, state, draw)
+        state = programs.resize(state, size)
+        state, new = programs.decode(
+            model, config, steps, layout, state, draw
+        )
         rollout = self._append(rollout, new, np.int32(drawn))
         drawn += steps
         live, longest = self._watch(state, bucket)
