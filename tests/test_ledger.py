@@ -7,8 +7,8 @@ import toys
 
 from prefix_distill.report import flops
 from prefix_distill.report.flops import Lengths
-from prefix_distill.train.ledger import Prices
-from prefix_distill.train.ledger import Totals
+from prefix_distill.train.checkpoint import Prices
+from prefix_distill.train.checkpoint import Totals
 
 STUDENT = toys.model_config()
 TEACHER = toys.model_config(dim=64)

@@ -8,6 +8,8 @@ whether they fit, what they send, and how long they take at least. The exit
 status is 0 if all fits, 1 if not, 2 if the question is wrong.
 """
 
+from collections.abc import Sequence
+import dataclasses
 import json
 import os
 import pathlib
@@ -22,16 +24,29 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # Compilers log a lot.
 from absl import app  # noqa: E402
 from absl import flags  # noqa: E402
 from absl import logging  # noqa: E402
+import rich.box  # noqa: E402
 import rich.console  # noqa: E402
+import rich.table  # noqa: E402
+from rich.text import Text  # noqa: E402
 
 from prefix_distill import command_line  # noqa: E402
 from prefix_distill.errors import ConfigError  # noqa: E402
 from prefix_distill.errors import UserError  # noqa: E402
 from prefix_distill.plan import estimate  # noqa: E402
 from prefix_distill.plan import planner  # noqa: E402
-from prefix_distill.plan import show  # noqa: E402
 from prefix_distill.plan.estimate import Assumptions  # noqa: E402
 from prefix_distill.plan.estimate import TooLargeError  # noqa: E402
+from prefix_distill.plan.machines import Machine  # noqa: E402
+from prefix_distill.plan.planner import Result  # noqa: E402
+from prefix_distill.plan.programs import Measured  # noqa: E402
+
+_GIB = 2**30
+# The phases as a run's metrics call them, and their programs.
+_PHASES = {
+    "sample": ("move", "prefill", "layout", "decode"),
+    "score": ("score",),
+    "update": ("gradient", "apply"),
+}
 
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "The machine: v5e:4x4, v5p:2x2x2, v6e:4x4, h100:8, ..."
@@ -80,6 +95,166 @@ def _assumptions() -> Assumptions:
   return estimate.measured(pathlib.Path(_MEASURED.value), _PRICE.value)
 
 
+def _table(*columns: str) -> rich.table.Table:
+  table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+  for i, column in enumerate(columns):
+    table.add_column(column, justify="right" if i else "left", no_wrap=True)
+  return table
+
+
+def _programs(
+    programs: Sequence[Measured], machine: Machine
+) -> rich.table.Table:
+  table = _table(
+      "program", "P", "rows", "times", "GiB", "fits", "FLOPs", "GB sent"
+  )
+  for one in programs:
+    fits = one.verdict(machine)
+    sent = sum(one.sent.values()) / 1e9
+    table.add_row(
+        one.name,
+        f"{one.bucket:,}",
+        f"{one.rows:,}" if one.rows else "-",
+        f"{one.times:,}",
+        f"{one.memory / _GIB:.1f}" if one.memory else "-",
+        Text("yes" if fits else "no", style="green" if fits else "bold red"),
+        f"{one.flops:.2e}",
+        f"{'' if one.exact else '>= '}{sent:.2f}",
+    )
+  return table
+
+
+def _traffic(programs: Sequence[Measured]) -> rich.table.Table:
+  """Returns what a device sends in one run of a program, at each length."""
+  lengths = sorted({one.bucket for one in programs})
+  table = _table("GB sent in one run, at P =", *(f"{n:,}" for n in lengths))
+  rows = {}
+  for one in programs:
+    for name, total in sorted(one.sent.items(), key=lambda x: -x[1]):
+      if total >= 1e7:
+        row = rows.setdefault(f"{one.name}: {name}", {})
+        row[one.bucket] = f"{total / 1e9:.2f}"
+  for name, row in rows.items():
+    table.add_row(name, *(row.get(n, "") for n in lengths))
+  return table
+
+
+def _updates(result: Result) -> rich.table.Table:
+  table = _table("s an update", *_PHASES, "sum", "mostly", "FLOPs")
+  for one in result.updates:
+    longest = max(one.seconds, key=one.seconds.__getitem__)
+    phases = (
+        sum(one.seconds.get(name, 0.0) for name in names)
+        for names in _PHASES.values()
+    )
+    table.add_row(
+        f"{one.bucket:,}",
+        *(f"{seconds:.1f}" for seconds in phases),
+        f"{one.total:.1f}",
+        f"{longest}, {one.limits[longest]}",
+        f"{one.flops:.2e}",
+    )
+  return table
+
+
+def _show(result: Result, console: rich.console.Console) -> None:
+  """Prints the plan."""
+  machine, chip = result.machine, result.machine.chip
+  mesh = " x ".join(f"{name} {size}" for name, size in result.mesh.items())
+  console.print(
+      Text(f"Plan for {machine.name}: {machine.size} devices, mesh {mesh}"),
+      style="bold",
+  )
+  for note in result.notes:
+    console.print(Text(note))
+  held = ", ".join(f"{n} {b / _GIB:.2f}" for n, b in result.held.items())
+  console.print(Text(f"A device keeps, in GiB: {held}."))
+  kind = "the compiler's word"
+  if chip.platform != "tpu":
+    kind = "an estimate against nine tenths of the memory; the libraries'"
+    kind += " workspaces are not known"
+  limit = f"{chip.memory / _GIB:.1f} GiB a device"
+  console.print(Text(f"Memory: of {limit}, {kind}."))
+  console.print(_programs(result.programs, machine))
+  if result.mended:
+    console.print(Text(f"With {result.advice[0]}:"), style="bold")
+    console.print(_programs(result.mended, machine))
+  programs = result.mended or result.programs
+  console.print(_traffic(programs))
+  least = result.least_sent
+  for one in programs:
+    if least and one.sent and one.name == "gradient":
+      sent = sum(one.sent.values())
+      text = (
+          f"gradient at P = {one.bucket:,} sends {sent / 1e9:.2f} GB, the least"
+          f" for this mesh is {least / 1e9:.2f}: {sent / least:.2f} times."
+      )
+      console.print(Text(text))
+  unplanned = [s for one in programs for s in one.unplanned]
+  for sentence in unplanned[:8]:
+    console.print(Text(f"Unplanned: {sentence}", style="yellow"))
+  if not unplanned:
+    console.print(Text("No collective that is not planned."))
+  console.print(_updates(result))
+  console.print(Text(_assumed(result)))
+  console.print(_hours(result))
+  _verdict(result, console)
+
+
+def _assumed(result: Result) -> str:
+  chip, a = result.machine.chip, result.assumptions
+  start = (
+      f"Seconds are reckoned with shares measured on {a.source}"
+      if a.source
+      else "Seconds are a bound from below"
+  )
+  assumed = f" (the share of {a.missing} is assumed)" if a.missing else ""
+  return (
+      f"{start}{assumed}: every rollout reaches its cap, products"
+      f" run at {a.utilization:.0%} of {chip.flops / 1e12:.0f} TFLOP/s, memory"
+      f" at {a.reach:.0%} of {chip.bandwidth / 1e9:.0f} GB/s, links at"
+      f" {a.links:.0%} of {chip.link / 1e9:.0f} GB/s a device, one way; nothing"
+      " overlaps but these three; every answer of an evaluation is as long as"
+      " it may be; checkpoints and compiling are left out."
+  )
+
+
+def _hours(result: Result) -> rich.table.Table:
+  """Returns hours of the run and of its evaluations, and the price."""
+  (updates, hours), full = result.hours.items()
+  rows = [(f"Evaluation, {n}", h) for n, h in result.evaluation.items()]
+  total = hours + sum(result.evaluation.values())
+  rows = [(updates, hours), *rows, ("This run", total), full]
+  price = result.assumptions.price * result.machine.size
+  table = _table("at least", "hours", *(["price"] if price else []))
+  for name, hours in rows:
+    cost = [f"{price * hours:,.0f}"] if price else []
+    table.add_row(name, f"{hours:.1f}", *cost)
+  return table
+
+
+def _verdict(result: Result, console: rich.console.Console) -> None:
+  if result.fits:
+    console.print(Text("It fits.", style="bold green"))
+    return
+  console.print(Text("It does not fit.", style="bold red"))
+  mended = all(one.verdict(result.machine) for one in result.mended)
+  for i, sentence in enumerate(result.advice):
+    starts = "It fits with " if result.mended and mended and not i else ""
+    console.print(Text(starts + sentence))
+
+
+def _short(result: Result) -> str:
+  """Returns a sentence with the numbers of what does not fit."""
+  limit = f"{result.machine.chip.memory / _GIB:.2f} GiB"
+  return "; ".join(
+      f"{one.name} at P = {one.bucket:,}"
+      f" {one.refused or f'takes {one.memory / _GIB:.1f} of {limit}'}"
+      for one in result.programs
+      if not one.verdict(result.machine)
+  )
+
+
 def main(argv: list[str]) -> None:
   del argv
   logging.set_verbosity(logging.ERROR)
@@ -98,12 +273,13 @@ def main(argv: list[str]) -> None:
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(1 if isinstance(error, TooLargeError) else 2)
-  show.show(result, rich.console.Console())
+  _show(result, rich.console.Console())
   if _JSON.value:
-    text = json.dumps(show.as_json(result), indent=2)
+    found = dataclasses.asdict(result) | {"fits": result.fits}
+    text = json.dumps(found, indent=2)
     pathlib.Path(_JSON.value).write_text(text + "\n")
   if not result.fits:
-    sys.exit(f"error: {show.short(result)}.")
+    sys.exit(f"error: {_short(result)}.")
 
 
 if __name__ == "__main__":

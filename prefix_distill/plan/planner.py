@@ -23,7 +23,6 @@ from prefix_distill.errors import ConfigError
 from prefix_distill.plan import estimate
 from prefix_distill.plan import machines
 from prefix_distill.plan import programs
-from prefix_distill.plan import show
 from prefix_distill.plan.estimate import Assumptions
 from prefix_distill.plan.machines import Machine
 from prefix_distill.plan.programs import Look
@@ -139,6 +138,65 @@ def _lengths(question: Question) -> list[int]:
   return sorted({min(b for b in needed if b >= n) for n in question.lengths})
 
 
+@dataclasses.dataclass(frozen=True)
+class Update:
+  """An update whose cap ends in a bucket.
+
+  Attributes:
+    bucket: P.
+    seconds: least time, by program.
+    limits: what limits each program's time.
+    flops: FLOPs in all.
+  """
+
+  bucket: int
+  seconds: dict[str, float]
+  limits: dict[str, str]
+  flops: float
+
+  @property
+  def total(self) -> float:
+    return sum(self.seconds.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """The whole plan.
+
+  Attributes:
+    machine: the machine that was planned for.
+    mesh: sizes of the axes.
+    notes: what was assumed, in sentences.
+    held: bytes on a device that a run keeps throughout.
+    programs: the programs that were compiled.
+    mended: the programs with other settings, if the first do not fit or larger
+      batches were looked for.
+    updates: one for each bucket.
+    hours: least time of the run's updates, and of full distillation's.
+    evaluation: hours of a run's evaluations, by what is evaluated.
+    least_sent: bytes that one run of `gradient` has to send.
+    advice: the settings of `mended`, or what cannot be made to fit.
+    assumptions: what seconds are reckoned with.
+  """
+
+  machine: Machine
+  mesh: dict[str, int]
+  notes: list[str]
+  held: dict[str, float]
+  programs: list[Measured]
+  mended: list[Measured]
+  updates: list[Update]
+  hours: dict[str, float]
+  evaluation: dict[str, float]
+  least_sent: float
+  advice: list[str]
+  assumptions: Assumptions
+
+  @property
+  def fits(self) -> bool:
+    return all(one.verdict(self.machine) for one in self.programs)
+
+
 class _Reckoner:
   """Reckons what updates and evaluations take; traces each program once."""
 
@@ -174,7 +232,7 @@ class _Reckoner:
     seconds, why = estimate.seconds(one, machine, assumptions)
     return seconds, why, one.times * one.flops
 
-  def update(self, cap: int) -> show.Update:
+  def update(self, cap: int) -> Update:
     """Returns an update whose rollouts all reach a cap."""
     config = self._plan.models.config
     bucket = min(b for b in prefix_schedule.buckets(config) if b >= cap)
@@ -185,7 +243,7 @@ class _Reckoner:
       time, limits[stage.name], work = self._run(stage, bucket)
       seconds[stage.name] = seconds.get(stage.name, 0.0) + time
       flops += work
-    return show.Update(cap, seconds, limits, flops)
+    return Update(cap, seconds, limits, flops)
 
   def evaluation(self) -> dict[str, float]:
     """Returns hours of evaluation, if every answer is as long as may be.
@@ -210,7 +268,7 @@ class _Reckoner:
     return hours
 
 
-def plan(question: Question, console: rich.console.Console) -> show.Result:
+def plan(question: Question, console: rich.console.Console) -> Result:
   """Answers a question.
 
   Args:
@@ -256,7 +314,7 @@ def plan(question: Question, console: rich.console.Console) -> show.Result:
       "This run's updates": seconds / 3600,
       every: settled.steps * full.update(longest).total / 3600,
   }
-  return show.Result(
+  return Result(
       machine,
       dict(built.models.mesh.shape),
       notes,

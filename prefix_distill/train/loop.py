@@ -38,8 +38,8 @@ from prefix_distill.train import setup as setup_lib
 from prefix_distill.train import step as step_lib
 from prefix_distill.train import update as update_lib
 from prefix_distill.train.checkpoint import Checkpointer
-from prefix_distill.train.ledger import Prices
-from prefix_distill.train.ledger import Totals
+from prefix_distill.train.checkpoint import Prices
+from prefix_distill.train.checkpoint import Totals
 from prefix_distill.train.step import TrainState
 from prefix_distill.train.update import Programs
 
