@@ -17,7 +17,7 @@ from prefix_distill.config import Config
 from prefix_distill.data import prompts
 from prefix_distill.data import records
 from prefix_distill.data import tokenizer
-from prefix_distill.data.prompts import Fed
+from prefix_distill.data.prompts import PromptReader
 from prefix_distill.data.tokenizer import Chat
 from prefix_distill.distill import divergence
 from prefix_distill.distill import prefix_schedule
@@ -55,13 +55,13 @@ def run(config: Config, console: rich.console.Console) -> None:
   _print_verdict(console, _warnings(config, question, models, fed))
 
 
-def _load(config: Config) -> list[Fed]:
+def _load(config: Config) -> list[PromptReader]:
   """Loads the student's part and, if there is one, the teacher's."""
   specs = {"student": config.student}
   if config.method != "sft":
     specs["teacher"] = config.teacher
   models = [
-      Fed(
+      PromptReader(
           role,
           tokenizer.load(spec.tokenizer_path),
           hf.read_config(spec.path).vocab_size,
@@ -76,7 +76,7 @@ def _load(config: Config) -> list[Fed]:
 def _warnings(
     config: Config,
     question: str,
-    models: Sequence[Fed],
+    models: Sequence[PromptReader],
     fed: Sequence[Sequence[int]],
 ) -> list[str]:
   found = prompts.warnings(config.data, question, models[0].chat)
@@ -108,7 +108,7 @@ def _limits(config: Config) -> tuple[int, int]:
 def _print_prompts(
     console: rich.console.Console,
     config: Config,
-    models: Sequence[Fed],
+    models: Sequence[PromptReader],
     fed: Sequence[Sequence[int]],
 ) -> None:
   who = ", ".join(f"{model.role} {model.chat.path}" for model in models)
@@ -144,7 +144,7 @@ def _prompt(chat: Chat, tokens: Sequence[int]) -> Text:
 
 
 def _special_tokens(
-    models: Sequence[Fed], fed: Sequence[Sequence[int]]
+    models: Sequence[PromptReader], fed: Sequence[Sequence[int]]
 ) -> rich.table.Table:
   """Tabulates the special tokens that the models meet, and where."""
   chat, tokens = models[0].chat, [token for prompt in fed for token in prompt]
@@ -169,9 +169,9 @@ def _special_tokens(
   return table
 
 
-def _facts(config: Config, models: Sequence[Fed]) -> rich.table.Table:
+def _facts(config: Config, models: Sequence[PromptReader]) -> rich.table.Table:
   chat = models[0].chat
-  rows = ", ".join(f"{model.role} {model.rows:,}" for model in models)
+  rows = ", ".join(f"{model.role} {model.vocab_size:,}" for model in models)
   table = rich.table.Table.grid(padding=(0, 2))
   table.add_column(style=_QUIET, no_wrap=True)
   table.add_column()
@@ -189,7 +189,7 @@ def _facts(config: Config, models: Sequence[Fed]) -> rich.table.Table:
   return table
 
 
-def _templates(config: Config, models: Sequence[Fed]) -> str:
+def _templates(config: Config, models: Sequence[PromptReader]) -> str:
   if len(models) == 1:
     return "the student's; there is no teacher"
   if config.data.teacher_prompt:
@@ -197,7 +197,7 @@ def _templates(config: Config, models: Sequence[Fed]) -> str:
   return "the student's and the teacher's give the same tokens"
 
 
-def _stops(config: Config, models: Sequence[Fed]) -> str:
+def _stops(config: Config, models: Sequence[PromptReader]) -> str:
   chat = models[0].chat
   names = {
       model.role: ", ".join(
