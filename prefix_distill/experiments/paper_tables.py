@@ -287,13 +287,13 @@ def _fits(reading: Convention) -> tuple[str, ...]:
 _EXPLANATION = """\
 The mean prompt, {} tokens, is fitted. With a forward pass of a ninth of
 training, the eight prefix rows are then off by at most {:.1%}. The ninth is
-inferred: appendix B has a third, and with a third the formula gives 1.5 to 1.9
-times the tables' totals. The lengths of answers in the other rows are
-not published. The brackets have the length at which a row would fit, by the ninth,
-if all its answers were equally long. A reading cannot be meant if the schedule
-comes out below 1, although all its rollouts reach their caps. SeqKD has no
-other forward pass. One length for both students misses the tables' 8B / 1.7B,
-3.33."""
+inferred: appendix B has a third, and with a third the formula gives 1.5 to
+1.9 times the tables' totals. The lengths of answers in the other rows are
+not published. The brackets have the length at which a row would fit, by the
+ninth, if all its answers were equally long. A reading cannot be meant if the
+schedule comes out below 1, although all its rollouts reach their caps. SeqKD
+has no other forward pass. One length for both students misses the tables' 8B /
+1.7B, 3.33."""
 
 
 def main() -> None:
