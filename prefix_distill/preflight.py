@@ -1,7 +1,7 @@
-"""`--preflight`: checks and shows what a run would feed both models.
+"""`--preflight`: checks and shows the prompts of both models.
 
-It reads tokenizers, templates, each model's config.json and one training
-record; no weights, no devices. It writes nothing.
+It reads the tokenizers, the templates, each model's config.json and one
+training record. It reads no weights, uses no devices and writes nothing.
 """
 
 from collections.abc import Sequence
@@ -29,12 +29,12 @@ _BOUNDARY = "┊ the answer begins here"
 
 
 def run(config: Config, console: rich.console.Console) -> None:
-  """Checks, and prints what was checked.
+  """Checks the prompts, and prints them with what was checked.
 
   Raises:
-    UserError: see `prompts.check`; nothing is printed then.
+    UserError: see `prompts.check`; it is raised before anything is printed.
   """
-  divergence.named(config.loss.exact.divergence)  # Or there is none.
+  divergence.named(config.loss.exact.divergence)  # Raises if unknown.
   models = _load(config)
   spec = config.data
   source = records.read(spec.train, first=True, more=spec.teacher_fields)
@@ -43,9 +43,7 @@ def run(config: Config, console: rich.console.Console) -> None:
   prompts.check_room(chat, spec, question)
   if teacher_question is not None:
     prompts.check_teacher_room(models[1].chat, spec, teacher_question)
-  prompts.check(
-      spec, question, *models, teacher_question=teacher_question
-  )
+  prompts.check(spec, question, *models, teacher_question=teacher_question)
   fed = [chat.encode(chat.prompt(question, spec.suffix))]
   if teacher_question is not None:
     text = models[1].chat.own_prompt(teacher_question, spec.suffix)
@@ -56,7 +54,7 @@ def run(config: Config, console: rich.console.Console) -> None:
 
 
 def _load(config: Config) -> list[PromptReader]:
-  """Loads the student's part and, if there is one, the teacher's."""
+  """Loads the tokenizers of the student and, if there is one, the teacher."""
   specs = {"student": config.student}
   if config.method != "sft":
     specs["teacher"] = config.teacher
@@ -131,7 +129,7 @@ def _print_prompts(
 def _prompt(chat: Chat, tokens: Sequence[int]) -> Text:
   """Returns the prompt with its special tokens, line breaks and end marked."""
   text, special = Text(overflow="fold"), chat.special_ids
-  # Text is decoded in one go: a character may be of several tokens.
+  # A character may have several tokens, so runs of text are decoded whole.
   for is_special, part in itertools.groupby(tokens, special.__contains__):
     decoded = chat.decode(list(part))
     if is_special:
@@ -146,16 +144,15 @@ def _prompt(chat: Chat, tokens: Sequence[int]) -> Text:
 def _special_tokens(
     models: Sequence[PromptReader], fed: Sequence[Sequence[int]]
 ) -> rich.table.Table:
-  """Tabulates the special tokens that the models meet, and where."""
+  """Tabulates the special tokens of the prompts, and the stop tokens."""
   chat, tokens = models[0].chat, [token for prompt in fed for token in prompt]
   where = "in both prompts" if len(fed) > 1 else "in the prompt"
   stops = {i for model in models for i in model.chat.stop_ids}
   met = {*chat.special_ids} & {*tokens} | stops | {chat.pad_id}
   table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
   for header in ("special token", "id", where, "stop of", "pads"):
-    table.add_column(
-        header, justify="right" if header in ("id", where) else "left"
-    )
+    justify = "right" if header in ("id", where) else "left"
+    table.add_column(header, justify=justify)
   for token in sorted(met):
     stopped = [m.role for m in models if token in m.chat.stop_ids]
     count = tokens.count(token)
