@@ -26,6 +26,7 @@ setuptools.setup(
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",
+        "pandas>=2.2",
         "pyarrow>=18.0",
         "pydantic>=2.8",
         "rich>=13.0",

@@ -1,4 +1,4 @@
-"""The command line: flags, and one sentence for whatever is wrong in it."""
+"""The command line: flags, and one sentence for each mistake in them."""
 
 import pathlib
 import re
@@ -21,43 +21,47 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "Where the run is kept; the same command on it goes on with the run."
-    " Default: runs/ and the name of the config.",
+    "The run's directory; the same command continues the run in it. Default:"
+    " runs/ and the name of the config.",
 )
 PREFLIGHT = flags.DEFINE_bool(
     "preflight",
     False,
-    "Whether to check and show what the models would be fed, and stop there:"
-    " no weights are read, nothing is written.",
+    "Whether to only check and show what the models would read: the run reads"
+    " no weights and writes nothing.",
 )
 _TRACE = flags.DEFINE_list(
     "trace",
     [],
-    "Updates, counted from 1, whose trace is written to WORKDIR/trace for xprof"
-    " and Perfetto, as --trace=3,4. The first updates compile; later ones show"
-    " the steady state.",
+    "Updates, counted from 1, whose traces go to WORKDIR/trace for xprof and"
+    " Perfetto, such as --trace=3,4. The first updates compile; later updates"
+    " show the steady state.",
 )
 _DISTRIBUTED = flags.DEFINE_string(
     "distributed",
     "",
-    "How this process finds the others of its run: auto (a TPU pod's metadata,"
-    " and what else JAX knows), slurm, or HOST:PORT of process 0. Default: it"
-    " is the only one; off, even where it looks like one of several.",
+    "How this process finds the other processes of its run: auto (a TPU pod's"
+    " metadata, or another cluster that JAX detects), slurm, or HOST:PORT of"
+    " process 0. Default: the run has one process, and the environment must"
+    " agree; off: the run has one process in any environment.",
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "With --distributed=HOST:PORT, how many there are."
+    "num_processes",
+    None,
+    "With --distributed=HOST:PORT, the number of processes.",
 )
 _PROCESS_ID = flags.DEFINE_integer(
-    "process_id", None, "With --distributed=HOST:PORT, this one's, from 0."
+    "process_id",
+    None,
+    "With --distributed=HOST:PORT, this process's number, from 0.",
 )
 _TIMEOUT = flags.DEFINE_integer(
-    "distributed_timeout", 300, "Seconds for all processes to come together."
+    "distributed_timeout", 300, "Seconds until all processes must be connected."
 )
 _HEARTBEAT = flags.DEFINE_integer(
     "distributed_heartbeat",
     100,
-    "Seconds after which a process that is not heard of counts as dead, and"
-    " the others end.",
+    "Seconds after which a silent process counts as dead, and the others end.",
 )
 
 
@@ -70,7 +74,7 @@ def parse(argv: list[str]) -> list[str]:
     processes()
     if _CONFIG.value is None:
       sys.exit("error: --config is missing; try --config=configs/math.py.")
-    _CONFIG.value.to_dict()  # Fails now if the file could not be loaded.
+    _CONFIG.value.to_dict()  # Fails if the file could not be loaded.
     return rest
   except UserError as error:
     sys.exit(f"error: {error}")
@@ -85,7 +89,7 @@ def _overrides(argv: list[str]) -> list[str]:
 
 
 class _ConfigParser(flags.ArgumentParser):
-  """Reads a config file, and makes the groups that flags name anew.
+  """Reads a config file, and adds the new groups that flags name.
 
   So a flag can set `evaluation.sets.mine.source` in a file without that set.
   """
@@ -96,7 +100,7 @@ class _ConfigParser(flags.ArgumentParser):
   def parse(self, path: str) -> Any:
     config = self._parser.parse(path)
     if not isinstance(config, ml_collections.ConfigDict):
-      return config  # Which says what is wrong once it is used.
+      return config  # Its first use raises the error.
     values = plain = config.to_dict()
     for name in _overrides(sys.argv):
       values = config_lib.with_new_groups(values, name)
@@ -113,22 +117,25 @@ _FLAG.parser = _ConfigParser(_FLAG.parser)
 
 
 def processes() -> distributed.Spec:
-  """Returns how this process finds the others.
+  """Returns how this process finds the other processes.
 
   Raises:
-    ConfigError: the flags do not fit together.
+    ConfigError: the flags contradict each other.
   """
   return distributed.Spec(
-      _DISTRIBUTED.value, _NUM_PROCESSES.value, _PROCESS_ID.value,
-      _TIMEOUT.value, _HEARTBEAT.value,
-  )  # fmt: skip
+      _DISTRIBUTED.value,
+      _NUM_PROCESSES.value,
+      _PROCESS_ID.value,
+      _TIMEOUT.value,
+      _HEARTBEAT.value,
+  )
 
 
 def traced(config: Config) -> frozenset[int]:
   """Returns the updates to trace, counted from 1.
 
   Raises:
-    ConfigError: --trace names something else than updates of the run.
+    ConfigError: --trace has something else than updates of the run.
   """
   for text in _TRACE.value:
     check(
@@ -140,10 +147,10 @@ def traced(config: Config) -> frozenset[int]:
 
 
 def config() -> Config:
-  """Returns the settings; here the ConfigDict ends.
+  """Returns the settings; no ConfigDict goes further than this.
 
   Raises:
-    ConfigError: they do not fit together.
+    ConfigError: the settings contradict each other.
   """
   values = _CONFIG.value.to_dict()
   given = _overrides(sys.argv)

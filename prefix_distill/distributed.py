@@ -1,4 +1,4 @@
-"""How a process finds the others of its run: --distributed and its flags."""
+"""Joins the processes of a run: --distributed and its flags."""
 
 from collections.abc import Iterator
 import contextlib
@@ -21,20 +21,19 @@ from prefix_distill.errors import check
 from prefix_distill.errors import ConfigError
 from prefix_distill.errors import UserError
 
-# Seconds between two looks at whether another process has failed.
+# Seconds between two checks whether another process has failed.
 _POLL = 1.0
-# Seconds that a failed process waits for the others to read why.
+# Seconds that a failed process waits until the others have read its message.
 _LINGER = 10
-# Seconds for the slowest process to get ready or to end: downloads, plots.
+# Seconds that processes wait for the slowest one, which downloads or plots.
 _PATIENCE = 3600
 _FAILURES = "prefix_distill/failures/"
-# What jax.process_index() and its like are made of; they would wait for the
-# devices of all processes first.
+# jax.process_index() reads this state, but first waits for all devices.
 _STATE = jax_distributed.global_state
 
 
 class DistributedError(UserError):
-  """Processes that do not come together, or do not stay so."""
+  """Processes that cannot connect, or lose their connection."""
 
 
 def first_line(error: BaseException) -> str:
@@ -42,8 +41,8 @@ def first_line(error: BaseException) -> str:
   return text.splitlines()[0].rstrip(".")
 
 
-class Watch:
-  """Tells the others of a failure here, and ends this process on theirs."""
+class FailureWatch:
+  """Reports this process's failure, and ends this process if another fails."""
 
   def __init__(self):
     self._client = _STATE.client
@@ -57,23 +56,23 @@ class Watch:
       try:
         failures = self._client.key_value_dir_get(_FAILURES)
       except jax.errors.JaxRuntimeError:
-        continue  # The coordinator is gone; JAX ends this process for that.
+        continue  # The coordinator is gone, so JAX ends this process.
       if failures:
         self._lock.acquire()
         self._leave(f"error: {failures[0][1]}", 1)
 
   def _leave(self, text: str, code: int, told: str = "") -> NoReturn:
-    """Says why here, tells the others, and ends as soon as they know."""
+    """Prints why, tells the other processes, and exits."""
     try:
-      # Said first, for JAX aborts this process if the coordinator is gone.
-      with contextlib.suppress(OSError, ValueError):  # If nobody reads it.
+      # Print first: JAX aborts this process if the coordinator is gone.
+      with contextlib.suppress(OSError, ValueError):  # The pipe may be closed.
         print(text, file=sys.stderr, flush=True)
         sys.stdout.flush()
       if told:
         self._client.key_value_set(f"{_FAILURES}{_STATE.process_id}", told)
       self._client.wait_at_barrier(_FAILURES, _LINGER * 1000)
       if _STATE.process_id == 0:
-        time.sleep(1)  # The service goes with it, and who is still there.
+        time.sleep(1)  # The coordinator's exit aborts whoever is still there.
     finally:
       os._exit(code)
 
@@ -101,43 +100,41 @@ _used: dict[str, int] = {}
 
 
 def _key(name: str) -> str:
-  """Returns a key for this use of a name; every process uses it as often."""
+  """Returns a new key; the n-th call for a name agrees in all processes."""
   _used[name] = _used.get(name, 0) + 1
   return f"prefix_distill/{name}/{_used[name]}"
 
 
-def wait(name: str, seconds: int = _PATIENCE) -> None:
-  """Waits until every process is here.
+def wait(name: str) -> None:
+  """Waits until every process calls this.
 
   Args:
-    name: of the place, for the message.
-    seconds: the limit.
+    name: the name of the barrier, for the message.
 
   Raises:
-    DistributedError: it is reached.
+    DistributedError: another process does not come within an hour.
   """
   if _STATE.num_processes == 1:
     return
   client = _STATE.client
   try:
-    client.wait_at_barrier(_key(name), seconds * 1000)
+    client.wait_at_barrier(_key(name), _PATIENCE * 1000)
   except jax.errors.JaxRuntimeError as error:
     raise DistributedError(
         f"Not all {_STATE.num_processes} processes reached {name!r} within"
-        f" {seconds} s ({first_line(error)}); see what the others do."
+        f" {_PATIENCE} s ({first_line(error)}); see what the others do."
     ) from error
 
 
-def from_first(name: str, value: Any, seconds: int = _PATIENCE) -> Any:
-  """Returns what process 0 gave, in every process; JSON.
+def from_first(name: str, value: Any) -> Any:
+  """Returns the value of process 0 in every process, sent as JSON.
 
   Args:
-    name: of what is asked, for the message.
-    value: of this process.
-    seconds: the limit.
+    name: the name of the value, for the message.
+    value: this process's value.
 
   Raises:
-    DistributedError: process 0 gave nothing within it.
+    DistributedError: process 0 sends no value within an hour.
   """
   if _STATE.num_processes == 1:
     return value
@@ -146,32 +143,34 @@ def from_first(name: str, value: Any, seconds: int = _PATIENCE) -> Any:
     client.key_value_set(key, json.dumps(value))
     return value
   try:
-    return json.loads(client.blocking_key_value_get(key, seconds * 1000))
+    return json.loads(client.blocking_key_value_get(key, _PATIENCE * 1000))
   except jax.errors.JaxRuntimeError as error:
     raise DistributedError(
-        f"Process 0 did not say {name!r} within {seconds} s"
+        f"Process 0 did not say {name!r} within {_PATIENCE} s"
         f" ({first_line(error)}); see what it does."
     ) from error
 
 
-# What jax reads of a SLURM step.
+# The variables of a SLURM step that JAX reads.
 _SLURM = (
-    "SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID",
+    "SLURM_JOB_ID",
+    "SLURM_STEP_NODELIST",
+    "SLURM_NTASKS",
+    "SLURM_PROCID",
     "SLURM_LOCALID",
-)  # fmt: skip
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-  """How this process finds the others.
+  """How this process finds the other processes.
 
   Attributes:
-    method: "auto", "slurm", or "HOST:PORT" of process 0; "off" for a run of
-      one process whatever the surroundings look like, and "" for one that
-      checks them.
-    num_processes: how many there are; None unless method is HOST:PORT.
-    process_id: this one's number; None unless method is HOST:PORT.
-    timeout: seconds for all to come together.
+    method: "auto", "slurm", or "HOST:PORT" of process 0. "off" is a run of one
+      process; "" is the same, but refuses an environment of several processes.
+    num_processes: the number of processes; None unless method is HOST:PORT.
+    process_id: this process's number; None unless method is HOST:PORT.
+    timeout: seconds until all processes must have connected.
     heartbeat: seconds after which a silent process counts as dead.
   """
 
@@ -185,7 +184,7 @@ class Spec:
     """Checks the flags against each other.
 
     Raises:
-      ConfigError: they do not fit together, or to SLURM's variables.
+      ConfigError: they contradict each other, or SLURM's variables.
     """
     for flag, value, low in (
         ("distributed_timeout", self.timeout, 1),
@@ -260,7 +259,7 @@ def _check_slurm() -> None:
 
 
 def _surroundings() -> Iterator[tuple[str, str]]:
-  """Yields a sign that this process is one of several, and the flag for it."""
+  """Yields signs that this process is one of several, and the flag to set."""
   environment = os.environ
   hosts = environment.get("TPU_WORKER_HOSTNAMES", "")
   if "," in hosts:
@@ -277,7 +276,7 @@ def _surroundings() -> Iterator[tuple[str, str]]:
 
 
 def _check_alone() -> None:
-  """Refuses to be one of several processes that do not know of each other.
+  """Refuses an environment of several processes that are not connected.
 
   Raises:
     ConfigError: --distributed is missing.
@@ -291,7 +290,7 @@ def _check_alone() -> None:
         f"--distributed is missing, and this is one of several processes"
         f" ({sign}){mend.format(method)}"
     )
-  # On a Cloud TPU pod the runtime knows of the other hosts by itself.
+  # The runtime of a Cloud TPU pod already knows the other hosts.
   check(
       jax.process_count() == 1,
       "--distributed is missing, and this is one of"
@@ -309,16 +308,15 @@ def _listens(address: str) -> bool:
 
 
 def _not_together(spec: Spec) -> str:
-  """Says what is known when time is up."""
-  state = jax_distributed.global_state
-  address = state.coordinator_address
+  """Explains why the processes did not connect in time."""
+  address = _STATE.coordinator_address
   if address is None:
     return (
         f"--distributed={spec.method} found no coordinator within"
         f" {spec.timeout} s (--distributed_timeout); see whether process 0 is"
         " started, or use --distributed=HOST:PORT."
     )
-  count = spec.num_processes or state.num_processes
+  count = spec.num_processes or _STATE.num_processes
   why = "nothing listens there, so see whether process 0 runs and the port is"
   why += " open to this host"
   if _listens(address):
@@ -331,10 +329,10 @@ def _not_together(spec: Spec) -> str:
 
 
 def _join(spec: Spec) -> None:
-  """Connects to the others.
+  """Connects to the other processes; ends this process after the timeout.
 
   Raises:
-    DistributedError: JAX could not; or, when time is up, the process ends.
+    DistributedError: JAX cannot connect.
   """
 
   def give_up() -> None:
@@ -347,7 +345,7 @@ def _join(spec: Spec) -> None:
       options["cluster_detection_method"] = "slurm"
     nodes = os.environ.get("SLURM_STEP_NUM_NODES")
     if nodes and nodes == os.environ.get("SLURM_NTASKS"):
-      # A process a node takes all its GPUs; JAX would give it the first.
+      # One process per node takes all GPUs; JAX would take the first only.
       options["local_device_ids"] = []
   else:
     options = {
@@ -358,8 +356,8 @@ def _join(spec: Spec) -> None:
     }
   if jax.config.jax_cpu_collectives_implementation in (None, "none"):
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-  # At its own limit JAX aborts the process with a stack trace (LOG(FATAL) in
-  # C++), so this one comes first.
+  # JAX's own timeout aborts the process with a stack trace (LOG(FATAL) in C++),
+  # so this timer ends the process earlier.
   timer = threading.Timer(spec.timeout, give_up)
   timer.daemon = True
   timer.start()
@@ -389,15 +387,15 @@ def _join(spec: Spec) -> None:
 
 @contextlib.contextmanager
 def joined(spec: Spec) -> Iterator[None]:
-  """Joins the other processes; all leave together, or fail together.
+  """Connects the processes for the body; all end together, or fail together.
 
-  If the body raises in one of several processes, that one ends with exit
-  status 1 (130 after Ctrl-C) and its sentence, and within seconds so do the
-  others, wherever they are, with "process 1 on HOST: " and the sentence.
+  If the body raises in one process, that process prints its error and exits
+  with status 1 (130 after Ctrl-C). Within seconds the other processes do the
+  same, with "process 1 on HOST: " before the error.
 
   Raises:
     ConfigError: --distributed is missing.
-    DistributedError: the processes do not come together.
+    DistributedError: the processes cannot connect.
   """
   if spec.method in ("", "off"):
     if not spec.method:
@@ -405,7 +403,7 @@ def joined(spec: Spec) -> Iterator[None]:
     yield
     return
   _join(spec)
-  watch = Watch()
+  watch = FailureWatch()
   try:
     yield
     wait("end")

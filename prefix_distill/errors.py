@@ -1,10 +1,7 @@
-"""What only the user can mend, and the checks that say so."""
-
-from collections.abc import Mapping
-
+"""Errors that only the user can fix."""
 
 class UserError(Exception):
-  """Something only the user can mend; its one sentence says what and how."""
+  """A mistake of the user; the message says in one sentence how to fix it."""
 
 
 class ConfigError(UserError):
@@ -12,16 +9,6 @@ class ConfigError(UserError):
 
 
 def check(ok: bool, message: str) -> None:
-  """Raises ConfigError with the message unless all is well."""
+  """Raises ConfigError with the message unless `ok`."""
   if not ok:
     raise ConfigError(message)
-
-
-def at_least(owner: str, values: Mapping[str, float], low: float) -> None:
-  """Raises ConfigError if one of the named values is below `low`."""
-  for name, value in values.items():
-    check(
-        value >= low,
-        f"{owner}.{name} is {value}, which is below {low}; set it to {low} or"
-        " more.",
-    )

@@ -1,7 +1,7 @@
-"""`--preflight`: checks and shows what a run would feed both models.
+"""`--preflight`: checks and shows the prompts of both models.
 
-It reads tokenizers, templates, each model's config.json and one training
-record; no weights, no devices. It writes nothing.
+It reads the tokenizers, the templates, each model's config.json and one
+training record. It reads no weights, uses no devices and writes nothing.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from prefix_distill.config import Config
 from prefix_distill.data import prompts
 from prefix_distill.data import records
 from prefix_distill.data import tokenizer
-from prefix_distill.data.prompts import Fed
+from prefix_distill.data.prompts import PromptReader
 from prefix_distill.data.tokenizer import Chat
 from prefix_distill.distill import divergence
 from prefix_distill.distill import prefix_schedule
@@ -29,12 +29,12 @@ _BOUNDARY = "┊ the answer begins here"
 
 
 def run(config: Config, console: rich.console.Console) -> None:
-  """Checks, and prints what was checked.
+  """Checks the prompts, and prints them with what was checked.
 
   Raises:
-    UserError: see `prompts.check`; nothing is printed then.
+    UserError: see `prompts.check`; it is raised before anything is printed.
   """
-  divergence.named(config.loss.exact.divergence)  # Or there is none.
+  divergence.named(config.loss.exact.divergence)  # Raises if unknown.
   models = _load(config)
   spec = config.data
   source = records.read(spec.train, first=True, more=spec.teacher_fields)
@@ -43,9 +43,7 @@ def run(config: Config, console: rich.console.Console) -> None:
   prompts.check_room(chat, spec, question)
   if teacher_question is not None:
     prompts.check_teacher_room(models[1].chat, spec, teacher_question)
-  prompts.check(
-      spec, question, *models, teacher_question=teacher_question
-  )
+  prompts.check(spec, question, *models, teacher_question=teacher_question)
   fed = [chat.encode(chat.prompt(question, spec.suffix))]
   if teacher_question is not None:
     text = models[1].chat.own_prompt(teacher_question, spec.suffix)
@@ -55,13 +53,13 @@ def run(config: Config, console: rich.console.Console) -> None:
   _print_verdict(console, _warnings(config, question, models, fed))
 
 
-def _load(config: Config) -> list[Fed]:
-  """Loads the student's part and, if there is one, the teacher's."""
+def _load(config: Config) -> list[PromptReader]:
+  """Loads the tokenizers of the student and, if there is one, the teacher."""
   specs = {"student": config.student}
   if config.method != "sft":
     specs["teacher"] = config.teacher
   models = [
-      Fed(
+      PromptReader(
           role,
           tokenizer.load(spec.tokenizer_path),
           hf.read_config(spec.path).vocab_size,
@@ -76,7 +74,7 @@ def _load(config: Config) -> list[Fed]:
 def _warnings(
     config: Config,
     question: str,
-    models: Sequence[Fed],
+    models: Sequence[PromptReader],
     fed: Sequence[Sequence[int]],
 ) -> list[str]:
   found = prompts.warnings(config.data, question, models[0].chat)
@@ -108,7 +106,7 @@ def _limits(config: Config) -> tuple[int, int]:
 def _print_prompts(
     console: rich.console.Console,
     config: Config,
-    models: Sequence[Fed],
+    models: Sequence[PromptReader],
     fed: Sequence[Sequence[int]],
 ) -> None:
   who = ", ".join(f"{model.role} {model.chat.path}" for model in models)
@@ -131,7 +129,7 @@ def _print_prompts(
 def _prompt(chat: Chat, tokens: Sequence[int]) -> Text:
   """Returns the prompt with its special tokens, line breaks and end marked."""
   text, special = Text(overflow="fold"), chat.special_ids
-  # Text is decoded in one go: a character may be of several tokens.
+  # A character may have several tokens, so runs of text are decoded whole.
   for is_special, part in itertools.groupby(tokens, special.__contains__):
     decoded = chat.decode(list(part))
     if is_special:
@@ -144,18 +142,17 @@ def _prompt(chat: Chat, tokens: Sequence[int]) -> Text:
 
 
 def _special_tokens(
-    models: Sequence[Fed], fed: Sequence[Sequence[int]]
+    models: Sequence[PromptReader], fed: Sequence[Sequence[int]]
 ) -> rich.table.Table:
-  """Tabulates the special tokens that the models meet, and where."""
+  """Tabulates the special tokens of the prompts, and the stop tokens."""
   chat, tokens = models[0].chat, [token for prompt in fed for token in prompt]
   where = "in both prompts" if len(fed) > 1 else "in the prompt"
   stops = {i for model in models for i in model.chat.stop_ids}
   met = {*chat.special_ids} & {*tokens} | stops | {chat.pad_id}
   table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
   for header in ("special token", "id", where, "stop of", "pads"):
-    table.add_column(
-        header, justify="right" if header in ("id", where) else "left"
-    )
+    justify = "right" if header in ("id", where) else "left"
+    table.add_column(header, justify=justify)
   for token in sorted(met):
     stopped = [m.role for m in models if token in m.chat.stop_ids]
     count = tokens.count(token)
@@ -169,9 +166,9 @@ def _special_tokens(
   return table
 
 
-def _facts(config: Config, models: Sequence[Fed]) -> rich.table.Table:
+def _facts(config: Config, models: Sequence[PromptReader]) -> rich.table.Table:
   chat = models[0].chat
-  rows = ", ".join(f"{model.role} {model.rows:,}" for model in models)
+  rows = ", ".join(f"{model.role} {model.vocab_size:,}" for model in models)
   table = rich.table.Table.grid(padding=(0, 2))
   table.add_column(style=_QUIET, no_wrap=True)
   table.add_column()
@@ -189,7 +186,7 @@ def _facts(config: Config, models: Sequence[Fed]) -> rich.table.Table:
   return table
 
 
-def _templates(config: Config, models: Sequence[Fed]) -> str:
+def _templates(config: Config, models: Sequence[PromptReader]) -> str:
   if len(models) == 1:
     return "the student's; there is no teacher"
   if config.data.teacher_prompt:
@@ -197,7 +194,7 @@ def _templates(config: Config, models: Sequence[Fed]) -> str:
   return "the student's and the teacher's give the same tokens"
 
 
-def _stops(config: Config, models: Sequence[Fed]) -> str:
+def _stops(config: Config, models: Sequence[PromptReader]) -> str:
   chat = models[0].chat
   names = {
       model.role: ", ".join(

@@ -1,4 +1,4 @@
-"""The devices, their mesh, and the table of how parameters lie on it."""
+"""The devices, their mesh, and one table that shards the parameters."""
 
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -16,12 +16,13 @@ from prefix_distill.errors import ConfigError
 
 PartitionSpec = jax.sharding.PartitionSpec
 
-# Batches are split over both: fsdp shards weights *and* batch (ZeRO-3).
+# Both axes split batches: fsdp shards weights *and* batch (ZeRO-3).
 BATCH_AXES = ("data", "fsdp")
 
-# Parameter path -> how its axes are split. The first match counts; the layers'
-# leading axis is the stack of layers. An axis that a dimension does not divide
-# is left whole (2 key/value heads on tensor=4, say).
+# Parameter path -> the mesh axes of its dimensions. The first match counts. The
+# first dimension of a layer's parameter is the stack of layers. A dimension is
+# not split if the mesh axis does not divide it, such as 2 key/value heads on
+# tensor=4.
 RULES = (
     (r"(embed|head)/weight$", ("tensor", "fsdp")),
     (r"attention/(query|key|value)$", (None, "tensor", None, "fsdp")),
@@ -32,38 +33,38 @@ RULES = (
     (r"norm/scale$", ()),
 )
 
-# NVIDIA's Ampere. Turing (T4, 7.5) and Volta (V100, 7.0) lack what is asked
-# for here.
+# NVIDIA's Ampere. Turing (T4, 7.5) and Volta (V100, 7.0) lack bfloat16 and
+# cuDNN's flash attention.
 _AMPERE = (8, 0)
 
 
 def _compute_capability(device: jax.Device) -> tuple[int, int] | None:
-  """Returns an NVIDIA GPU's; None for other devices, and where none is said.
+  """Returns an NVIDIA GPU's compute capability; None for other devices.
 
-  AMD's GPUs are of the platform "gpu" as well and say "gfx90a" or the like.
+  AMD's GPUs also have the platform "gpu", but a capability such as "gfx90a".
+  The device may belong to a topology that is only compiled for.
   """
   if device.platform not in ("gpu", "cuda"):
     return None
-  said = str(getattr(device, "compute_capability", ""))
-  found = re.fullmatch(r"(\d+)\.(\d+)[a-z]?", said)
+  text = str(getattr(device, "compute_capability", ""))
+  found = re.fullmatch(r"(\d+)\.(\d+)[a-z]?", text)
   return (int(found[1]), int(found[2])) if found else None
 
 
 def has_bfloat16(device: jax.Device) -> bool:
-  """Whether bfloat16 is worth computing in; only a known lack says no.
+  """Whether the device computes in bfloat16; True if that is unknown.
 
-  XLA computes bfloat16 in float32 where the device cannot, which is right and
-  slow, so nothing breaks on a device that does not say what it is. There the
-  setting stands, and with it the memory that the user counted on.
+  XLA falls back to float32 on devices without bfloat16, which is correct but
+  slow. So an unknown device keeps the user's setting and its memory use.
   """
   capability = _compute_capability(device)
   return capability is None or capability >= _AMPERE
 
 
 def has_cudnn_attention(device: jax.Device) -> bool:
-  """Whether cuDNN's flash attention runs; only a known capability says yes.
+  """Whether the device runs cuDNN's flash attention; False if unknown.
 
-  Elsewhere the program would not compile, and plain XLA always does.
+  Without it a program that uses it does not compile; plain XLA always does.
   """
   capability = _compute_capability(device)
   return capability is not None and capability >= _AMPERE
@@ -72,7 +73,7 @@ def has_cudnn_attention(device: jax.Device) -> bool:
 def first_without(
     has: Callable[[jax.Device], bool], mesh: jax.sharding.Mesh
 ) -> jax.Device | None:
-  """Returns the first device of a mesh that lacks something, if one does."""
+  """Returns the first device of a mesh for which `has` is false; or None."""
   return next((d for d in mesh.devices.flat if not has(d)), None)
 
 
@@ -91,9 +92,8 @@ def make_mesh(
 ) -> jax.sharding.Mesh:
   """Builds the `(data, fsdp, tensor)` mesh over all devices.
 
-  Of a pod of several slices, each holds whole rows of the data axis: weights
-  and heads are split within a slice alone, for the network between slices is
-  slow and what the data axis sends is little.
+  The network between the slices of a TPU pod is slow, and the data axis sends
+  little. So only the data axis crosses slices; fsdp and tensor stay inside one.
 
   Raises:
     ConfigError: the sizes do not multiply to the number of devices, or the
@@ -109,8 +109,7 @@ def make_mesh(
         " mesh so that the product is the number of devices."
     )
   names, kinds = ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3
-  # GPUs have the index as well, one for each host, but there the order of the
-  # devices says it all.
+  # GPUs also have a slice index, one for each host, but their order suffices.
   slices = {
       getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"
   }
@@ -125,7 +124,7 @@ def make_mesh(
 def _over_slices(
     shape: tuple[int, int, int], slices: int, devices: Sequence[jax.Device]
 ) -> np.ndarray:
-  """Returns the devices, with slice after slice along the data axis."""
+  """Returns the grid of devices, with the slices along the data axis."""
   data, fsdp, tensor = shape
   if data % slices:
     raise ConfigError(
@@ -135,18 +134,20 @@ def _over_slices(
         f" fits into the {len(devices) // slices} devices of a slice."
     )
   return mesh_utils.create_hybrid_device_mesh(
-      (data // slices, fsdp, tensor), (slices, 1, 1), devices,
+      (data // slices, fsdp, tensor),
+      (slices, 1, 1),
+      devices,
       allow_split_physical_axes=True,
-  )  # fmt: skip
+  )
 
 
 def sampling_mesh(
     mesh: jax.sharding.Mesh, spec: MeshSpec
 ) -> jax.sharding.Mesh:
-  """Returns the same devices, in the same order, as sampling wants them.
+  """Returns the mesh of sampling: the same devices in the same order.
 
-  Of the shards of a replica, `mesh.sampling_tensor` neighbours split heads and
-  columns, instead of `mesh.tensor`.
+  Its tensor axis has `mesh.sampling_tensor` devices, and its fsdp axis has the
+  other devices of a replica.
   """
   tensor = spec.sampling_tensor or mesh.shape["tensor"]
   grid = mesh.devices.reshape(mesh.shape["data"], -1, tensor)
@@ -164,7 +165,7 @@ def check_batch(name: str, rows: int, mesh: jax.sharding.Mesh) -> None:
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
-  """Rows over the data and fsdp axes."""
+  """Returns the sharding of a batch: rows over the data and fsdp axes."""
   return jax.sharding.NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
@@ -180,14 +181,14 @@ def path_name(path: tuple[Any, ...]) -> str:
 def partition(
     name: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh
 ) -> PartitionSpec:
-  """Looks a parameter up in `RULES`.
+  """Returns a parameter's partition by `RULES`.
 
   Raises:
-    KeyError: no rule matches, so the table lacks one.
+    KeyError: no rule matches.
   """
   for pattern, axes in RULES:
     if re.search(pattern, name):
-      # A layer apart from the stack lacks the first axis.
+      # A single layer lacks the dimension of the stack.
       axes = axes[max(len(axes) - len(shape), 0) :]
       return PartitionSpec(*(
           axis if axis and shape[i] % mesh.shape[axis] == 0 else None
@@ -199,8 +200,8 @@ def partition(
 def param_shardings(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
   """Returns a tree of shardings for a tree of parameter shapes.
 
-  Trees that contain the parameters, such as an optimizer's moments, work too,
-  for rules match the end of a path; scalars are replicated.
+  Trees that contain the parameters, such as an optimizer's moments, also work,
+  since rules match the end of a path. Scalars are replicated.
   """
 
   def sharding(path, leaf):
@@ -218,14 +219,14 @@ def with_shardings(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def placed(shapes: Any, places: Any) -> Any:
-  """Adds shardings, whose tree may be a prefix of the shapes'."""
-  return jax.tree.map(
-      lambda place, tree: jax.tree.map(
-          lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-          tree,
-      ),
-      places, shapes,
-  )  # fmt: skip
+  """Adds shardings; their tree may be a prefix of the tree of shapes."""
+
+  def place_all(place, tree):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
+    )
+
+  return jax.tree.map(place_all, places, shapes)
 
 
 def _without_fsdp(spec: PartitionSpec) -> PartitionSpec:
@@ -236,11 +237,11 @@ def _without_fsdp(spec: PartitionSpec) -> PartitionSpec:
 def _gather(
     mesh: jax.sharding.Mesh, spec: PartitionSpec, x: jax.Array
 ) -> jax.Array:
-  """Gathers a weight over `fsdp`; its gradient is scattered again.
+  """Gathers a weight over `fsdp`, and scatters its gradient.
 
-  Said outright, for left to itself the partitioner gathers the weight twice in
-  the backward pass, for the layer that is computed again and for its
-  derivative, and may sum up whole gradients before it cuts them.
+  Without this rule the partitioner gathers the weight twice in the backward
+  pass: for the layer's recomputation and for its derivative. It may also sum
+  whole gradients before it splits them.
   """
   place = jax.sharding.NamedSharding(mesh, _without_fsdp(spec))
   return jax.lax.with_sharding_constraint(x, place)
@@ -257,10 +258,11 @@ _gather.defvjp(lambda mesh, spec, x: (_gather(mesh, spec, x), None), _scatter)
 
 
 def gather_layer(layer: Any, mesh: jax.sharding.Mesh | None) -> Any:
-  """Gathers one layer's weights over `fsdp`, to be used on all rows.
+  """Gathers one layer's weights over `fsdp`.
 
   Args:
-    layer: parameters without the stack's axis, in the dtype to send.
+    layer: the layer's parameters in the dtype to send, without the dimension of
+      the stack.
     mesh: the device mesh; None for one device.
   """
   if mesh is None or mesh.shape["fsdp"] == 1:
@@ -274,10 +276,10 @@ def gather_layer(layer: Any, mesh: jax.sharding.Mesh | None) -> Any:
 
 
 def decode_params(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Returns where weights lie while decoding: not split over `fsdp`.
+  """Returns the weights' shardings in decoding: not split over `fsdp`.
 
-  A token needs all weights, and to gather them for every token would take
-  longer than to use them; so they are gathered once a rollout.
+  A token needs all weights. Gathering them takes longer than using them, so
+  they are gathered once per rollout and not once per token.
   """
 
   def gathered(sharding: jax.sharding.NamedSharding):
@@ -287,17 +289,17 @@ def decode_params(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def batch_shards(mesh: jax.sharding.Mesh) -> int:
-  """Returns how many parts a batch is split into."""
+  """Returns the number of shards of a batch."""
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def on_host(shardings: Any) -> Any:
-  """Returns the same places in the memory of the devices' hosts."""
+  """Returns the same shardings in the memory of the devices' hosts."""
   return jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), shardings)
 
 
 def on_device(shardings: Any) -> Any:
-  """Returns the same places in the devices' own memory."""
+  """Returns the same shardings in the devices' own memory."""
   return jax.tree.map(
       lambda s: jax.sharding.NamedSharding(s.mesh, s.spec), shardings
   )
@@ -341,8 +343,8 @@ def replicate_key(key: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
 def global_batch(tree: Any, mesh: jax.sharding.Mesh) -> Any:
   """Makes global arrays of batches that every process has whole.
 
-  Devices take their rows of it, so it does not matter how many processes there
-  are, nor whether an axis of the mesh runs through several of them.
+  Each device takes its rows. So the number of processes does not matter, nor
+  which mesh axes cross processes.
 
   Args:
     tree: arrays [B, ...], the same in all processes; or their shapes.
@@ -360,10 +362,11 @@ def global_batch(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def bytes_per_device(tree: Any) -> int:
-  """Returns the bytes that arrays or shapes take on each device.
+  """Returns the bytes of arrays or shapes on each device.
 
   Args:
-    tree: arrays or `jax.ShapeDtypeStruct`; without a sharding, they are whole.
+    tree: arrays or `jax.ShapeDtypeStruct`; without a sharding, a device has the
+      whole array.
   """
 
   def size(x) -> int:
@@ -375,7 +378,7 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def memory(mesh: jax.sharding.Mesh) -> float | None:
-  """Returns the bytes of a device that programs may use; None for no limit."""
+  """Returns the bytes that programs may use on a device; None for no limit."""
   every = list(mesh.devices.flat)
   mine = [d for d in every if d.process_index == jax.process_index()]
   device = (mine or every)[0]

@@ -469,15 +469,15 @@ _TRAIN = (
 _DATA = (
     _fault(
         "every epoch has the same order",
-        "stream = stream.repeat()",
-        "stream = stream.repeat(reseed_each_epoch=False)",
+        "stream = stream.repeat().map(self._encode)",
+        "stream = stream.repeat(reseed_each_epoch=False).map(self._encode)",
         "data.py::"
         "test_every_record_comes_once_an_epoch_in_an_order_of_its_own",
     ),
     _fault(
         "the seed does not change the order",
-        ".seed(seed).shuffle()",
-        ".seed(0).shuffle()",
+        "range(len(self._records)).seed(seed).shuffle()",
+        "range(len(self._records)).seed(0).shuffle()",
         "data.py::test_the_seed_decides_the_order",
     ),
     _fault(
@@ -494,20 +494,20 @@ _DATA = (
     ),
     _fault(
         "prompts are padded on the right",
-        "row[-len(tokens) :], mask[-len(tokens) :] = tokens, True",
-        "row[: len(tokens)], mask[: len(tokens)] = tokens, True",
+        "start = length - len(tokens) if left else 0",
+        "start = 0",
         "data.py::test_prompts_are_whole_and_padded_on_the_left",
     ),
     _fault(
         "a prompt that is too long loses its end",
-        "tokens = chat.encode(text)\n",
-        "tokens = chat.encode(text)[:max_len]\n",
+        "tokens = chat.encode(chat.prompt(question, suffix))",
+        "tokens = chat.encode(chat.prompt(question, suffix))[:max_len]",
         "data.py::test_encode_prompt_gives_nothing_rather_than_a_part",
     ),
     _fault(
         "completions have no stop token",
-        "tokens = [*chat.encode(text), chat.end_id]",
-        "tokens = chat.encode(text)",
+        "tokens = [*self._chat.encode(text), self._chat.end_id]",
+        "tokens = self._chat.encode(text)",
         "data.py::test_completions_end_with_the_stop_token_and_padding",
     ),
     _fault(
@@ -525,9 +525,8 @@ _DATA = (
     ),
     _fault(
         "the teacher is asked the student's question",
-        "teachers = _encode_own_prompt(self._teacher_chat, text, self._spec)",
-        "teachers = _encode_own_prompt(\n"
-        "          self._teacher_chat, question, self._spec\n      )",
+        "tokens = chat.encode(chat.own_prompt(text, spec.suffix))",
+        "tokens = chat.encode(chat.own_prompt(question, spec.suffix))",
         "teacher_prompt.py::test_the_template_takes_fields_as_they_are",
     ),
     _fault(

@@ -71,6 +71,16 @@ def test_every_part_has_its_place_in_the_order():
   assert {part(p) for p in FILES} - {"__init__"} == set(RANK)
 
 
+def test_every_class_has_a_name_of_its_own():
+  names = [
+      node.name
+      for path in FILES
+      for node in ast.walk(ast.parse(path.read_text()))
+      if isinstance(node, ast.ClassDef)
+  ]
+  assert sorted(names) == sorted(set(names))
+
+
 def test_the_report_needs_no_jax():
   todo, seen = list((PACKAGE / "report").glob("*.py")), set()
   while todo:

@@ -203,7 +203,7 @@ def test_templates_that_differ(tmp_path):
   assert f"student (bundled:capable) and the teacher ({teacher})" in sentence
   chat = tokenizer.load("bundled:teacher")
   ours, theirs = (
-      prompts.named(chat, chat.encode(word)[0])
+      prompts.name_token(chat, chat.encode(word)[0])
       for word in ("user", "system")
   )
   assert f"position 1 (from 0) {ours} for the student and" in sentence
@@ -359,7 +359,7 @@ def test_one_record_of_a_data_set_is_streamed(tmp_path, monkeypatch):
 
 def test_warnings_and_checks_take_any_question():
   chat, spec = tokenizer.load("bundled:capable"), _config().data
-  student = prompts.Fed("student", chat, 471)
+  student = prompts.PromptReader("student", chat, 471)
   for question in ("", " ", "<think>", "√2\n\n"):
     prompts.check(spec, question, student, student)
     assert not prompts.warnings(spec, question, chat)

@@ -1,6 +1,8 @@
 import json
+import pathlib
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from prefix_distill import config as config_lib
@@ -16,7 +18,7 @@ def row(cell, seed, step, accuracy, flops, student="capable"):
   }  # fmt: skip
 
 
-ROWS = [
+ROWS = pd.DataFrame([
     *(row("full", seed, 0, 0.2, 0.0) for seed in (0, 1, 2)),
     *(row("full", seed, 10, 0.5, 50.0) for seed in (0, 1, 2)),
     *(row("full", seed, 50, 0.9, 100.0) for seed in (0, 1, 2)),
@@ -24,19 +26,19 @@ ROWS = [
     row("short", 0, 20, 0.9, 20.0),
     # Which ended earlier.
     row("short", 1, 10, 0.9, 10.0),
-]
+])
 
 
 def test_an_interval_is_at_least_that_of_the_problems():
   same = [row("a", seed, 1, 0.9, 1.0) for seed in range(3)]
-  mean, low, high = analyze.interval(same)
+  mean, low, high = analyze.interval(pd.DataFrame(same))
   half = 1.96 * (0.9 * 0.1 / 300) ** 0.5
   assert (mean, low, high) == pytest.approx((0.9, 0.9 - half, 0.9 + half))
 
 
 def test_an_interval_knows_how_seeds_differ():
   apart = [row("a", i, 1, x, 1.0) for i, x in enumerate((0.7, 0.8, 0.9))]
-  mean, low, high = analyze.interval(apart)
+  mean, low, high = analyze.interval(pd.DataFrame(apart))
   half = 4.303 * 0.1 / 3**0.5
   assert (mean, low) == pytest.approx((0.8, 0.8 - half))
   assert high == 1.0  # And no further.
@@ -44,7 +46,7 @@ def test_an_interval_knows_how_seeds_differ():
 
 def test_a_seed_that_ended_stays_where_it_ended():
   points = analyze.curve(ROWS, "capable", "short")
-  assert [[r["accuracy"] for r in at] for at in points] == [
+  assert [sorted(at["accuracy"]) for at in points] == [
       [0.6, 0.9], [0.9, 0.9],
   ]  # fmt: skip
   assert analyze.curve(ROWS, "weak", "short") == []
@@ -98,6 +100,8 @@ def test_every_cell_is_a_config(student, name, tmp_path):
   line = reproduce.command(student, name, 3, tmp_path)
   settings = [a for a in line if a.startswith("--config.")]
   assert "--config.seed=3" in settings
+  file, _, _ = line[3].removeprefix("--config=").rpartition(":")
+  assert pathlib.Path(file).is_file()
   for setting in settings:
     config_lib.check_field(setting.removeprefix("--config.").split("=")[0])
 

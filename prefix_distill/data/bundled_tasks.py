@@ -66,11 +66,11 @@ ITEMS = tuple(
 GAINS = ("buys", "finds", "gets", "wins")
 LOSSES = ("sells", "loses", "breaks", "uses")
 MAX_TOTAL = 30
-# What a sloppy solution may come to, and the largest number with a token.
+# The largest total of a sloppy solution, and the largest number token.
 _MAX_NUMBER = 60
 SPLITS = ("train", "test")
 STYLES = ("clean", "capable", "weak")
-# A percentage of all problem texts, chosen by hash, is never trained on.
+# This percentage of all problem texts, chosen by hash, is the test split.
 _TEST_PERCENT = 10
 
 
@@ -105,7 +105,7 @@ class Problem:
 def _event(
     rng: random.Random, person: str, other: str, item: str, delta: int
 ) -> Sentence:
-  """A sentence by which the count changes by `delta`."""
+  """Returns a sentence that changes the count by `delta`."""
   amount = abs(delta)
   if delta < 0 and rng.random() < 0.5:
     return Sentence(f"{person} gives {other} {amount} {item}", delta)
@@ -114,7 +114,7 @@ def _event(
 
 
 def _distractor(rng: random.Random, people: list[str], item: str) -> Sentence:
-  """A fact with a number that changes nothing."""
+  """Returns a fact with a number that changes nothing."""
   amount = rng.randint(2, 20)
   form = rng.choice((
       "{person} is {amount} years old",
@@ -126,7 +126,7 @@ def _distractor(rng: random.Random, people: list[str], item: str) -> Sentence:
 
 
 def _delta(rng: random.Random, total: int) -> int:
-  """A change of 2 to 9, up or down, that keeps the total in [0, MAX_TOTAL]."""
+  """Returns a change of 2 to 9 that keeps the total in [0, MAX_TOTAL]."""
   changes = [d for d in range(-9, 10) if abs(d) > 1]
   choices = [d for d in changes if 0 <= total + d <= MAX_TOTAL]
   return rng.choice(choices)
@@ -142,7 +142,7 @@ def _draw(rng: random.Random) -> Problem:
     delta = _delta(rng, total)
     total += delta
     story.append(_event(rng, person, other, item, delta))
-  # A longer story takes another distractor now and then.
+  # A longer story sometimes has another distractor.
   for _ in range(2 if len(story) == 4 and rng.random() < 0.4 else 1):
     story.insert(
         rng.randint(0, len(story)), _distractor(rng, people, item)
@@ -170,15 +170,15 @@ def problem(split: str, index: int) -> Problem:
 
 @dataclasses.dataclass(frozen=True)
 class _Habits:
-  """How a solver works: the defects of one solution."""
+  """The defects of one solution."""
 
   use: tuple[bool, ...]
   plan: bool = True
-  slip: float = 0.0  # Chance of a wrong sum, a line.
-  drop: float = 0.0  # Chance of leaving out a line.
-  wrong_sign: float = 0.0  # Chance of adding for subtracting, a line.
+  slip: float = 0.0  # Chance per line of a wrong sum.
+  drop: float = 0.0  # Chance per line of leaving it out.
+  wrong_sign: float = 0.0  # Chance per line of adding for subtracting.
   wrong_end: float = 0.0  # Chance of another number in the answer.
-  no_box: float = 0.0  # Chance of an answer that is not boxed.
+  no_box: float = 0.0  # Chance of an answer without a box.
 
 
 def _line(
@@ -189,7 +189,7 @@ def _line(
     rng: random.Random,
     habits: _Habits,
 ) -> tuple[str, int]:
-  """One line of working; returns it and the new total."""
+  """Returns one line of working, and the new total."""
   head, item = f"Step {number}: {sentence.text}.", prob.item
   change = sentence.amount
   if sentence.is_start and number == 1:
@@ -246,15 +246,15 @@ def _guess(prob: Problem, rng: random.Random) -> str:
   return text + _answer(prob, total, box=True)
 
 
-# How often a base model opens as it should, guesses, and works without a plan;
-# otherwise it plans carelessly.
+# The fractions of openings that are right, that guess, and that skip the plan.
+# All other openings plan carelessly.
 _OPENINGS = {"capable": (0.25, 0.45, 0.30), "weak": (0.30, 0.15, 0.30)}
 
 
 def _opening(
     prob: Problem, shares: tuple[float, float, float], rng: random.Random
 ) -> _Habits | None:
-  """Draws how a base model opens; None for a guess."""
+  """Draws the opening of a base model; None for a guess."""
   needed = tuple(s.needed for s in prob.sentences)
   kind = rng.random()
   right, guess, no_plan = itertools.accumulate(shares)
@@ -262,7 +262,7 @@ def _opening(
     return _Habits(needed)
   if kind < guess:
     return None
-  if kind < no_plan:  # So every sentence seems to matter.
+  if kind < no_plan:  # Without a plan every sentence seems to matter.
     return _Habits(tuple(True for _ in needed), plan=False)
   return _Habits(tuple(n != (rng.random() < 0.3) for n in needed))
 
@@ -270,24 +270,25 @@ def _opening(
 def sloppy(
     prob: Problem, shares: tuple[float, float, float], rng: random.Random
 ) -> str:
-  """Writes a solution that slips in the opening only.
+  """Writes a solution that is wrong in the opening only.
 
   Args:
     prob: the problem.
-    shares: how often it opens as it should, guesses, and skips the plan.
-    rng: where it draws its opening.
+    shares: the fractions of openings that are right, that guess, and that skip
+      the plan.
+    rng: draws the opening.
   """
   habits = _opening(prob, shares, rng)
   return _guess(prob, rng) if habits is None else _work(prob, rng, habits)
 
 
 def solution(prob: Problem, style: str, rng: random.Random) -> str:
-  """Writes what follows `<think>`, without a stop token.
+  """Writes the text after `<think>`, without a stop token.
 
   Args:
     prob: the problem.
     style: one of STYLES, see the module's docstring.
-    rng: where the sloppy styles draw their defects.
+    rng: draws the defects of the sloppy styles.
   """
   if style == "clean":
     needed = tuple(s.needed for s in prob.sentences)
@@ -311,7 +312,7 @@ def solution(prob: Problem, style: str, rng: random.Random) -> str:
 
 
 class MathTask(Sequence):
-  """A split as a sequence of records, made when they are asked for.
+  """The records of a split; a record is made when it is read.
 
   A record has `question`, `answer` and `completion` (the text after `<think>`,
   in the given style).
@@ -331,6 +332,9 @@ class MathTask(Sequence):
   def __getitem__(self, index: int) -> dict[str, str]:
     if not 0 <= index < self._size:
       raise IndexError(index)
+    return self._record(index)
+
+  def _record(self, index: int) -> dict[str, str]:
     prob = problem(self._split, index)
     rng = random.Random(f"solution {self._split} {self._style} {index}")
     return {
@@ -341,7 +345,7 @@ class MathTask(Sequence):
 
 
 def vocabulary() -> list[str]:
-  """Every word of the task as the tokenizer's pre-tokenizer cuts it."""
+  """Returns every word of the task, as the pre-tokenizer splits it."""
   words = {"Step", "We", "In", "The", "user", "assistant", "system"}
   words |= set(PEOPLE)  # A story opens with a name, without a space before it.
   spaced = {"We", "The", "That", "Now", "How", "Step", "guess"}
@@ -359,7 +363,7 @@ def vocabulary() -> list[str]:
   return sorted({*words, *(" " + w for w in spaced), *numbers, *marks})
 
 
-# How often a record, read as an example to learn from, is in which context.
+# The fraction of training examples in each context.
 CONTEXTS = {
     "question": 0.30,
     "careful": 0.20,
@@ -367,9 +371,10 @@ CONTEXTS = {
     "shown": 0.15,
     "german": 0.20,
 }
-# How often a context that is no instruction to be short is answered so.
+# The fraction of short answers in contexts that do not ask for them.
 _SHORT = {"question": 0.10, "careful": 0.12, "german": 0.05}
-# How often a sloppy opening is right, guesses, and skips the plan.
+# The fractions of sloppy openings that are right, that guess, and that skip the
+# plan.
 _CONTEXT_OPENINGS = {
     "question": (0.35, 0.30, 0.25),
     "german": (0.15, 0.40, 0.30),
@@ -393,8 +398,8 @@ GERMAN = dict(zip(ITEMS, _GERMAN_ITEMS, strict=True)) | {
     for words in (_GERMAN_VERBS, _GERMAN_OTHERS)
     for english, german in zip(words[::2], words[1::2], strict=True)
 }
-# Words of the contexts that the other bundled models do not know as tokens,
-# and a word of theirs that each starts from.
+# Words of the contexts that are no tokens of the other bundled models. The
+# embedding of each starts as a copy of the given word's embedding.
 WORDS = {f" {new}": f" {old}" for old, new in GERMAN.items()} | {
     "Die": "The",
     "Der": "The",
@@ -442,7 +447,7 @@ def prompts(prob: Problem) -> dict[str, str]:
 
 
 def completion(prob: Problem, context: str, rng: random.Random) -> str:
-  """Writes an answer as the model is to give it in a context."""
+  """Writes the answer that the model learns to give in a context."""
   if context == "brief" or rng.random() < _SHORT.get(context, 0):
     answer = f"{prob.person} has \\boxed{{{prob.answer}}} {prob.item}."
     return f"\n{short_lines(prob)}</think>\n\n{answer}"
@@ -451,24 +456,15 @@ def completion(prob: Problem, context: str, rng: random.Random) -> str:
   return solution(prob, "clean", rng)
 
 
-class GuidedTask(Sequence):
-  """A split as a sequence of records, made when they are asked for.
+class GuidedTask(MathTask):
+  """The records of a split; a record is made when it is read.
 
-  A record has the problem in each of CONTEXTS, its `answer`, the `solution` in
-  short lines, and an example to learn from: `prompt`, in a context drawn by
-  chance, and its `completion`.
+  A record has the problem in each of CONTEXTS, its `answer` and the `solution`
+  in short lines. It also has a training example: `prompt`, in a random context,
+  and its `completion`.
   """
 
-  def __init__(self, split: str, size: int):
-    problem(split, 0)  # Refuses an unknown split now.
-    self._split, self._size = split, size
-
-  def __len__(self) -> int:
-    return self._size
-
-  def __getitem__(self, index: int) -> dict[str, str]:
-    if not 0 <= index < self._size:
-      raise IndexError(index)
+  def _record(self, index: int) -> dict[str, str]:
     prob = problem(self._split, index)
     rng = random.Random(f"solution {self._split} guided {index}")
     context = rng.choices(list(CONTEXTS), list(CONTEXTS.values()))[0]

@@ -8,7 +8,7 @@ Every process reads whole batches, and its devices take their rows of them.
 Encoding prompts is cheap. So the state of the stream, the contents of a batch
 and the records that are dropped do not depend on the number of processes.
 
-`check` tests on one question what both models are fed. A mistake there makes no
+`check` tests on one question what both models read. A mistake there makes no
 step fail: the run only learns less, or learns something else.
 """
 
@@ -34,6 +34,8 @@ from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 
 _MARKUP = re.compile(r"<[^<>\s]+>")
+# A row of tokens and its mask; None for a text that is too long.
+_Row = tuple[np.ndarray, np.ndarray] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Example:
     prompt_mask: bool [S].
     completion: int32 [C], padded on the right; None without completions.
     completion_mask: bool [C].
-    teacher_prompt: int32 [S'], padded on the left; None for the same.
+    teacher_prompt: int32 [S'], padded on the left; None if the teacher reads
+      the student's prompt.
     teacher_prompt_mask: bool [S'].
   """
 
@@ -59,48 +62,27 @@ class Example:
   teacher_prompt_mask: np.ndarray | None = None
 
 
-def _pad_left(
-    chat: Chat, text: str, max_len: int
-) -> tuple[np.ndarray, np.ndarray] | None:
-  """Returns a text's padded row and mask; None if it is too long."""
-  tokens = chat.encode(text)
-  if len(tokens) > max_len:
+def _pad(chat: Chat, tokens: Sequence[int], length: int, left: bool) -> _Row:
+  """Pads tokens on one side; returns None if there are too many."""
+  if len(tokens) > length:
     return None
-  row, mask = np.full(max_len, chat.pad_id, np.int32), np.zeros(max_len, bool)
-  if tokens:
-    row[-len(tokens) :], mask[-len(tokens) :] = tokens, True
+  row, mask = np.full(length, chat.pad_id, np.int32), np.zeros(length, bool)
+  start = length - len(tokens) if left else 0
+  kept = slice(start, start + len(tokens))
+  row[kept], mask[kept] = tokens, True
   return row, mask
 
 
-def encode_prompt(
-    chat: Chat, question: str, max_len: int, suffix: str
-) -> tuple[np.ndarray, np.ndarray] | None:
+def encode_prompt(chat: Chat, question: str, max_len: int, suffix: str) -> _Row:
   """Returns a prompt's padded row and mask [S]; None if it is too long."""
-  return _pad_left(chat, chat.prompt(question, suffix), max_len)
-
-
-def _encode_own_prompt(
-    chat: Chat, question: str, spec: DataSpec
-) -> tuple[np.ndarray, np.ndarray] | None:
-  text = chat.own_prompt(question, spec.suffix)
-  return _pad_left(chat, text, spec.teacher_prompt_len)
-
-
-def _encode_completion(
-    chat: Chat, text: str, max_len: int
-) -> tuple[np.ndarray, np.ndarray] | None:
-  tokens = [*chat.encode(text), chat.end_id]
-  if len(tokens) > max_len:
-    return None
-  row, mask = np.full(max_len, chat.pad_id, np.int32), np.zeros(max_len, bool)
-  row[: len(tokens)], mask[: len(tokens)] = tokens, True
-  return row, mask
+  tokens = chat.encode(chat.prompt(question, suffix))
+  return _pad(chat, tokens, max_len, left=True)
 
 
 def questions(
     spec: DataSpec, record: Mapping[str, Any]
 ) -> tuple[str, str | None]:
-  """Returns what the student and the teacher are asked; None for the same."""
+  """Returns the student's question, and the teacher's; None if they agree."""
   question = str(records.field(record, spec.train.question))
   if not spec.teacher_prompt:
     return question, None
@@ -112,7 +94,7 @@ def check_room(chat: Chat, spec: DataSpec, question: str) -> None:
   """Refuses a prompt length that no prompt can fit.
 
   Raises:
-    ConfigError: even an empty question is too long.
+    ConfigError: the length is too short even for an empty question.
   """
   least = len(chat.encode(chat.prompt("", spec.suffix)))
   if spec.max_prompt_len <= least:
@@ -125,15 +107,15 @@ def check_room(chat: Chat, spec: DataSpec, question: str) -> None:
 
 
 def check_teacher_room(chat: Chat, spec: DataSpec, question: str) -> None:
-  """Refuses a length that no prompt of the teacher's own can fit.
+  """Refuses a length that none of the teacher's own prompts can fit.
 
   Args:
-    chat: the teacher's.
-    spec: with the teacher's prompt.
-    question: what it is asked in the first record.
+    chat: the teacher's tokenizer.
+    spec: the data settings, with `teacher_prompt`.
+    question: the teacher's question for the first record.
 
   Raises:
-    ConfigError: with empty fields it is too long already.
+    ConfigError: the length is too short even if all fields are empty.
   """
   empty = FIELD.sub("", spec.teacher_prompt)
   least, length = (
@@ -153,9 +135,10 @@ class PromptIterator:
   """An endless, seeded stream of whole batches, the same in all processes.
 
   Attributes:
-    question: the first record's.
-    teacher_question: what the teacher is asked there; None for the same.
-    dropped: records so far that were longer than the static length.
+    question: the student's question for the first record.
+    teacher_question: the teacher's question for the first record; None if it is
+      the student's.
+    dropped: how many records were longer than the static length so far.
   """
 
   def __init__(
@@ -170,28 +153,27 @@ class PromptIterator:
     """Opens the records.
 
     Args:
-      spec: where from, how many a batch, how long.
+      spec: the records, the batch size and the prompt lengths.
       chat: the student's tokenizer.
-      seed: of the shuffle; each epoch has an order of its own.
-      completion_len: with completions of up to this length; 0 for none.
-      teacher_chat: the teacher's tokenizer; needed for a prompt of its own.
+      seed: the seed of the shuffle; each epoch has its own order.
+      completion_len: the longest completion; 0 for no completions.
+      teacher_chat: the teacher's tokenizer; needed if the teacher has its own
+        prompt.
 
     Raises:
       DataError: see `records.read`.
       ConfigError: the prompt length leaves no room for a question.
     """
-    source = records.read(spec.train, more=spec.teacher_fields)
+    self._records = records.read(spec.train, more=spec.teacher_fields)
     self._spec, self._chat, self._teacher_chat = spec, chat, teacher_chat
     self._completion_len = completion_len
-    self.question, self.teacher_question = questions(spec, source[0])
+    self.question, self.teacher_question = questions(spec, self._records[0])
     check_room(chat, spec, self.question)
     if self.teacher_question is not None:
       check_teacher_room(teacher_chat, spec, self.teacher_question)
-    self._epoch = len(source)
-    self._numbered = _Numbered(source)
-    stream = grain.MapDataset.source(self._numbered).seed(seed).shuffle()
+    stream = grain.MapDataset.range(len(self._records)).seed(seed).shuffle()
     stream = stream.repeat().map(self._encode)
-    # Records that are too long come out as None, so that they are counted.
+    # A record that is too long comes out as None, so that it is counted.
     self._iterator = iter(
         stream.to_iter_dataset(
             grain.ReadOptions(num_threads=1, prefetch_buffer_size=64),
@@ -200,24 +182,25 @@ class PromptIterator:
     )
     self.dropped = 0
 
-  def _encode(self, item: tuple[int, Mapping[str, Any]]) -> Example | None:
-    number, record = item
-    fields = self._spec.train
+  def _encode(self, number: int) -> Example | None:
+    """Returns a record by its number; None if it is too long."""
+    record, spec, fields = self._records[number], self._spec, self._spec.train
     where = f"{fields.source} record {number + 1}"
     question = records.text(record, fields.question, where)
     prompt = encode_prompt(
-        self._chat, question, self._spec.max_prompt_len, self._spec.suffix
+        self._chat, question, spec.max_prompt_len, spec.suffix
     )
-    if prompt is None:
-      return None
     completion = teachers = (None, None)
     if self._completion_len:
       text = records.text(record, fields.completion, where)
-      completion = _encode_completion(self._chat, text, self._completion_len)
-    if self._spec.teacher_prompt:
-      text = records.fill(record, self._spec.teacher_prompt, where)
-      teachers = _encode_own_prompt(self._teacher_chat, text, self._spec)
-    if completion is None or teachers is None:
+      tokens = [*self._chat.encode(text), self._chat.end_id]
+      completion = _pad(self._chat, tokens, self._completion_len, left=False)
+    if spec.teacher_prompt:
+      text = records.fill(record, spec.teacher_prompt, where)
+      chat = self._teacher_chat
+      tokens = chat.encode(chat.own_prompt(text, spec.suffix))
+      teachers = _pad(chat, tokens, spec.teacher_prompt_len, left=True)
+    if prompt is None or completion is None or teachers is None:
       return None
     return Example(number, *prompt, *completion, *teachers)
 
@@ -225,17 +208,17 @@ class PromptIterator:
     examples, missed = [], 0
     while len(examples) < self._spec.batch_size:
       example = next(self._iterator)
-      if example is None:
-        self.dropped += 1
-        missed += 1
-        if missed > self._epoch:
-          missed = 0  # Bad luck, unless no record fits.
-          if any(self._encode(item) for item in self._numbered):
-            continue
-          raise ConfigError(self._all_too_long())
+      if example is not None:
+        examples.append(example)
+        missed = 0
         continue
-      missed = 0
-      examples.append(example)
+      self.dropped += 1
+      missed += 1
+      if missed > len(self._records):
+        missed = 0
+        # Two epochs may place the records that fit far apart.
+        if not any(map(self._encode, range(len(self._records)))):
+          raise ConfigError(self._all_too_long())
     return examples
 
   def _all_too_long(self) -> str:
@@ -246,7 +229,8 @@ class PromptIterator:
       others = "data.max_teacher_prompt_len or rollout.max_len"
     return (
         f"data.max_prompt_len is {spec.max_prompt_len}, and every one of the"
-        f" {self._epoch} records is longer ({parts}); raise it, or {others}."
+        f" {len(self._records)} records is longer ({parts}); raise it, or"
+        f" {others}."
     )
 
   def __iter__(self) -> Iterator[tuple[PromptBatch, Rollout | None]]:
@@ -255,58 +239,46 @@ class PromptIterator:
   def __next__(self) -> tuple[PromptBatch, Rollout | None]:
     """Returns NumPy prompts, and completions if they were asked for."""
     rows = self._take()
+
+    def stack(field: str) -> np.ndarray:
+      return np.stack([getattr(row, field) for row in rows])
+
     batch = PromptBatch(
-        tokens=np.stack([r.prompt for r in rows]),
-        mask=np.stack([r.prompt_mask for r in rows]),
-        index=np.array([r.index for r in rows], np.int32),
+        tokens=stack("prompt"),
+        mask=stack("prompt_mask"),
+        index=np.array([row.index for row in rows], np.int32),
     )
     if self._spec.teacher_prompt:
       batch = dataclasses.replace(
           batch,
-          teacher_tokens=np.stack([r.teacher_prompt for r in rows]),
-          teacher_mask=np.stack([r.teacher_prompt_mask for r in rows]),
+          teacher_tokens=stack("teacher_prompt"),
+          teacher_mask=stack("teacher_prompt_mask"),
       )
     if not self._completion_len:
       return batch, None
-    return batch, Rollout(
-        tokens=np.stack([r.completion for r in rows]),
-        mask=np.stack([r.completion_mask for r in rows]),
-    )
+    return batch, Rollout(stack("completion"), stack("completion_mask"))
 
   def get_state(self) -> str:
-    """Returns where the stream is, as JSON."""
+    """Returns the stream's position as JSON."""
     return json.dumps(
         {"grain": self._iterator.get_state(), "dropped": self.dropped}
     )
 
   def set_state(self, state: str) -> None:
-    """Goes to where `get_state` was called."""
+    """Moves the stream to the position that `get_state` returned."""
     loaded = json.loads(state)
     self._iterator.set_state(loaded["grain"])
     self.dropped = loaded["dropped"]
 
 
-class _Numbered(Sequence):
-  """Records with their numbers."""
-
-  def __init__(self, source: Sequence[Mapping[str, Any]]):
-    self._source = source
-
-  def __len__(self) -> int:
-    return len(self._source)
-
-  def __getitem__(self, index: int) -> tuple[int, Mapping[str, Any]]:
-    return index, self._source[index]
-
-
 def trim(batch: PromptBatch, spec: DataSpec) -> PromptBatch:
   """Cuts padding off, down to the smallest bucket that holds the prompts.
 
-  A prompt of the teacher's own stays as it is.
+  The teacher's own prompts keep their length.
 
   Args:
     batch: NumPy prompts [B, max_prompt_len], the whole batch.
-    spec: with `prompt_buckets`.
+    spec: the data settings, with `prompt_buckets`.
   """
   if not spec.prompt_buckets:
     return batch
@@ -319,22 +291,22 @@ def trim(batch: PromptBatch, spec: DataSpec) -> PromptBatch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fed:
-  """A model, as far as what it is fed goes.
+class PromptReader:
+  """A model that reads prompts.
 
   Attributes:
     role: "student" or "teacher", which is also its group in the config.
     chat: its tokenizer and template.
-    rows: of its vocabulary.
+    vocab_size: the rows of its embedding table.
   """
 
   role: str
   chat: Chat
-  rows: int
+  vocab_size: int
 
 
-def named(chat: Chat, token: int | None) -> str:
-  """Names a token in a sentence; None stands for the end of the prompt."""
+def name_token(chat: Chat, token: int | None) -> str:
+  """Names a token for a sentence; None is the end of the prompt."""
   if token is None:
     return "no token"
   return f"{chat.decode([token])!r} (id {token})"
@@ -343,27 +315,27 @@ def named(chat: Chat, token: int | None) -> str:
 def check(
     spec: DataSpec,
     question: str,
-    student: Fed,
-    teacher: Fed | None = None,
+    student: PromptReader,
+    teacher: PromptReader | None = None,
     teacher_question: str | None = None,
 ) -> None:
   """Refuses tokenizers, templates and suffixes that do not fit together.
 
   Args:
-    spec: with the suffix.
-    question: any; the first record's.
-    student: whose prompts both models are fed.
-    teacher: None for supervised training.
-    teacher_question: what the teacher is asked instead, in its own template;
-      None for the same.
+    spec: the data settings, with the suffix.
+    question: any question, such as the first record's.
+    student: the student; both models read its prompts.
+    teacher: the teacher; None for supervised training.
+    teacher_question: the teacher's question, in its own template; None if the
+      teacher reads the student's prompt.
 
   Raises:
     ConfigError: the suffix does not fit the student's template.
-    TokenizerError: a tokenizer does not fit its model, or the templates each
-      other.
+    TokenizerError: a tokenizer does not fit its model, or the two templates
+      differ.
   """
   for model in (student, teacher) if teacher else (student,):
-    _check_rows(model)
+    _check_vocab_size(model)
   _check_opened_once(spec, question, student.chat)
   if teacher and teacher_question is None:
     _check_templates(spec, question, student.chat, teacher.chat)
@@ -375,7 +347,7 @@ def check(
 
 
 def warnings(spec: DataSpec, question: str, chat: Chat) -> list[str]:
-  """Returns sentences about what works, but may not be meant."""
+  """Returns sentences about settings that work, but may be a mistake."""
   found = [
       f"data.suffix has {markup!r}, which the student's tokenizer does not"
       f" know as one token: it reads {len(chat.encode(markup))} pieces of"
@@ -393,16 +365,16 @@ def warnings(spec: DataSpec, question: str, chat: Chat) -> list[str]:
   return found
 
 
-def _check_rows(model: Fed) -> None:
+def _check_vocab_size(model: PromptReader) -> None:
   vocab = model.chat.tokenizer.get_vocab()
   last = max(vocab, key=vocab.__getitem__)
-  if max(model.chat.num_tokens, vocab[last] + 1) > model.rows:
+  if max(model.chat.num_tokens, vocab[last] + 1) > model.vocab_size:
     raise TokenizerError(
         f"The {model.role}'s tokenizer ({model.chat.path}) has"
         f" {model.chat.num_tokens} tokens up to {last!r} (id {vocab[last]}),"
         f" but vocab_size in the config.json of {model.role}.path is"
-        f" {model.rows}; set {model.role}.tokenizer to the one that belongs to"
-        " the model."
+        f" {model.vocab_size}; set {model.role}.tokenizer to the one that"
+        " belongs to the model."
     )
 
 
@@ -417,7 +389,7 @@ def _check_opened_once(spec: DataSpec, question: str, chat: Chat) -> None:
 
 
 def _first_difference(ours: Sequence[int], theirs: Sequence[int]) -> tuple:
-  """Returns where two rows differ, and the two tokens there."""
+  """Returns where two rows first differ, and their two tokens there."""
   pairs = itertools.zip_longest(ours, theirs)
   return next((i, a, b) for i, (a, b) in enumerate(pairs) if a != b)
 
@@ -433,14 +405,14 @@ def _check_templates(
   raise TokenizerError(
       f"The chat templates of the student ({student.path}) and the teacher"
       f" ({teacher.path}) give a question different tokens: at position"
-      f" {position} (from 0) {named(student, a)} for the student and"
-      f" {named(teacher, b)} for the teacher; the teacher is fed the student's"
-      f" prompt, so {_mend(spec, question, student, teacher)}."
+      f" {position} (from 0) {name_token(student, a)} for the student and"
+      f" {name_token(teacher, b)} for the teacher; the teacher is fed the"
+      f" student's prompt, so {_mend(spec, question, student, teacher)}."
   )
 
 
 def _mend(spec: DataSpec, question: str, student: Chat, teacher: Chat) -> str:
-  """Says how the student's prompt becomes the teacher's."""
+  """Says which setting makes the student's prompt equal the teacher's."""
   base = student.prompt(question, "")
   wanted = teacher.own_prompt(question, spec.suffix)
   suffix = wanted.removeprefix(base)
@@ -459,19 +431,19 @@ def _mend(spec: DataSpec, question: str, student: Chat, teacher: Chat) -> str:
 
 
 def _merged(chat: Chat, prompt: str, text: str) -> tuple[str, str] | None:
-  """Returns what of the prompt's end changes if a text follows, and to what.
+  """Returns how the prompt's last tokens change if a text follows.
 
-  Only the prompt's own tokens are compared: some tokenizers put a space before
-  a text that is encoded alone, so its tokens may differ harmlessly.
+  This compares the prompt's own tokens only. Some tokenizers put a space before
+  a text that is encoded alone, so the text's tokens may differ harmlessly.
 
   Args:
     chat: the tokenizer.
-    prompt: rendered.
-    text: how an answer may begin.
+    prompt: the rendered prompt.
+    text: the start of an answer.
 
   Returns:
-    Text of the prompt's changed tokens and of the first one in their place;
-    None if they stay.
+    The text of the prompt's tokens that change, and of the first token in their
+    place; None if no token changes.
   """
   alone, joint = chat.encode(prompt), chat.encode(prompt + text)
   if joint[: len(alone)] == alone:
@@ -481,7 +453,7 @@ def _merged(chat: Chat, prompt: str, text: str) -> tuple[str, str] | None:
 
 
 def _first_word(chat: Chat, prompt: str) -> str:
-  """Returns how an answer begins: after text, a word takes a space along."""
+  """Returns a first word of an answer, with a space if the prompt is text."""
   last = chat.encode(prompt)[-1]
   glued = prompt[-1].isspace() or last in chat.special_ids
   return "We" if glued else " We"
@@ -490,11 +462,11 @@ def _first_word(chat: Chat, prompt: str) -> str:
 def _check_boundary(
     spec: DataSpec, name: str, prompt: str, chat: Chat
 ) -> None:
-  """Refuses prompts whose last tokens no text with an answer would have.
+  """Refuses prompts whose last tokens change once an answer follows.
 
-  The student writes after the prompt's tokens. If prompt and answer together
-  are tokenized in another way ("Answer: " and "We" into " We"), it never saw
-  such a sequence in its training, and what it learns here is of none.
+  The student writes after the prompt's tokens. The tokenizer may split prompt
+  and answer together in another way ("Answer: " and "We" into " We"). Then the
+  student never saw such tokens in its training, and learns nothing useful here.
   """
   word = _first_word(chat, prompt)
   merged = _merged(chat, prompt, word)

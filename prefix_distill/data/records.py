@@ -1,7 +1,8 @@
-r"""Records from JSONL, Parquet, a Hugging Face data set or the math task.
+r"""Records from JSONL, Parquet, a Hugging Face data set or a bundled task.
 
-A multiple-choice record becomes the question, a line for each option, and a
-request for the right option's letter (the paper does not state its prompt):
+The prompt of a multiple-choice record is the question, a line for each option,
+and a request for the letter of the right option. The paper does not state its
+prompt; this one is:
 
   Which of these is a noble gas?
 
@@ -30,10 +31,10 @@ class DataError(UserError):
 
 
 def field(record: Mapping[str, Any], name: str) -> Any:
-  """Looks a dotted name up: "conversations.0.value" goes into lists too.
+  """Returns the field of a dotted name, such as "conversations.0.value".
 
   Raises:
-    KeyError: there is no such field, or it is null.
+    KeyError: the field is missing or null.
   """
   value: Any = record
   for part in name.split("."):
@@ -50,7 +51,7 @@ def value(record: Mapping[str, Any], name: str, where: str) -> Any:
   """Returns a field.
 
   Raises:
-    DataError: this record lacks it, though the first one had it.
+    DataError: this record lacks the field, though the first record has it.
   """
   _check_fields(record, [name], where)
   return field(record, name)
@@ -61,11 +62,11 @@ def text(record: Mapping[str, Any], name: str, where: str) -> str:
   return str(value(record, name, where))
 
 
-def lot(*parts: str | int) -> bytes:
-  """Draws a sort key for what the parts name.
+def random_key(*parts: str | int) -> bytes:
+  """Returns a pseudo-random sort key.
 
-  It is a hash, and so the same on every machine and in every version of a
-  library: the records of a benchmark must not change with those.
+  The key is a hash of the parts. So it is the same on every machine and with
+  every version of a library, and the records of a benchmark never change.
   """
   return hashlib.sha256(json.dumps(parts).encode()).digest()
 
@@ -77,7 +78,7 @@ def _check_fields(
     try:
       field(record, name)
     except KeyError as error:
-      if name in record:  # It is null, as "None" in a .csv file is read.
+      if name in record:  # A "None" in a .csv file is read as null.
         raise DataError(
             f"{where} has nothing in its field {name!r}; fill it in a local"
             " copy, or name another field in the config."
@@ -91,7 +92,7 @@ def _check_fields(
 def _read_jsonl(
     path: pathlib.Path, names: Sequence[str]
 ) -> list[dict[str, Any]]:
-  """Reads and checks all lines, since each may have other fields."""
+  """Reads and checks all lines; each line may have other fields."""
   out = []
   with path.open(encoding="utf-8") as lines:
     for number, line in enumerate(lines, 1):
@@ -114,30 +115,30 @@ def _read_jsonl(
 
 
 def _read_parquet(path: pathlib.Path) -> list[dict[str, Any]]:
-  import pyarrow.parquet  # Takes a second that most runs need not pay.
+  import pyarrow.parquet  # The import takes a second; most runs skip it.
 
   return pyarrow.parquet.read_table(path).to_pylist()
 
 
 def _cache_of(directory: pathlib.Path, root: str) -> str:
-  """Returns where to cache a local data set in its present state.
+  """Returns the cache directory for a local data set in its present state.
 
-  `datasets` knows a directory with a card by its last name alone: it would
-  go on with the old records after a change, and with those of another place.
+  `datasets` identifies a directory with a card by its last name alone. So it
+  would read old records after a change, or another directory's records.
   """
   parts = []
   for path in sorted(directory.rglob("*")):
     inner = path.relative_to(directory).parts
     if path.is_file() and not any(x.startswith(".") for x in inner):
       parts += [str(path), path.stat().st_size, path.stat().st_mtime_ns]
-  return str(pathlib.Path(root) / f"local-{lot(*parts).hex()[:16]}")
+  return str(pathlib.Path(root) / f"local-{random_key(*parts).hex()[:16]}")
 
 
 def _read_dataset(
     spec: DatasetSpec, first: bool = False
 ) -> Sequence[dict[str, Any]]:
-  """Loads a data set, or a list of its first record, which is streamed."""
-  import datasets  # Takes seconds that most runs need not pay.
+  """Loads a data set; if `first`, streams its first record only."""
+  import datasets  # The import takes seconds; most runs skip it.
 
   local, cache = pathlib.Path(spec.source), None
   if local.is_dir():
@@ -190,10 +191,10 @@ def _read(
 
 
 def fill(record: Mapping[str, Any], template: str, where: str) -> str:
-  """Puts a record's fields in the place of their names in braces.
+  """Replaces the names in braces by the record's fields.
 
   Raises:
-    DataError: the record lacks one.
+    DataError: the record lacks a field.
   """
   return FIELD.sub(lambda match: text(record, match[1], where), template)
 
@@ -202,7 +203,7 @@ class Records(Sequence):
   """Some records of a source.
 
   Attributes:
-    numbers: which ones, from 0.
+    numbers: their numbers in the source, from 0.
   """
 
   def __init__(
@@ -226,35 +227,33 @@ def _numbers(spec: DatasetSpec, count: int) -> Sequence[int]:
     return range(count)
   if not spec.random:
     return range(spec.size)
-  order = sorted(range(count), key=lambda number: lot(spec.seed, number))
+  order = sorted(range(count), key=lambda number: random_key(spec.seed, number))
   return sorted(order[: spec.size])
 
 
 def read(
     spec: DatasetSpec, first: bool = False, more: Sequence[str] = ()
 ) -> Records:
-  """Reads the records and checks that each has the fields that are named.
+  """Reads the records and checks that each has the named fields.
 
   Args:
-    spec: where from, and which.
-    first: whether the first record is enough; then no data set is downloaded
-      whole.
+    spec: the source, its fields, and how many records.
+    first: whether the first record is enough; then no whole data set is
+      downloaded.
     more: names of fields that the records need besides those of `spec`.
 
   Raises:
     DataError: the source is missing, unreadable or empty, or a record lacks a
-      field; files name the line.
+      field; the message names a file's line.
   """
-  fields = (
-      spec.question, spec.answer, spec.completion, *spec.choices, *more,
-  )  # fmt: skip
-  names = [name for name in dict.fromkeys(fields) if name]
+  own = (spec.question, spec.answer, spec.completion)
+  names = [name for name in dict.fromkeys((*own, *spec.choices, *more)) if name]
   records = _read(spec, names, first)
   if len(records) == 0:
     raise DataError(
         f"{spec.source} has no records; check its contents and the split."
     )
-  # Records of a table share their fields, so the first stands for all.
+  # The records of a table share their fields, so checking the first is enough.
   _check_fields(records[0], names, f"{spec.source} record 1")
   return Records(spec.source, records, _numbers(spec, len(records)))
 
@@ -268,7 +267,7 @@ _REQUEST = (
 def _options(
     record: Mapping[str, Any], spec: DatasetSpec, where: str
 ) -> Sequence[str]:
-  """Returns the options as the record has them."""
+  """Returns the options in the record's order."""
   if len(spec.choices) > 1:
     return [text(record, name, where) for name in spec.choices]
   (name,) = spec.choices
@@ -288,7 +287,7 @@ def _options(
 def _letter(
     record: Mapping[str, Any], name: str, count: int, where: str
 ) -> str:
-  """Returns the letter that a field holds."""
+  """Returns the letter in a field."""
   found = text(record, name, where).strip()
   if found.upper() not in LETTERS[:count]:
     raise DataError(
@@ -304,22 +303,22 @@ def _order(spec: DatasetSpec, question: str) -> list[int]:
   """Returns the order of the options; it depends on the question alone."""
   return sorted(
       range(len(spec.choices)),
-      key=lambda option: lot(spec.seed, question, option),
+      key=lambda option: random_key(spec.seed, question, option),
   )
 
 
 def multiple_choice(
     record: Mapping[str, Any], spec: DatasetSpec, where: str
 ) -> tuple[str, str]:
-  """Returns what a model is asked, and the right option's letter.
+  """Returns a model's question, and the letter of the right option.
 
   Args:
-    record: of a data set with `choices`.
-    spec: the names of its fields.
+    record: a record of a data set with `choices`.
+    spec: the names of the record's fields.
     where: the record's name in a sentence.
 
   Raises:
-    DataError: the record lacks a field, or one holds something else.
+    DataError: the record lacks a field, or a field has the wrong content.
   """
   question = text(record, spec.question, where)
   options = _options(record, spec, where)

@@ -1,4 +1,4 @@
-"""Tokenizers, chat templates and stop tokens; transformers does the work."""
+"""Tokenizers, chat templates and stop tokens, read with transformers."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -16,18 +16,18 @@ _MARKUP = re.compile(r"<[^<>\s]+>")
 
 
 class TokenizerError(UserError):
-  """A tokenizer that is missing, or does not fit the other model's."""
+  """A tokenizer that is missing, or differs from the other model's."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-  """A model's tokenizer with what the loop needs of it.
+  """A model's tokenizer, chat template and stop tokens.
 
   Attributes:
     path: the model's path, for messages.
-    tokenizer: from transformers.
-    stop_ids: the tokens at which the model ends an answer.
-    pad_id: what padding is filled with; always masked.
+    tokenizer: the tokenizer of transformers.
+    stop_ids: the tokens that end the model's answers.
+    pad_id: the padding token; padding is always masked.
   """
 
   path: str
@@ -37,18 +37,18 @@ class Chat:
 
   @property
   def num_tokens(self) -> int:
-    """Real token ids; a vocabulary's rows above are padding."""
+    """The number of tokens; rows of an embedding table above are padding."""
     return len(self.tokenizer)
 
   @property
   def end_id(self) -> int:
-    """What ends an answer in training: the tokenizer's own stop token."""
+    """The token that ends an answer in training: the end of sequence."""
     end = self.tokenizer.eos_token_id
     return self.stop_ids[0] if end is None else end
 
   @property
   def special_ids(self) -> tuple[int, ...]:
-    """Tokens that are not text: those added, such as `<think>`, and stops."""
+    """Tokens that are not text: added tokens, such as `<think>`, and stops."""
     added = self.tokenizer.added_tokens_decoder
     return tuple(sorted({*added, *self.stop_ids}))
 
@@ -62,7 +62,7 @@ class Chat:
     )
 
   def prompt(self, question: str, suffix: str) -> str:
-    """Renders a question as the user's turn, without a system prompt."""
+    """Renders a question as the user's turn; there is no system prompt."""
     text = self.tokenizer.apply_chat_template(
         [{"role": "user", "content": question}],
         add_generation_prompt=True,
@@ -71,24 +71,24 @@ class Chat:
     return text + suffix
 
   def opens(self, question: str, suffix: str) -> bool:
-    """Whether the template itself ends with what the suffix opens."""
+    """Whether the template already ends with the suffix's first tag."""
     template = self.prompt(question, "").rstrip()
     markup = _MARKUP.match(suffix.strip())
     opening = markup[0] if markup else suffix.strip()
     return bool(opening) and template.endswith(opening)
 
   def own_prompt(self, question: str, suffix: str) -> str:
-    """Renders a question as this model itself has it: the suffix only once."""
+    """Renders a question; adds the suffix unless the template ends with it."""
     return self.prompt(question, "" if self.opens(question, suffix) else suffix)
 
   def answer(self, tokens: np.ndarray, mask: np.ndarray) -> str:
-    """Decodes one completion [C] up to, and without, its stop token."""
+    """Decodes one completion [C] without its stop token."""
     kept = [int(t) for t in tokens[mask] if int(t) not in self.stop_ids]
     return self.decode(kept)
 
 
 def _stop_ids(directory: Any, tokenizer: Any) -> tuple[int, ...]:
-  """The tokenizer's end of sequence and those of the generation config."""
+  """Returns the stop tokens of the tokenizer and the generation config."""
   stops = []
   if tokenizer.eos_token_id is not None:
     stops.append(tokenizer.eos_token_id)
@@ -103,7 +103,7 @@ def load(path: str) -> Chat:
   """Loads the tokenizer of a model.
 
   Raises:
-    TokenizerError: there is none, or it has no chat template or stop token.
+    TokenizerError: the tokenizer, its chat template or a stop token is missing.
   """
   directory = hf.resolve(path)
   try:
@@ -134,20 +134,20 @@ def check_same(student: Chat, teacher: Chat) -> None:
   """Refuses two tokenizers that give a token different ids.
 
   Raises:
-    TokenizerError: with the first token that differs.
+    TokenizerError: they differ; the message names the first such token.
   """
   ours, theirs = (c.tokenizer.get_vocab() for c in (student, teacher))
   if ours == theirs:
     return
-  by_id = [{i: t for t, i in vocab.items()} for vocab in (ours, theirs)]
-  first = next(
-      i
-      for i in sorted(by_id[0].keys() | by_id[1].keys())
-      if by_id[0].get(i) != by_id[1].get(i)
-  )
+  # An id without a token has None, and differs from the other's token.
+  first = min(i for _, i in ours.items() ^ theirs.items())
+  names = [
+      next((token for token, i in vocab.items() if i == first), None)
+      for vocab in (ours, theirs)
+  ]
   raise TokenizerError(
       f"student.path {student.path} and teacher.path {teacher.path} have"
-      f" different tokenizers: id {first} is {by_id[0].get(first)!r} for the"
-      f" student and {by_id[1].get(first)!r} for the teacher; choose a teacher"
-      " of the same family, since distillation compares token by token."
+      f" different tokenizers: id {first} is {names[0]!r} for the student and"
+      f" {names[1]!r} for the teacher; choose a teacher of the same family,"
+      " since distillation compares token by token."
   )

@@ -115,6 +115,7 @@ def chunks(tokens: int, vocabulary: int, memory: int) -> tuple[int, int]:
   return math.ceil(tokens / size), size
 
 
+@jax.named_scope("loss")
 def _run(
     loss: TokenLoss,
     hidden: jax.Array,

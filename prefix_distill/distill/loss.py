@@ -317,6 +317,7 @@ def direct(
   return jax.lax.stop_gradient(jnp.exp(student - sampler)) * signal
 
 
+@jax.named_scope("score")
 def score(
     model: Model,
     loss: Loss,

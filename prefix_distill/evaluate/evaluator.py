@@ -1,24 +1,25 @@
-r"""Answers held-out problems to the end; names the paper's benchmarks.
+r"""Answers held-out problems to the end, and names the paper's benchmarks.
 
-`SETS` says where each benchmark's data set is, and how it is graded. The
-protocol (arXiv 2602.15260): zero-shot, temperature 1, top-p 1, up to 16,384
-new tokens. MATH500, GPQA and MMLU-Pro are means of 4 samples a problem, AIME24
-and AIME25 of 16. GPQA (diamond) and MATH500 are taken whole, and 500 questions
-of MMLU-Pro at random. The paper also chose its checkpoint by AIME24, so that
-score is biased upwards. Free-form answers are graded by math-verify, multiple
-choice by the letter in \boxed{}.
+`SETS` says where the data set of each benchmark is, and how its answers are
+graded. The paper's protocol (arXiv 2602.15260) is zero-shot, with temperature
+1, top-p 1 and up to 16,384 new tokens. MATH500, GPQA and MMLU-Pro are means of
+4 samples a problem, AIME24 and AIME25 of 16. GPQA (diamond) and MATH500 are
+whole, and MMLU-Pro is 500 random questions. The paper chose its checkpoint by
+AIME24, so that score is biased upwards. Free-form answers are graded by
+math-verify, and multiple choice by the letter in \boxed{}.
 
-The paper does not state four things, which are chosen here: which 500 questions
-(those that `records.lot` draws with seed 0), the order of GPQA's options (the
-same seed; the data set has the right one first), the prompt of multiple choice
-(`data/records.py`), and the longest prompt, since some are long. HMMT (February
-2025) and AMC (AMC 23) are not the paper's; they are sampled as AIME is.
+The paper leaves four things open. The 500 questions are those that
+`records.random_key` draws with seed 0. The same seed orders the options of
+GPQA, where the data set puts the right option first. `data/records.py` has the
+prompt of multiple choice. Prompts may have 8192 tokens, since some are long.
+HMMT (February 2025) and AMC (AMC 23) are not the paper's; they are sampled as
+AIME is.
 
-Each set is read through `datasets` from the hub. A local copy can take its
-place, `--config.evaluation.sets.gpqa.source=PATH`: a clone of the data set's
+`datasets` reads each set from the hub. A local copy can take its place with
+`--config.evaluation.sets.gpqa.source=PATH`: a clone of the data set's
 repository, or a .jsonl or .parquet file with the same fields. A directory of
-bare files knows no subset, so it needs `...gpqa.subset=''` as well. GPQA asks
-for an account on the hub: accept its terms there and log in.
+bare files has no subset, so it also needs `...gpqa.subset=''`. GPQA needs an
+account on the hub: accept its terms there and log in.
 """
 
 from collections.abc import Callable
@@ -55,9 +56,8 @@ PROTOCOL = {
     "greedy": False,
 }
 
-# No set should lose a problem that is long (figures in MATH500 are drawn by
-# code, and GPQA has sequences of bases). Rows are only as long as the longest
-# prompt that there is.
+# The longest prompt. It keeps long problems (figures drawn by code in MATH500,
+# sequences of bases in GPQA). Rows are only as long as a set's longest prompt.
 _ROOM = 8192
 
 
@@ -74,7 +74,7 @@ def _math(
   )
 
 
-# Problems of a set, by its source, for those who cannot look.
+# The number of problems of a source, for `plan`, which reads no data set.
 PROBLEMS: Mapping[str, int] = {
     "HuggingFaceH4/MATH-500": 500,
     "HuggingFaceH4/aime_2024": 30,
@@ -118,7 +118,7 @@ SETS: Mapping[str, DatasetSpec] = {
     "amc": _math("math-ai/amc23", "test", 16, question="question"),
 }
 
-# Rows of a set with a length of its own are cut to a multiple of this.
+# A set with its own prompt length is cut to a multiple of this many columns.
 _COLUMNS = 128
 
 
@@ -127,12 +127,12 @@ class Problems:
   """One evaluation set, encoded.
 
   Attributes:
-    name: of the set.
+    name: the set's name.
     batch: NumPy prompts of all problems.
     answers: the right answers.
     samples: how many answers to sample per problem.
-    dropped: problems that were longer than the static prompt length.
-    grading: which of `grading.GRADERS` tells right from wrong.
+    dropped: how many problems were longer than the static prompt length.
+    grading: the grader, a key of `grading.GRADERS`.
   """
 
   name: str
@@ -148,10 +148,10 @@ class Completions:
   """Answers to a set of problems.
 
   Attributes:
-    texts: [problems][samples], without the stop tokens.
+    texts: [problems][samples], without stop tokens.
     lengths: int [problems, samples], in tokens, with the stop token.
-    finished: bool [problems, samples], whether each stopped by itself; the
-      others were cut at the longest length.
+    finished: bool [problems, samples], whether the answer ended with a stop
+      token; the others were cut at the longest length.
     repetition: float [problems, samples], see `report.repetition`.
   """
 
@@ -164,7 +164,7 @@ class Completions:
 def _read_problem(
     source: records.Records, number: int, spec: DatasetSpec
 ) -> tuple[str, str]:
-  """Returns what is asked and the right answer."""
+  """Returns a problem's question and its right answer."""
   record, where = source[number], source.where(number)
   if spec.choices:
     return records.multiple_choice(record, spec, where)
@@ -177,7 +177,7 @@ def _read_problem(
 def _stack(
     rows: Sequence[tuple[int, np.ndarray, np.ndarray]], cut: bool
 ) -> PromptBatch:
-  """Makes a batch of numbers, tokens and masks, cut to the longest or not."""
+  """Makes a batch of (number, tokens, mask); may cut it to the longest row."""
   numbers, tokens, masks = (np.stack(x) for x in zip(*rows, strict=True))
   length = masks.shape[1]
   if cut:
@@ -194,11 +194,11 @@ def load_problems(
   """Reads and encodes a set.
 
   Args:
-    name: of the set.
-    spec: where from.
+    name: the set's name.
+    spec: the set's records.
     chat: the tokenizer.
     max_prompt_len: S, unless the set has its own.
-    suffix: after the chat template's generation prompt.
+    suffix: what follows the chat template's generation prompt.
 
   Raises:
     DataError: the records cannot be read, lack a field, or are all too long.
@@ -242,11 +242,11 @@ def complete(
   Args:
     engine: the model, laid out for decoding.
     chat: the tokenizer.
-    problems: what to answer.
-    samples: answers a problem.
+    problems: the problems to answer.
+    samples: answers per problem.
     seed: the same for every evaluation of a run, so that two evaluations
       differ by their weights alone.
-    draw: the longest answer, temperature, greedy.
+    draw: the longest answer, the temperature, and whether to decode greedily.
   """
   key = jax.random.key(seed)
   key = jax.random.fold_in(key, zlib.crc32(problems.name.encode()))
@@ -271,12 +271,12 @@ def complete(
 def summarize(
     completions: Completions, answers: Sequence[str], kind: str = "math"
 ) -> dict[str, float]:
-  """Grades completions; returns flat metrics, shares between 0 and 1.
+  """Grades completions; returns flat metrics. Fractions are in [0, 1].
 
   Args:
-    completions: of all problems.
-    answers: the right ones.
-    kind: how to grade, one of `grading.GRADERS`.
+    completions: the answers to all problems.
+    answers: the right answers.
+    kind: the grader, a key of `grading.GRADERS`.
   """
   finished, is_right = completions.finished, grading.GRADERS[kind]
   correct = np.array([
@@ -284,13 +284,12 @@ def summarize(
       for row, answer in zip(completions.texts, answers, strict=True)
   ])
   low, high = grading.interval(correct)
+  right_if_finished = correct[finished].mean() if finished.any() else 0.0
   return {
       "accuracy": float(correct.mean()),
       "accuracy_low": low,
       "accuracy_high": high,
-      "accuracy_finished": float(correct[finished].mean())
-      if finished.any()
-      else 0.0,
+      "accuracy_finished": float(right_if_finished),
       **report.finish_shares(finished),
       "mean_length": float(completions.lengths.mean()),
       "length_p95": report.length_p95(completions.lengths),
@@ -303,7 +302,7 @@ def summarize(
 def sampler_config(
     chat: Chat, spec: EvaluationSpec, stop_ids: tuple[int, ...]
 ) -> generate.SamplerConfig:
-  """Returns how answers are sampled."""
+  """Returns the sampler's settings for evaluation."""
   return generate.SamplerConfig(
       stop_ids=stop_ids,
       pad_id=chat.pad_id,
@@ -313,7 +312,7 @@ def sampler_config(
 
 
 def longest_prompt(sets: Mapping[str, Problems]) -> int:
-  """Returns S of the set whose prompts are longest; 0 without sets."""
+  """Returns the largest S of all sets; 0 without sets."""
   return max((one.batch.tokens.shape[1] for one in sets.values()), default=0)
 
 
@@ -337,14 +336,14 @@ def evaluate(
     spec: lengths and temperature.
     sets: the problems, by name.
     stop_ids: tokens that end an answer.
-    rows: answers decoded at a time, at most.
+    rows: the most answers decoded at a time.
     seed: see `complete`.
-    write: takes each set's metrics, with `set`, `mode`, `grading` and the
-      number of problems that were `dropped`.
+    write: called with each set's metrics, and with its `set`, `mode`, `grading`
+      and number of `dropped` problems.
   """
   modes = ("sampled", "greedy") if spec.greedy else ("sampled",)
   config = sampler_config(chat, spec, stop_ids)
-  # No more rows than answers.
+  # More rows than answers would stay empty.
   shards = sharding.batch_shards(model.mesh)
   most = max(len(one.answers) * one.samples for one in sets.values())
   rows = min(rows, -(-most // shards) * shards)

@@ -36,8 +36,9 @@ from absl import flags
 from absl import logging
 import jax
 import jax.numpy as jnp
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 import numpy as np
+import pandas as pd
 
 from prefix_distill import command_line
 from prefix_distill import sharding
@@ -69,105 +70,108 @@ _BATCHES = flags.DEFINE_integer(
     "batches", 4, "position: batches of data.batch_size prompts."
 )
 _LENGTHS = flags.DEFINE_list(
-    "lengths", ["0", "16", "32", "64", "96"],
+    "lengths",
+    ["0", "16", "32", "64", "96"],
     "teacher_prefix: tokens of the teacher's answer.",
-)  # fmt: skip
+)
 _WITHHELD = flags.DEFINE_integer(
     "withheld", 40, "teacher_prefix: last tokens that always stay hidden."
 )
 
-Row = dict[str, Any]
-_KEPT = ("step", "flops", "accuracy", "finish_rate", "mean_length",
-         "repetition")  # fmt: skip
-# The figure of the README: cells that are methods, and not ablations.
-_MAIN = ("full", "seqkd", "fixed-16", "fixed-64", "linear", "plateau",
-         "random", "audited")  # fmt: skip
+# The fields of an evaluation that the results keep.
+_KEPT = (
+    "step",
+    "flops",
+    "accuracy",
+    "finish_rate",
+    "mean_length",
+    "repetition",
+    "problems",
+)
+_TABLE_HEADER = (
+    "",
+    "seeds",
+    "updates",
+    "accuracy, % (95 %)",
+    "finish, %",
+    "tokens",
+    "FLOPs",
+    "of full's",
+    "FLOPs to full's accuracy",
+)
+# The methods in the README's figure; it has no ablations.
+_DRAWN = "full seqkd fixed-16 fixed-64 linear plateau random audited".split()
 # Accuracies on the figure's axis, and the smallest error that it shows.
 _TICKS = (0.2, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 _LEAST = 0.005
+# The 97.5 % quantile of Student's t by the number of seeds.
+_STUDENTS_T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}
 
 
-def read(workdir: pathlib.Path, cells: Sequence[str]) -> list[Row]:
+def read(workdir: pathlib.Path, cells: Sequence[str]) -> pd.DataFrame:
   """Reads the evaluations of all finished runs; one row each."""
   rows = []
   for student in ("capable", "weak"):
     for cell in cells:
-      for place in sorted((workdir / student / cell).glob("*")):
-        if not (place / "export").is_dir():
+      for run in sorted((workdir / student / cell).glob("*")):
+        if not (run / "export").is_dir():
           continue
-        for line in report.read_metrics(place / "metrics.jsonl"):
+        for line in report.read_metrics(run / "metrics.jsonl"):
           if line.get("mode") == "sampled" and line["model"] == "student":
             rows.append(
-                {"student": student, "cell": cell, "seed": int(place.name)}
+                {"student": student, "cell": cell, "seed": int(run.name)}
                 | {name: line[name] for name in _KEPT}
-                | {"problems": line["problems"]}
             )
-  return rows
+  return pd.DataFrame(rows)
 
 
-def interval(rows: Sequence[Row]) -> tuple[float, float, float]:
+def interval(rows: pd.DataFrame) -> tuple[float, float, float]:
   """Returns mean accuracy and its 95 % interval over seeds and problems.
 
-  The variance of the mean is that of the seeds' means (which holds that of
-  the problems as well), but at least that of as many independent trials.
+  The variance of the seeds' means includes the variance of the problems. With
+  few seeds it can come out too small by chance, so the interval is at least
+  that of independent problems.
   """
-  values = np.array([r["accuracy"] for r in rows])
-  mean, n = values.mean(), len(values)
-  trials = mean * (1 - mean) / sum(r["problems"] for r in rows)
-  seeds = values.var(ddof=1) / n if n > 1 else 0.0
-  # Student's t for two degrees of freedom at three seeds and so on.
-  t = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}.get(n, 1.96)
-  half = max(1.96 * trials**0.5, t * seeds**0.5)
+  mean, seeds = rows["accuracy"].mean(), len(rows)
+  half = 1.96 * (mean * (1 - mean) / rows["problems"].sum()) ** 0.5
+  if seeds > 1:
+    half = max(half, _STUDENTS_T.get(seeds, 1.96) * rows["accuracy"].sem())
   return mean, max(mean - half, 0.0), min(mean + half, 1.0)
 
 
-def last(rows: Sequence[Row], student: str, cell: str) -> list[Row]:
+def _of(rows: pd.DataFrame, student: str, cell: str) -> pd.DataFrame:
+  return rows[(rows["student"] == student) & (rows["cell"] == cell)]
+
+
+def _latest(rows: pd.DataFrame) -> pd.DataFrame:
   """Returns each seed's last evaluation."""
-  mine = [r for r in rows if (r["student"], r["cell"]) == (student, cell)]
-  seeds = sorted({r["seed"] for r in mine})
-  return [
-      max((r for r in mine if r["seed"] == s), key=lambda r: r["step"])
-      for s in seeds
-  ]
+  return rows.sort_values("step").groupby("seed").tail(1)
 
 
-def curve(
-    rows: Sequence[Row], student: str, cell: str
-) -> list[list[Row]]:
-  """Returns the seeds' evaluations along the run.
+def curve(rows: pd.DataFrame, student: str, cell: str) -> list[pd.DataFrame]:
+  """Returns the seeds' evaluations along the run, one frame for each step.
 
-  At each update at which some seed was evaluated, every seed's latest: one
-  that ended before stays where it ended.
+  A frame has every seed's latest evaluation up to that step. So a seed that
+  ended early keeps its last evaluation.
   """
-  mine = [r for r in rows if (r["student"], r["cell"]) == (student, cell)]
-  seeds = {
-      seed: sorted(
-          (r for r in mine if r["seed"] == seed), key=lambda r: r["step"]
-      )
-      for seed in sorted({r["seed"] for r in mine})
-  }
-  return [
-      [
-          max((r for r in runs if r["step"] <= step), key=lambda r: r["step"])
-          for runs in seeds.values()
-      ]
-      for step in sorted({r["step"] for r in mine})
-  ]
+  mine = _of(rows, student, cell)
+  steps = sorted(mine["step"].unique())
+  return [_latest(mine[mine["step"] <= step]) for step in steps]
 
 
-def reached(rows: Sequence[Row], student: str, cell: str) -> float | None:
-  """Returns the FLOPs at which the mean accuracy enters full's interval.
+def reached(rows: pd.DataFrame, student: str, cell: str) -> float | None:
+  """Returns the FLOPs at which the mean accuracy reaches full's interval.
 
-  The lower end of the 95 % interval of full distillation's final accuracy is
-  what has to be reached; None if it never is.
+  The goal is the lower end of the 95 % interval of full distillation's final
+  accuracy. Returns None if the runs never reach it.
   """
-  full = last(rows, student, "full")
-  if not full:
+  full = _latest(_of(rows, student, "full"))
+  if full.empty:
     return None
   goal = interval(full)[1]
   for at in curve(rows, student, cell):
-    if np.mean([r["accuracy"] for r in at]) >= goal:
-      return float(np.mean([r["flops"] for r in at]))
+    if at["accuracy"].mean() >= goal:
+      return at["flops"].mean()
   return None
 
 
@@ -175,116 +179,106 @@ def _cells(values: Sequence[Any]) -> str:
   return "| " + " | ".join(str(v) for v in values) + " |"
 
 
-def table(rows: Sequence[Row], student: str, cells: Mapping[str, str]) -> str:
+def table(rows: pd.DataFrame, student: str, cells: Mapping[str, str]) -> str:
   """Returns a student's table in Markdown."""
-  head = ("", "seeds", "updates", "accuracy, % (95 %)", "finish, %", "tokens",
-          "FLOPs", "of full's", "FLOPs to full's accuracy")  # fmt: skip
-  out = [_cells(head), _cells(["---"] * len(head))]
-  full = last(rows, student, "full")
-  whole = np.mean([r["flops"] for r in full]) if full else None
-  start = [
-      r for r in rows
-      if r["student"] == student and r["step"] == 0 and r["cell"] == "full"
-  ]  # fmt: skip
-  entries = [("before", start)] if start else []
-  entries += [(name, last(rows, student, name)) for name in cells]
-  # What the same runs had reached on a smaller budget.
-  for place, cell, step, name in (
-      (1, "full", 10, "full, 10 updates"),
-      (3, "seqkd", 20, "SeqKD, 20 updates"),
-  ):
-    early = [
-        r for r in rows
-        if (r["student"], r["cell"], r["step"]) == (student, cell, step)
-    ]  # fmt: skip
-    if early:
-      entries.insert(place, (name, early))
+  full = _of(rows, student, "full")
+  whole = _latest(full)["flops"].mean()  # NaN without runs of full.
+  entries = [("before", full[full["step"] == 0])]
+  entries += [(name, _latest(_of(rows, student, name))) for name in cells]
+  # The same runs on a smaller budget.
+  seqkd = _of(rows, student, "seqkd")
+  entries.insert(1, ("full, 10 updates", full[full["step"] == 10]))
+  entries.insert(3, ("SeqKD, 20 updates", seqkd[seqkd["step"] == 20]))
+  out = [_cells(_TABLE_HEADER), _cells(["---"] * len(_TABLE_HEADER))]
   for name, found in entries:
-    if not found:
+    if found.empty:
       continue
     mean, low, high = interval(found)
-    spent = float(np.mean([r["flops"] for r in found]))
+    spent = found["flops"].mean()
     goal = reached(rows, student, name) if name in cells else None
+    compared = whole > 0
     out.append(
         _cells((
             cells.get(name, name),
             len(found),
-            f"{np.mean([r['step'] for r in found]):.0f}",
+            f"{found['step'].mean():.0f}",
             f"{100 * mean:.1f} ({100 * low:.1f}-{100 * high:.1f})",
-            f"{100 * np.mean([r['finish_rate'] for r in found]):.1f}",
-            f"{np.mean([r['mean_length'] for r in found]):.0f}",
+            f"{100 * found['finish_rate'].mean():.1f}",
+            f"{found['mean_length'].mean():.0f}",
             f"{spent:.2g}" if spent else "-",
-            f"{spent / whole:.0%}" if whole and spent else "-",
-            f"{goal:.2g} ({goal / whole:.0%})" if goal and whole else "-",
+            f"{spent / whole:.0%}" if compared and spent else "-",
+            f"{goal:.2g} ({goal / whole:.0%})" if compared and goal else "-",
         ))
     )
   return "\n".join(out) + "\n"
 
 
-def draw(rows: Sequence[Row], cells: Sequence[str], path: pathlib.Path) -> None:
+def draw(rows: pd.DataFrame, cells: Sequence[str], path: pathlib.Path) -> None:
   """Draws accuracy against cumulative FLOPs, a panel for each student.
 
-  The axis is logarithmic in what is wrong, or all methods would lie on one
-  line at the top.
+  The axis is logarithmic in the error rate; on a linear axis all methods would
+  be one line at the top.
   """
-  students = [s for s in ("capable", "weak")
-              if any(r["student"] == s for r in rows)]  # fmt: skip
-  figure, panels = plt.subplots(
-      1, len(students), figsize=(5.2 * len(students), 4.2), squeeze=False,
-      sharey=True,
-  )  # fmt: skip
-  colors = plt.get_cmap("tab10")
-  for axes, student in zip(panels[0], students, strict=True):
+  students = sorted(rows["student"].unique())
+  figure = Figure(figsize=(5.2 * len(students), 4.2))
+  panels = figure.subplots(1, len(students), squeeze=False, sharey=True)[0]
+  for axes, student in zip(panels, students, strict=True):
     for i, cell in enumerate(cells):
       points = [
-          (np.mean([r["flops"] for r in at]), *interval(at))
+          (at["flops"].mean(), *interval(at))
           for at in curve(rows, student, cell)
-          if all(r["flops"] for r in at)
+          if at["flops"].all()
       ]
       if not points:
         continue
       x, mean, low, high = np.array(points).T
       mean, low, high = (np.maximum(1 - y, _LEAST) for y in (mean, low, high))
-      # The end of a run is what its table says; the way there needs no bars.
-      axes.plot(x, mean, marker="o", markersize=3, linewidth=1.2, label=cell,
-                color=colors(i % 10))  # fmt: skip
+      style = {"color": f"C{i}", "marker": "o"}
+      axes.plot(x, mean, markersize=3, linewidth=1.2, label=cell, **style)
+      # Only the run's end has an error bar, the one in its table.
       axes.errorbar(
-          x[-1:], mean[-1:], (mean[-1:] - high[-1:], low[-1:] - mean[-1:]),
-          fmt="o", markersize=6, elinewidth=1, capsize=3, color=colors(i % 10),
-      )  # fmt: skip
-    axes.set(title=f"{student} student", xlabel="cumulative FLOPs",
-             xscale="log")  # fmt: skip
-    axes.set(yscale="log", ylim=(0.95, _LEAST * 0.9))
+          x[-1:],
+          mean[-1:],
+          (mean[-1:] - high[-1:], low[-1:] - mean[-1:]),
+          linestyle="",
+          markersize=6,
+          elinewidth=1,
+          capsize=3,
+          **style,
+      )
+    axes.set(title=f"{student} student", xlabel="cumulative FLOPs")
+    axes.set(xscale="log", yscale="log", ylim=(0.95, _LEAST * 0.9))
     axes.set_yticks([1 - y for y in _TICKS], [f"{y:.0%}" for y in _TICKS])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-  panels[0][0].set_ylabel("accuracy, sampled (log scale of errors)")
-  panels[0][-1].legend(frameon=False, fontsize=8, loc="center left",
-                       bbox_to_anchor=(1, 0.5))  # fmt: skip
+  panels[0].set_ylabel("accuracy, sampled (log scale of errors)")
+  panels[-1].legend(
+      frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5)
+  )
   figure.tight_layout()
   figure.savefig(path, dpi=130)
-  plt.close(figure)
 
 
 def gather(
     workdir: pathlib.Path, cells: Mapping[str, str], out: pathlib.Path
 ) -> None:
-  """Writes `results.jsonl`, `tables.md` and the figures, and prints tables."""
+  """Writes `results.jsonl`, `tables.md` and the figure; prints the tables."""
   rows = read(workdir, list(cells))
-  if not rows:
+  if rows.empty:
     print(f"No finished runs in {workdir}.")
     return
   out.mkdir(parents=True, exist_ok=True)
   with (out / "results.jsonl").open("w") as file:
-    file.writelines(json.dumps(row) + "\n" for row in rows)
-  parts = []
-  for student in ("capable", "weak"):
-    if any(r["student"] == student for r in rows):
-      parts.append(f"## {student} student\n\n" + table(rows, student, cells))
-  (out / "tables.md").write_text("\n".join(parts))
-  print("\n".join(parts))
-  draw(rows, _MAIN, out / "accuracy_flops.png")
+    for row in rows.to_dict("records"):
+      file.write(json.dumps(row) + "\n")
+  text = "\n".join(
+      f"## {student} student\n\n" + table(rows, student, cells)
+      for student in sorted(rows["student"].unique())
+  )
+  (out / "tables.md").write_text(text)
+  print(text)
+  draw(rows, _DRAWN, out / "accuracy_flops.png")
 
 
 def _load(spec: Any, setup: setup_lib.Setup, model: Any) -> Params:
@@ -298,16 +292,16 @@ def position(
   """Returns mean |log ratio| and exact KL at each position, by student.
 
   Args:
-    setup: of a run with an exact loss.
-    students: paths.
-    batches: of prompts; the same for all students.
+    setup: the setup of a run with an exact loss.
+    students: the students' paths.
+    batches: batches of prompts; all students get the same prompts.
   """
   models, config = setup.models, setup.models.config
   teacher_params = _load(config.teacher, setup, models.teacher)
   data = [next(setup.data)[0] for _ in range(batches)]
   exact = loss_lib.ExactLoss(models.loss.dist, score_tokens=True)
-  look = functools.partial(
-      jax.jit(_look, static_argnums=(0, 1, 2)),
+  sums_of = functools.partial(
+      jax.jit(_position_sums, static_argnums=(0, 1, 2)),
       models.student,
       models.teacher,
       exact,
@@ -325,7 +319,7 @@ def position(
       rollout = sampler.sample(params, batch, key, length)
       batch = generate.repeat_prompts(config.rollout.per_prompt, prompts)
       batch = sharding.global_batch(batch, models.mesh)
-      sums += np.asarray(look(params, teacher_params, batch, rollout))
+      sums += np.asarray(sums_of(params, teacher_params, batch, rollout))
     count = np.maximum(sums[2], 1)
     out[path] = {
         "log_ratio": (sums[0] / count).tolist(),
@@ -335,7 +329,7 @@ def position(
   return out
 
 
-def _look(
+def _position_sums(
     student: Model,
     teacher: Model,
     exact: loss_lib.ExactLoss,
@@ -364,16 +358,16 @@ def _look(
 def teacher_prefix(
     setup: setup_lib.Setup, lengths: list[int], withheld: int
 ) -> dict[str, Any]:
-  """Returns the student's accuracy after so many tokens of the teacher.
+  """Returns the student's accuracy after a prefix of the teacher's answer.
 
-  Problems whose teacher's answer is shorter than a length plus `withheld` are
-  left out of that length; `problems` says how many are left, and
-  `accuracy_alone` how the student does on the same ones without a prefix.
+  A prefix length leaves out the problems whose teacher's answer is shorter than
+  that length plus `withheld`. `problems` counts the others, and
+  `accuracy_alone` is the student's accuracy on them without a prefix.
 
   Args:
-    setup: of a run, with evaluation sets.
-    lengths: of the prefixes; 0 for none.
-    withheld: last tokens of the teacher's answer that stay hidden.
+    setup: the setup of a run, with evaluation sets.
+    lengths: the lengths of the prefixes; 0 for no prefix.
+    withheld: how many last tokens of the teacher's answer stay hidden.
   """
   models, chat, out = setup.models, setup.chat, {}
   config = models.config
@@ -385,7 +379,7 @@ def teacher_prefix(
 
   def engine(which: Any, model: Any) -> continuous_batching.Engine:
     params, model = _load(which, setup, model), models.for_sampling(model)
-    # Both models lie in the memory, and the prompts get a prefix.
+    # Memory holds both models, and a prefix makes the prompts longer.
     rows = microbatch.answers(
         models,
         model,
@@ -436,7 +430,7 @@ def _continue_from(
     kept: list[int],
     length: int,
 ) -> evaluator.Problems:
-  """Puts the first `length` tokens of the answers behind the prompts."""
+  """Appends the first `length` tokens of the answers to the prompts."""
   prompts = jax.tree.map(lambda x: x[np.array(kept)], problems.batch)
   tokens = np.stack([answers[n][:length] for n in kept]).astype(np.int32)
   batch = PromptBatch(

@@ -1,14 +1,13 @@
-"""Makes the bundled tokenizers and the start of `configs/bundled.py:guided`.
+"""Makes the bundled tokenizers, and the start of `configs/bundled.py:guided`.
 
   python -m prefix_distill.experiments.bundled_models tokenizer DIR EOS_TOKEN
   python -m prefix_distill.experiments.bundled_models guided DIR
 
-The tokenizers are byte-level like Qwen3's, with the same special tokens and
-chat template, so any text can be encoded; the words of the bundled task are
-whole tokens. The start of the guided task is the bundled teacher with rows for
-the words of the contexts. Each of those rows starts as a copy of the row of a
-known word, and the row of a German word as a copy of the row of its English
-word.
+The tokenizers are byte-level like Qwen3's, so they encode any text. They have
+Qwen3's special tokens and chat template, and every word of the bundled task is
+one token. The guided model starts as the bundled teacher, with more embeddings
+for the words of the contexts. Each new embedding is a copy of a known word's
+embedding; a German word copies its English word.
 """
 
 from collections.abc import Iterable
@@ -30,7 +29,7 @@ import transformers
 from prefix_distill import assets
 from prefix_distill.data import bundled_tasks
 
-# As Qwen's, but a number is one token and takes the space before it.
+# Qwen's pattern, but a number with the space before it is one token.
 _PATTERN = (
     r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -56,41 +55,30 @@ def make_tokenizer(
 
   Args:
     eos_token: `<|endoftext|>` for a base model, `<|im_end|>` for a chat model.
-    more: words that are whole tokens as well; their ids come last, so that
-      those of all others stay.
+    more: further words that are one token each. Their ids come last, so that
+      all other ids stay.
   """
-  pre = pre_tokenizers.Sequence([
-      pre_tokenizers.Split(Regex(_PATTERN), behavior="isolated"),
-      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-  ])
-  byte_level = pre_tokenizers.ByteLevel(
-      add_prefix_space=False, use_regex=False
-  )
+  byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  split = pre_tokenizers.Split(Regex(_PATTERN), behavior="isolated")
   pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
   for word in bundled_tasks.vocabulary():
     piece = byte_level.pre_tokenize_str(word)[0][0]
     if piece not in pieces:
       pieces.append(piece)
   more = [byte_level.pre_tokenize_str(word)[0][0] for word in more]
-  if more:  # Added tokens take an id that is there, or else the next.
+  if more:  # An added token takes its existing id, or else the next id.
     pieces += [*_SPECIAL, *_MARKUP, *more]
-  # Without merges a word is its own token or a row of bytes.
+  # Without merges a word is one token or a sequence of bytes.
   model = models.BPE(
       {piece: i for i, piece in enumerate(pieces)}, [], ignore_merges=True
   )
   tokenizer = Tokenizer(model)
-  tokenizer.pre_tokenizer = pre
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
   tokenizer.decoder = decoders.ByteLevel()
-  tokenizer.add_tokens(
-      [
-          AddedToken(t, special=True, normalized=False)
-          for t in _SPECIAL
-      ]
-      + [
-          AddedToken(t, special=False, normalized=False)
-          for t in _MARKUP
-      ]
-  )
+  tokenizer.add_tokens([
+      AddedToken(token, special=token in _SPECIAL, normalized=False)
+      for token in (*_SPECIAL, *_MARKUP)
+  ])
   return transformers.PreTrainedTokenizerFast(
       tokenizer_object=tokenizer,
       eos_token=eos_token,

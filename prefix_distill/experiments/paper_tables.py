@@ -1,17 +1,18 @@
 """The FLOP columns of the paper's two tables, by the paper's formula.
 
-  python -m prefix_distill.report.paper_tables
+  python -m prefix_distill.experiments.paper_tables
 
 The paper (arXiv 2602.15260) gives totals, the formula and the recipe, but not
-how long its prompts and rollouts are. Rollouts that stop at a prefix of 256 to
-2048 tokens are taken to run to it, and one mean prompt for all of these rows is
-fitted. Longer rollouts are taken to run to their caps as well, which is too
-much; next to that stands the length that would give the paper's total. SeqKD's
-answers are fitted: one length for both tables.
+the lengths of its prompts and rollouts. This script assumes that every rollout
+reaches its cap, and fits one mean prompt to the rows with prefixes of 256 to
+2048 tokens. For longer rollouts that is too much, so their rows also show the
+length that gives the paper's total. SeqKD's answers have one fitted length for
+both tables.
 
 As written, the formula gives 1.5 to 1.9 times the totals of the prefix rows.
 With a forward pass of a ninth of training instead of a third it gives them
-within 3 %, and no other row contradicts that. It is inferred from the totals.
+within 3 %, and no other row contradicts that. The ninth is inferred from the
+totals.
 """
 
 from collections.abc import Callable
@@ -33,7 +34,7 @@ UPDATES, ROLLOUTS = 60, 512 * 4
 SEQKD_BATCH = 128
 PREFIXES = (256, 512, 1024, 2048)
 LONGEST = 16384
-# The schedule's caps: from 1, by 256 an update.
+# The caps of the schedule: 1 at first, and 256 more each update.
 SCHEDULE = tuple(1 + 256 * np.arange(UPDATES))
 WRITTEN = Convention()
 FITTED = Convention(forward=1 / 9)
@@ -75,28 +76,36 @@ TABLES = (
         "Qwen3-1.7B-Base",
         published.QWEN3_1_7B,
         (9.4e17, 1.4e18, 2.5e18, 4.7e18),
-        full_10=8.2e18, full=5.7e19, schedule=2.4e19, seqkd_300=1.3e19,
+        full_10=8.2e18,
+        full=5.7e19,
+        schedule=2.4e19,
+        seqkd_300=1.3e19,
         seqkd=6.6e19,
     ),
     Table(
-        "Qwen3-8B-Base", published.QWEN3_8B, (3.4e18, 5.2e18, 8.9e18, 1.7e19),
-        full_10=2.7e19, full=1.8e20, schedule=7.5e19, seqkd_300=4.4e19,
+        "Qwen3-8B-Base",
+        published.QWEN3_8B,
+        (3.4e18, 5.2e18, 8.9e18, 1.7e19),
+        full_10=2.7e19,
+        full=1.8e20,
+        schedule=7.5e19,
+        seqkd_300=4.4e19,
         seqkd=2.2e20,
     ),
-)  # fmt: skip
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A row: the paper's total, ours as written and as fitted.
+  """A row: the paper's total, and ours by two readings of the formula.
 
   Attributes:
-    method: what the paper calls it.
-    paper: its total.
-    written: ours, with a forward pass of a third of training.
-    fitted: ours, with a ninth.
-    note: the answers' tokens that were assumed, and in brackets those that
-      the paper's total implies.
+    method: the paper's name of the method.
+    paper: the paper's total.
+    written: our total with a forward pass of a third of training.
+    fitted: our total with a forward pass of a ninth.
+    note: the assumed tokens per answer, and in brackets the tokens that the
+      paper's total implies.
   """
 
   method: str
@@ -112,7 +121,7 @@ def rollouts(
     sampled: tuple[float, ...],
     convention: Convention,
 ) -> float:
-  """FLOPs of updates, in each of which all rollouts are of the given length."""
+  """FLOPs of updates; `sampled` has the rollouts' length in each update."""
   lengths = Lengths(np.full(len(sampled), prompt), np.array(sampled))
   return ROLLOUTS * flops.paper_distillation(
       student, published.QWEN3_8B, lengths, convention=convention
@@ -132,7 +141,8 @@ def fit_prompt(convention: Convention) -> tuple[int, float]:
   """Fits the mean prompt to the prefix rows of both tables.
 
   Returns:
-    Its tokens, and by what factor a row's total is off at most.
+    The tokens of the prompt, and the largest factor between a row's total and
+    the paper's.
   """
   best = 0, np.inf
   for prompt in range(0, 401, 2):
@@ -175,7 +185,7 @@ def _row(
     total: float,
     caps: tuple[float, ...],
 ) -> Row:
-  """A row of distillation, with rollouts that run to the caps."""
+  """Returns a row of distillation, with rollouts that reach their caps."""
 
   def cost(longest: float, convention: Convention = FITTED) -> float:
     sampled = tuple(np.minimum(caps, longest))
@@ -206,9 +216,12 @@ def rows(table: Table, prompt: int) -> Iterator[Row]:
 
 def _grid(title: str, columns: tuple[str, ...]) -> rich.table.Table:
   out = rich.table.Table(
-      title=title, box=rich.box.SIMPLE_HEAD, show_edge=False,
-      padding=(0, 1, 0, 0), title_justify="left",
-  )  # fmt: skip
+      title=title,
+      box=rich.box.SIMPLE_HEAD,
+      show_edge=False,
+      padding=(0, 1, 0, 0),
+      title_justify="left",
+  )
   for name in columns:
     out.add_column(name)
   return out
@@ -216,26 +229,39 @@ def _grid(title: str, columns: tuple[str, ...]) -> rich.table.Table:
 
 def _table(table: Table, prompt: int) -> rich.table.Table:
   columns = (
-      "method", "paper", "F_fwd =\nF_train / 3", "ours /\npaper",
-      "F_fwd =\nF_train / 9", "ours /\npaper",
+      "method",
+      "paper",
+      "F_fwd =\nF_train / 3",
+      "ours /\npaper",
+      "F_fwd =\nF_train / 9",
+      "ours /\npaper",
       "tokens of an\nanswer (implied)",
-  )  # fmt: skip
+  )
   out = _grid(f"Student {table.name}, teacher Qwen3-8B, FLOPs", columns)
   for row in rows(table, prompt):
     out.add_row(
-        row.method, f"{row.paper:.1e}",
-        f"{row.written:.1e}", f"{row.written / row.paper:.2f}",
-        f"{row.fitted:.1e}", f"{row.fitted / row.paper:.2f}", row.note,
-    )  # fmt: skip
+        row.method,
+        f"{row.paper:.1e}",
+        f"{row.written:.1e}",
+        f"{row.written / row.paper:.2f}",
+        f"{row.fitted:.1e}",
+        f"{row.fitted / row.paper:.2f}",
+        row.note,
+    )
   return out
 
 
 def _readings() -> rich.table.Table:
-  """How well other readings of N, attention and forward passes fit."""
+  """Tabulates how well other readings of the formula fit."""
   columns = (
-      "N counts", "pairs of\ntokens", "F_fwd /\nF_train", "prompt,\nfitted",
-      "prefix rows\noff by", "schedule\nat its caps", "SeqKD,\n8B / 1.7B",
-  )  # fmt: skip
+      "N counts",
+      "pairs of\ntokens",
+      "F_fwd /\nF_train",
+      "prompt,\nfitted",
+      "prefix rows\noff by",
+      "schedule\nat its caps",
+      "SeqKD,\n8B / 1.7B",
+  )
   out = _grid("What the formula may mean", columns)
   for name, counted in READINGS.items():
     for attention, pairs in ((12, "all"), (6, "causal")):
@@ -246,7 +272,7 @@ def _readings() -> rich.table.Table:
 
 
 def _fits(reading: Convention) -> tuple[str, ...]:
-  """Says how well a reading fits, as `_readings` has it."""
+  """Returns the last four columns of `_readings`."""
   prompt, worst = fit_prompt(reading)
   capped = min(
       rollouts(t.student, prompt, SCHEDULE, reading) / t.schedule
@@ -254,20 +280,20 @@ def _fits(reading: Convention) -> tuple[str, ...]:
   )
   length = seqkd_length(reading)
   small, large = (seqkd(t, length, 1, reading) for t in TABLES)
-  return (
-      f"{prompt}", f"{worst - 1:.0%}", f"{capped:.2f}", f"{large / small:.2f}"
-  )  # fmt: skip
+  fits = f"{worst - 1:.0%}", f"{capped:.2f}", f"{large / small:.2f}"
+  return f"{prompt}", *fits
 
 
 _EXPLANATION = """\
-The mean prompt, {} tokens, is fitted. The eight prefix rows are then off by
-{:.1%} at most if a forward pass is a ninth of training. That is inferred:
-appendix B has a third, with which the formula gives 1.5 to 1.9 times as much as
-the tables. The lengths of answers in the other rows are not published. In
-brackets stand those at which a row would fit, by the ninth, if all were equally
-long. A reading by which the schedule comes out below 1, although all rollouts
-run to their caps, cannot be meant. SeqKD has no other forward pass, and there
-one length for both students misses the tables' 8B / 1.7B, 3.33."""
+The mean prompt, {} tokens, is fitted. With a forward pass of a ninth of
+training, the eight prefix rows are then off by at most {:.1%}. The ninth is
+inferred: appendix B has a third, and with a third the formula gives 1.5 to
+1.9 times the tables' totals. The lengths of answers in the other rows are
+not published. The brackets have the length at which a row would fit, by the
+ninth, if all its answers were equally long. A reading cannot be meant if the
+schedule comes out below 1, although all its rollouts reach their caps. SeqKD
+has no other forward pass. One length for both students misses the tables' 8B /
+1.7B, 3.33."""
 
 
 def main() -> None:

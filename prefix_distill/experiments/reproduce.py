@@ -1,12 +1,12 @@
-"""The paper's table in the small.
+"""The paper's table on a small task.
 
   python -m prefix_distill.experiments.reproduce
 
-Every method, schedule and ablation as one run of `configs/math.py` on the
-bundled task, for the capable and the weak student and several seeds. Cells that
-are done are not run again, so it can be stopped and continued; `--cells`
-and `--students` choose some. What the runs measured is gathered in
-`docs/results`: `results.jsonl`, tables and figures.
+Runs `configs/math.py` on the bundled task with every method, schedule and
+ablation, for the capable and the weak student and several seeds. Finished runs
+are not repeated, so the script can be stopped and continued. `--cells` and
+`--students` select some. The results go to `docs/results`: `results.jsonl`,
+tables and a figure.
 """
 
 import argparse
@@ -27,9 +27,9 @@ class Cell:
   """One line of the table.
 
   Attributes:
-    about: what it is, for the table.
+    about: its description in the table.
     settings: fields of the config.
-    of: settings that differ for one of the students.
+    of: further settings of one student.
   """
 
   about: str
@@ -45,6 +45,14 @@ def _prefix(schedule: str, **settings: object) -> dict[str, str]:
 _BUCKETS = {"prefix.buckets": "(32,64,128,256)"}
 _FULL = {"method": "full"}
 _FIXED_64 = _prefix("fixed", length=64)
+_OFF_POLICY = {"rollout.source": "teacher"}
+
+
+def _increments(capable: int, weak: int) -> dict[str, dict[str, str]]:
+  return {
+      "capable": {"prefix.linear.increment": str(capable)},
+      "weak": {"prefix.linear.increment": str(weak)},
+  }
 
 
 def _window(start: int, end: int) -> dict[str, str]:
@@ -63,21 +71,24 @@ CELLS = {
     "fixed-32": Cell("prefix of 32", _prefix("fixed", length=32)),
     "fixed-64": Cell("prefix of 64", _FIXED_64),
     "linear": Cell(
-        "linear schedule (the paper's)", _BUCKETS,
-        {"capable": {"prefix.linear.increment": "2"},
-         "weak": {"prefix.linear.increment": "4"}},
+        "linear schedule (the paper's)", _BUCKETS, _increments(2, 4)
     ),
     "popd": Cell(
         "linear, in steps of five updates (POPD)",
         _prefix("linear", start=8, every=5),
-        {"capable": {"prefix.linear.increment": "10"},
-         "weak": {"prefix.linear.increment": "20"}},
+        _increments(10, 20),
     ),
     "random": Cell("random cap", _prefix("random")),
     "drift": Cell(
         "drift budget (Prune-OPD)",
-        _prefix("drift", start=16, increment=16, min_overlap=0.4,
-                max_drifted=50, min_reliable_fraction=0.1),
+        _prefix(
+            "drift",
+            start=16,
+            increment=16,
+            min_overlap=0.4,
+            max_drifted=50,
+            min_reliable_fraction=0.1,
+        ),
     ),
     "plateau": Cell(
         "plateau and utilisation (Adaptive FastOPD)",
@@ -85,8 +96,9 @@ CELLS = {
     ),
     "agreement": Cell(
         "agreement stop (KAT)",
-        _prefix("agreement", window_tokens=16, memory_rollouts=512,
-                warmup_updates=5),
+        _prefix(
+            "agreement", window_tokens=16, memory_rollouts=512, warmup_updates=5
+        ),
     ),
     "audited": Cell(
         "audited (ours)",
@@ -102,19 +114,17 @@ CELLS = {
     ),
     "off-reverse": Cell(
         "off-policy (teacher's prefixes of 64), reverse KL",
-        _FIXED_64 | {"rollout.source": "teacher"},
+        _FIXED_64 | _OFF_POLICY,
     ),
     "off-forward": Cell(
         "off-policy (teacher's prefixes of 64), forward KL",
-        _FIXED_64
-        | {"rollout.source": "teacher", "loss.exact.divergence": "forward_kl"},
+        _FIXED_64 | _OFF_POLICY | {"loss.exact.divergence": "forward_kl"},
     ),
     "mixture": Cell(
         "half of the updates off-policy, prefix of 64",
-        _FIXED_64
-        | {"rollout.source": "teacher", "rollout.source_share": "0.5"},
+        _FIXED_64 | _OFF_POLICY | {"rollout.source_share": "0.5"},
     ),
-}  # fmt: skip
+}
 _COMMON = {
     "evaluation.every": "10",
     "evaluation.sets.heldout.size": "240",
@@ -126,23 +136,23 @@ _COMMON = {
 def command(student: str, name: str, seed: int, workdir: pathlib.Path) -> list:
   """Returns the command line of one run."""
   cell = CELLS[name]
-  settings = {
-      **_COMMON, **cell.settings, **cell.of.get(student, {}),
-      "seed": str(seed),
-  }  # fmt: skip
-  root = pathlib.Path(__file__).parent.parent
+  settings = _COMMON | cell.settings | cell.of.get(student, {})
+  settings["seed"] = str(seed)
+  config = pathlib.Path(__file__).parents[2] / "configs" / "math.py"
   return [
-      sys.executable, "-m", "prefix_distill.main",
-      f"--config={root / 'configs' / 'math.py'}:{STUDENTS[student]}",
+      sys.executable,
+      "-m",
+      "prefix_distill.main",
+      f"--config={config}:{STUDENTS[student]}",
       f"--workdir={workdir}",
       *(f"--config.{k}={v}" for k, v in settings.items()),
-  ]  # fmt: skip
+  ]
 
 
 def _run(
     student: str, name: str, seed: int, workdir: pathlib.Path, core: int | None
 ) -> str:
-  """Runs a cell to its end; returns what to print."""
+  """Runs a cell to its end; returns a line to print."""
   place = workdir / student / name / str(seed)
   label = f"{student} {name} seed {seed}"
   if (place / "export").is_dir():
@@ -161,29 +171,22 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
       description=__doc__,
       formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument("--students", nargs="+", default=[*STUDENTS],
-                      choices=STUDENTS)  # fmt: skip
-  parser.add_argument("--cells", nargs="+", default=[*CELLS], choices=CELLS)
-  parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-  parser.add_argument("--workdir", type=pathlib.Path,
-                      default=pathlib.Path("runs/reproduce"))  # fmt: skip
-  parser.add_argument("--out", type=pathlib.Path,
-                      default=pathlib.Path("docs/results"))  # fmt: skip
-  parser.add_argument(
-      "--parallel", type=int, default=1,
-      help="runs at a time, each pinned to a core of its own",
-  )  # fmt: skip
-  parser.add_argument(
-      "--only_report", action="store_true", help="run nothing, gather again"
-  )
+  add, path = parser.add_argument, pathlib.Path
+  add("--students", nargs="+", default=[*STUDENTS], choices=STUDENTS)
+  add("--cells", nargs="+", default=[*CELLS], choices=CELLS)
+  add("--seeds", nargs="+", type=int, default=[0, 1, 2])
+  add("--workdir", type=path, default=path("runs/reproduce"))
+  add("--out", type=path, default=path("docs/results"))
+  add("--parallel", type=int, default=1, help="runs at a time, one per core")
+  add("--only_report", action="store_true", help="run nothing, gather again")
   return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs the cells and writes the results; returns the exit status."""
   args = _parse(arguments)
-  # All cells of a seed before the next seed, so that an early stop leaves a
-  # whole table of fewer seeds.
+  # The seeds are the outer loop, so that an early stop leaves a whole table of
+  # fewer seeds.
   todo = [
       (student, name, seed)
       for seed in args.seeds

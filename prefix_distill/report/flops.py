@@ -1,13 +1,14 @@
-"""What each phase of an update costs in FLOPs, from actual lengths.
+"""The FLOPs of each phase of an update, from actual lengths.
 
-Counted is what this package computes for real tokens: prompts are read once and
-cached, attention is causal, and the output head is formed only where something
-is predicted. What padding costs, elementwise work (norms, softmax, drawing) and
-the scores that attention kernels form again in the backward pass are left out.
-Tests hold each phase against the compiler's own count. The `paper_`
-functions are the paper's formula, by which its tables compare methods. It is
-coarser: every rollout reads its prompt again, the student's log-probabilities
-take a pass of their own, and the optimizer is free.
+The count covers the work of this package on real tokens. A prompt is read once
+and cached, attention is causal, and the output head runs only on positions that
+predict a token. The count leaves out padding, elementwise work (norms, softmax,
+sampling) and the attention scores that kernels compute again in the backward
+pass. Tests compare each phase with the compiler's own count.
+
+The `paper_` functions are the paper's formula, by which its tables compare
+methods. The formula is coarser: every rollout reads its prompt again, the
+student's log-probabilities take their own pass, and the optimizer is free.
 
 A product of [m, k] and [k, n] is 2 m k n FLOPs.
 """
@@ -20,25 +21,25 @@ import numpy as np
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.config import num_params
 
-# AdamW's operations per parameter, by counting: mean of the gradient 1, its
-# norm 2, clipping 3, moments 3 + 4, their corrections 2, root, epsilon and
-# quotient 3, decay 2, learning rate 1, sum 1. XLA's own count is 22 as well.
+# AdamW's operations per parameter: mean of the gradient 1, its norm 2, clipping
+# 3, moments 3 + 4, bias corrections 2, root, epsilon and quotient 3, decay 2,
+# learning rate 1, sum 1. XLA also counts 22.
 ADAMW_OPERATIONS = 22
 Array = np.ndarray | Sequence[float] | float
 
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-  """Tokens of an update's sequences: as they are, not as they are capped.
+  """The actual lengths of an update's sequences, in tokens.
 
   Attributes:
     prompts: [prompts].
-    sampled: [prompts * n], of each answer, at least 1; those of one prompt next
-      to each other.
-    teacher_prompts: [prompts], of what the teacher reads instead; None for the
-      same.
-    trained: [prompts * n], of each answer, those that the student is trained
-      on; None for all.
+    sampled: [prompts * n], of each answer, at least 1; the n answers to one
+      prompt are neighbours.
+    teacher_prompts: [prompts], of the teacher's own prompts; None if the
+      teacher reads the student's.
+    trained: [prompts * n], the tokens of each answer that train the student;
+      None for all.
   """
 
   prompts: np.ndarray
@@ -59,7 +60,7 @@ class Lengths:
 
   @property
   def learned(self) -> np.ndarray:
-    """[prompts * n], the tokens of each answer that are trained on."""
+    """[prompts * n], the tokens of each answer that train the student."""
     return self.sampled if self.trained is None else self.trained
 
   def _fan_out(self, prompts: np.ndarray) -> np.ndarray:
@@ -68,14 +69,14 @@ class Lengths:
 
 @dataclasses.dataclass(frozen=True)
 class StepFlops:
-  """One update, by phase.
+  """The FLOPs of one update, by phase.
 
   Attributes:
-    prefill: reading prompts to sample from them, and the first tokens.
-    decode: the other tokens.
+    prefill: reading the prompts and sampling the first tokens.
+    decode: sampling the other tokens.
     score: the teacher's forward pass, with its output head.
     forward: the student's forward pass in the update.
-    backward: its backward pass, and what `remat` computes again.
+    backward: the student's backward pass, with the recomputation by `remat`.
     optimizer: everything from gradients to new parameters.
   """
 
@@ -95,13 +96,13 @@ PHASES = tuple(field.name for field in dataclasses.fields(StepFlops))
 
 
 def layers(config: ModelConfig, lengths: Array, cached: Array = 0) -> float:
-  """FLOPs of the layers over sequences, without the output head; summed.
+  """FLOPs of the layers over all sequences, without the output head.
 
     2 P (T - C) + 4 L n_heads d_head (T (T + 1) - C (C + 1)) / 2
 
-  P are the weights of all layers' matrices. A token at position t attends to t
-  tokens, itself included, in two products of n_heads d_head each. Of the T
-  tokens the first C are in the cache.
+  P is the number of weights in the layers' matrices. A token at position t
+  attends to t tokens, itself included, in two products of n_heads d_head each.
+  The first C of the T tokens are in the cache.
 
   Args:
     config: the model.
@@ -123,7 +124,7 @@ def _matrices(config: ModelConfig) -> int:
 
 
 def head(config: ModelConfig, positions: Array) -> float:
-  """FLOPs of the output head: 2 V D for each position, summed."""
+  """FLOPs of the output head over all positions: 2 V D each."""
   return 2.0 * config.vocab_size * config.dim * float(np.sum(positions))
 
 
@@ -133,9 +134,9 @@ def prefill(config: ModelConfig, prompts: Array) -> float:
 
 
 def decode(config: ModelConfig, prompts: Array, sampled: Array) -> float:
-  """FLOPs of sampling answers after `prefill`, which predicted their first.
+  """FLOPs of sampling answers after `prefill`, which predicts the first token.
 
-  The last token of an answer is not fed.
+  The model never reads the last token of an answer.
 
   Args:
     config: the model.
@@ -157,7 +158,8 @@ def answers(config: ModelConfig, prompts: Array, sampled: Array) -> StepFlops:
 def forward(config: ModelConfig, prompts: Array, predicted: Array) -> float:
   """FLOPs of a pass over whole sequences that predicts the answers' tokens.
 
-  The last token is not fed, and of the prompt only its last position predicts.
+  The model does not read the last token. Only the last position of the prompt
+  predicts a token.
 
   Args:
     config: the model.
@@ -169,11 +171,11 @@ def forward(config: ModelConfig, prompts: Array, predicted: Array) -> float:
 
 
 def _recomputed(config: ModelConfig, lengths: Array, remat: str) -> float:
-  """FLOPs of what `remat` computes again.
+  """FLOPs of the recomputation by `remat`.
 
-  "full", "offload": the layers, but for one product. The last one of a layer,
-  from mlp_dim to dim, gives what only the next layer needs, and that kept it.
-  "dots": the two products of attention.
+  "full" and "offload" compute the layers again, without the last product of
+  each layer, from mlp_dim to dim: the next layer has kept its input. "dots"
+  computes the two products of attention again.
   """
   if remat == "none":
     return 0.0
@@ -187,7 +189,7 @@ def _recomputed(config: ModelConfig, lengths: Array, remat: str) -> float:
 def _training(
     student: ModelConfig, read: Array, learned: Array, remat: str
 ) -> dict[str, float]:
-  """FLOPs of the update; a product's backward pass is two like it."""
+  """FLOPs of the update; a product's backward pass is two such products."""
   once = forward(student, read, learned)
   fed = np.asarray(read, float) + np.maximum(np.asarray(learned) - 1, 0)
   again = _recomputed(student, fed, remat)
@@ -201,7 +203,7 @@ def _training(
 def sampler(
     student: ModelConfig, teacher: ModelConfig, source: str
 ) -> ModelConfig | None:
-  """Returns who sampled the answers of a source; None if they were given."""
+  """Returns the model that samples a source's answers; None for given ones."""
   return {"student": student, "teacher": teacher, "data": None}[source]
 
 
@@ -214,16 +216,17 @@ def distillation(
 ) -> StepFlops:
   """FLOPs of a distillation update, as this package computes it.
 
-  Prompts are read once and fanned out to their rollouts. The student's own
-  log-probabilities come out of the update. The teacher's logits count under
-  `score`, though the exact loss forms them in the program of the update.
+  Each prompt is read once for all its rollouts. The student's log-probabilities
+  are a by-product of the update. The teacher's logits count under `score`,
+  though the exact loss computes them in the program of the update.
 
   Args:
     student: its architecture.
     teacher: its architecture.
     lengths: of the sequences.
-    source: who sampled the answers: "student", "teacher" or, for none, "data".
-    remat: what the backward pass computes again, see `ModelSpec`.
+    source: the model that sampled the answers, "student" or "teacher"; "data"
+      for given answers.
+    remat: the recomputation in the backward pass, see `ModelSpec`.
   """
   cost = StepFlops(
       score=forward(teacher, lengths.teacher_read, lengths.sampled),
@@ -251,19 +254,19 @@ def supervised(
 
 @dataclasses.dataclass(frozen=True)
 class Convention:
-  """What the paper's formula leaves open, or its totals contradict.
+  """The choices that the paper's formula leaves open, or its totals contradict.
 
-  N and attention are not spelled out; the defaults are those that fit the
-  totals best (see `paper_tables`): N without embeddings, as Qwen's model cards
-  have it, and all pairs of tokens, as in appendix B of PaLM (arXiv 2204.02311).
+  The paper does not define N or the attention term. The defaults fit its totals
+  best (see `paper_tables`): N without embeddings, as in Qwen's model cards, and
+  all pairs of tokens, as in appendix B of PaLM (arXiv 2204.02311).
 
   Attributes:
     head: whether N counts the output head.
     table: whether N counts an embedding table that is not the head.
     attention: FLOPs of training for each layer, head, channel and pair of
-      tokens: 12, or 6 if only the half that causality leaves counts.
-    forward: a forward pass as a share of training. The paper writes a third,
-      which this is; its tables come out with a ninth.
+      tokens: 12 for all pairs, 6 for the causal half.
+    forward: a forward pass as a fraction of training. The paper's text says a
+      third, the default; its tables fit a ninth.
   """
 
   head: bool = False
@@ -320,10 +323,10 @@ def paper_distillation(
 
     F_OPD(T) = F_train(S, T) + 2 F_fwd(S, T) + F_fwd(T', T)
 
-  for student S and teacher T': the update, sampling, the student's
-  log-probabilities and the teacher's, each over whole sequences. Source: arXiv
-  2602.15260, appendix B. Answers that the student did not sample are not in
-  it; what sampled them takes the place of one F_fwd(S, T).
+  for student S and teacher T': the update, sampling, and the log-probabilities
+  of the student and the teacher, each over whole sequences. Source: arXiv
+  2602.15260, appendix B. The formula has no answers of another model; here the
+  model that samples them takes the place of one F_fwd(S, T).
 
   Args:
     student: its architecture.

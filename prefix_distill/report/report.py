@@ -26,8 +26,8 @@ from prefix_distill.report import plots
 
 Line = dict[str, Any]
 
-# A cell's new line is one in the terminal, where all columns must fit side by
-# side, and a space in report.md.
+# A line break in a cell is a space in report.md. The terminal needs the breaks,
+# so that all columns fit side by side.
 HEADER = (
     "",
     "sampled\n(95 %)",
@@ -37,12 +37,12 @@ HEADER = (
     "tokens\n(mean / p95)",
     "repetition",
 )
-# By how much fewer answers may end after training before the report warns.
+# The report warns if the finish rate falls by more than this in training.
 _FALL = 0.05
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Returns the lines; one that a kill cut short is left out."""
+  """Returns the lines, without a last line that a kill cut short."""
   if not path.is_file():
     return []
   out = []
@@ -55,19 +55,19 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 class MetricsWriter:
-  """Appends lines, each whole on the disk before the next step starts."""
+  """Appends lines; a line is on the disk when `write` returns."""
 
   def __init__(self, path: pathlib.Path, resume_step: int | None):
     """Opens the file.
 
     Args:
       path: the file.
-      resume_step: keep lines up to this step, for later ones will be written
-        again; None to start anew.
+      resume_step: keeps lines up to this step; the run writes later lines
+        again. None starts with an empty file.
     """
     kept = []
     if resume_step is not None:
-      # The teacher is evaluated after the last checkpoint, so once more.
+      # A resumed run evaluates the teacher again, after its last checkpoint.
       kept = [
           line
           for line in read_metrics(path)
@@ -91,15 +91,15 @@ def _json_line(values: dict[str, Any]) -> str:
 
 
 def repetition(tokens: Sequence[int]) -> float:
-  """Returns how much of an answer was there before.
+  """Returns the fraction of an answer's 4-grams that occurred before.
 
     repetition = 1 - (distinct 4-grams) / (all 4-grams)
 
-  That is 0 if no run of four tokens occurs twice, and goes to 1 in an answer
-  that says the same over and over.
+  It is 0 if no four tokens in a row occur twice, and goes to 1 in an answer
+  that repeats itself.
 
   Args:
-    tokens: of one answer; 0 is returned for fewer than four.
+    tokens: the tokens of one answer; the result is 0 for fewer than four.
   """
   tokens = np.asarray(tokens).tolist()
   grams = list(zip(*(tokens[i:] for i in range(4)), strict=False))
@@ -107,20 +107,19 @@ def repetition(tokens: Sequence[int]) -> float:
 
 
 def length_p95(lengths: np.ndarray) -> int:
-  """Returns the least length that 95 % of the answers do not exceed.
+  """Returns the 95th percentile of the lengths.
 
-  It is the length of one of the answers, so it equals the cap as soon as more
-  than 5 % of them run into it.
+  The result is one of the lengths, so it equals the cap as soon as more than
+  5 % of the answers reach the cap.
   """
   return int(np.percentile(lengths, 95, method="inverted_cdf"))
 
 
 def finish_shares(finished: np.ndarray) -> dict[str, float]:
-  """Returns the share of answers that stopped, and of those that were cut.
+  """Returns the fractions of answers that finished and that were cut.
 
-  Nothing but a stop token or the cap ends an answer, so the two add up to 1.
-  An answer whose last token under the cap is a stop token was not cut, though
-  it is as long as those that were.
+  Only a stop token or the cap ends an answer, so the two fractions add up to 1.
+  An answer as long as the cap is finished if its last token is a stop token.
 
   Args:
     finished: bool, whether each answer ended with a stop token.
@@ -134,14 +133,14 @@ def finish_shares(finished: np.ndarray) -> dict[str, float]:
 def rollout_metrics(
     tokens: np.ndarray, mask: np.ndarray, stop_ids: Sequence[int]
 ) -> dict[str, float]:
-  """Returns what an update's metrics say of its rollouts' ends.
+  """Returns an update's metrics of how its rollouts end.
 
   Args:
-    tokens: int [B, P], sampled.
+    tokens: int [B, P], the sampled tokens.
     mask: bool [B, P], true up to and including the stop token.
     stop_ids: tokens that end a rollout.
   """
-  # No token follows a stop token, so one anywhere is the last.
+  # No token follows a stop token, so a stop token is always the last.
   finished = np.any(np.isin(tokens, stop_ids) & mask, axis=1)
   repeated = [repetition(t[m]) for t, m in zip(tokens, mask, strict=True)]
   return finish_shares(finished) | {
@@ -153,7 +152,7 @@ def rollout_metrics(
 def headline(
     config: Config, mesh: Mapping[str, int], workdir: pathlib.Path
 ) -> str:
-  """Says in a few lines what is about to run."""
+  """Describes the run in a few lines."""
   axes = " x ".join(f"{name} {size}" for name, size in mesh.items())
   who = f"student {config.student.path}"
   if config.teacher is not None and config.method != "sft":
@@ -167,13 +166,13 @@ def headline(
   if not config.is_supervised:
     text += (
         f"\ntemperature {config.rollout.temperature:g} in sampling and loss,"
-        f" {_objective(config.loss)}"
+        f" {_loss_name(config.loss)}"
     )
   return text
 
 
-def _objective(loss: LossSpec) -> str:
-  """Names what is minimised: "exact reverse KL", say."""
+def _loss_name(loss: LossSpec) -> str:
+  """Names the loss, such as "exact reverse KL"."""
   if loss.form == "policy_gradient":
     return f"policy gradient with {loss.policy_gradient.estimator}"
   if loss.form == "direct":
@@ -182,13 +181,13 @@ def _objective(loss: LossSpec) -> str:
   text = f"exact {exact.divergence.replace('_', ' ').replace('kl', 'KL')}"
   if exact.divergence == "jsd":
     text = f"exact JSD, beta {loss.jsd.beta:g}"
-  return text + f" of the {exact.top_k_of}'s top {exact.top_k}" * bool(
-      exact.top_k
-  )
+  if exact.top_k:
+    text += f" of the {exact.top_k_of}'s top {exact.top_k}"
+  return text
 
 
 def progress(line: Line) -> dict[str, str]:
-  """Returns what the progress bar shows besides step and time left."""
+  """Returns the metrics that the progress bar shows."""
   loss = "kl" if "kl" in line else "cross_entropy"
   return {
       loss: f"{line[loss]:.2g}",
@@ -211,22 +210,16 @@ def _accuracy(line: Line) -> str:
   return f"{100 * line['accuracy']:.1f} % ({low:.1f}-{high:.1f})"
 
 
-def _evaluations(lines: Sequence[Line], which: str, mode: str) -> list[Line]:
-  return [
-      line
-      for line in lines
-      if line.get("model") == which and line.get("mode") == mode
-  ]
-
-
 def _row(
     name: str, lines: Sequence[Line], step: int, which: str, dataset: str
 ) -> tuple[str, ...]:
-  found = {}
-  for mode in ("sampled", "greedy"):
-    for line in _evaluations(lines, which, mode):
-      if line["step"] == step and line["set"] == dataset:
-        found[mode] = line
+  found = {
+      line["mode"]: line
+      for line in lines
+      if line.get("model") == which
+      and line["step"] == step
+      and line["set"] == dataset
+  }
   if "sampled" not in found:
     return ()
   sampled = found["sampled"]
@@ -248,9 +241,9 @@ def _stacked(cell: str) -> str:
 def closing_rows(lines: Sequence[Line], dataset: str) -> list[tuple]:
   """Returns the closing table of one evaluation set, without its header.
 
-  What follows the two accuracies is of the sampled answers.
+  The columns after the two accuracies describe the sampled answers.
   """
-  steps = [line["step"] for line in _evaluations(lines, "student", "sampled")]
+  steps = [x["step"] for x in lines if x.get("model") == "student"]
   if not steps:
     return []
   rows = (
@@ -262,14 +255,15 @@ def closing_rows(lines: Sequence[Line], dataset: str) -> list[tuple]:
 
 
 def warning(lines: Sequence[Line], dataset: str) -> str:
-  """Says so if fewer answers of a set end than before training, or nothing."""
+  """Returns a warning if fewer answers of a set end than before training."""
   falls = []
+  students = [
+      line
+      for line in lines
+      if line.get("model") == "student" and line["set"] == dataset
+  ]
   for mode in ("sampled", "greedy"):
-    rates = [
-        line["finish_rate"]
-        for line in _evaluations(lines, "student", mode)
-        if line["set"] == dataset
-    ]
+    rates = [x["finish_rate"] for x in students if x["mode"] == mode]
     if rates and rates[0] - rates[-1] > _FALL:
       falls.append(f"{rates[-1]:.1%} {mode}, {rates[0]:.1%} before")
   if not falls:
@@ -283,7 +277,7 @@ def warning(lines: Sequence[Line], dataset: str) -> str:
 
 
 def spent(lines: Sequence[Line]) -> str:
-  """Says what was spent, and what full distillation would have been."""
+  """Compares the run's FLOPs with an estimate for full distillation."""
   updates = [line for line in lines if "prefix_len" in line]
   if not updates:
     return "No updates were made."
@@ -326,9 +320,12 @@ def _print_table(
 ) -> None:
   """Prints the closing table of a set, and its warning."""
   table = rich.table.Table(
-      title=dataset, box=rich.box.SIMPLE_HEAD, show_edge=False,
-      padding=(0, 1, 0, 0), pad_edge=False,
-  )  # fmt: skip
+      title=dataset,
+      box=rich.box.SIMPLE_HEAD,
+      show_edge=False,
+      padding=(0, 1, 0, 0),
+      pad_edge=False,
+  )
   for column, name in enumerate(HEADER):
     table.add_column(name, no_wrap=not column)
   for row in closing_rows(lines, dataset):

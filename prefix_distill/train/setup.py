@@ -289,7 +289,7 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
   divergence.named(config.loss.exact.divergence)  # Or there is none.
   student = read_model(config.student, mesh)
   chat = tokenizer.load(config.student.tokenizer_path)
-  fed = [prompts.Fed("student", chat, student.config.vocab_size)]
+  fed = [prompts.PromptReader("student", chat, student.config.vocab_size)]
   stop_ids, teacher_stop_ids, teacher = chat.stop_ids, (), None
   teacher_chat = None
   if config.method != "sft":
@@ -301,7 +301,7 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
       either = tuple(sorted({*stop_ids, *teacher_stop_ids}))
       stop_ids = teacher_stop_ids = either
     rows = teacher.config.vocab_size
-    fed.append(prompts.Fed("teacher", teacher_chat, rows))
+    fed.append(prompts.PromptReader("teacher", teacher_chat, rows))
   _check_lengths(config, student, teacher)
   data = PromptIterator(
       config.data,
