@@ -160,7 +160,7 @@ def test_a_run_says_once_that_it_computes_in_float32(
   assert capsys.readouterr().out == (said + "\n" if said else "")
   wanted = "float32" if capability == "7.5" else student
   assert setup.models.student.dtype == setup.models.teacher.dtype == wanted
-  assert setup.for_sampling(setup.models.student).dtype == wanted
+  assert setup.models.for_sampling(setup.models.student).dtype == wanted
   # The settings are the same, so that another machine can go on with the run,
   # and the weights lie in what they were to lie in.
   kept = json.loads((tmp_path / "config.json").read_text())
