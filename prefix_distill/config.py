@@ -649,6 +649,8 @@ class OptimizerSpec:
       differentiated at a time, over all devices; 0 takes all at a time, and
       `python -m prefix_distill.plan` finds what fits.
     offload: keeps the moments in the host's memory between updates.
+    max_skipped: ends the run when this many updates in a row were skipped
+      because their numbers were not finite.
   """
 
   learning_rate: _AboveZero
@@ -661,6 +663,7 @@ class OptimizerSpec:
   b2: _Decay = 0.999
   batch_tokens: _NotNegative = 0
   offload: _Bool = False
+  max_skipped: _Positive = 3
 
   def __post_init__(self):
     _check(

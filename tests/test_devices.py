@@ -165,7 +165,7 @@ def test_a_run_says_once_that_it_computes_in_float32(
   # and the weights lie in what they were to lie in.
   kept = json.loads((tmp_path / "config.json").read_text())
   assert kept["teacher"]["compute_dtype"] == teacher
-  assert setup.config.teacher.param_dtype == "bfloat16"
+  assert setup.models.config.teacher.param_dtype == "bfloat16"
   monkeypatch.setattr(jax, "process_index", lambda: 1)
   setup_lib.prepare(config, tmp_path)
   assert not capsys.readouterr().out

@@ -31,6 +31,8 @@ class Totals:
     flops_full: an estimate of what the same updates would have cost with whole
       answers of `answer_len` tokens.
     answer_len: mean length of whole answers in the last evaluation.
+    skipped: updates that were skipped because numbers were not finite.
+    skipped_running: how many of the last updates were skipped.
   """
 
   schedule: dict[str, Any]
@@ -41,6 +43,8 @@ class Totals:
   flops_paper: float = 0.0
   flops_full: float = 0.0
   answer_len: float = 0.0
+  skipped: int = 0
+  skipped_running: int = 0
 
   def to_json(self) -> dict[str, Any]:
     return dataclasses.asdict(self)

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
+import safetensors.numpy
 import tqdm
 
 from prefix_distill import distributed
@@ -26,12 +27,14 @@ from prefix_distill import sharding
 from prefix_distill.config import Config
 from prefix_distill.data import prompts as prompts_lib
 from prefix_distill.distill import prefix_schedule
+from prefix_distill.errors import UserError
 from prefix_distill.evaluate import evaluator
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models.transformer import Params
 from prefix_distill.report import flops
 from prefix_distill.report import report
 from prefix_distill.report.flops import Lengths
+from prefix_distill.structs import PromptBatch
 from prefix_distill.train import answers
 from prefix_distill.train import microbatch
 from prefix_distill.train import setup as setup_lib
@@ -88,6 +91,10 @@ _NOTHING = flops.StepFlops()
 
 class Stopped(Exception):
   """The user stopped the run; the same command goes on with it."""
+
+
+class NotFiniteError(UserError):
+  """Numbers that stay infinite or NaN."""
 
 
 class Run:
@@ -248,8 +255,21 @@ class Run:
         trained.sum(1),
     )
     totals = self.prices.charge(self.totals, lengths, source)
+    if done.metrics["finite"]:
+      state = self.schedule.next(totals.schedule, stats)
+      totals = dataclasses.replace(
+          totals, schedule=state, skipped_running=0
+      )
+    else:
+      totals = dataclasses.replace(
+          totals,
+          skipped=totals.skipped + 1,
+          skipped_running=totals.skipped_running + 1,
+      )
+      self._report_skipped(step + 1, prompts, done)
     line = {"step": step + 1, "prefix_len": cap}
     line |= _flatten(done.metrics, config)
+    line["skipped"] = totals.skipped
     line |= {"rollout_len": float(mask.sum(1).mean())} | totals.line()
     if config.rollout.source != "student":
       line["source"] = source
@@ -261,9 +281,7 @@ class Run:
       )
     passed = time.perf_counter() - begin
     self.totals = dataclasses.replace(
-        totals,
-        seconds=totals.seconds + passed,
-        schedule=self.schedule.next(totals.schedule, stats),
+        totals, seconds=totals.seconds + passed
     )
     return line | {
         "dropped": self.setup.data.dropped,
@@ -272,6 +290,43 @@ class Run:
         **clock.seconds,
         "tokens_per_second": float(mask.sum()) / passed,
     }
+
+
+  def _report_skipped(
+      self, step: int, prompts: PromptBatch, done: update_lib.Outcome
+  ) -> None:
+    """Says which phase had numbers that are not finite; keeps the batch."""
+    self.cause = step_lib.first_not_finite(done.metrics)
+    if not self.writes:
+      return
+    file = self.workdir / "skipped" / f"step-{step}.safetensors"
+    file.parent.mkdir(exist_ok=True)
+    safetensors.numpy.save_file(
+        {
+            "prompt_tokens": prompts.tokens,
+            "prompt_mask": prompts.mask,
+            "record": prompts.index,
+            "tokens": done.tokens,
+            "mask": done.mask,
+        },
+        file,
+    )
+    tqdm.tqdm.write(
+        f"Update {step} was skipped: numbers of {self.cause} are not finite."
+        f" Its batch is in {file}."
+    )
+
+  def check_skipped(self, step: int) -> None:
+    """Raises NotFiniteError if too many updates in a row were skipped."""
+    running, last = self.totals.skipped_running, self.checkpointer.latest_step()
+    if running >= self.config.optimizer.max_skipped:
+      raise NotFiniteError(
+          f"The last {running} updates, up to {step}, were skipped because"
+          f" numbers of {self.cause} are not finite; their batches are in"
+          f" {self.workdir / 'skipped'}, and the last good checkpoint is that"
+          f" of update {last}. Lower optimizer.learning_rate, or look at the"
+          " models and at those batches."
+      )
 
 
 def _flatten(metrics: dict[str, Any], config: Config) -> dict[str, float]:
@@ -283,7 +338,7 @@ def _flatten(metrics: dict[str, Any], config: Config) -> dict[str, float]:
   out = {}
   width = step_lib.bin_width(config.rollout.max_len)
   for name, value in metrics.items():
-    if name in ("kl_position", "reliable"):
+    if name in ("kl_position", "reliable", "sampler", "finite"):
       continue
     if np.ndim(value) == 0:
       if name != "kl_special" or np.isfinite(value):
@@ -337,6 +392,7 @@ def _steps(run: Run, stop: Stop, traced: Collection[int]) -> None:
           stack.enter_context(_trace(run.workdir, step + 1))
         line = run.update(step)
       run.write(line)
+      run.check_skipped(step + 1)
       bar.set_postfix(report.progress(line), refresh=step == first)
       bar.update()
       done = step + 1

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from prefix_distill.config import OptimizerSpec
@@ -220,6 +221,8 @@ def distillation_loss(
   metrics.pop("overlap", None)
   sums = {name: _sum_and_count(x, mask) for name, x in metrics.items()}
   sums["loss"] = (loss, jnp.sum(weights))
+  if sampler is not None:
+    sums["sampler"] = _sum_and_count(sampler, mask)
   kl = metrics["kl"]
   special = mask & jnp.isin(rollout.tokens, jnp.array(watch.special_ids))
   sums |= {
@@ -285,6 +288,9 @@ def apply(
   Gradients of *sums* were added over microbatches and are divided once by the
   global count, so neither microbatches nor sharding change the update.
 
+  If the loss, the gradient's norm or the norm of the parameters' change is not
+  finite, parameters and moments stay as they were.
+
   Args:
     tx: the optimizer.
     normalize: "rollouts" or "tokens", what the loss is divided by.
@@ -300,9 +306,46 @@ def apply(
   with jax.named_scope("optimizer"):
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+  norms = {
+      "grad_norm": optax.global_norm(grads),
+      "update_norm": optax.global_norm(updates),
+  }
+  finite = jnp.isfinite(total.sums["loss"][0])
+  for norm in norms.values():
+    finite &= jnp.isfinite(norm)
+  params, opt_state = jax.tree.map(
+      lambda new, old: jnp.where(finite, new, old),
+      (params, opt_state),
+      (state.params, state.opt_state),
+  )
   metrics = {
       name: summed / number  # NaN in a bin without tokens.
       for name, (summed, number) in total.sums.items()
   }
-  metrics["grad_norm"] = optax.global_norm(grads)
+  metrics |= norms | {"finite": finite}
   return TrainState(state.step + 1, params, opt_state), metrics
+
+
+# The phases of an update in order, each with a metric of its numbers.
+_PHASES = (
+    ("the sampler", "sampler"),
+    ("the teacher", "entropy_teacher"),
+    ("the student", "entropy_student"),
+    ("the student", "cross_entropy"),
+    ("the loss", "loss"),
+    ("the gradient", "grad_norm"),
+    ("the optimizer", "update_norm"),
+)
+
+
+def first_not_finite(metrics: dict[str, Any]) -> str:
+  """Returns the first phase of an update whose numbers are not finite.
+
+  Args:
+    metrics: what `apply` returned, on the host, with `finite` false.
+  """
+  return next(
+      phase
+      for phase, name in _PHASES
+      if name in metrics and not np.isfinite(metrics[name])
+  )
