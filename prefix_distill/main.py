@@ -61,7 +61,11 @@ def main(argv: list[str]) -> None:
     )
   if stopped:
     print(stopped, file=sys.stderr)
-    sys.exit(130)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is saved. Another thread may be compiling, which Python's own end
+    # would not survive.
+    os._exit(130)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ THESE = Lengths(
     np.array([3, 5]), np.array([4, 9]), np.array([8, 8]), np.array([4, 2])
 )
 PRICES = Prices(STUDENT, TEACHER, compares=True)
-START = Totals({"step": 0}, answer_len=20.0)
+START = Totals({"step": 0})
 
 
 def test_lines_hold_sums_of_both_accountings_by_phase():
@@ -43,10 +43,11 @@ def test_lines_hold_sums_of_both_accountings_by_phase():
 def test_full_distillation_is_estimated_from_whole_answers():
   whole = Lengths(THESE.prompts, np.full(2, 20.0), THESE.teacher_prompts)
   wanted = flops.distillation(STUDENT, TEACHER, whole).total
-  line = PRICES.charge(START, THESE).line()
+  line = PRICES.charge(START, THESE, whole=20.0).line()
   assert line["flops_full_estimate"] == wanted
   alone = dataclasses.replace(PRICES, compares=False)
-  assert "flops_full_estimate" not in alone.charge(START, THESE).line()
+  line = alone.charge(START, THESE, whole=20.0).line()
+  assert "flops_full_estimate" not in line
 
 
 def test_sums_go_on_from_a_checkpoint():

@@ -36,14 +36,6 @@ def test_resuming_cuts_what_is_past_the_checkpoint(tmp_path):
   assert lines[-1]["kl"] == 9
 
 
-def test_resuming_drops_the_teachers_evaluation(tmp_path):
-  path = tmp_path / "metrics.jsonl"
-  student, teacher = ({"step": 3, "model": m} for m in ("student", "teacher"))
-  write(path, [{"step": 3}, student, teacher])
-  write(path, [teacher], resume_step=3)
-  assert report.read_metrics(path) == [{"step": 3}, student, teacher]
-
-
 def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
   path = tmp_path / "metrics.jsonl"
   write(path, [{"step": 1}, {"step": 2, "kl": 0.25}])

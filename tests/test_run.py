@@ -177,6 +177,53 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(whole, cache, tmp_path):
   assert _metrics(tmp_path / "run") == _metrics(whole[0])
 
 
+def test_a_preemption_that_leaves_no_time_ends_within_the_update(
+    whole, cache, tmp_path
+):
+  workdir = tmp_path / "run"
+  # So short that no update ends in it.
+  process = _start(workdir, cache, "--config.checkpoint.notice=0.1")
+  _wait_for_lines(workdir, 3)
+  process.send_signal(signal.SIGTERM)
+  code, _, err = _finish(process)
+  assert code == 130
+  assert "Stopped in update" in err.splitlines()[-1]
+  (workdir / "config.json").write_bytes(
+      (whole[0] / "config.json").read_bytes()
+  )
+  code, _, err = _finish(_start(workdir, cache))
+  assert code == 0, err
+  assert _metrics(workdir) == _metrics(whole[0])
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_an_evaluation_goes_on_with_the_answers_that_it_has(
+    cache, tmp_path, how
+):
+  many = ("--config.evaluation.sets.heldout.size=120", "--config.steps=2")
+  code, _, err = _finish(_start(tmp_path / "whole", cache, *many))
+  assert code == 0, err
+  workdir = tmp_path / "run"
+  process, deadline = _start(workdir, cache, *many), time.time() + 240
+  file = workdir / "unfinished/step-2-student-heldout-sampled.jsonl"
+  while not file.is_file() or file.read_text().count("\n") < 30:
+    assert time.time() < deadline and process.poll() is None
+    time.sleep(0.01)
+  process.send_signal(how)
+  start = time.time()
+  code, _, err = _finish(process)
+  assert time.time() - start < 20
+  if how == signal.SIGTERM:
+    assert code == 130
+    assert "Stopped during an evaluation" in err.splitlines()[-1]
+  kept = file.read_text()
+  assert 30 <= kept.count("\n") < 120
+  code, _, err = _finish(_start(workdir, cache, *many))
+  assert code == 0, err
+  assert _metrics(workdir) == _metrics(tmp_path / "whole")
+  assert not file.parent.exists()
+
+
 def test_a_finished_run_reports_again_and_changes_nothing(whole, cache):
   workdir, _ = whole
   before = (workdir / "metrics.jsonl").read_bytes()

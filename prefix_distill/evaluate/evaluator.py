@@ -23,15 +23,19 @@ account on the hub: accept its terms there and log in.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
+import functools
+import pathlib
 from typing import Any
 import zlib
 
 import jax
 import numpy as np
 
+from prefix_distill import distributed
 from prefix_distill import sharding
 from prefix_distill.config import DatasetSpec
 from prefix_distill.config import EvaluationSpec
@@ -229,6 +233,10 @@ def load_problems(
   )
 
 
+# (engine, prompts, key, draw) -> answers as they end.
+Answers = Callable[..., Iterable[continuous_batching.Answer]]
+
+
 def complete(
     engine: continuous_batching.Engine,
     chat: Chat,
@@ -236,6 +244,7 @@ def complete(
     samples: int,
     seed: int,
     draw: generate.Draw,
+    answers: Answers = continuous_batching.Engine.answers,
 ) -> Completions:
   """Decodes every answer to its end.
 
@@ -247,6 +256,7 @@ def complete(
     seed: the same for every evaluation of a run, so that two evaluations
       differ by their weights alone.
     draw: the longest answer, the temperature, and whether to decode greedily.
+    answers: `Engine.answers`, or what keeps the answers too.
   """
   key = jax.random.key(seed)
   key = jax.random.fold_in(key, zlib.crc32(problems.name.encode()))
@@ -260,7 +270,7 @@ def complete(
   lengths = np.zeros((count, samples), int)
   finished = np.zeros((count, samples), bool)
   repetition = np.zeros((count, samples))
-  for answer, tokens, stopped in engine.answers(batch, key, draw):
+  for answer, tokens, stopped in answers(engine, batch, key, draw):
     at = divmod(answer, samples)
     texts[at[0]][at[1]] = chat.answer(tokens, np.ones(len(tokens), bool))
     lengths[at], finished[at] = len(tokens), stopped
@@ -326,6 +336,8 @@ def evaluate(
     rows: int,
     seed: int,
     write: Callable[[dict[str, Any]], None],
+    files: Callable[[str, str], pathlib.Path | None],
+    poll: Callable[[], None],
 ) -> None:
   """Evaluates on every set, sampled (mean@k) and greedy.
 
@@ -340,25 +352,41 @@ def evaluate(
     seed: see `complete`.
     write: called with each set's metrics, and with its `set`, `mode`, `grading`
       and number of `dropped` problems.
+    files: returns the file that keeps the answers of a set and a mode until
+      `write` has been called; None if these were evaluated before.
+    poll: see `Engine.answers`.
   """
   modes = ("sampled", "greedy") if spec.greedy else ("sampled",)
+  todo = [
+      (name, mode, file)
+      for name in sets
+      for mode in modes
+      if (file := files(name, mode)) is not None
+  ]
+  if not todo:
+    return
   config = sampler_config(chat, spec, stop_ids)
   # More rows than answers would stay empty.
   shards = sharding.batch_shards(model.mesh)
   most = max(len(one.answers) * one.samples for one in sets.values())
   rows = min(rows, -(-most // shards) * shards)
   engine = continuous_batching.Engine(model, config, params, rows)
-  for name, problems in sets.items():
-    for mode in modes:
-      greedy = mode == "greedy"
-      samples = 1 if greedy else problems.samples
-      draw = generate.Draw.of(spec.max_len, spec.temperature, greedy)
-      completions = complete(engine, chat, problems, samples, seed, draw)
-      result = summarize(completions, problems.answers, problems.grading)
-      write({
-          "set": name,
-          "mode": mode,
-          "grading": problems.grading,
-          "dropped": problems.dropped,
-          **result,
-      })
+  for name, mode, file in todo:
+    problems, greedy = sets[name], mode == "greedy"
+    samples = 1 if greedy else problems.samples
+    draw = generate.Draw.of(spec.max_len, spec.temperature, greedy)
+    keep = functools.partial(
+        continuous_batching.kept_answers, file=file, poll=poll
+    )
+    completions = complete(engine, chat, problems, samples, seed, draw, keep)
+    result = summarize(completions, problems.answers, problems.grading)
+    write({
+        "set": name,
+        "mode": mode,
+        "grading": problems.grading,
+        "dropped": problems.dropped,
+        **result,
+    })
+    distributed.wait("evaluation")
+    if jax.process_index() == 0:
+      file.unlink()

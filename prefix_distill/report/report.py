@@ -67,12 +67,7 @@ class MetricsWriter:
     """
     kept = []
     if resume_step is not None:
-      # A resumed run evaluates the teacher again, after its last checkpoint.
-      kept = [
-          line
-          for line in read_metrics(path)
-          if line["step"] <= resume_step and line.get("model") != "teacher"
-      ]
+      kept = [x for x in read_metrics(path) if x["step"] <= resume_step]
     partial = path.with_suffix(".partial")
     partial.write_text("".join(_json_line(values) for values in kept))
     partial.rename(path)

@@ -4,14 +4,19 @@ The host looks at the rows after each segment. All processes of a run see the
 same and decide the same.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterator
+import contextlib
 import functools
+import json
+import pathlib
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from prefix_distill import distributed
 from prefix_distill import sharding
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
@@ -51,6 +56,67 @@ def to_host(tree: Any, mesh: jax.sharding.Mesh) -> Any:
   )
 
 
+# The prompt's number, the tokens, and whether a stop token ended them.
+Answer = tuple[int, np.ndarray, bool]
+
+
+def kept_answers(
+    engine: "Engine",
+    prompts: PromptBatch,
+    key: jax.Array,
+    draw: generate.Draw,
+    file: pathlib.Path,
+    poll: Callable[[], None],
+) -> Iterator[Answer]:
+  """Yields what `Engine.answers` does, and keeps each answer in a file.
+
+  If the file is there, the answers in it are yielded and not decoded again, so
+  an evaluation that was stopped or killed goes on where it was. An answer
+  depends on its prompt, the key and the draw alone.
+
+  Args:
+    engine: decodes.
+    prompts: see `Engine.answers`.
+    key: see `Engine.answers`.
+    draw: see `Engine.answers`.
+    file: on a file system that all processes see. Whoever has used all answers
+      deletes it.
+    poll: see `Engine.answers`.
+  """
+  found = _read_answers(file)
+  distributed.wait(f"answers in {file}")  # All have read before one writes.
+  for number, (tokens, stopped) in found.items():
+    yield number, np.asarray(tokens), stopped
+  missing = [n for n in range(len(prompts.tokens)) if n not in found]
+  rest = jax.tree.map(lambda x: x[missing], prompts)
+  writes = jax.process_index() == 0
+  with contextlib.ExitStack() as stack:
+    if writes:
+      file.parent.mkdir(parents=True, exist_ok=True)
+      out = stack.enter_context(file.open("w"))
+      for number, (tokens, stopped) in found.items():
+        out.write(json.dumps([number, tokens, stopped]) + "\n")
+    for number, tokens, stopped in engine.answers(rest, key, draw, poll):
+      number = missing[number]
+      if writes:
+        out.write(json.dumps([number, tokens.tolist(), stopped]) + "\n")
+        out.flush()
+      yield number, tokens, stopped
+
+
+def _read_answers(file: pathlib.Path) -> dict[int, tuple[list[int], bool]]:
+  """Reads kept answers up to the first line that a kill cut short."""
+  found = {}
+  if file.is_file():
+    for line in file.read_text().splitlines():
+      try:
+        number, tokens, stopped = json.loads(line)
+      except ValueError:
+        break
+      found[number] = tokens, stopped
+  return found
+
+
 # Jitted once for a model, however often it is evaluated.
 _decoding = functools.cache(generate.decoding)
 
@@ -87,8 +153,12 @@ class Engine:
     self._layout = self._programs.layout(params)
 
   def answers(
-      self, prompts: PromptBatch, key: jax.Array, draw: generate.Draw
-  ) -> Iterator[tuple[int, np.ndarray, bool]]:
+      self,
+      prompts: PromptBatch,
+      key: jax.Array,
+      draw: generate.Draw,
+      poll: Callable[[], None] = lambda: None,
+  ) -> Iterator[Answer]:
     """Yields number, tokens and whether it stopped, of each answer, as it ends.
 
     On shapes every answer reaches the cap.
@@ -98,6 +168,7 @@ class Engine:
         shapes.
       key: see `generate.prefill`.
       draw: cap, temperature, greedy.
+      poll: called before each segment; it may raise to stop.
     """
     model, config = self._model, self._config
     waiting = list(range(len(prompts.tokens)))[::-1]
@@ -109,6 +180,7 @@ class Engine:
         model, config, self._rows, self._columns(prompt, table), key
     )
     while waiting or table.busy:
+      poll()
       while waiting and table.num_free >= min(self._refill, len(waiting)):
         size = min(self._refill, len(waiting))
         numbers = [waiting.pop() for _ in range(size)]

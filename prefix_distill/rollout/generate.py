@@ -4,6 +4,7 @@ The prompts go through the model once. Then one token a row is drawn at a time,
 in segments whose number of steps is static.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 
@@ -558,7 +559,12 @@ class Sampler:
     return self._programs.used
 
   def sample(
-      self, params: Params, batch: PromptBatch, key: jax.Array, cap: int
+      self,
+      params: Params,
+      batch: PromptBatch,
+      key: jax.Array,
+      cap: int,
+      poll: Callable[[], None] = lambda: None,
   ) -> Rollout:
     """Samples `per_prompt` prefixes of at most `cap` tokens.
 
@@ -570,6 +576,7 @@ class Sampler:
       batch: prompts [B, S], on the mesh of sampling.
       key: of this update.
       cap: in tokens.
+      poll: called before each segment; it may raise to stop.
 
     Returns:
       Rollouts [B * per_prompt, P], on the mesh of training. P is the smallest
@@ -606,6 +613,7 @@ class Sampler:
     for room in rooms(model, config, prompt, bucket):
       size = columns(model, config, prompt + room)
       while live and drawn < cap and drawn <= room:
+        poll()
         state = programs.resize(state, size)
         state, new = programs.decode(
             model, config, steps, layout, state, draw

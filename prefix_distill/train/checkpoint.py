@@ -29,8 +29,7 @@ class Totals:
     phases: the same by phase.
     flops_paper: FLOPs by the paper's formula, of the updates alone.
     flops_full: an estimate of what the same updates would have cost with whole
-      answers of `answer_len` tokens.
-    answer_len: mean length of whole answers in the last evaluation.
+      answers.
     skipped: updates that were skipped because numbers were not finite.
     skipped_running: how many of the last updates were skipped.
   """
@@ -42,7 +41,6 @@ class Totals:
   phases: StepFlops = StepFlops()
   flops_paper: float = 0.0
   flops_full: float = 0.0
-  answer_len: float = 0.0
   skipped: int = 0
   skipped_running: int = 0
 
@@ -84,7 +82,11 @@ class Prices:
   compares: bool = False
 
   def charge(
-      self, totals: Totals, lengths: Lengths, source: str = "student"
+      self,
+      totals: Totals,
+      lengths: Lengths,
+      source: str = "student",
+      whole: float = 0.0,
   ) -> Totals:
     """Adds an update to the sums.
 
@@ -92,6 +94,8 @@ class Prices:
       totals: before the update.
       lengths: of the update's sequences.
       source: who sampled the answers, as `flops.distillation` takes it.
+      whole: mean length of whole answers, for the estimate of full
+        distillation's cost.
     """
     cost, before = self._cost(lengths, source), totals.phases
     phases = StepFlops(**{
@@ -100,9 +104,9 @@ class Prices:
     })
     full = 0.0
     if self.compares:
-      whole = np.full(len(lengths.sampled), totals.answer_len)
-      whole = dataclasses.replace(lengths, sampled=whole, trained=None)
-      full = self._cost(whole, "student").total
+      answers = np.full(len(lengths.sampled), whole)
+      answers = dataclasses.replace(lengths, sampled=answers, trained=None)
+      full = self._cost(answers, "student").total
     return dataclasses.replace(
         totals,
         tokens=totals.tokens + int(lengths.sampled.sum()),

@@ -1,17 +1,22 @@
 """The run: sample, score, update; evaluate, save, report.
 
-The order is a contract. After update k: its metrics line, then the evaluation
-if one is due, then the checkpoint if one is due. A run that was killed
-anywhere goes on from its last checkpoint, after cutting what was written past
-it, and so ends with the numbers of a run that was never stopped.
+The order is a contract. After update k: its metrics line, then the checkpoint
+if one is due, then the evaluation if one is due, before which there always is a
+checkpoint. A run that was killed anywhere goes on from its last checkpoint,
+after cutting what was written past it, and so ends with the numbers of a run
+that was never stopped. An evaluation keeps the answers that it has.
 """
 
+import collections
 from collections.abc import Collection
 from collections.abc import Iterator
 import contextlib
 import dataclasses
+import functools
+import math
 import pathlib
 import signal
+import statistics
 import sys
 import time
 from typing import Any
@@ -48,12 +53,25 @@ from prefix_distill.train.update import Programs
 
 
 class Stop:
-  """Turns Ctrl-C or a preemption into a wish to stop after the update."""
+  """Turns Ctrl-C or a preemption into a wish to stop after the update.
+
+  Attributes:
+    wanted: whether a signal came.
+    deadline: when the process ends, on `time.monotonic`'s clock; infinite but
+      after a SIGTERM.
+  """
 
   wanted = False
+  deadline = math.inf
 
-  def ask(self, *_: Any) -> None:
+  def __init__(self, notice: float = math.inf):
+    """Knows how many seconds lie between a SIGTERM and the end."""
+    self._notice = notice
+
+  def ask(self, number: int, *_: Any) -> None:
     self.wanted = True
+    if number == signal.SIGTERM:
+      self.deadline = min(self.deadline, time.monotonic() + self._notice)
     if not _ignored(signal.SIGINT):
       # A second Ctrl-C does not wait.
       signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -65,13 +83,13 @@ def _ignored(number: signal.Signals) -> bool:
 
 
 @contextlib.contextmanager
-def stop_on_signal() -> Iterator[Stop]:
-  """Waits for Ctrl-C and SIGTERM.
+def stop_on_signal(notice: float = math.inf) -> Iterator[Stop]:
+  """Waits for Ctrl-C and SIGTERM; see `Stop`.
 
   A run that was started with SIGINT ignored, as a script's background job is,
   is not stopped by a Ctrl-C that is meant for another program.
   """
-  stop, numbers = Stop(), [signal.SIGTERM]
+  stop, numbers = Stop(notice), [signal.SIGTERM]
   if not _ignored(signal.SIGINT):
     numbers.append(signal.SIGINT)
   try:
@@ -87,10 +105,20 @@ def stop_on_signal() -> Iterator[Stop]:
 
 
 _NOTHING = flops.StepFlops()
+# Seconds that are kept free before a deadline, besides twice a save.
+_MARGIN = 3.0
+# Polls of an update between two questions to the other processes.
+_EVERY = 8
+# Updates after which their time is known; the first ones compile.
+_KNOWN = 5
 
 
 class Stopped(Exception):
   """The user stopped the run; the same command goes on with it."""
+
+
+class _Abandoned(Exception):
+  """An update that would not end in time."""
 
 
 class NotFiniteError(UserError):
@@ -105,8 +133,16 @@ class Run:
       setup: setup_lib.Setup,
       workdir: pathlib.Path,
       spent: flops.StepFlops = _NOTHING,
+      stop: Stop | None = None,
   ):
-    """Starts or goes on; `spent` FLOPs were spent before the first update."""
+    """Starts or goes on.
+
+    Args:
+      setup: what the run needs besides weights.
+      workdir: of the run.
+      spent: FLOPs that were spent before the first update.
+      stop: says when the user or the machine wants the run to stop.
+    """
     models = setup.models
     self.setup, self.models, self.workdir = setup, models, workdir
     self.config = config = models.config
@@ -126,6 +162,10 @@ class Run:
     )
     self.key = jax.random.key(config.seed)
     self.teacher_params: Params | None = None
+    self.stop = stop or Stop()
+    # Seconds of the last updates, and of the slowest save.
+    self._durations: collections.deque[float] = collections.deque(maxlen=9)
+    self._save_seconds, self._polls = 0.0, 0
     self.writes = jax.process_index() == 0
     self.state = self._start()
     self.programs.compile_ahead()
@@ -133,7 +173,6 @@ class Run:
   def _start(self) -> TrainState:
     """Restores the latest checkpoint, or loads the student."""
     models, step = self.models, self.checkpointer.latest_step()
-    self.resumed = step is not None
     if step is None:
       params = setup_lib.load_model(
           self.config.student, models.student, models.mesh, self.config.seed
@@ -145,8 +184,14 @@ class Run:
       )
       self.setup.data.set_state(data)
       print(f"Resuming after update {step} of {self.config.steps}.")
+    lines = []
     if self.writes:
       self.writer = report.MetricsWriter(self.workdir / "metrics.jsonl", step)
+      lines = report.read_metrics(self.workdir / "metrics.jsonl")
+    # Evaluations that are done: model, set, mode; and their answers' length.
+    self.evaluated, self.answer_len = distributed.from_first(
+        "evaluations", _evaluations(lines, step)
+    )
     if models.teacher is not None:
       self.teacher_params = setup_lib.load_model(
           self.config.teacher, models.teacher, models.mesh, self.config.seed
@@ -167,9 +212,51 @@ class Run:
       self.writer.write(values)
 
   def save(self) -> None:
+    start = time.perf_counter()
     self.checkpointer.save(
         self.state, self.setup.data.get_state(), self.totals
     )
+    passed = time.perf_counter() - start
+    self._save_seconds = max(self._save_seconds, passed)
+
+  def stops(self) -> bool:
+    """Whether any process wants to stop: a signal may reach only one."""
+    return _any_process(self.stop.wanted)
+
+  def _poll_update(self, begin: float) -> None:
+    """Raises _Abandoned if the update and a save would not end in time.
+
+    Args:
+      begin: when the update began, on `time.monotonic`'s clock.
+    """
+    self._polls += 1
+    if jax.process_count() > 1 and self._polls % _EVERY:
+      return  # The processes ask each other only now and then.
+    deadline = self.stop.deadline - 2 * self._save_seconds - _MARGIN
+    expected = time.monotonic()
+    if self._durations:
+      expected = max(expected, begin + statistics.median(self._durations))
+    if _any_process(expected > deadline):
+      raise _Abandoned
+
+  def _poll_evaluation(self) -> None:
+    if self.stops():
+      raise Stopped(
+          "Stopped during an evaluation; the same command goes on with it."
+      )
+
+  def _tell_of_notice(self) -> None:
+    """Says once that an update and a save take longer than the notice."""
+    notice = self.config.checkpoint.notice
+    if len(self._durations) == _KNOWN and self.writes:
+      update = statistics.median(self._durations)
+      if update + self._save_seconds > notice:
+        tqdm.tqdm.write(
+            f"An update takes {update:.0f} s and a save"
+            f" {self._save_seconds:.0f} s, more than the {notice:g} s between a"
+            " SIGTERM and the end (checkpoint.notice): a preemption loses the"
+            " update that it interrupts."
+        )
 
   def evaluate(self, step: int, which: str = "student") -> None:
     """Evaluates the student or the teacher on all sets."""
@@ -182,11 +269,15 @@ class Run:
       stop_ids = models.teacher_stop_ids
     start = time.perf_counter()
 
+    def file(name: str, mode: str) -> pathlib.Path | None:
+      if [which, name, mode] in self.evaluated:
+        return None
+      file = f"step-{step}-{which}-{name}-{mode}.jsonl"
+      return self.workdir / "unfinished" / file.replace("/", "_")
+
     def write(values: dict[str, Any]) -> None:
       if which == "student" and values["mode"] == "sampled":
-        self.totals = dataclasses.replace(
-            self.totals, answer_len=values["mean_length"]
-        )
+        self.answer_len = values["mean_length"]
       self.write({
           "step": step,
           "model": which,
@@ -219,6 +310,8 @@ class Run:
         rows,
         self.config.seed,
         write,
+        file,
+        self._poll_evaluation,
     )
 
   def _sets(self, step: int) -> dict[str, evaluator.Problems]:
@@ -231,21 +324,30 @@ class Run:
   def update(self, step: int) -> dict[str, Any]:
     """Does update number `step` (from 0) and returns its metrics line."""
     begin, clock, config = time.perf_counter(), update_lib.Clock(), self.config
+    poll = functools.partial(self._poll_update, time.monotonic())
+    self.evaluated = []
     cap, source = self.cap, prefix_schedule.source(config, step)
+    place = self.setup.data.get_state()
     prompts, completions = next(self.setup.data)
     prompts = prompts_lib.trim(prompts, config.data)
-    self.state, done = self.programs.update(
-        self.state,
-        self.teacher_params,
-        *sharding.global_batch((prompts, completions), self.models.mesh),
-        update_lib.Request(
-            cap,
-            jax.random.fold_in(self.key, step),
-            None if config.is_supervised else source,
-            self.schedule.threshold(self.totals.schedule),
-        ),
-        clock,
+    request = update_lib.Request(
+        cap,
+        jax.random.fold_in(self.key, step),
+        None if config.is_supervised else source,
+        self.schedule.threshold(self.totals.schedule),
+        poll,
     )
+    try:
+      self.state, done = self.programs.update(
+          self.state,
+          self.teacher_params,
+          *sharding.global_batch((prompts, completions), self.models.mesh),
+          request,
+          clock,
+      )
+    except _Abandoned:
+      self.setup.data.set_state(place)
+      raise
     mask, trained = done.mask, done.trained
     stats = prefix_schedule.stats(done.metrics, mask, done.minima)
     lengths = Lengths(
@@ -254,7 +356,9 @@ class Run:
         prompts.for_teacher().mask.sum(1),
         trained.sum(1),
     )
-    totals = self.prices.charge(self.totals, lengths, source)
+    totals = self.prices.charge(
+        self.totals, lengths, source, self.answer_len
+    )
     if done.metrics["finite"]:
       state = self.schedule.next(totals.schedule, stats)
       totals = dataclasses.replace(
@@ -280,6 +384,8 @@ class Run:
           done.tokens, mask, self.models.stop_ids
       )
     passed = time.perf_counter() - begin
+    self._durations.append(passed)
+    self._tell_of_notice()
     self.totals = dataclasses.replace(
         totals, seconds=totals.seconds + passed
     )
@@ -367,13 +473,36 @@ def _trace(directory: pathlib.Path, step: int) -> Iterator[None]:
     yield
 
 
-def _steps(run: Run, stop: Stop, traced: Collection[int]) -> None:
+def _evaluations(
+    lines: list[dict[str, Any]], step: int | None
+) -> tuple[list[list[str]], float]:
+  """Returns what was evaluated after a step, and the answers' last length."""
+  found = [line for line in lines if "mode" in line]
+  done = [
+      [line["model"], line["set"], line["mode"]]
+      for line in found
+      if line["step"] == step
+  ]
+  lengths = [
+      line["mean_length"]
+      for line in found
+      if line["model"] == "student" and line["mode"] == "sampled"
+  ]
+  return done, lengths[-1] if lengths else 0.0
+
+
+def _steps(run: Run, traced: Collection[int]) -> None:
   """Evaluates, then updates until the last step."""
   config, first = run.config, int(run.state.step)
-  every = config.evaluation.every
-  if not run.resumed:
-    run.evaluate(0)
+
+  def is_due(step: int) -> bool:
+    every = config.evaluation.every
+    return not step or run.is_last(step) or bool(every and step % every == 0)
+
+  if not first:
     run.save()
+  if is_due(first):
+    run.evaluate(first)
   bar = tqdm.tqdm(
       total=config.steps,
       initial=first,
@@ -387,26 +516,32 @@ def _steps(run: Run, stop: Stop, traced: Collection[int]) -> None:
     for step in range(first, config.steps):
       if run.cap == 0:
         break
-      with contextlib.ExitStack() as stack:
-        if step + 1 in traced:
-          stack.enter_context(_trace(run.workdir, step + 1))
-        line = run.update(step)
+      try:
+        with contextlib.ExitStack() as stack:
+          if step + 1 in traced:
+            stack.enter_context(_trace(run.workdir, step + 1))
+          line = run.update(step)
+      except _Abandoned:
+        run.save()
+        raise Stopped(
+            f"Stopped in update {step + 1} of {config.steps}, which would not"
+            " have ended in time; the same command goes on from the one before."
+        ) from None
       run.write(line)
       run.check_skipped(step + 1)
       bar.set_postfix(report.progress(line), refresh=step == first)
       bar.update()
-      done = step + 1
-      last = run.is_last(done)
-      if last or (every and done % every == 0):
-        run.evaluate(done)
-      stopping = _any_process(stop.wanted)
-      if last or stopping or done % config.checkpoint.every == 0:
+      done, stopping = step + 1, run.stops()
+      due = is_due(done)
+      if due or stopping or done % config.checkpoint.every == 0:
         run.save()
-      if stopping and not last:
+      if stopping and not run.is_last(done):
         raise Stopped(
             f"Stopped after update {done} of {config.steps}; the same command"
             " goes on from there."
         )
+      if due:
+        run.evaluate(done)
 
 
 def train(
@@ -434,11 +569,17 @@ def train(
     spent = _NOTHING
     if config.method == "seqkd":
       setup, spent = answers.with_answers(setup, workdir)
-    run = Run(setup, workdir, spent)
-    with stop_on_signal() as stop:
-      _steps(run, stop, traced)
-    if setup.models.teacher is not None and config.evaluation.teacher:
-      run.evaluate(int(run.state.step), "teacher")
+    with stop_on_signal(config.checkpoint.notice) as stop:
+      run = Run(setup, workdir, spent, stop)
+      try:
+        _steps(run, traced)
+        if setup.models.teacher is not None and config.evaluation.teacher:
+          run.evaluate(int(run.state.step), "teacher")
+      except Stopped:
+        raise  # There may be no time to wait for what is being compiled.
+      except BaseException:
+        run.programs.close()
+        raise
     run.programs.close()
     run.checkpointer.close()
     hf.export(
@@ -449,4 +590,6 @@ def train(
         config.student.param_dtype,
     )
   if writes:
+    with contextlib.suppress(OSError):
+      (workdir / "unfinished").rmdir()
     report.write(workdir)

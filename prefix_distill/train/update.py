@@ -5,6 +5,7 @@ says which programs it would run, in which order and how often: so programs are
 compiled ahead in the background, and planned for machines that are not there.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
 import dataclasses
@@ -63,12 +64,15 @@ class Request:
     source: whose answers it learns from: "student", "teacher" or "data"; None
       for supervised training, which learns from the given answers, whole.
     threshold: below which rollouts agree; None if they are not cut.
+    poll: called between segments and microbatches. It may raise: no state has
+      been changed then.
   """
 
   cap: int
   key: jax.Array
   source: str | None = "student"
   threshold: float | None = None
+  poll: Callable[[], None] = lambda: None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,9 +250,10 @@ class Programs:
       key: jax.Array,
       cap: int,
       source: str = "student",
+      poll: Callable[[], None] = lambda: None,
   ) -> Rollout:
     """Samples prefixes with the student or the teacher; see `Sampler`."""
-    return self._samplers[source].sample(params, batch, key, cap)
+    return self._samplers[source].sample(params, batch, key, cap, poll)
 
   def score(
       self, params: Params, batch: PromptBatch, rollout: Rollout
@@ -289,6 +294,7 @@ class Programs:
     ]
     total, shown = None, []
     for batch, rollout in split:
+      request.poll()
       scores, minima, trained = None, None, rollout
       if request.source is not None:
         with clock.phase("score"):
@@ -347,6 +353,7 @@ class Programs:
               request.key,
               cap,
               source,
+              request.poll,
           )
           for batch in batches
       ]
