@@ -44,13 +44,13 @@ def run(config: Config, console: rich.console.Console) -> None:
   if teacher_question is not None:
     prompts.check_teacher_room(models[1].chat, spec, teacher_question)
   prompts.check(spec, question, *models, teacher_question=teacher_question)
-  fed = [chat.encode(chat.prompt(question, spec.suffix))]
+  encoded = [chat.encode(chat.prompt(question, spec.suffix))]
   if teacher_question is not None:
     text = models[1].chat.own_prompt(teacher_question, spec.suffix)
-    fed.append(chat.encode(text))
-  _print_prompts(console, config, models, fed)
-  console.print(_special_tokens(models, fed), _facts(config, models))
-  _print_verdict(console, _warnings(config, question, models, fed))
+    encoded.append(chat.encode(text))
+  _print_prompts(console, config, models, encoded)
+  console.print(_special_tokens(models, encoded), _facts(config, models))
+  _print_verdict(console, _warnings(config, question, models, encoded))
 
 
 def _load(config: Config) -> list[PromptReader]:
@@ -75,14 +75,14 @@ def _warnings(
     config: Config,
     question: str,
     models: Sequence[PromptReader],
-    fed: Sequence[Sequence[int]],
+    encoded: Sequence[Sequence[int]],
 ) -> list[str]:
   found = prompts.warnings(config.data, question, models[0].chat)
   names = (
       ("prompt", "data.max_prompt_len"),
       ("teacher's prompt", "data.max_teacher_prompt_len"),
   )
-  shown = zip(fed, _limits(config), names, strict=False)
+  shown = zip(encoded, _limits(config), names, strict=False)
   for tokens, limit, (name, field) in shown:
     if len(tokens) > limit:
       found.append(
@@ -107,18 +107,18 @@ def _print_prompts(
     console: rich.console.Console,
     config: Config,
     models: Sequence[PromptReader],
-    fed: Sequence[Sequence[int]],
+    encoded: Sequence[Sequence[int]],
 ) -> None:
   who = ", ".join(f"{model.role} {model.chat.path}" for model in models)
-  readers = ["both models are"]
-  if len(models) == 1 or len(fed) > 1:
-    readers = [f"the {model.role} is" for model in models]
+  readers = ["both models read"]
+  if len(models) == 1 or len(encoded) > 1:
+    readers = [f"the {model.role} reads" for model in models]
   console.print(Text(f"Preflight ({config.method}): {who}"), style="bold")
-  shown = zip(readers, models, fed, _limits(config), strict=False)
+  shown = zip(readers, models, encoded, _limits(config), strict=False)
   for reader, model, tokens, limit in shown:
     console.print(
         Text(
-            f"What {reader} fed for record 1 of {config.data.train.source}:"
+            f"What {reader} for record 1 of {config.data.train.source}:"
             f" {len(tokens)} tokens, at most {limit}"
         )
     )
@@ -142,11 +142,11 @@ def _prompt(chat: Chat, tokens: Sequence[int]) -> Text:
 
 
 def _special_tokens(
-    models: Sequence[PromptReader], fed: Sequence[Sequence[int]]
+    models: Sequence[PromptReader], encoded: Sequence[Sequence[int]]
 ) -> rich.table.Table:
   """Tabulates the special tokens of the prompts, and the stop tokens."""
-  chat, tokens = models[0].chat, [token for prompt in fed for token in prompt]
-  where = "in both prompts" if len(fed) > 1 else "in the prompt"
+  chat, tokens = models[0].chat, [*itertools.chain(*encoded)]
+  where = "in both prompts" if len(encoded) > 1 else "in the prompt"
   stops = {i for model in models for i in model.chat.stop_ids}
   met = {*chat.special_ids} & {*tokens} | stops | {chat.pad_id}
   table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)

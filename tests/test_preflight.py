@@ -207,7 +207,7 @@ def test_templates_that_differ(tmp_path):
       for word in ("user", "system")
   )
   assert f"position 1 (from 0) {ours} for the student and" in sentence
-  assert f"{theirs} for the teacher; the teacher is fed" in sentence
+  assert f"{theirs} for the teacher; the teacher reads" in sentence
   assert sentence.endswith(
       "set student.tokenizer to a model with the teacher's template, as"
       f" {teacher}."
@@ -253,8 +253,8 @@ def test_a_suffix_that_the_template_has_already(tmp_path, suffix):
 def test_an_end_that_the_first_word_would_change(suffix):
   sentence = _refusal(_config(suffix=suffix))
   assert f"With data.suffix {suffix!r}" in sentence
-  assert "ends with the token ' '" in sentence
-  assert "'We' after it that is ' We'" in sentence
+  assert "ends with the token ' ', which becomes ' We'" in sentence
+  assert "such as 'We' follows" in sentence
 
 
 @pytest.mark.parametrize("suffix", ("<think>", "Answer:", "<think>Well,"))
@@ -265,7 +265,7 @@ def test_an_end_that_stays_as_it_is(suffix):
 @pytest.mark.parametrize("suffix", ("", "<think>\n"))
 def test_an_end_that_a_line_break_would_change_is_a_warning(suffix):
   words = _words(_config(suffix=suffix))
-  assert "end '\\n' and that would be one token elsewhere, '\\n\\n'" in words
+  assert "end '\\n' and the line break to '\\n\\n'" in words
   assert "passed with 1 warning." in words
 
 
@@ -308,7 +308,7 @@ def test_every_run_checks(tmp_path):
   teacher = _model(tmp_path / "teacher", "teacher", "assistant", "helper")
   for bad, named in (
       (config, "With data.suffix 'Answer: '"),
-      (_config(teacher=teacher), "the teacher is fed the student's prompt"),
+      (_config(teacher=teacher), "the teacher reads the student's prompt"),
   ):
     specs = {
         role: dataclasses.replace(getattr(bad, role), random_init=True)

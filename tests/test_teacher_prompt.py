@@ -300,17 +300,17 @@ def _shown(**changes):
   return " ".join(out.getvalue().split())
 
 
-def test_preflight_shows_what_each_model_is_fed():
+def test_preflight_shows_what_each_model_reads():
   words = _shown(
       teacher_prompt="{question}\nSolution: {answer}",
       max_teacher_prompt_len=120,
   )
-  assert "What the student is fed" in words and "at most 96" in words
-  assert "What the teacher is fed" in words and "at most 120" in words
+  assert "What the student reads" in words and "at most 96" in words
+  assert "What the teacher reads" in words and "at most 120" in words
   assert words.count("<think>┊ the answer begins here") == 2
   assert words.count("Solution: ") == 1
   assert "each model's own; the teacher reads data.teacher_prompt" in words
-  assert "What both models are fed" in _shown()
+  assert "What both models read" in _shown()
 
 
 def test_preflight_warns_of_a_teachers_prompt_that_would_be_dropped():

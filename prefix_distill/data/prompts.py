@@ -349,18 +349,18 @@ def check(
 def warnings(spec: DataSpec, question: str, chat: Chat) -> list[str]:
   """Returns sentences about settings that work, but may be a mistake."""
   found = [
-      f"data.suffix has {markup!r}, which the student's tokenizer does not"
-      f" know as one token: it reads {len(chat.encode(markup))} pieces of"
-      " text. Choose a suffix that it knows, or none."
+      f"data.suffix has {markup!r}, which the student's tokenizer splits into"
+      f" {len(chat.encode(markup))} tokens. Choose a suffix that is one token,"
+      " or no suffix."
       for markup in _MARKUP.findall(spec.suffix)
       if len(chat.encode(markup)) > 1
   ]
   merged = _merged(chat, chat.prompt(question, spec.suffix), "\n")
   if merged:
     found.append(
-        f"If an answer began with a line break, the prompt's end {merged[0]!r}"
-        f" and that would be one token elsewhere, {merged[1]!r}. A data.suffix"
-        " that ends in a special token has no such seam."
+        "If an answer begins with a line break, the tokenizer would join the"
+        f" prompt's end {merged[0]!r} and the line break to {merged[1]!r}. A"
+        " data.suffix that ends in a special token avoids this."
     )
   return found
 
@@ -383,8 +383,8 @@ def _check_opened_once(spec: DataSpec, question: str, chat: Chat) -> None:
     template = chat.prompt(question, "")
     raise ConfigError(
         f"data.suffix is {spec.suffix!r}, but the student's chat template"
-        f" ({chat.path}) already ends with {template[-20:]!r}, so that the"
-        " prompt would open it twice; set data.suffix=''."
+        f" ({chat.path}) already ends with {template[-20:]!r}, so the prompt"
+        " would have it twice; set data.suffix=''."
     )
 
 
@@ -406,7 +406,7 @@ def _check_templates(
       f"The chat templates of the student ({student.path}) and the teacher"
       f" ({teacher.path}) give a question different tokens: at position"
       f" {position} (from 0) {name_token(student, a)} for the student and"
-      f" {name_token(teacher, b)} for the teacher; the teacher is fed the"
+      f" {name_token(teacher, b)} for the teacher; the teacher reads the"
       f" student's prompt, so {_mend(spec, question, student, teacher)}."
   )
 
@@ -473,8 +473,8 @@ def _check_boundary(
   if merged:
     raise ConfigError(
         f"With data.suffix {spec.suffix!r} the {name} ends with the token"
-        f" {merged[0]!r}, but with a first word as {word!r} after it that is"
-        f" {merged[1]!r}, and the model would be trained on what no text gives;"
-        " change data.suffix, for instance to one without a space at its end"
-        " or with a special token there."
+        f" {merged[0]!r}, which becomes {merged[1]!r} if a word such as"
+        f" {word!r} follows, so the model would train on tokens that no text"
+        " has; change data.suffix so that it ends in a special token, or"
+        " without a space."
     )

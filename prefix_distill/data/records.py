@@ -51,10 +51,20 @@ def value(record: Mapping[str, Any], name: str, where: str) -> Any:
   """Returns a field.
 
   Raises:
-    DataError: this record lacks the field, though the first record has it.
+    DataError: the record lacks the field; `where` names the record.
   """
-  _check_fields(record, [name], where)
-  return field(record, name)
+  try:
+    return field(record, name)
+  except KeyError as error:
+    if name in record:  # A "None" in a .csv file is read as null.
+      raise DataError(
+          f"{where} has nothing in its field {name!r}; fill it in a local copy,"
+          " or name another field in the config."
+      ) from error
+    raise DataError(
+        f"{where} has no field {name!r}; it has {', '.join(record)}, so name"
+        " one of these in the config."
+    ) from error
 
 
 def text(record: Mapping[str, Any], name: str, where: str) -> str:
@@ -69,24 +79,6 @@ def random_key(*parts: str | int) -> bytes:
   every version of a library, and the records of a benchmark never change.
   """
   return hashlib.sha256(json.dumps(parts).encode()).digest()
-
-
-def _check_fields(
-    record: Mapping[str, Any], names: Sequence[str], where: str
-) -> None:
-  for name in names:
-    try:
-      field(record, name)
-    except KeyError as error:
-      if name in record:  # A "None" in a .csv file is read as null.
-        raise DataError(
-            f"{where} has nothing in its field {name!r}; fill it in a local"
-            " copy, or name another field in the config."
-        ) from error
-      raise DataError(
-          f"{where} has no field {name!r}; it has {', '.join(record)}, so name"
-          " one of these in the config."
-      ) from error
 
 
 def _read_jsonl(
@@ -109,15 +101,10 @@ def _read_jsonl(
             f"{path} line {number} is not a JSON object; write one record a"
             " line."
         )
-      _check_fields(record, names, f"{path} line {number}")
+      for name in names:
+        value(record, name, f"{path} line {number}")
       out.append(record)
   return out
-
-
-def _read_parquet(path: pathlib.Path) -> list[dict[str, Any]]:
-  import pyarrow.parquet  # The import takes a second; most runs skip it.
-
-  return pyarrow.parquet.read_table(path).to_pylist()
 
 
 def _cache_of(directory: pathlib.Path, root: str) -> str:
@@ -180,7 +167,9 @@ def _read(
   try:
     if path.suffix == ".jsonl":
       return _read_jsonl(path, names)
-    return _read_parquet(path)
+    from pyarrow import parquet  # The import takes a second; most runs skip it.
+
+    return parquet.read_table(path).to_pylist()
   except DataError:
     raise
   except (OSError, ValueError) as error:
@@ -254,7 +243,8 @@ def read(
         f"{spec.source} has no records; check its contents and the split."
     )
   # The records of a table share their fields, so checking the first is enough.
-  _check_fields(records[0], names, f"{spec.source} record 1")
+  for name in names:
+    value(records[0], name, f"{spec.source} record 1")
   return Records(spec.source, records, _numbers(spec, len(records)))
 
 

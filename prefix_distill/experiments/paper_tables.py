@@ -36,6 +36,14 @@ PREFIXES = (256, 512, 1024, 2048)
 LONGEST = 16384
 # The caps of the schedule: 1 at first, and 256 more each update.
 SCHEDULE = tuple(1 + 256 * np.arange(UPDATES))
+# The rows of distillation, with the cap of each update; and of supervised
+# training on the teacher's answers, with the number of steps.
+CAPS = {f"prefix {length}": (length,) * UPDATES for length in PREFIXES} | {
+    "full, 10": (LONGEST,) * 10,
+    "full": (LONGEST,) * UPDATES,
+    "schedule": SCHEDULE,
+}
+SEQKD_STEPS = {"SeqKD, 300": 300, "SeqKD, 1500": 1500}
 WRITTEN = Convention()
 FITTED = Convention(forward=1 / 9)
 # Other readings, for comparison.
@@ -51,46 +59,32 @@ class Table:
   """The FLOP column of one of the paper's tables; the teacher is Qwen3-8B.
 
   Attributes:
-    name: of the student.
-    student: its architecture.
-    prefixes: totals with prefixes of 256, 512, 1024 and 2048 tokens.
-    full_10: full distillation, 10 updates.
-    full: full distillation.
-    schedule: the growing cap.
-    seqkd_300: supervised training on the teacher's answers, 300 steps.
-    seqkd: the same, 1500 steps.
+    name: the student's name.
+    student: the student's architecture.
+    column: the totals, in the order of CAPS and SEQKD_STEPS.
   """
 
   name: str
   student: ModelConfig
-  prefixes: tuple[float, ...]
-  full_10: float
-  full: float
-  schedule: float
-  seqkd_300: float
-  seqkd: float
+  column: str
+
+  @property
+  def totals(self) -> dict[str, float]:
+    """The total of each row."""
+    values = map(float, self.column.split())
+    return dict(zip((*CAPS, *SEQKD_STEPS), values, strict=True))
 
 
 TABLES = (
     Table(
         "Qwen3-1.7B-Base",
         published.QWEN3_1_7B,
-        (9.4e17, 1.4e18, 2.5e18, 4.7e18),
-        full_10=8.2e18,
-        full=5.7e19,
-        schedule=2.4e19,
-        seqkd_300=1.3e19,
-        seqkd=6.6e19,
+        "9.4e17 1.4e18 2.5e18 4.7e18 8.2e18 5.7e19 2.4e19 1.3e19 6.6e19",
     ),
     Table(
         "Qwen3-8B-Base",
         published.QWEN3_8B,
-        (3.4e18, 5.2e18, 8.9e18, 1.7e19),
-        full_10=2.7e19,
-        full=1.8e20,
-        schedule=7.5e19,
-        seqkd_300=4.4e19,
-        seqkd=2.2e20,
+        "3.4e18 5.2e18 8.9e18 1.7e19 2.7e19 1.8e20 7.5e19 4.4e19 2.2e20",
     ),
 )
 
@@ -148,11 +142,12 @@ def fit_prompt(convention: Convention) -> tuple[int, float]:
   for prompt in range(0, 401, 2):
     off = [
         np.log(
-            rollouts(table.student, prompt, (length,) * UPDATES, convention)
-            / total
+            rollouts(table.student, prompt, CAPS[row], convention)
+            / table.totals[row]
         )
         for table in TABLES
-        for length, total in zip(PREFIXES, table.prefixes, strict=True)
+        for row in CAPS
+        if row.startswith("prefix")
     ]
     worst = float(np.exp(np.abs(off).max()))
     if worst < best[1]:
@@ -172,20 +167,20 @@ def seqkd_length(convention: Convention = FITTED) -> float:
   """Returns the length for which both tables are off by the same factor."""
 
   def off(length: float) -> float:
-    ratios = [seqkd(t, length, 1500, convention) / t.seqkd for t in TABLES]
+    ratios = [
+        seqkd(table, length, steps, convention) / table.totals[row]
+        for table in TABLES
+        for row, steps in SEQKD_STEPS.items()
+        if steps == 1500
+    ]
     return float(np.prod(ratios))
 
   return implied(off, 1.0)
 
 
-def _row(
-    table: Table,
-    prompt: int,
-    method: str,
-    total: float,
-    caps: tuple[float, ...],
-) -> Row:
+def _row(table: Table, prompt: int, method: str) -> Row:
   """Returns a row of distillation, with rollouts that reach their caps."""
+  caps, total = CAPS[method], table.totals[method]
 
   def cost(longest: float, convention: Convention = FITTED) -> float:
     sampled = tuple(np.minimum(caps, longest))
@@ -194,24 +189,19 @@ def _row(
   note = "cap"
   if max(caps) not in PREFIXES:
     note += f" ({implied(cost, total):,.0f})"
-  written, fitted = cost(LONGEST, WRITTEN), cost(LONGEST)
-  return Row(method, total, written, fitted, note)
+  return Row(method, total, cost(LONGEST, WRITTEN), cost(LONGEST), note)
 
 
 def rows(table: Table, prompt: int) -> Iterator[Row]:
   """Yields a table's rows, for a mean prompt."""
-  for length, total in zip(PREFIXES, table.prefixes, strict=True):
-    caps = (length,) * UPDATES
-    yield _row(table, prompt, f"prefix {length}", total, caps)
-  yield _row(table, prompt, "full, 10", table.full_10, (LONGEST,) * 10)
-  yield _row(table, prompt, "full", table.full, (LONGEST,) * UPDATES)
-  yield _row(table, prompt, "schedule", table.schedule, SCHEDULE)
+  for method in CAPS:
+    yield _row(table, prompt, method)
   length = seqkd_length()
-  for steps, total in ((300, table.seqkd_300), (1500, table.seqkd)):
-    ours = seqkd(table, length, steps)
+  for method, steps in SEQKD_STEPS.items():
+    total, ours = table.totals[method], seqkd(table, length, steps)
     alone = implied(lambda x, n=steps: seqkd(table, x, n), total)
     note = f"{length - prompt:,.0f} ({alone - prompt:,.0f})"
-    yield Row(f"SeqKD, {steps}", total, ours, ours, note)
+    yield Row(method, total, ours, ours, note)
 
 
 def _grid(title: str, columns: tuple[str, ...]) -> rich.table.Table:
@@ -275,7 +265,7 @@ def _fits(reading: Convention) -> tuple[str, ...]:
   """Returns the last four columns of `_readings`."""
   prompt, worst = fit_prompt(reading)
   capped = min(
-      rollouts(t.student, prompt, SCHEDULE, reading) / t.schedule
+      rollouts(t.student, prompt, SCHEDULE, reading) / t.totals["schedule"]
       for t in TABLES
   )
   length = seqkd_length(reading)

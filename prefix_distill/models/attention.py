@@ -1,7 +1,7 @@
 """Grouped-query attention: over whole sequences, and over a cache.
 
-Whole sequences take the kernel of the platform that the program is compiled
-for; none of the ways builds [T, T] for a long sequence.
+Each platform has its own kernel for whole sequences. No kernel builds [T, T]
+for a long sequence.
 """
 
 from collections.abc import Callable
@@ -24,20 +24,18 @@ from prefix_distill.models import decode_attention
 from prefix_distill.models import kv_cache
 from prefix_distill.models.kv_cache import LayerCache
 
-# Queries whose scores exist at a time, where no kernel does it.
+# The queries in a block of `blocked`; memory holds the scores of one block.
 _QUERY_BLOCK = 512
-# A TPU's vector lanes: the kernel's blocks and head widths are multiples.
+# A TPU's vector lanes: blocks and head widths of the kernel are multiples.
 _LANES = 128
 _SPLASH_BLOCK = 512
-# The widest head of cuDNN's kernel on every GPU that has it, and what divides
-# the width.
+# CuDNN's kernel takes heads up to this width, in multiples of this unit.
 _CUDNN_HEAD_DIM, _CUDNN_HEAD_UNIT = 128, 8
 _CUDNN_BLOCK = 64
-# What a query must not look at gets this score: no infinity, so that one that
-# may look nowhere has no NaN.
+# The score of a masked position. It is finite, so that a query whose positions
+# are all masked gives no NaN.
 _MASKED = -1e30
-# A TPU's pages of the cache, in columns, and how many of them a step of the
-# kernel takes.
+# The columns of a page of a TPU's cache, and the pages in a step of the kernel.
 _PAGE = 128
 _SMALL_BLOCK = 4
 _LARGE_BLOCK = 8
@@ -49,16 +47,16 @@ def causal(
     values: jax.Array,
     mesh: jax.sharding.Mesh | None = None,
 ) -> jax.Array:
-  """Lets every position look at itself and at what came before.
+  """Causal attention: a position attends to itself and the ones before.
 
-  Padding belongs on the right, where no real position looks.
+  Padding belongs on the right, so that no real position attends to it.
 
   Args:
-    queries: [B, T, N, H]; T best as `aligned` says.
+    queries: [B, T, N, H]; a length T from `aligned` is the fastest.
     keys: [B, T, K, H]; query head n reads head n // (N / K).
     values: [B, T, K, H].
-    mesh: whose batch axes split B and whose `tensor` splits the heads, if it
-      divides them; None on one device.
+    mesh: the device mesh; None for one device. Its batch axes split B, and its
+      `tensor` axis splits the heads if it divides them.
 
   Returns:
     [B, T, N, H].
@@ -74,23 +72,23 @@ def causal(
       mesh=mesh,
       in_specs=(spec,) * 3,
       out_specs=spec,
-      # The kernels do not say how their results vary over the mesh.
+      # The kernels do not declare how their results vary over the mesh.
       check_vma=False,
   )(queries, keys, values)
 
 
 def aligned(length: int, mesh: jax.sharding.Mesh | None) -> int:
-  """Returns the length that the platform's kernel wants, at least `length`.
+  """Returns the platform's best sequence length, at least `length`.
 
-  A sequence of another one would be padded and cut in every layer, and on a TPU
-  each [B, T, D] moved to be a matrix. CuDNN's kernel takes no odd lengths.
+  Every layer would pad and cut a sequence of another length, and a TPU would
+  also copy each [B, T, D]. CuDNN's kernel takes no odd lengths.
   """
   unit = _LANES if platform(mesh) == "tpu" else 1
   return _round_up(length, _CUDNN_BLOCK if _has_cudnn(mesh) else unit)
 
 
 def platform(mesh: jax.sharding.Mesh | None) -> str:
-  """Returns that of the mesh, which may be compiled for from afar."""
+  """Returns the mesh's platform, which may differ from this machine's."""
   if mesh is None:
     return jax.default_backend()
   return mesh.devices.flat[0].platform
@@ -106,7 +104,7 @@ def _has_cudnn(mesh: jax.sharding.Mesh | None) -> bool:
 def _kernel(
     mesh: jax.sharding.Mesh | None, queries: jax.Array
 ) -> Callable[..., jax.Array]:
-  """Returns the devices' way to compute `causal` on one of them."""
+  """Returns the function that computes `causal` on one device."""
   if platform(mesh) == "tpu":
     return splash_kernel
   fits = _fits_cudnn(queries.dtype, queries.shape[-1])
@@ -114,7 +112,7 @@ def _kernel(
 
 
 def _fits_cudnn(dtype: jnp.dtype, head_dim: int) -> bool:
-  """Whether its kernel takes heads of this width, if the device has it."""
+  """Whether cuDNN's kernel takes this dtype and head width."""
   fits = head_dim <= _CUDNN_HEAD_DIM and head_dim % _CUDNN_HEAD_UNIT == 0
   return dtype == jnp.bfloat16 and fits
 
@@ -122,7 +120,7 @@ def _fits_cudnn(dtype: jnp.dtype, head_dim: int) -> bool:
 def splash_kernel(
     q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False
 ) -> jax.Array:
-  """JAX's own kernel for TPU; `interpret` runs it anywhere, slowly."""
+  """JAX's kernel for TPU; `interpret` runs it slowly on any device."""
   length, num_heads, head_dim = q.shape[1:]
   padded = _round_up(length)
   block = max(
@@ -171,7 +169,7 @@ def _round_up(size: int, unit: int = _LANES) -> int:
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   """CuDNN's fused attention."""
   length = q.shape[1]
-  # What is added on the right, no position looks at.
+  # No position attends to the padding on the right.
   padded = _round_up(length, _CUDNN_BLOCK)
   q, k, v = (
       jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0)))
@@ -184,7 +182,7 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def blocked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """Plain XLA, a block of queries at a time; see `causal`."""
+  """Plain XLA over one block of queries at a time; see `causal`."""
   length, head_dim = q.shape[1], q.shape[3]
   num_kv_heads = k.shape[2]
   groups = q.shape[2] // num_kv_heads
@@ -194,7 +192,7 @@ def blocked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   def rows(q: jax.Array, first: jax.Array | int) -> jax.Array:
     batch, size = q.shape[:2]
     look = columns <= first + jnp.arange(size)[:, None]
-    # One matrix product for each key/value head, its G queries stacked.
+    # One matrix product per key/value head, with its G queries stacked.
     q = q.reshape(batch, size, num_kv_heads, groups, head_dim)
     q = q.transpose(0, 2, 3, 1, 4).reshape(batch, num_kv_heads, -1, head_dim)
     scores = jnp.matmul(q, keys, preferred_element_type=jnp.float32)
@@ -213,7 +211,7 @@ def blocked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   q = jnp.pad(q, ((0, 0), (0, count * _QUERY_BLOCK - length), (0, 0), (0, 0)))
   q = q.reshape(q.shape[0], count, _QUERY_BLOCK, *q.shape[2:])
   firsts = jnp.arange(count) * _QUERY_BLOCK
-  # Scores are formed again in the backward pass, or all would be kept.
+  # The backward pass recomputes the scores; keeping them would take [T, T].
   out = jax.lax.map(
       jax.checkpoint(lambda block: rows(*block)),
       (jnp.moveaxis(q, 1, 0), firsts),
@@ -227,10 +225,10 @@ class CacheKernel:
   """How a platform attends over a cache; hashable.
 
   Attributes:
-    name: of the function in `_OVER_CACHE`; "plain" for plain XLA.
-    layout: what it wants the cache to be.
-    reads_lengths: whether it reads a row's columns up to its length only, and
-      not all that the cache has.
+    name: the name in `_OVER_CACHE`; "plain" for plain XLA.
+    layout: the kernel's layout of the cache.
+    reads_lengths: whether the kernel reads only the columns up to a row's
+      length; otherwise it reads all columns.
     unit: the cache's columns are a multiple of this.
   """
 
@@ -240,8 +238,8 @@ class CacheKernel:
   unit: int = 1
 
 
-# On a CPU it takes a fifth of the time that it does with keys as they are
-# projected: both products are plain matrix products over contiguous memory.
+# With this layout both products are matrix products over contiguous memory. A
+# CPU then needs a fifth of its time with the projections' layout.
 CPU = CacheKernel("plain", kv_cache.Layout("bkhm", "bkmh"))
 _PLAIN = CacheKernel("plain", kv_cache.Layout("bkmh", "bkmh"))
 _CUDNN = CacheKernel(
@@ -256,11 +254,11 @@ _PAGED = CacheKernel(
 def cache_kernel(
     mesh: jax.sharding.Mesh | None, dtype: jnp.dtype, head_dim: int
 ) -> CacheKernel:
-  """Returns the platform's way to attend over a cache.
+  """Returns the platform's kernel for attention over a cache.
 
   Args:
-    mesh: of the devices; None for the default one.
-    dtype: of the cache.
+    mesh: the device mesh; None for the default device.
+    dtype: the cache's dtype.
     head_dim: H.
   """
   kind = platform(mesh)
@@ -282,35 +280,35 @@ def over_cache(
     lengths: jax.Array,
     mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[jax.Array, LayerCache]:
-  """Writes a token's keys and values and lets its queries look at all so far.
+  """Writes one token's keys and values, and attends from it to the cache.
 
   Args:
     kernel: see `cache_kernel`.
-    layer: of the cache, in the kernel's layout.
-    projected: queries [B, N, H], keys and values [B, K, H] of one token a row;
+    layer: a layer of the cache, in the kernel's layout.
+    projected: queries [B, N, H], keys and values [B, K, H], one token per row;
       query head n reads key/value head n // (N / K).
-    lengths: int32 [B], tokens of each row before this one.
-    mesh: whose batch axes split B and whose `tensor` splits the heads, if it
-      divides them; None on one device.
+    lengths: int32 [B], the tokens of each row before this token.
+    mesh: the device mesh; None for one device. Its batch axes split B, and its
+      `tensor` axis splits the heads if it divides them.
 
   Returns:
     [B, N, H], and the layer with the token in it.
   """
-  # The only one that serves several layouts is plain XLA.
+  # Only plain XLA works with several layouts.
   attend = _OVER_CACHE.get(
       kernel.name, functools.partial(_plain, kernel.layout)
   )
 
   def local(layer, queries, keys, values, lengths):
     layer = kv_cache.write(kernel.layout, layer, keys, values, lengths)
-    # A row that has ended may be full.
+    # A finished row may be full.
     columns = layer.keys.shape[kernel.layout.keys.index("m")]
     seen = jnp.minimum(lengths + 1, columns)
     return attend(queries, layer, seen), layer
 
   if mesh is None or (mesh.size == 1 and kernel.name == "plain"):
     return local(layer, *projected, lengths)
-  # Also over one device: a kernel asks there what it is compiled for.
+  # Also over one device: the mesh tells a kernel its target device.
   split = mesh.shape["tensor"]
   heads = "tensor" if projected[1].shape[1] % split == 0 else None
   rows = jax.sharding.PartitionSpec(sharding.BATCH_AXES)
@@ -321,7 +319,7 @@ def over_cache(
       mesh=mesh,
       in_specs=(specs, row, row, row, rows),
       out_specs=(row, specs),
-      # The kernels do not say how their results vary over the mesh.
+      # The kernels do not declare how their results vary over the mesh.
       check_vma=False,
   )(layer, *projected, lengths)
 
@@ -329,11 +327,11 @@ def over_cache(
 def cache_specs(
     layout: kv_cache.Layout, layer: LayerCache, heads: str | None
 ) -> LayerCache:
-  """Returns how a layer lies on a mesh: rows over the batch axes.
+  """Returns a layer's partition on a mesh: rows over the batch axes.
 
   Args:
-    layout: of the cache.
-    layer: for its scales, if it has any.
+    layout: the cache's layout.
+    layer: the layer, which may have scales.
     heads: the mesh axis that splits the heads; None for none.
   """
   places = {"b": sharding.BATCH_AXES, "k": heads}
@@ -352,23 +350,17 @@ def _plain(
   """Plain XLA, with a float32 softmax; reads all columns."""
   batch, num_heads, head_dim = queries.shape
   num_kv_heads = layer.keys.shape[layout.keys.index("k")]
-  # Bytes are widened where they are multiplied.
+  # int8 is widened for the product.
   narrow = layer.keys.dtype == jnp.int8
   dtype = queries.dtype if narrow else layer.keys.dtype
   keys, values = (x.astype(dtype) for x in (layer.keys, layer.values))
   q = queries.astype(dtype).reshape(batch, num_kv_heads, -1, head_dim)
-  scores = jnp.einsum(
-      f"bkgh,{layout.keys}->bkgm",
-      q,
-      keys,
-      preferred_element_type=jnp.float32,
-  )
+  product = f"bkgh,{layout.keys}->bkgm"
+  scores = jnp.einsum(product, q, keys, preferred_element_type=jnp.float32)
   if narrow:
     scores = scores * layer.key_scales[:, :, None]
   look = jnp.arange(scores.shape[-1]) < lengths[:, None]
-  scores = jnp.where(
-      look[:, None, None], scores * head_dim**-0.5, _MASKED
-  )
+  scores = jnp.where(look[:, None, None], scores * head_dim**-0.5, _MASKED)
   weights = jax.nn.softmax(scores, axis=-1)
   if narrow:
     weights = weights * layer.value_scales[:, :, None]
@@ -396,7 +388,7 @@ def _cudnn_over_cache(
 def _paged_over_cache(
     queries: jax.Array, layer: LayerCache, lengths: jax.Array
 ) -> jax.Array:
-  """JAX's own kernel for TPU, the cache seen as pages that lie in order."""
+  """JAX's kernel for TPU; the cache is a sequence of pages in order."""
   heads, rows, columns, head_dim = layer.keys.shape
   count = columns // _PAGE
   keys, values = (
@@ -419,14 +411,10 @@ def _paged_over_cache(
 def _flash_over_cache(
     queries: jax.Array, layer: LayerCache, lengths: jax.Array
 ) -> jax.Array:
-  """Our own kernel, which widens int8 in registers."""
+  """This package's kernel, which widens int8 in registers."""
+  scales = layer.key_scales, layer.value_scales
   return decode_attention.attend(
-      queries,
-      layer.keys,
-      layer.values,
-      lengths,
-      layer.key_scales,
-      layer.value_scales,
+      queries, layer.keys, layer.values, lengths, *scales
   )
 
 

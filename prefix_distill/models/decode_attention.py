@@ -1,8 +1,8 @@
-"""Attention of one query a row over a cache of keys and values, on GPUs.
+"""Attention of one query per row over a key/value cache, on GPUs.
 
-A kernel reads a row's columns up to the row's own length and no further, so a
-step's traffic follows the text that is there and not the cache's size. A cache
-of int8 is read as int8 and widened in registers.
+The kernel reads a row's columns only up to the row's length, so a step's memory
+traffic depends on the text and not on the cache's size. It reads an int8 cache
+as int8 and widens it in registers.
 """
 
 import functools
@@ -13,20 +13,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
-# Tensor cores multiply no fewer rows; a kv head's queries are padded to it.
+# The fewest rows of a tensor core's product; a kv head's queries are padded.
 _ROWS = 16
-# Of a block of keys, or of values, as it is multiplied: int8 is widened before.
-# Three stages keep two pairs of blocks in shared memory, which leaves room for
-# two more programs on an H100's multiprocessor.
+# The bytes of a block of keys, or of values, in the product; int8 is widened
+# before. Three stages keep two pairs of blocks in shared memory, which leaves
+# room for two more programs on an H100's multiprocessor.
 _BLOCK_BYTES = 16 * 1024
 _MIN_BLOCK, _MAX_BLOCK = 32, 128
 _NUM_STAGES = 3
 _NUM_WARPS = 4
-# An H100 has 132 multiprocessors: with so many programs each has one to run
-# while another waits. With fewer, rows are split until there are more.
+# An H100 has 132 multiprocessors. With 256 programs, each multiprocessor runs
+# one while another waits. With fewer programs, rows are split into up to 512.
 _ENOUGH_PROGRAMS, _MANY_PROGRAMS = 256, 512
 _MIN_SPLIT_COLUMNS = 256
-# The splits' sums are one array of registers in the kernel that adds them up.
+# `_combine` keeps the sums of all splits in registers.
 _MAX_SPLITS = 64
 
 
@@ -41,19 +41,20 @@ def attend(
     splits: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-  """Lets each row's query look at the first `lengths` columns of its cache.
+  """Attends from each row's query to the first `lengths` columns of its cache.
 
-  What lies beyond a row's length is not used, whatever it is.
+  The columns beyond a row's length may hold anything, even NaN.
 
   Args:
     queries: [B, N, H].
     keys: [B, K, M, H], floats or int8; query head n reads head n // (N / K).
-    values: [B, K, M, H], as `keys`.
+    values: [B, K, M, H], of the keys' dtype.
     lengths: int32 [B], 1 to M.
-    key_scales: float32 [B, K, M]; int8 only: a key is its integers times this.
-    value_scales: float32 [B, K, M].
-    splits: programs that share a row's columns; `num_splits` says if None.
-    interpret: runs the kernel anywhere, slowly.
+    key_scales: float32 [B, K, M], for int8 only: a key is its integers times
+      this.
+    value_scales: float32 [B, K, M], for int8 only.
+    splits: the programs that share a row's columns; None for `num_splits`.
+    interpret: runs the kernel slowly on any device.
 
   Returns:
     [B, N, H], in the queries' dtype; the softmax is float32.
@@ -66,7 +67,7 @@ def attend(
         f"The cache is {keys.dtype}; give scales for int8 and nothing else."
     )
   if scaled and 2**31 <= keys.size <= 2**32:
-    # Pallas indexes up to 2**32 bytes with 32 bits, which Triton takes for
+    # Pallas indexes up to 2**32 bytes with 32 bits, which Triton reads as
     # signed: half of them for int8, all of them for wider numbers.
     raise ValueError(
         f"A layer's int8 cache takes {keys.size / 2**30:.1f} GiB on a device,"
@@ -76,7 +77,7 @@ def attend(
   block = _block_columns(head_dim, keys.dtype)
   if splits is None:
     splits = num_splits(batch, kv_heads, columns)
-  # Blocks may be larger than the arrays; the kernels mask what is not there.
+  # Blocks may be larger than the arrays; the kernels mask the excess.
   rows, width = _padded(group), _padded(head_dim)
   padded_columns = pl.cdiv(columns, block) * block
 
@@ -96,7 +97,7 @@ def attend(
     out_shape = jax.ShapeDtypeStruct((*grouped, head_dim), queries.dtype)
     out_specs = per_head(rows, width)
   else:
-    # The sums of weighted values, the sums of weights and the highest scores.
+    # Sums of weighted values, sums of weights, and the highest scores.
     out_shape = [
         jax.ShapeDtypeStruct((*grouped, splits, head_dim), jnp.float32),
         jax.ShapeDtypeStruct((*grouped, splits), jnp.float32),
@@ -134,11 +135,11 @@ def attend(
 
 
 def num_splits(batch: int, kv_heads: int, columns: int) -> int:
-  """Returns how many programs share a row's columns, so that a GPU is full.
+  """Returns how many programs share a row's columns, to fill a GPU.
 
   Args:
-    batch: B, on a device.
-    kv_heads: K, on a device.
+    batch: B on a device.
+    kv_heads: K on a device.
     columns: M.
   """
   programs = batch * kv_heads
@@ -155,7 +156,7 @@ def _block_columns(head_dim: int, dtype: jnp.dtype) -> int:
 
 
 def _padded(size: int) -> int:
-  # Triton's arrays have sizes that are powers of two, products' at least 16.
+  # Triton's arrays have powers of two as sizes; products need at least 16.
   return max(_ROWS, pl.next_power_of_2(size))
 
 
@@ -171,14 +172,14 @@ def _kernel(
     splits,
     scaled,
 ):
-  """Attends with one kv head's queries over one split of a row's columns."""
+  """Attends from one kv head's queries to one split of a row's columns."""
   scale_refs, out_refs = (refs[:2], refs[2:]) if scaled else ((), refs)
   rows, width = queries_ref.shape
   head_rows = jnp.arange(rows) < group
   head_lanes = (jnp.arange(width) < head_dim)[None]
   head_mask = head_rows[:, None] & head_lanes
   length = lengths_ref[pl.program_id(0)]
-  # An even part of the blocks that the row has now, not of the cache.
+  # The splits share the blocks of the row's length, not of the whole cache.
   blocks = pl.cdiv(length, block)
   split = pl.program_id(2)
   first, last = split * blocks // splits, (split + 1) * blocks // splits
@@ -209,7 +210,7 @@ def _kernel(
     live = begin + jnp.arange(block) < length
     mask = live[:, None] & head_lanes if width > head_dim else live[:, None]
 
-    # What is not there reads as 0: its weight is 0, but 0 * NaN is not.
+    # Masked entries read as 0, since their weight of 0 times NaN would be NaN.
     def load(ref):
       return plgpu.load(ref.at[here, :], mask=mask, other=0)
 
@@ -221,7 +222,7 @@ def _kernel(
     if scaled:
       scores *= load_scales(scale_refs[0])
     scores = jnp.where(live[None], scores, -jnp.inf)
-    # Every block of the loop has a column, so this is finite.
+    # Every block of the loop has a live column, so this is finite.
     new_highest = jnp.maximum(highest, scores.max(1))
     weights = jnp.exp(scores - new_highest[:, None])
     shrink = jnp.exp(highest - new_highest)
@@ -230,9 +231,8 @@ def _kernel(
       weights *= load_scales(scale_refs[1])
     widened = load(values_ref).astype(value_dtype)
     if scaled:
-      # It changes nothing. Without it, Triton lays the integers out for the
-      # product, which needs columns side by side, and so fetches them byte by
-      # byte; with it, it widens them first.
+      # This changes no value, but makes Triton widen the integers first.
+      # Otherwise Triton loads them in the product's layout, byte by byte.
       widened = jnp.where(live[:, None], widened, 0)
     out = out * shrink[:, None] + product(
         weights.astype(value_dtype), widened, 0
@@ -254,16 +254,16 @@ def _kernel(
 
 
 def _combine(sums, totals, highest, dtype, interpret):
-  """Returns [B, K, G, H]: what the splits of each row come to.
+  """Combines the splits of each row: returns [B, K, G, H].
 
-  XLA would take one to three kernels for it, depending on their number.
+  XLA would take one to three kernels for it, depending on the number of splits.
 
   Args:
-    sums: [B, K, G, S, H], of weighted values.
-    totals: [B, K, G, S], of weights.
+    sums: [B, K, G, S, H], the sums of weighted values.
+    totals: [B, K, G, S], the sums of weights.
     highest: [B, K, G, S], the score whose weight is 1; -inf for no columns.
-    dtype: of the result.
-    interpret: as `attend` says.
+    dtype: the dtype of the result.
+    interpret: see `attend`.
   """
   batch, kv_heads, group, splits, head_dim = sums.shape
   width, padded = _padded(head_dim), pl.next_power_of_2(splits)

@@ -1,8 +1,8 @@
-"""The keys and values of the positions seen so far.
+"""The key/value cache.
 
-Every row is packed from the left: its prompt, then what it has written. So a
-row's length says all of what it may look at, rows of any length lie side by
-side, and a kernel that is told the lengths reads nothing else.
+Every row is packed from the left: first its prompt, then its sampled tokens. So
+the first `length` columns of a row are all that it attends to, rows of any
+length share a batch, and a kernel needs only the lengths to skip the rest.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,13 @@ _INT8_MAX = 127.0
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """The order of a cache's axes, as its kernel wants them; hashable.
+  """The order of a cache's axes, which its kernel chooses; hashable.
 
-  Axes are written as in an einsum: b rows, k key/value heads, m columns, h
+  Axes are letters as in an einsum: b rows, k key/value heads, m columns, h
   channels of a head.
 
   Attributes:
-    keys, values: the axes of each.
+    keys, values: the axes of the keys and of the values.
   """
 
   keys: str
@@ -36,9 +36,9 @@ class LayerCache:
   """One layer's keys and values; M columns.
 
   Attributes:
-    keys, values: the four axes B, K, M and H, in the layout's order. In int8
-      an entry times its scale is the number.
-    key_scales, value_scales: float32 [B, K, M], of int8; None of other dtypes.
+    keys, values: the axes B, K, M and H in the layout's order. An int8 entry
+      times its scale is the number.
+    key_scales, value_scales: float32 [B, K, M] for int8; None for other dtypes.
   """
 
   keys: jax.Array
@@ -64,10 +64,10 @@ class KVCache:
   """Keys and values of all layers.
 
   Attributes:
-    layers: one for each layer, so that a loop over tokens writes each in place.
-    lengths: int32 [B], columns of each row that hold a token; the next token
-      goes into the column of that number.
-    layout: static.
+    layers: a tuple, so that a loop over tokens writes each layer in place.
+    lengths: int32 [B], how many columns of each row hold a token. The next
+      token goes into the column with this number.
+    layout: the order of the axes; static.
   """
 
   layers: tuple[LayerCache, ...]
@@ -85,7 +85,7 @@ def empty(
     dtype: jnp.dtype,
     layout: Layout,
 ) -> KVCache:
-  """Returns a cache of rows without a token; `shape` is (B, K, M, H)."""
+  """Returns a cache of empty rows; `shape` is (B, K, M, H)."""
   sizes = dict(zip("bkmh", shape, strict=True))
 
   def zeros(axes: str, dtype: jnp.dtype) -> jax.Array:
@@ -112,7 +112,7 @@ def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """
   x = x.astype(jnp.float32)
   scale = jnp.max(jnp.abs(x), axis=-1) / _INT8_MAX
-  # Zeros have any scale.
+  # The scale of all zeros is arbitrary.
   whole = jnp.round(x / jnp.where(scale > 0, scale, 1.0)[..., None])
   return whole.astype(jnp.int8), scale
 
@@ -120,7 +120,7 @@ def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def encode(
     keys: jax.Array, values: jax.Array, dtype: jnp.dtype
 ) -> LayerCache:
-  """Returns keys and values [..., H] as they are kept, in their own layout."""
+  """Converts keys and values [..., H] to the cache's dtype."""
   if dtype != jnp.int8:
     return LayerCache(keys.astype(dtype), values.astype(dtype))
   (keys, key_scales), (values, value_scales) = map(quantize, (keys, values))
@@ -145,10 +145,10 @@ def from_prefill(
   Args:
     keys: [L, B, S, K, H], each row's real tokens first.
     values: the same.
-    lengths: int32 [B], real tokens of each row.
+    lengths: int32 [B], the real tokens of each row.
     columns: M, at least S.
-    dtype: what the cache is kept in.
-    layout: of the cache.
+    dtype: the cache's dtype.
+    layout: the cache's layout.
   """
   room = columns - keys.shape[2]
 
@@ -165,7 +165,7 @@ def from_prefill(
 
 
 def repeat(cache: KVCache, times: int) -> KVCache:
-  """Fans every row out to `times` neighbouring rows."""
+  """Repeats every row, as `times` neighbouring rows."""
 
   def fan(axes: str, x: jax.Array) -> jax.Array:
     return jnp.repeat(x, times, axis=axes.index("b"))
@@ -180,7 +180,7 @@ def repeat(cache: KVCache, times: int) -> KVCache:
 def resize_layer(
     layout: Layout, columns: int, layer: LayerCache
 ) -> LayerCache:
-  """Adds columns at the end of a layer, or cuts them off there."""
+  """Adds columns at the end of a layer, or cuts columns off."""
 
   def change(axes: str, x: jax.Array) -> jax.Array:
     axis = axes.index("m")
@@ -192,13 +192,12 @@ def resize_layer(
 
 
 def insert(cache: KVCache, prompts: KVCache, slots: jax.Array) -> KVCache:
-  """Gives rows to new prompts.
+  """Replaces rows by new prompts.
 
   Args:
-    cache: with M columns.
-    prompts: as `from_prefill` returns it, [R, ...], with S <= M columns.
-    slots: int32 [R], the rows to replace; B or more for a prompt that is not
-      to be inserted.
+    cache: the cache, with M columns.
+    prompts: a cache from `from_prefill`, [R, ...], with S <= M columns.
+    slots: int32 [R], the rows to replace; B or more drops the prompt.
   """
 
   def place(axes: str, old: jax.Array, new: jax.Array) -> jax.Array:
@@ -222,14 +221,14 @@ def write(
     values: jax.Array,
     lengths: jax.Array,
 ) -> LayerCache:
-  """Writes one token a row, [B, K, H], behind those that are there.
+  """Writes one token per row after the tokens that are there.
 
   Args:
-    layout: of the cache.
-    layer: of one device's rows and heads.
-    keys: of the new token.
-    values: the same.
-    lengths: int32 [B]; a row that is full is left as it is.
+    layout: the cache's layout.
+    layer: a layer with one device's rows and heads.
+    keys: [B, K, H], of the new tokens.
+    values: [B, K, H], of the new tokens.
+    lengths: int32 [B]; a full row does not change.
   """
   rows = jnp.arange(len(lengths))
   block = encode(keys, values, layer.keys.dtype)
@@ -252,18 +251,18 @@ def _put_lines(
 ) -> jax.Array:
   """Writes a column of each row as lines of one matrix [... M, H].
 
-  Where a TPU is left to index two axes, it copies the cache for each token.
+  A TPU copies the whole cache for each token if it has to index two axes.
 
   Args:
     cache: [B, K, M, H] or [K, B, M, H].
-    block: the same without M.
+    block: the new entries, without the axis M.
     lengths: int32 [B], the column of each row.
-    axis: which one B is, 0 or 1.
+    axis: the axis B, 0 or 1.
   """
   first, second, columns, size = cache.shape
   line = jnp.arange(first * second).reshape(first, second) * columns
   at = jnp.expand_dims(lengths, 1 - axis)
-  # A full row's line is past the end, and dropped.
+  # A full row gets a line past the end, which is dropped.
   line = jnp.where(at < columns, line + at, first * second * columns)
   lines = cache.reshape(-1, size).at[line.reshape(-1)].set(
       block.reshape(-1, size), mode="drop", unique_indices=True

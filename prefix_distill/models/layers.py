@@ -19,7 +19,7 @@ from prefix_distill.models.config import RopeConfig
 
 _PartitionSpec = jax.sharding.PartitionSpec
 _Kept = TypeVar("_Kept")
-# Up to here a product is bound by the weights' bytes; see `linear`.
+# Up to this many rows, reading the weights limits a product; see `linear`.
 _FEW_ROWS = 128
 
 
@@ -29,20 +29,21 @@ def look_up(
     dtype: jnp.dtype,
     mesh: jax.sharding.Mesh | None = None,
 ) -> jax.Array:
-  """Returns the rows of a table.
+  """Looks tokens up in an embedding table.
 
-  On a mesh each device has some columns of the table, and rows of its own to
-  look up. So it finds its columns of the tokens of all neighbours over `fsdp`,
-  and they exchange what they found; the gradient goes the same way back. Over
-  `tensor`, which splits the table's rows, what is found is added up. That sends
-  activations, a small part of the table, and forms a gradient in float32 that
-  is as small as the weight that a device keeps. Left to itself the partitioner
-  sends parts of the rows to and fro, and sums whole gradients.
+  On a mesh each device has some columns of the table, and its own tokens to
+  look up. A device looks up its columns for the tokens of all devices along
+  `fsdp`, and then the devices exchange the results. The gradient takes the same
+  way back. `tensor` splits the table's rows, so the results are summed over it.
+
+  This sends activations, which are smaller than the table, and its float32
+  gradient is as small as a device's part of the table. The partitioner by
+  itself would send rows back and forth, and sum whole gradients.
 
   Args:
     table: [V, D].
     tokens: int32 [B, T].
-    dtype: of the result, and of what is sent.
+    dtype: the dtype of the result and of the messages.
     mesh: the device mesh; None for one device.
 
   Returns:
@@ -66,7 +67,7 @@ def look_up(
     if fsdp:
       found = jax.lax.all_to_all(found, fsdp, 2, 0, tiled=True)
     part = _add(found, _every(tokens, fsdp), rows, tensor, mesh)
-    # All of them, where the width is not split.
+    # Without a split width, fsdp also has partial sums.
     return jax.lax.psum(part, "data" if fsdp else sharding.BATCH_AXES)
 
   def on_mesh(function, in_specs, out_specs):
@@ -75,7 +76,7 @@ def look_up(
         mesh=mesh,
         in_specs=in_specs,
         out_specs=out_specs,
-        # Sums over a mesh axis are equal on it, which is not always seen.
+        # JAX does not always see that a sum over an axis is equal along it.
         check_vma=False,
     )
 
@@ -95,14 +96,14 @@ def look_up(
 
 
 def _every(tokens: jax.Array, fsdp: str | None) -> jax.Array:
-  """Returns the neighbours' tokens as well, in the order of an exchange."""
+  """Gathers the tokens of all devices along `fsdp`."""
   if not fsdp:
     return tokens
   return jax.lax.all_gather(tokens, fsdp, axis=0, tiled=True)
 
 
 def _take(part: jax.Array, tokens: jax.Array, tensor: str | None) -> jax.Array:
-  """Looks tokens up in a part of the table; 0 for those of other parts."""
+  """Looks tokens up in a part of the table; 0 for tokens of other parts."""
   if not tensor:
     return part[tokens]
   here, mine = _here(tokens, part.shape[0])
@@ -116,7 +117,7 @@ def _add(
     tensor: str | None,
     mesh: jax.sharding.Mesh,
 ) -> jax.Array:
-  """Adds gradients up in a part of the table, in float32."""
+  """Sums gradients into a part of the table, in float32."""
   found, here = found.astype(jnp.float32), tokens
   if tensor:
     rows //= mesh.shape["tensor"]
@@ -127,14 +128,14 @@ def _add(
 
 
 def _here(tokens: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
-  """Returns the tokens' rows in this device's part, and which are in it."""
+  """Returns the tokens' rows in this device's part, and a mask of them."""
   here = tokens - rows * jax.lax.axis_index("tensor")
   mine = (here >= 0) & (here < rows)
   return jnp.where(mine, here, 0), mine
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-  """Returns the angle that each pair of channels turns by from token to token.
+  """Returns the angle by which each pair of channels turns per token.
 
   A scaling that knows the first training length keeps the short wavelengths,
   which that length covers many times. The scaling shrinks the frequencies of
@@ -172,7 +173,7 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     if rope.truncate:
       first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, head_dim - 1)
-    # No blend, but a step.
+    # A width of zero is a step instead of a blend.
     width = last - first or 1e-3
     pair = np.arange(head_dim // 2, dtype=np.float32)
     kept = 1 - np.clip((pair - first) / width, 0, 1)
@@ -182,7 +183,7 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rotation:
-  """How positions turn pairs of channels.
+  """The rotation of pairs of channels at each position.
 
   Attributes:
     cos, sin: float32 [B, T, H / 2], of the angles, times
@@ -203,7 +204,7 @@ class Rotation:
     return cls(jnp.cos(angles) * scale, jnp.sin(angles) * scale)
 
   def where(self, rotates: jax.Array | None) -> "Rotation":
-    """Returns the rotation if the traced flag is true, or one by nothing.
+    """Returns the rotation if the traced flag is true, or the identity.
 
     Args:
       rotates: bool []; None for true.
@@ -235,9 +236,9 @@ def linear(
 ) -> jax.Array:
   """Multiplies [..., D] by a weight [F..., D], stored as torch stores it.
 
-  Weights lie with their inputs contiguous because decoding wants it so: for a
-  few rows W x^T is up to twice as fast as x W on a CPU; for many there is no
-  difference. The sums are kept, and returned, in `dtype` if it is given.
+  The weight's input axis is contiguous, which is best for decoding: on a CPU,
+  W x^T is up to twice as fast as x W for few rows, and as fast for many. If
+  `dtype` is given, the product is accumulated and returned in it.
   """
   features = weight.shape[:-1]
   weight = weight.reshape(-1, weight.shape[-1])
@@ -248,7 +249,7 @@ def linear(
 
   def turned(rows, weight):
     out = jnp.einsum("fd,td->ft", weight, rows, preferred_element_type=dtype)
-    # Or XLA would turn the product back.
+    # Without the barrier XLA would transpose the product back.
     return jax.lax.optimization_barrier(out).T
 
   if rows.shape[0] <= _FEW_ROWS:
@@ -317,7 +318,7 @@ class Attention(nnx.Module):
 
     Args:
       x: [B, T, D].
-      rotation: of each position; None for a layer that does not rotate.
+      rotation: the rotation at each position; None for a layer without one.
     """
     query = linear(x, self.query[...])
     key = linear(x, self.key[...])
@@ -335,11 +336,11 @@ class Attention(nnx.Module):
   def _norms(
       self, query: jax.Array, key: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
-    """Norms each head's queries and keys."""
+    """Normalizes each head's queries and keys."""
     if query.shape[1] > 1:
       return self.query_norm(query), self.key_norm(key)
-    # One token a row, where each of a GPU's kernels costs more than its work:
-    # the squares of all heads in one kernel, and the rest in those that follow.
+    # With one token per row, launching a GPU kernel costs more than its work.
+    # So one kernel squares all heads, and the next kernels fuse the rest.
     both = jnp.concatenate([query, key], axis=2).astype(jnp.float32)
     square = jnp.sum(jnp.square(both), axis=-1, keepdims=True)
     square = jax.lax.optimization_barrier(square) / both.shape[-1]
@@ -375,7 +376,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-  """One pre-norm layer; the caller attends, and owns the keys and values."""
+  """One pre-norm layer; the caller attends and keeps the keys and values."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     self.attention_norm = RMSNorm(config.dim, config.norm_eps)
@@ -395,12 +396,12 @@ class Block(nnx.Module):
 
     Args:
       x: hidden states [B, T, D].
-      rotation: of each position; None for a layer that does not rotate.
-      attend: queries [B, T, N, H], keys and values [B, T, K, H] to what the
-        heads read, [B, T, N, H], and to anything else.
+      rotation: the rotation at each position; None for a layer without one.
+      attend: maps queries [B, T, N, H], keys and values [B, T, K, H] to the
+        heads' outputs [B, T, N, H] and any second result.
 
     Returns:
-      Hidden states [B, T, D], and what else `attend` returned.
+      Hidden states [B, T, D], and the second result of `attend`.
     """
     projected = self.attention.project(self.attention_norm(x), rotation)
     attended, kept = attend(*projected)

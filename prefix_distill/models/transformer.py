@@ -1,8 +1,8 @@
 """One decoder-only transformer for all of `families`.
 
-NNX modules describe a layer; `Model` turns the description into pure functions
-over nested dicts of arrays, with the layers stacked along a leading axis so
-that one `jax.lax.scan` runs (and compiles) them all.
+NNX modules describe a layer. `Model` makes pure functions of them, whose
+parameters are nested dicts of arrays. The layers are stacked along a leading
+axis, so that one `jax.lax.scan` compiles and runs all of them.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 
 Params = dict[str, Any]
-# What a layer starts from, which its backward pass needs.
+# The input of a layer, which its backward pass needs.
 _LAYER_INPUT = "layer_input"
 _POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -45,11 +45,10 @@ class Model:
 
   Attributes:
     config: the architecture.
-    compute_dtype: what activations and the cache are kept in; parameters are
-      cast as they are used.
-    remat: what the backward pass computes again instead of keeping it, see
-      `ModelSpec`.
-    mesh: the devices that whole sequences are computed on; None for one.
+    compute_dtype: the dtype of activations and the cache; parameters are cast
+      when they are used.
+    remat: what the backward pass recomputes and does not keep, see `ModelSpec`.
+    mesh: the device mesh; None for one device.
   """
 
   config: ModelConfig
@@ -95,8 +94,8 @@ class Model:
     Args:
       params: as `init` returns them.
       tokens: int32 [B, T].
-      mask: bool [B, T], false on padding, wherever it is. A token's position
-        is the number of real tokens before it.
+      mask: bool [B, T], false on padding, which may be anywhere. A token's
+        position is the number of real tokens before it.
 
     Returns:
       The hidden states after the final norm, [B, T, D], from which `logits`
@@ -120,9 +119,9 @@ class Model:
       params: as `init` returns them.
       tokens: int32 [B, S], padded on the left.
       mask: bool [B, S].
-      columns: of the cache, at least S.
-      cache_dtype: what the cache is kept in, "float32", "bfloat16" or "int8";
-        empty for the compute dtype.
+      columns: the cache's columns, at least S.
+      cache_dtype: the cache's dtype, "float32", "bfloat16" or "int8"; empty for
+        the compute dtype.
 
     Returns:
       The hidden states [B, D] that predict each prompt's next token, and the
@@ -139,11 +138,11 @@ class Model:
     )
 
   def cache_kernel(self, dtype: jnp.dtype) -> attention.CacheKernel:
-    """Returns how a cache of this dtype is attended over."""
+    """Returns the kernel that attends over a cache of this dtype."""
     return attention.cache_kernel(self.mesh, dtype, self.config.head_dim)
 
   def cache_shardings(self, cache: KVCache) -> KVCache:
-    """Returns where a cache lies on the mesh: rows, and heads over `tensor`.
+    """Returns a cache's shardings: rows over the batch, heads over `tensor`.
 
     Args:
       cache: its arrays, or their shapes.
@@ -168,8 +167,7 @@ class Model:
     """Runs the stacked layers over rows whose padding is on the right.
 
     Returns:
-      Hidden states [B, T, D]; and, if they are to be kept, keys and values
-      [L, B, T, K, H].
+      Hidden states [B, T, D]; with `keep`, keys and values [L, B, T, K, H].
     """
     c, length = self.config, tokens.shape[1]
     more = attention.aligned(length, self.mesh) - length
@@ -194,7 +192,7 @@ class Model:
       body = jax.checkpoint(body, policy=_POLICIES[self.remat])
     table = params["embed"]["weight"]
     x = layers.look_up(table, tokens, self.dtype, self.mesh)
-    # No flags take no part in the scan.
+    # None takes no part in the scan.
     rotates = jnp.array(c.rotary) if c.rotary else None
     x, kept = jax.lax.scan(body, x, (params["layers"], rotates))
     keys, values = jax.tree.map(lambda kv: kv[:, :, :length], kept)
@@ -205,10 +203,10 @@ class Model:
     return jax.tree.map(lambda x: x.astype(self.dtype), params)
 
   def decode_layout(self, params: Params) -> Params:
-    """Returns weights as decoding wants them, in the compute dtype.
+    """Returns the weights for decoding, in the compute dtype.
 
-    The layers are apart, a tuple instead of a stack: in a loop over tokens a
-    stack would be cut up, and its layers copied, for every token.
+    The layers are a tuple instead of a stack. In a loop over tokens, XLA would
+    slice a stack and copy its layers for every token.
     """
     c = self.config
     params = self.cast(params)
@@ -225,14 +223,14 @@ class Model:
       live: jax.Array,
       cache: KVCache,
   ) -> tuple[jax.Array, KVCache]:
-    """Runs the layers over the token that comes after those in the cache.
+    """Runs the layers over the token that follows those in the cache.
 
     Args:
       params: as `decode_layout` returns them.
       tokens: int32 [B].
-      live: bool [B], false for rows that have ended: their token is not kept,
-        and nobody reads what is returned for them.
-      cache: what came before.
+      live: bool [B], false for finished rows; the cache does not keep their
+        token, and their hidden states are meaningless.
+      cache: the keys and values of the tokens before.
 
     Returns:
       The hidden states [B, D] after the final norm, and the cache with the
@@ -260,7 +258,7 @@ class Model:
     return self._final_norm(params, x[:, 0]), cache
 
   def _block(self, params: Params) -> layers.Block:
-    """Fills the described layer with parameters in the compute dtype."""
+    """Returns a layer with these parameters in the compute dtype."""
     fill = _module(lambda: layers.Block(self.config, nnx.Rngs(0)))
     return fill(jax.tree.map(lambda p: p.astype(self.dtype), params))
 
@@ -282,8 +280,8 @@ class Model:
   ) -> jax.Array:
     """Returns the hidden states that predict each rollout token: [B, P, D].
 
-    The state at the last prompt position predicts the first prefix token, and
-    nothing is predicted from the last one, so that is never fed.
+    The state at the last prompt position predicts the first prefix token. The
+    last prefix token predicts nothing, so the model never reads it.
     """
     tokens = jnp.concatenate([batch.tokens, rollout.tokens[:, :-1]], axis=1)
     mask = jnp.concatenate([batch.mask, rollout.mask[:, :-1]], axis=1)
@@ -297,12 +295,12 @@ def head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
 
 
 def _pack(tokens: jax.Array, mask: jax.Array) -> jax.Array:
-  """Moves each row's padding to the right, where causality hides it."""
+  """Moves each row's padding to the right, where the causal mask hides it."""
   order = jnp.argsort(~mask, axis=1, stable=True)
   return jnp.take_along_axis(tokens, order, axis=1)
 
 
 def _module(make: Callable[[], nnx.Module]) -> Callable[[Params], nnx.Module]:
-  """Returns a function that fills the described module with parameters."""
+  """Returns a function that makes the module with given parameters."""
   graph, _ = nnx.split(nnx.eval_shape(make))
   return lambda params: nnx.merge(graph, nnx.State(params))
