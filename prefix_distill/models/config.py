@@ -146,14 +146,13 @@ def _rope(config: transformers.PretrainedConfig, where: str) -> RopeConfig:
     )
   length = int(number("original_max_position_embeddings", low=1))
   if kind == "llama3":
-    return RopeConfig(
-        theta,
-        kind,
-        number("factor"),
-        number("low_freq_factor"),
-        number("high_freq_factor"),
-        length,
-    )
+    low, high = number("low_freq_factor"), number("high_freq_factor")
+    if high <= low:
+      raise UnsupportedModelError(
+          f"{where}: high_freq_factor {high:g} of rope_type 'llama3' is not"
+          f" above low_freq_factor {low:g}; only one that is is implemented."
+      )
+    return RopeConfig(theta, kind, number("factor"), low, high, length)
   factor = number("factor", config.max_position_embeddings / length, low=1)
   # transformers takes a 0 for a value that is missing.
   fast, slow = (
