@@ -769,6 +769,18 @@ class CheckpointSpec:
   keep: _Positive = 2
 
 
+@_settings("export")
+class ExportSpec:
+  """What a finished run leaves for others to serve.
+
+  Attributes:
+    dtype: is the dtype of the exported weights; "auto" takes bfloat16 if the
+      teacher's weights are stored in bfloat16, and else float32.
+  """
+
+  dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
 @_settings("")
 class Config:
   """A run.
@@ -793,6 +805,7 @@ class Config:
     loss: says what is minimised.
     mesh: says how devices are arranged.
     checkpoint: says when the run is saved.
+    export: says how the student is exported.
   """
 
   method: Literal["prefix", "full", "sft", "seqkd"]
@@ -808,6 +821,7 @@ class Config:
   loss: LossSpec = LossSpec()
   mesh: MeshSpec = MeshSpec()
   checkpoint: CheckpointSpec = CheckpointSpec()
+  export: ExportSpec = ExportSpec()
 
   def __post_init__(self):
     self._check_models()

@@ -592,6 +592,22 @@ def _one_or_all(ids: tuple[int, ...]) -> int | list[int]:
   return ids[0] if len(ids) == 1 else list(ids)
 
 
+def _old_rope(settings: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns `rope_parameters` by the names that transformers 4 knows.
+
+  It would take its own theta instead, without a word.
+  """
+  rope = settings.get("rope_parameters")
+  if not rope or settings.get("rope_scaling"):
+    return {}
+  old = {}
+  if "rope_theta" in rope:
+    old["rope_theta"] = rope["rope_theta"]
+  if rope.get("rope_type", rope.get("type", "default")) != "default":
+    old["rope_scaling"] = rope
+  return old
+
+
 def _tokenizer_settings(file: pathlib.Path) -> dict[str, Any]:
   """Returns a tokenizer's settings in words that transformers 4 knows too."""
   settings = _read_json(file)
@@ -640,6 +656,7 @@ def export(
     ids = _read_json(companion / "config.json")
     settings |= {name: ids[name] for name in _TOKEN_IDS if name in ids}
     settings["dtype"] = dtype
+    settings |= _old_rope(settings)
     if serving:
       settings["eos_token_id"] = _one_or_all(serving.stop_ids)
       _write_json(partial / _GENERATION, _served(companion, serving))

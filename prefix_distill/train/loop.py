@@ -342,9 +342,16 @@ def train(
       run.evaluate(int(run.state.step), "teacher")
     run.programs.close()
     run.checkpointer.close()
+    model, graded = config.teacher or config.student, config.evaluation
     hf.export(
-        run.state.params, config.student.path, config.student.tokenizer_path,
-        workdir / "export", config.student.param_dtype,
-    )  # fmt: skip
+        run.state.params,
+        config.student.path,
+        config.student.tokenizer_path,
+        workdir / "export",
+        hf.export_dtype(config.export.dtype, model.path),
+        hf.Serving(
+            setup.stop_ids, graded.temperature, graded.top_k, graded.top_p
+        ),
+    )
   if writes:
     report.write(workdir)
