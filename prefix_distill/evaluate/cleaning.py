@@ -17,7 +17,10 @@ _BARE = re.compile(
     r"(?:[^\s${}\\]|\\(?![)\]])(?:[a-zA-Z]+|.)|\{(?:[^{}]|\{[^{}]*\})*\})+"
 )
 
-_TEXT = r"\\(?:text(?:bf|it|normal|rm|sf|tt|up)?|math(?:bf|it|rm|sf|tt)|mbox)"
+_TEXT = (
+    r"\\(?:text(?:bf|it|normal|rm|sf|tt|up)?|math(?:bf|it|rm|sf|tt)|mbox"
+    r"|operatorname\*?)"
+)
 _WORDS = rf"{_TEXT}\s*\{{[^{{}}]*\}}"
 _INNER = r"((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)"
 
@@ -60,7 +63,7 @@ _SCRIPTS = re.compile(f"([{_RAISED}]+)|([{_LOWERED}]+)")
 _LEVEL = str.maketrans(_RAISED + _LOWERED, "0123456789-+" * 2)
 _ROOT = re.compile(
     r"([√∛∜])\s*(?:\(([^()]*)\)|\{([^{}]*)\}"
-    r"|(\d+(?:\.\d+)?|[a-zA-Z]|\\pi))"
+    r"|(\d+(?:\.\d+)?|[a-zA-Z]|\\pi|\\frac\{[^{}]*\}\{[^{}]*\}))"
 )
 _DEGREES = {"√": "", "∛": "[3]", "∜": "[4]"}
 
@@ -71,8 +74,12 @@ _STYLE = re.compile(
 )
 _FRACTION = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
 _SPACE = re.compile(
-    r"(?<!\\)(?:\\[,;: ]|\\q?quad(?![a-zA-Z])|\\thinspace)|~|\s+"
+    r"(?<!\\)(?:\\[,;: ]|\\q?quad(?![a-zA-Z])|\\thinspace"
+    r"|\\hspace\*?\{[^{}]*\})|~|\s+"
 )
+_DEGREE = re.compile(r"\\degree(?![a-zA-Z])")
+# (a + b) / 2, for which math-verify needs a fraction if it has a \pm.
+_OVER = re.compile(r"(-?)\(([^()]*)\)\s*/\s*(\d+)")
 # In 10\,080, 10{,}080 and 10,\!080; and in 10,080, but not in (10,080).
 _APART = re.compile(
     r"(?<![\d.])(\d{1,3})((?:(?:\{\s*(?:,|\\,)\s*\}|,?\\!|\\[,;: ]|~"
@@ -138,6 +145,8 @@ _TEXT_UNIT = re.compile(
     rf"(?:\^\s*(?:\\circ|\{{\s*\\circ\s*\}}))?"
     rf"(?:[\s/]|\\cdot|\\circ|{_WORDS}{_EXPONENT})*{_WORDS}{_EXPONENT}\s*"
 )
+# A unit in brackets: 7 (cm).
+_ASIDE = re.compile(rf"(.*[\d}}])\s*\(\s*({_WORDS}|[a-zA-Z]{{2,}})\s*\)")
 _UNIT_START = re.compile(r"\^\s*\{?\s*\\circ|\\(?:text|math|mbox)|[ /]")
 _NUMBER_HEAD = re.compile(
     r"[-+]?\s*(?:\d+(?:[.,]\d+)*|\.\d+)?\s*"
@@ -242,9 +251,10 @@ def spelled(text: str) -> str:
   """Returns a text with LaTeX for symbols that math-verify does not know."""
   if text.isascii():
     return text
-  text = _ROOT.sub(
-      lambda m: f"\\sqrt{_DEGREES[m[1]]}{{{m[2] or m[3] or m[4]}}}", text
-  )
+  for _ in range(4):  # Roots of roots.
+    text = _ROOT.sub(
+        lambda m: f"\\sqrt{_DEGREES[m[1]]}{{{m[2] or m[3] or m[4]}}}", text
+    )
   text = _SCRIPTS.sub(
       lambda m: f"{'^' if m[1] else '_'}{{{m[0].translate(_LEVEL)}}}", text
   )
@@ -296,6 +306,7 @@ def clean(text: str) -> str:
     return text.strip()
   text = _APART.sub(lambda m: m[1] + re.sub(r"\D", "", m[2]), text)
   text = _STYLE.sub("", text)
+  text = _DEGREE.sub(r"^\\circ ", text)
   text = _SPACE.sub(" ", _FRACTION.sub(r"\\frac", text)).strip()
   text = _LABEL.sub("", text) if _LABEL.match(text) else text
   if "." in text:
@@ -316,6 +327,9 @@ def clean(text: str) -> str:
       _SCIENTIFIC.fullmatch(text)
   ) else _TIMES.sub(r" \\times ", text)
   text = _POWER_OF_10.sub(lambda m: f"^{{{m[1] or m[2]}}}", text)
+  over = _OVER.fullmatch(text) if "\\pm" in text else None
+  if over:
+    text = f"{over[1]}\\frac{{{over[2]}}}{{{over[3]}}}"
   return _MAGNITUDE.sub(_magnified, text)
 
 
@@ -373,6 +387,9 @@ def is_text(text: str) -> bool:
 
 def without_unit(text: str) -> str:
   """Returns a number or formula without the unit behind it."""
+  aside = _ASIDE.fullmatch(text)
+  if aside:
+    text = f"{aside[1]} {aside[2]}"
   if "\\" in text:
     for unit in _UNIT_START.finditer(text):
       head = text[: unit.start()].rstrip()
@@ -390,7 +407,9 @@ def without_unit(text: str) -> str:
     known = all(len(n) > 3 or n in _SHORT_UNITS or n == "per" for n in named)
     # One letter may be a variable, and math-verify knows most units.
     alone = len(named) == 1 and len(named[0]) == 1 and "circ" not in tail
-    alone = alone and not re.search(r"\s[NJWVKL]\s*$", text)
+    alone = alone and not re.search(
+        r"\s(?:[NJWVKL]|m\s*\^\s*\{?\s*[23]\s*\}?)\s*$", text
+    )
     if known and not alone and not _NO_UNITS & {n.lower() for n in named}:
       return head[0].strip()
   return text
@@ -404,7 +423,7 @@ def half_day(text: str) -> str:
 
 def based(text: str) -> tuple[str, int]:
   """Returns digits and the base that is stated for them, or ("", 0)."""
-  text = re.sub(rf"{_TEXT}|\\_|[\s]", "", text.replace("\\operatorname", ""))
+  text = re.sub(rf"{_TEXT}|\\overline|\s", "", text)
   found = _BASED.fullmatch(text)
   found = found or _BASED.fullmatch(re.sub(r"[{}]", "", text))
   if not found:

@@ -25,10 +25,10 @@ _STATED = re.compile(
 )
 # "option (C) is correct"; but "option (C) is not", and "(C) is incorrect".
 _IS_RIGHT = re.compile(
-    r"(?:(?i:\b(?:option|choice|answer)\s+)[*(\[\s]*([a-zA-Z])[*)\]]*"
-    r"|[(\[]([a-zA-Z])[)\]][*]*|(?<![\w'.-])([B-HJ-Z]))"
+    r"(?:(?i:\b(?:option|choice|answer)\s+)[(\[\s]*([a-zA-Z])[\s)\]]*"
+    r"|(?<!or )[(\[]\s*([a-zA-Z])\s*[)\]]|(?<![\w'.-])(?<!or )([B-HJ-Z]))"
     r"\s+is\s+(?:indeed\s+|therefore\s+|thus\s+)?(?:the\s+)?"
-    r"(?:correct|right|best)\b(?!\s+(?:that|to|if|only|for)\b)"
+    r"(?:correct|right|best|answer)\b(?!\s+(?:that|to|if|only|for)\b)"
 )
 # What only changes how a letter looks.
 _MARKUP = re.compile(
@@ -51,7 +51,9 @@ _LETTER = re.compile(
       [(\[] \s* ([a-z]) \s* [)\]]
       | ([a-z]) (?= \s* (?: $ | [,;:)\]] | \.(?!\w) | (?:as|because|since)\b
           | [\u2013\u2014] | (?<=\s)-+\s (?!\s*[a-z]\s*$)
-          | = \s* (?: [-+]?[\d.] | \\ | [a-z]{3} ) ))
+          | = \s* (?: [-+]?[\d.] | \\ | [a-z]{3} )
+          | \s*\\(?: approx | (?:right)?arrow | to ) (?![a-z])
+          | \s+\(\s* [\d\\a-z] [^()\s] ))
     )
     (?! \s* (?:[,;/&] | and\b | or\b) \s* (?:and\b | or\b)?
         \s* [(\[]? [a-z] \s* (?: $ | [.,;:)\]] ))
@@ -189,6 +191,7 @@ def _letter(text: str) -> str:
 def _stated_letter(final: str) -> str:
   """Returns the last letter that the text calls the answer, or nothing."""
   found = []
+  final = _MARKUP.sub(" ", _SET_APART.sub(r"\1\2: ", final))
   for match in _STATED.finditer(final):
     # The end of the statement is near, and answers may repeat it for pages.
     found.append((match.end(), _letter(final[match.end() : match.end() + 80])))

@@ -26,7 +26,7 @@ _START = 120.0
 # Bytes of memory that the process may take; powers of powers want more.
 _MEMORY = 4 * 2**30
 # Text in which a number below 0.001 may be.
-_TINY = re.compile(r"10\s*\^|0\.000")
+_TINY = re.compile(r"\^|0\.000")
 
 
 class Judge:
@@ -119,7 +119,10 @@ def digits(size: float) -> int:
 def _leaves(expression: Any) -> list[float]:
   """Returns the sizes of the numbers that an expression is made of."""
   if getattr(expression, "is_number", False):
-    return [abs(complex(expression.evalf()))]
+    try:
+      return [abs(complex(expression.evalf()))]
+    except (OverflowError, TypeError, ValueError):
+      return []
   inner = getattr(expression, "args", ())
   return sorted(size for part in inner for size in _leaves(part))
 
