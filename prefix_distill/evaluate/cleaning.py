@@ -191,6 +191,14 @@ _BASED = re.compile(
 )
 _SUBSCRIPT = re.compile(r"(?<=[\d)])_(?:\{([^{}]*)\}|(\w))")
 
+_FRACTIONS = re.compile(
+    r"([-+]?)\s*\\frac\s*(?:\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)\s*(\d))"
+)
+_RATIO = re.compile(r"([-+]?\d+)\s*/\s*(\d+)")
+_DECIMAL = re.compile(
+    r"([-+]?(?:\d+(?:\.\d*)?|\.\d+))(?:\s*\\times\s*10\s*\^\s*\{(-?\d{1,3})\})?"
+)
+
 
 def final(completion: str) -> str:
   """Returns what is no thinking: none of it is before the last `</think>`.
@@ -390,29 +398,42 @@ def without_unit(text: str) -> str:
   aside = _ASIDE.fullmatch(text)
   if aside:
     text = f"{aside[1]} {aside[2]}"
-  if "\\" in text:
-    for unit in _UNIT_START.finditer(text):
-      head = text[: unit.start()].rstrip()
-      if _TEXT_UNIT.fullmatch(text, unit.start()):
-        named = re.findall("[a-zA-Z]+", text[unit.start() :].lower())
-        if head and head[-1] not in "+-=*/,;(<>_^&" and not (
-            _NO_UNITS & {*named}
-        ) and not re.search(r"\\text[a-z]*\s*\{[^{}]*\d", text[unit.start() :]):
-          return head
-        break
+  for start in _UNIT_START.finditer(text) if "\\" in text else ():
+    if _TEXT_UNIT.fullmatch(text, start.start()):
+      head, unit = text[: start.start()].rstrip(), text[start.start() :]
+      if _is_value(head) and _is_unit(unit):
+        return head
+      break
   head = _NUMBER_HEAD.match(text)
   tail = text[head.end() :]
-  if head[0].strip(" +-") and _UNIT.fullmatch(tail):
-    named = re.findall("[a-zA-Z]+", tail.replace("\\circ", ""))
-    known = all(len(n) > 3 or n in _SHORT_UNITS or n == "per" for n in named)
-    # One letter may be a variable, and math-verify knows most units.
-    alone = len(named) == 1 and len(named[0]) == 1 and "circ" not in tail
-    alone = alone and not re.search(
-        r"\s(?:[NJWVKL]|m\s*\^\s*\{?\s*[23]\s*\}?)\s*$", text
-    )
-    if known and not alone and not _NO_UNITS & {n.lower() for n in named}:
-      return head[0].strip()
+  if head[0].strip(" +-") and _UNIT.fullmatch(tail) and _is_named(tail, text):
+    return head[0].strip()
   return text
+
+
+def _is_value(head: str) -> bool:
+  """Whether what stands before a unit is whole."""
+  return bool(head) and head[-1] not in "+-=*/,;(<>_^&"
+
+
+def _is_unit(text: str) -> bool:
+  """Whether marked words are a unit, and not "or", "million" or "7 cm"."""
+  if re.search(r"\\text[a-z]*\s*\{[^{}]*\d", text):
+    return False
+  return not _NO_UNITS & {*re.findall("[a-zA-Z]+", text.lower())}
+
+
+def _is_named(tail: str, text: str) -> bool:
+  """Whether plain letters behind a number are a unit, and not variables."""
+  names = re.findall("[a-zA-Z]+", tail.replace("\\circ", ""))
+  if _NO_UNITS & {name.lower() for name in names}:
+    return False
+  # One letter may be a variable, and math-verify knows most units.
+  if len(names) == 1 and len(names[0]) == 1 and "circ" not in tail:
+    return bool(
+        re.search(r"\s(?:[NJWVKL]|m\s*\^\s*\{?\s*[23]\s*\}?)\s*$", text)
+    )
+  return all(len(n) > 3 or n in _SHORT_UNITS or n == "per" for n in names)
 
 
 def half_day(text: str) -> str:
@@ -444,15 +465,6 @@ def bases(text: str) -> list[str]:
   """Returns the subscripts of numbers, sorted."""
   found = [x or y for x, y in _SUBSCRIPT.findall(text)]
   return sorted(squeezed(re.sub(rf"{_TEXT}|[{{}}]", "", x)) for x in found)
-
-
-_FRACTIONS = re.compile(
-    r"([-+]?)\s*\\frac\s*(?:\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)\s*(\d))"
-)
-_RATIO = re.compile(r"([-+]?\d+)\s*/\s*(\d+)")
-_DECIMAL = re.compile(
-    r"([-+]?(?:\d+(?:\.\d*)?|\.\d+))(?:\s*\\times\s*10\s*\^\s*\{(-?\d{1,3})\})?"
-)
 
 
 def number(text: str) -> tuple[fractions.Fraction, bool] | None:

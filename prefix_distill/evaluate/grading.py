@@ -8,6 +8,7 @@ here, and all else by math-verify (`judge`), with a time limit.
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+import fractions
 import math
 import re
 
@@ -84,31 +85,11 @@ def _equal(answer: str, found: str, verbatim: bool = True) -> bool:
     return False
   if verbatim and cleaning.squeezed(gold) == cleaning.squeezed(given):
     return True
-  if cleaning.is_bound(gold) != cleaning.is_bound(given):
-    return False
   gold, given = cleaning.values(gold, given)
-  right, other = cleaning.based(gold), cleaning.based(given)
-  if right[1] or other[1]:
-    if right[1] and other[1]:
-      return right == other
-    digits = right[0] or other[0]
-    plain = cleaning.squeezed(given if right[1] else gold).upper()
-    return (plain.lstrip("0") or "0") == digits
-  subscripts = cleaning.bases(gold), cleaning.bases(given)
-  if all(subscripts) and subscripts[0] != subscripts[1]:
-    return False
-  halves = cleaning.half_day(gold), cleaning.half_day(given)
-  if all(halves) and halves[0] != halves[1]:
-    return False
-  marked = cleaning.is_text(gold)
-  right, other = cleaning.words(gold), cleaning.words(given)
-  if right and other:
-    if right == other and (
-        marked or cleaning.is_text(given) or gold == given or len(gold) > 2
-    ):
-      return True
-    if marked:
-      return False
+  for compare in (_compare_bases, _compare_marks, _compare_words):
+    verdict = compare(gold, given)
+    if verdict is not None:
+      return verdict
   gold, given = cleaning.without_unit(gold), cleaning.without_unit(given)
   if verbatim and cleaning.squeezed(gold) == cleaning.squeezed(given):
     return True
@@ -118,8 +99,50 @@ def _equal(answer: str, found: str, verbatim: bool = True) -> bool:
   return _JUDGE.equal(_boxed(gold), _boxed(given))
 
 
-def _same_number(right, other) -> bool:
-  """Compares as math-verify does, but for tiny numbers."""
+def _compare_bases(gold: str, given: str) -> bool | None:
+  """Compares numbers of which one has a base at least; None for others."""
+  (right, base), (digits, other) = map(cleaning.based, (gold, given))
+  if not base and not other:
+    return None
+  if base and other:
+    return (right, base) == (digits, other)
+  plain = cleaning.squeezed(given if base else gold).upper()
+  return (plain.lstrip("0") or "0") == (right or digits)
+
+
+def _compare_marks(gold: str, given: str) -> bool | None:
+  """Compares what math-verify does not look at; None if it does not differ."""
+  if cleaning.is_bound(gold) != cleaning.is_bound(given):
+    return False
+  for marks in (cleaning.bases, cleaning.half_day):
+    right, other = marks(gold), marks(given)
+    if right and other and right != other:
+      return False
+  return None
+
+
+def _compare_words(gold: str, given: str) -> bool | None:
+  """Compares words; None if they may be variables that are equal."""
+  right, other = cleaning.words(gold), cleaning.words(given)
+  if not right or not other:
+    return None
+  marked = cleaning.is_text(gold)
+  sure = marked or cleaning.is_text(given) or gold == given or len(gold) > 2
+  if right == other and sure:
+    return True
+  return False if marked else None
+
+
+def _same_number(
+    right: tuple[fractions.Fraction, bool],
+    other: tuple[fractions.Fraction, bool],
+) -> bool:
+  """Compares as math-verify does, but for tiny numbers.
+
+  Args:
+    right: a number, and whether it is written as a decimal.
+    other: another.
+  """
   (gold, is_decimal), (given, also) = right, other
   if gold == given:
     return True
