@@ -187,6 +187,9 @@ class DatasetSpec:
     seed: seeds `random` and the order of the options.
     max_prompt_len: drops and counts longer prompts of an evaluation; 0 stands
       for `data.max_prompt_len`.
+    rule: says where an evaluation looks for the answer: "plain" in the last
+      box, or else in the text; "dual" in the last box and in the last line
+      that begins with "Answer:", and one of them must be right.
   """
 
   source: _Name
@@ -201,6 +204,7 @@ class DatasetSpec:
   choices: tuple[_Str, ...] = ()
   seed: _Int = 0
   max_prompt_len: _NotNegative = 0
+  rule: Literal["plain", "dual"] = "plain"
 
   def __post_init__(self):
     endless = self.source == "math_task"
@@ -229,8 +233,9 @@ class DatasetSpec:
 
   @property
   def grading(self) -> str:
-    """How answers are graded: "letter" for multiple choice, or "math"."""
-    return "letter" if self.choices else "math"
+    """A key of `grading.GRADERS`: "letter" for multiple choice, or "math"."""
+    kind = "letter" if self.choices else "math"
+    return kind if self.rule == "plain" else f"dual_{kind}"
 
 
 @_settings("data")
@@ -770,6 +775,18 @@ class CheckpointSpec:
   notice: _AboveZero = 30.0
 
 
+@_settings("export")
+class ExportSpec:
+  """What a finished run leaves for others to serve.
+
+  Attributes:
+    dtype: is the dtype of the exported weights; "auto" takes bfloat16 if the
+      teacher's weights are stored in bfloat16, and else float32.
+  """
+
+  dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
 @_settings("")
 class Config:
   """A run.
@@ -794,6 +811,7 @@ class Config:
     loss: says what is minimised.
     mesh: says how devices are arranged.
     checkpoint: says when the run is saved.
+    export: says how the student is exported.
   """
 
   method: Literal["prefix", "full", "sft", "seqkd"]
@@ -809,6 +827,7 @@ class Config:
   loss: LossSpec = LossSpec()
   mesh: MeshSpec = MeshSpec()
   checkpoint: CheckpointSpec = CheckpointSpec()
+  export: ExportSpec = ExportSpec()
 
   def __post_init__(self):
     self._check_models()

@@ -1,10 +1,15 @@
+import random
+import threading
 import time
 
 import numpy as np
 import pytest
 
+from prefix_distill.config import DatasetSpec
+from prefix_distill.evaluate import cleaning
 from prefix_distill.evaluate import evaluator
 from prefix_distill.evaluate import grading
+from prefix_distill.evaluate import judge
 
 Z = 1.959964
 
@@ -143,6 +148,112 @@ def test_answers_that_repeat_for_pages_are_graded_at_once(piece):
   begin = time.perf_counter()
   assert not grading.is_letter(text, "C")
   assert time.perf_counter() - begin < 2
+
+
+@pytest.mark.parametrize(
+    "piece", ["\\boxed{", "\\boxed 7 ", "1,234 ", "0.333", "Answer: ", "{", "~"]
+)
+def test_long_answers_are_cleaned_at_once(piece, monkeypatch):
+  monkeypatch.setattr(judge.Judge, "equal", lambda *_: False)
+  begin = time.perf_counter()
+  for length in (990, 60_000):
+    text = piece * (length // len(piece))
+    for grade in grading.GRADERS.values():
+      grade("\\boxed{" + text, "7 cm")
+      grade("\\boxed{" + text + "}", "7 cm")
+  assert time.perf_counter() - begin < 2
+
+
+def test_no_text_ends_in_an_error(monkeypatch):
+  monkeypatch.setattr(judge.Judge, "equal", lambda *_: False)
+  rng = random.Random(0)
+  pieces = (
+      "\\boxed{ } \\frac \\text{ 12 . ... \\overline{ ^ _ \\dot ( ) \\left \\ x"
+      " = and , $ √ % base </think> <think> \ud800 \x00 Answer: ½ ⁻ 3 million"
+  ).split()
+  for _ in range(2000):
+    text = "".join(rng.choices([*pieces, " ", "\n"], k=20))
+    for grade in grading.GRADERS.values():
+      assert grade(text, "".join(rng.choices(pieces, k=4))) in (True, False)
+      assert grade(f"\\boxed{{{text}}}", text) in (True, False)
+
+
+_TOWER = "\\boxed{9^{9^{9^9}}}"
+
+
+def test_the_time_limit_holds_in_any_thread():
+  limited, found = judge.Judge(limit=1.0), []
+
+  def ask():
+    begin = time.perf_counter()
+    found.append(limited.equal("\\boxed{3}", _TOWER))
+    found.append(limited.equal("\\boxed{x+1}", "\\boxed{1+x}"))
+    found.append(time.perf_counter() - begin)
+
+  thread = threading.Thread(target=ask)
+  thread.start()
+  thread.join(60)
+  limited.close()
+  assert found[:2] == [False, True]
+  assert found[2] < 20  # Two starts of a process are in it.
+
+
+def test_threads_share_a_judge():
+  shared, found = judge.Judge(), {}
+
+  def ask(number):
+    text = f"\\boxed{{x+{number}}}"
+    found[number] = [
+        shared.equal(text, f"\\boxed{{{other}+x}}") for other in range(4)
+    ]
+
+  threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join(60)
+  shared.close()
+  assert found == {i: [i == j for j in range(4)] for i in range(4)}
+
+
+def test_a_judge_that_was_killed_is_started_again():
+  judged = judge.Judge()
+  assert judged.equal("\\boxed{x+1}", "\\boxed{1+x}")
+  judged._process.kill()
+  judged._process.wait()
+  assert judged.equal("\\boxed{x+1}", "\\boxed{1+x}")
+  judged.close()
+
+
+def test_plain_numbers_need_no_judge(monkeypatch):
+  monkeypatch.setattr(judge.Judge, "equal", None)
+  assert grading.is_correct("so \\boxed{10{,}080 \\text{ ways}}.", "10,080")
+  assert not grading.is_correct("so \\boxed{\\frac{3}{4}}.", "0.5")
+  assert not grading.is_correct("no number at all", "12")
+
+
+def test_right_answers_that_cannot_be_read_are_named():
+  answers = ["7.", "\\frac{1}{2}", "", "x = \\text{east}", "\\frac{1}{", "1, 2"]
+  assert grading.unreadable_golds(answers, "math") == [2, 4]
+  assert grading.unreadable_golds(answers, "dual_math") == [2, 4]
+  letters = ["A", "J", "neon", "", "b"]
+  assert grading.unreadable_golds(letters, "letter") == [2, 3, 4]
+  assert grading.unreadable_golds(letters, "dual_letter") == [2, 3, 4]
+
+
+def test_the_settings_name_a_rule_that_there_is():
+  for rule in ("plain", "dual"):
+    for choices in ((), ("options",)):
+      spec = DatasetSpec("x", answer="a", choices=choices, rule=rule)
+      assert spec.grading in grading.GRADERS
+  assert DatasetSpec("x", answer="a").grading == "math"
+
+
+def test_boxes_are_cut_out_whole():
+  text = "\\boxed{} a \\boxed{\\frac{1}{2}} b \\fbox 7, c \\boxed{d"
+  found = cleaning.boxes(text)
+  assert [inner for _, _, inner in found] == ["\\frac{1}{2}", "7"]
+  assert [text[a:b] for a, b, _ in found][0] == "\\boxed{\\frac{1}{2}}"
 
 
 @pytest.mark.parametrize("successes, trials", [(3, 10), (50, 200), (1, 2)])

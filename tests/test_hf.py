@@ -310,8 +310,9 @@ def test_an_export_takes_its_tokenizer_from_where_it_is_told(tmp_path):
       tmp_path / "out", "float32",
   )  # fmt: skip
   companion = assets.path("capable")
-  for name in ("tokenizer_config.json", "generation_config.json",
-               "chat_template.jinja", "tokenizer.json"):  # fmt: skip
+  for name in (
+      "generation_config.json", "chat_template.jinja", "tokenizer.json"
+  ):
     written = (tmp_path / "out" / name).read_bytes()
     assert written == (companion / name).read_bytes()
   written = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -17,6 +17,9 @@ _OPTIONS = {
     "use_sliding_window": False,
     "attention_dropout": 0.0,
     "quantization_config": None,
+    "is_causal": True,
+    "is_heterogeneous": False,
+    "transformers_weights": None,
 }
 _LAYER_TYPE = "full_attention"
 
@@ -99,8 +102,16 @@ class ModelConfig:
 
 def _rope(config: transformers.PretrainedConfig, where: str) -> RopeConfig:
   """Reads `rope_parameters`, which transformers makes of older names, too."""
+  # transformers' layers do the same, and it moves an original length in there.
+  config.standardize_rope_params()
   rope = dict(config.rope_parameters)
   kind = rope.get("rope_type", "default")
+  for name, value in rope.items():
+    if isinstance(value, dict):
+      raise UnsupportedModelError(
+          f"{where}: rope_parameters for {name!r} alone are not implemented;"
+          " only the same for all layers are."
+      )
 
   def number(
       field: str, default: float | None = None, low: float = 0.0
@@ -135,14 +146,13 @@ def _rope(config: transformers.PretrainedConfig, where: str) -> RopeConfig:
     )
   length = int(number("original_max_position_embeddings", low=1))
   if kind == "llama3":
-    return RopeConfig(
-        theta,
-        kind,
-        number("factor"),
-        number("low_freq_factor"),
-        number("high_freq_factor"),
-        length,
-    )
+    low, high = number("low_freq_factor"), number("high_freq_factor")
+    if high <= low:
+      raise UnsupportedModelError(
+          f"{where}: high_freq_factor {high:g} of rope_type 'llama3' is not"
+          f" above low_freq_factor {low:g}; only one that is is implemented."
+      )
+    return RopeConfig(theta, kind, number("factor"), low, high, length)
   factor = number("factor", config.max_position_embeddings / length, low=1)
   # transformers takes a 0 for a value that is missing.
   fast, slow = (
@@ -185,6 +195,26 @@ def _refuse_unsupported(config: Any, where: str) -> None:
           f"{where}: {field} {value!r} is not implemented; only"
           f" {wanted!r} is."
       )
+  heads, groups = config.num_attention_heads, config.num_key_value_heads
+  if heads % groups:
+    raise UnsupportedModelError(
+        f"{where}: num_attention_heads {heads} is no multiple of"
+        f" num_key_value_heads {groups}; mend config.json, or download it"
+        " again."
+    )
+  width = getattr(config, "head_dim", None) or config.hidden_size // heads
+  if width < 2 or width % 2:
+    raise UnsupportedModelError(
+        f"{where}: heads of {width} channels (head_dim, or hidden_size"
+        f" {config.hidden_size} by num_attention_heads {heads}) cannot be"
+        " rotated in pairs; only an even number can."
+    )
+  eps = config.rms_norm_eps
+  if not 0 <= eps < math.inf:
+    raise UnsupportedModelError(
+        f"{where}: rms_norm_eps {eps!r} is not implemented; only a number from"
+        " 0 on is."
+    )
   for kind in getattr(config, "layer_types", None) or ():
     if kind != _LAYER_TYPE:
       raise UnsupportedModelError(

@@ -582,12 +582,19 @@ def train(
         raise
     run.programs.close()
     run.checkpointer.close()
+    model, graded = config.teacher or config.student, config.evaluation
     hf.export(
         run.state.params,
         config.student.path,
         config.student.tokenizer_path,
         workdir / "export",
-        config.student.param_dtype,
+        hf.export_dtype(config.export.dtype, model.path),
+        hf.Serving(
+            setup.models.stop_ids,
+            graded.temperature,
+            graded.top_k,
+            graded.top_p,
+        ),
     )
   if writes:
     with contextlib.suppress(OSError):
