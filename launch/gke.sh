@@ -144,7 +144,8 @@ spec:
                 pip install --quiet -e '.[tpu]'
                 shift
                 # In the shell's place, so that it gets the SIGTERM.
-                exec python -m prefix_distill.main --distributed=auto "\$@"
+                exec python -m prefix_distill.main --distributed=auto \
+                  --notice=120 "\$@"
               - $(yaml "$repo")
               - $(yaml "$ref")
               - $(yaml "--workdir=/gcs/$directory")

@@ -58,6 +58,7 @@ case $action in
     run mkdir -p "$workdir"
     run "${command[@]}" "$here/slurm_job.sh" .venv/bin/python \
       -m prefix_distill.main --distributed=slurm "--workdir=$workdir" \
+      "--notice=$notice" \
       "${arguments[@]}"
     ;;
   logs)

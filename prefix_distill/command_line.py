@@ -30,6 +30,14 @@ PREFLIGHT = flags.DEFINE_bool(
     "Whether to only check and show what the models would read: the run reads"
     " no weights and writes nothing.",
 )
+NOTICE = flags.DEFINE_float(
+    "notice",
+    30.0,
+    "Seconds between a SIGTERM and the end of the process, as whoever sends the"
+    " signal promises. An update that would not end in that time is given up,"
+    " and the state before it is saved.",
+    lower_bound=0.0,
+)
 _TRACE = flags.DEFINE_list(
     "trace",
     [],

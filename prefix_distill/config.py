@@ -766,13 +766,10 @@ class CheckpointSpec:
   Attributes:
     every: is the number of updates between checkpoints.
     keep: is the number of checkpoints that are kept.
-    notice: is the number of seconds between a SIGTERM and the end of the
-      process, as whoever sends the signal promises.
   """
 
   every: _Positive = 10
   keep: _Positive = 2
-  notice: _AboveZero = 30.0
 
 
 @_settings("export")

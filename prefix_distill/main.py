@@ -35,7 +35,8 @@ def _train() -> str:
     from prefix_distill.train import loop
 
     try:
-      loop.train(config, command_line.workdir(sys.argv), traced)
+      workdir, notice = command_line.workdir(sys.argv), command_line.NOTICE
+      loop.train(config, workdir, traced, notice.value)
     except loop.Stopped as stopped:  # All processes stop together.
       return str(stopped)
   return ""

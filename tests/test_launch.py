@@ -235,7 +235,8 @@ _CASES = {
         " --time=24:00:00 --requeue --signal=B:USR1@600 --open-mode=append"
         " '--output=/scratch/it'\\''s a run/slurm.log' --partition=gpu"
         f" {_LAUNCH}/slurm_job.sh .venv/bin/python -m prefix_distill.main"
-        " --distributed=slurm '--workdir=/scratch/it'\\''s a run' "
+        " --distributed=slurm '--workdir=/scratch/it'\\''s a run'"
+        " --notice=600 "
         + shlex.join(_ARGUMENTS),
     ),
     "slurm.sh logs": (
@@ -511,7 +512,7 @@ def test_the_manifest_is_a_job_of_all_hosts_for_each_slice(place):
       ["pip", "install", "--quiet", "-e", ".[tpu]"],
       [
           "python", "-m", "prefix_distill.main", "--distributed=auto",
-          "--workdir=/gcs/runs/it's a run", *_ARGUMENTS,
+          "--notice=120", "--workdir=/gcs/runs/it's a run", *_ARGUMENTS,
       ],
   ]  # fmt: skip
 

@@ -182,15 +182,12 @@ def test_a_preemption_that_leaves_no_time_ends_within_the_update(
 ):
   workdir = tmp_path / "run"
   # So short that no update ends in it.
-  process = _start(workdir, cache, "--config.checkpoint.notice=0.1")
+  process = _start(workdir, cache, "--notice=0.1")
   _wait_for_lines(workdir, 3)
   process.send_signal(signal.SIGTERM)
   code, _, err = _finish(process)
   assert code == 130
   assert "Stopped in update" in err.splitlines()[-1]
-  (workdir / "config.json").write_bytes(
-      (whole[0] / "config.json").read_bytes()
-  )
   code, _, err = _finish(_start(workdir, cache))
   assert code == 0, err
   assert _metrics(workdir) == _metrics(whole[0])

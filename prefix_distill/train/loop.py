@@ -57,6 +57,7 @@ class Stop:
 
   Attributes:
     wanted: whether a signal came.
+    notice: seconds between a SIGTERM and the end of the process.
     deadline: when the process ends, on `time.monotonic`'s clock; infinite but
       after a SIGTERM.
   """
@@ -66,12 +67,12 @@ class Stop:
 
   def __init__(self, notice: float = math.inf):
     """Knows how many seconds lie between a SIGTERM and the end."""
-    self._notice = notice
+    self.notice = notice
 
   def ask(self, number: int, *_: Any) -> None:
     self.wanted = True
     if number == signal.SIGTERM:
-      self.deadline = min(self.deadline, time.monotonic() + self._notice)
+      self.deadline = min(self.deadline, time.monotonic() + self.notice)
     if not _ignored(signal.SIGINT):
       # A second Ctrl-C does not wait.
       signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -247,14 +248,14 @@ class Run:
 
   def _tell_of_notice(self) -> None:
     """Says once that an update and a save take longer than the notice."""
-    notice = self.config.checkpoint.notice
+    notice = self.stop.notice
     if len(self._durations) == _KNOWN and self.writes:
       update = statistics.median(self._durations)
       if update + self._save_seconds > notice:
         tqdm.tqdm.write(
             f"An update takes {update:.0f} s and a save"
             f" {self._save_seconds:.0f} s, more than the {notice:g} s between a"
-            " SIGTERM and the end (checkpoint.notice): a preemption loses the"
+            " SIGTERM and the end (--notice): a preemption loses the"
             " update that it interrupts."
         )
 
@@ -545,7 +546,10 @@ def _steps(run: Run, traced: Collection[int]) -> None:
 
 
 def train(
-    config: Config, workdir: pathlib.Path, traced: Collection[int] = ()
+    config: Config,
+    workdir: pathlib.Path,
+    traced: Collection[int] = (),
+    notice: float = math.inf,
 ) -> None:
   """Runs to the last update, and writes the report and the export.
 
@@ -553,6 +557,7 @@ def train(
     config: the settings.
     workdir: see the README.
     traced: updates, counted from 1, whose trace is written to workdir/trace.
+    notice: seconds between a SIGTERM and the end of the process.
 
   Raises:
     ValueError: a setting, file or model does not fit; see `setup.prepare`.
@@ -569,7 +574,7 @@ def train(
     spent = _NOTHING
     if config.method == "seqkd":
       setup, spent = answers.with_answers(setup, workdir)
-    with stop_on_signal(config.checkpoint.notice) as stop:
+    with stop_on_signal(notice) as stop:
       run = Run(setup, workdir, spent, stop)
       try:
         _steps(run, traced)
