@@ -694,6 +694,58 @@ def make_at_random(seed: int, directory: pathlib.Path) -> pathlib.Path:
   return directory
 
 
+# What a random config may say of rotary positions, and how often it does.
+_INSIDE = {
+    "rope_type": (0.5, ("default", "linear", "llama3", "yarn")),
+    "type": (0.3, ("linear", "llama3", "yarn")),
+    "rope_theta": (0.7, (10.0, 100.0, 10_000, None)),
+    "factor": (0.8, (1.0, 2, 4.0, 0.5, None)),
+    "original_max_position_embeddings": (0.5, (8, 16, 64, None)),
+    "low_freq_factor": (0.5, (1.0, 2)),
+    "high_freq_factor": (0.5, (4.0, 2)),
+    "attention_factor": (0.2, (0.5, 1.3, None, 0)),
+    "beta_fast": (0.2, (32, 4.0, 0, None)),
+    "beta_slow": (0.2, (1, 0.5, 0)),
+    "mscale": (0.2, (1.0, 0, 0.7)),
+    "mscale_all_dim": (0.2, (1.0, 0, 0.3)),
+    "truncate": (0.1, (True, False)),
+    "partial_rotary_factor": (0.1, (1.0, 0.5)),
+}
+_OUTSIDE = {
+    "rope_theta": (0.4, (10.0, 1000.0, None)),
+    "original_max_position_embeddings": (0.3, (8, 16, 32, None)),
+    "max_position_embeddings": (0.2, (64, 128, 40)),
+    "partial_rotary_factor": (0.1, (1.0, 0.5, None)),
+    "num_key_value_heads": (0.1, (None, 2, 4)),
+}
+
+
+def make_rope_at_random(seed: int, directory: pathlib.Path) -> pathlib.Path:
+  """Writes a directory whose config says anything of rotary positions."""
+  rng = random.Random(seed)
+  base = rng.choice(("qwen3", "qwen2", "llama3_rope", "smollm3", "yarn"))
+  shutil.copytree(GOLDEN / base, directory)
+
+  def some(choices):
+    return {
+        name: rng.choice(values)
+        for name, (often, values) in choices.items()
+        if rng.random() < often
+    }
+
+  changes = some(_OUTSIDE)
+  if rng.random() < 0.4:
+    changes["rope_scaling"] = some(_INSIDE)
+  if rng.random() < 0.6:
+    inside = some(_INSIDE)
+    nested = rng.random() < 0.1
+    inside = {"full_attention": inside} if nested else inside
+    _config(rope_parameters=inside, **changes)(directory)
+  else:
+    _without("rope_parameters", **changes)(directory)
+  return directory
+
+
 def torch_logits(directory: pathlib.Path) -> np.ndarray:
   """Returns transformers' float32 logits of the last of `TOKENS`."""
   import torch
