@@ -1,6 +1,7 @@
 """The report's pictures."""
 
 from collections.abc import Sequence
+import functools
 import html
 import math
 import pathlib
@@ -289,24 +290,41 @@ def accuracy_against_prefix(found: dict[str, Any], path: pathlib.Path) -> str:
 def draw(
     lines: Sequence[Line], directory: pathlib.Path, method: str
 ) -> list[str]:
-  """Draws the pictures that the metrics allow; returns their file names."""
+  """Draws the pictures that the metrics allow; returns their file names.
+
+  A picture that cannot be drawn is a warning: no picture is worth a run.
+  """
+  # In a label, dollars would begin a formula.
+  lines = [
+      line | {"set": line["set"].replace("$", r"\$")}
+      if "set" in line
+      else line
+      for line in lines
+  ]
   fields = set().union(*lines)
+  kl, cross_entropy = (
+      functools.partial(loss_against_step, name=name, title=title)
+      for name, title in (
+          ("kl", "Reverse KL"),
+          ("cross_entropy", "Cross-entropy"),
+      )
+  )
+  accuracy = functools.partial(accuracy_against_flops, label=method)
+  pictures = (
+      ("mode" in fields, "accuracy_flops.png", accuracy),
+      ("finish_rate" in fields, "termination.png", termination),
+      ("kl" in fields, "kl_step.png", kl),
+      ("kl" in fields, "kl_position.png", kl_against_position),
+      (_agreement_panels(lines), "agreement.png", agreement),
+      ("cross_entropy" in fields, "loss_step.png", cross_entropy),
+  )
   out = []
-  if "mode" in fields:
-    path = directory / "accuracy_flops.png"
-    out.append(accuracy_against_flops(lines, path, method))
-  if "finish_rate" in fields:
-    out.append(termination(lines, directory / "termination.png"))
-  if "kl" in fields:
-    path = directory / "kl_step.png"
-    out.append(loss_against_step(lines, path, "kl", "Reverse KL"))
-    out.append(kl_against_position(lines, directory / "kl_position.png"))
-  if _agreement_panels(lines):
-    out.append(agreement(lines, directory / "agreement.png"))
-  if "cross_entropy" in fields:
-    path = directory / "loss_step.png"
-    title = "Cross-entropy"
-    out.append(loss_against_step(lines, path, "cross_entropy", title))
+  for wanted, name, picture in pictures:
+    if wanted:
+      try:
+        out.append(picture(lines, directory / name))
+      except Exception as error:  # pylint: disable=broad-except
+        print(f"Warning: {name} could not be drawn ({error}).", flush=True)
   return out
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import rich.box
 import rich.console
 import rich.table
+import rich.text
 
 from prefix_distill.config import Config
 from prefix_distill.config import LossSpec
@@ -271,6 +272,50 @@ def warning(lines: Sequence[Line], dataset: str) -> str:
   )
 
 
+def alarms(lines: Sequence[Line]) -> dict[str, str]:
+  """Returns a sentence for each kind of trouble, about its first update.
+
+  The loss exploded if it is above 1 nat a token and ten times the median of the
+  ten updates before. The entropy collapsed if the student's is less than a
+  tenth of the teacher's in five updates running, where the teacher's is above
+  0.05 nats a token. An update was skipped if its numbers were not finite.
+  """
+  updates = [line for line in lines if "prefix_len" in line]
+  found: dict[str, str] = {}
+  for i, line in enumerate(updates):
+    step, loss = line["step"], line.get("loss")
+    before = [x["loss"] for x in updates[max(i - 10, 0) : i] if x.get("loss")]
+    if loss and len(before) == 10 and loss > max(1, 10 * np.median(before)):
+      found.setdefault(
+          "loss",
+          f"Warning: the loss exploded in update {step}: {loss:.3g} nats a"
+          f" token, after {np.median(before):.3g}; lower"
+          " optimizer.learning_rate, or look at that update's prompts.",
+      )
+    if i >= 4 and all(map(_collapsed, updates[i - 4 : i + 1])):
+      found.setdefault(
+          "entropy",
+          f"Warning: the student's entropy collapsed by update {step}:"
+          f" {line['entropy_student']:.2g} nats a token, the teacher's is"
+          f" {line['entropy_teacher']:.2g}; its answers hardly vary any more.",
+      )
+    if line.get("skipped"):
+      found["skipped"] = (
+          f"Warning: {line['skipped']} updates were skipped because their"
+          " numbers were not finite; their batches are in skipped/."
+      )
+  return found
+
+
+def _collapsed(line: Line) -> bool:
+  student, teacher = (
+      line.get(f"entropy_{who}") for who in ("student", "teacher")
+  )
+  if student is None or teacher is None:
+    return False
+  return teacher > 0.05 and student < teacher / 10
+
+
 def spent(lines: Sequence[Line]) -> str:
   """Compares the run's FLOPs with an estimate for full distillation."""
   updates = [line for line in lines if "prefix_len" in line]
@@ -299,6 +344,7 @@ def spent(lines: Sequence[Line]) -> str:
 
 def _markdown(lines: Sequence[Line], pictures: Sequence[str]) -> str:
   parts = ["# Report\n", spent(lines) + "\n"]
+  parts += [f"> **{text}**\n" for text in alarms(lines).values()]
   for dataset in sorted({line["set"] for line in lines if "set" in line}):
     parts.append(f"## {dataset}\n")
     table = [HEADER, ("---",) * len(HEADER), *closing_rows(lines, dataset)]
@@ -315,7 +361,7 @@ def _print_table(
 ) -> None:
   """Prints the closing table of a set, and its warning."""
   table = rich.table.Table(
-      title=dataset,
+      title=rich.text.Text(dataset),
       box=rich.box.SIMPLE_HEAD,
       show_edge=False,
       padding=(0, 1, 0, 0),
@@ -324,7 +370,7 @@ def _print_table(
   for column, name in enumerate(HEADER):
     table.add_column(name, no_wrap=not column)
   for row in closing_rows(lines, dataset):
-    table.add_row(*row)
+    table.add_row(*map(rich.text.Text, row))
   console.print(table)
   if text := warning(lines, dataset):
     console.print(text, style="bold red", highlight=False, markup=False)
@@ -341,9 +387,12 @@ def write(workdir: pathlib.Path) -> None:
   console = rich.console.Console()
   for dataset in config["evaluation"]["sets"]:
     _print_table(console, lines, dataset)
+  for text in alarms(lines).values():
+    console.print(text, style="bold red", highlight=False, markup=False)
   console.print(spent(lines), highlight=False)
   console.print(
       f"Report in {directory}, model in {workdir / 'export'}.",
       highlight=False,
+      markup=False,
       soft_wrap=True,
   )

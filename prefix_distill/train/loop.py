@@ -167,6 +167,8 @@ class Run:
     # Seconds of the last updates, and of the slowest save.
     self._durations: collections.deque[float] = collections.deque(maxlen=9)
     self._save_seconds, self._polls = 0.0, 0
+    self._recent: collections.deque = collections.deque(maxlen=11)
+    self._alarms = {"skipped"}  # Each skipped update is said at once.
     self.writes = jax.process_index() == 0
     self.state = self._start()
     self.programs.compile_ahead()
@@ -219,6 +221,14 @@ class Run:
     )
     passed = time.perf_counter() - start
     self._save_seconds = max(self._save_seconds, passed)
+
+  def warn(self, line: dict[str, Any]) -> None:
+    """Prints the report's alarms, each kind once."""
+    self._recent.append(line)
+    for kind, text in report.alarms(self._recent).items():
+      if self.writes and kind not in self._alarms:
+        tqdm.tqdm.write(text)
+      self._alarms.add(kind)
 
   def stops(self) -> bool:
     """Whether any process wants to stop: a signal may reach only one."""
@@ -529,6 +539,7 @@ def _steps(run: Run, traced: Collection[int]) -> None:
             " have ended in time; the same command goes on from the one before."
         ) from None
       run.write(line)
+      run.warn(line)
       run.check_skipped(step + 1)
       bar.set_postfix(report.progress(line), refresh=step == first)
       bar.update()
@@ -543,6 +554,18 @@ def _steps(run: Run, traced: Collection[int]) -> None:
         )
       if due:
         run.evaluate(done)
+
+
+def _write_report(workdir: pathlib.Path) -> None:
+  """Writes the report; that it cannot be written does not fail the run."""
+  try:
+    report.write(workdir)
+  except Exception as error:  # pylint: disable=broad-except
+    print(
+        f"Warning: the report could not be written ({error}); the model is in"
+        f" {workdir / 'export'}, and the same command writes the report again.",
+        flush=True,
+    )
 
 
 def train(
@@ -604,4 +627,4 @@ def train(
   if writes:
     with contextlib.suppress(OSError):
       (workdir / "unfinished").rmdir()
-    report.write(workdir)
+    _write_report(workdir)
