@@ -1,10 +1,13 @@
 """What a run hears of signals."""
 
 import signal
+import time
 
 import pytest
+import toys
 
 from prefix_distill.train import loop
+from prefix_distill.train import setup as setup_lib
 
 
 @pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN])
@@ -31,3 +34,48 @@ def test_a_preemption_stops_it_and_an_ignored_ctrl_c_stays_ignored(inherited):
     # What a second one does; where it was ignored it still is.
     assert signal.getsignal(signal.SIGINT) == inherited
   assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.fixture
+def run(tmp_path):
+  models = [
+      toys.write_model(tmp_path / name, seed, name)
+      for seed, name in enumerate(("capable", "teacher"))
+  ]
+  workdir = tmp_path / "run"
+  setup = setup_lib.prepare(toys.run_config(*models, steps=9), workdir)
+  run = loop.Run(setup, workdir)
+  yield run
+  run.programs.close()
+  run.checkpointer.close()
+
+
+def test_an_update_that_hangs_says_in_which_phase(run, monkeypatch, capsys):
+  monkeypatch.setattr(loop, "_SLOW_SECONDS", 0.2)
+  for step in range(5):
+    run.update(step)
+  assert "has taken" not in capsys.readouterr().out
+  score = run.programs.score
+
+  def slow(*args):
+    time.sleep(2 + 10 * max(run._durations))
+    return score(*args)
+
+  monkeypatch.setattr(run.programs, "score", slow)
+  run.update(5)
+  out = capsys.readouterr().out
+  assert "Process 0: update 6 has taken" in out and "phase 'score'" in out
+  assert out.count("has taken") == 1
+
+
+def test_an_update_is_given_up_when_the_deadline_is_near(run):
+  before = run.setup.data.get_state(), int(run.state.step)
+  run.update(0)
+  middle = run.setup.data.get_state(), int(run.state.step)
+  run.stop.deadline = time.monotonic()
+  with pytest.raises(loop._Abandoned):
+    run.update(1)
+  assert middle == (run.setup.data.get_state(), int(run.state.step))
+  assert before != middle
+  run.stop.deadline = time.monotonic() + 600
+  assert run.update(1)["step"] == 2

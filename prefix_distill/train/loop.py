@@ -18,6 +18,7 @@ import pathlib
 import signal
 import statistics
 import sys
+import threading
 import time
 from typing import Any
 
@@ -110,6 +111,8 @@ _NOTHING = flops.StepFlops()
 _MARGIN = 3.0
 # Polls of an update between two questions to the other processes.
 _EVERY = 8
+# An update is slow that takes so many times the others, and so many seconds.
+_SLOW, _SLOW_SECONDS = 10, 10.0
 # Updates after which their time is known; the first ones compile.
 _KNOWN = 5
 
@@ -349,13 +352,14 @@ class Run:
         poll,
     )
     try:
-      self.state, done = self.programs.update(
-          self.state,
-          self.teacher_params,
-          *sharding.global_batch((prompts, completions), self.models.mesh),
-          request,
-          clock,
-      )
+      with self._watched(step + 1, clock):
+        self.state, done = self.programs.update(
+            self.state,
+            self.teacher_params,
+            *sharding.global_batch((prompts, completions), self.models.mesh),
+            request,
+            clock,
+        )
     except _Abandoned:
       self.setup.data.set_state(place)
       raise
@@ -408,6 +412,31 @@ class Run:
         "tokens_per_second": float(mask.sum()) / passed,
     }
 
+
+  @contextlib.contextmanager
+  def _watched(self, step: int, clock: update_lib.Clock) -> Iterator[None]:
+    """Says what an update waits for if it takes far longer than the others."""
+    if len(self._durations) < _KNOWN:
+      yield
+      return
+    usual = statistics.median(self._durations)
+    limit = max(_SLOW * usual, _SLOW_SECONDS)
+
+    def tell() -> None:
+      tqdm.tqdm.write(
+          f"Process {jax.process_index()}: update {step} has taken"
+          f" {limit:.0f} s, the others {usual:.0f} s; it is in the phase"
+          f" {clock.current or 'gather'!r}. It may compile, or wait"
+          " for another process or for the disk."
+      )
+
+    timer = threading.Timer(limit, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+      yield
+    finally:
+      timer.cancel()
 
   def _report_skipped(
       self, step: int, prompts: PromptBatch, done: update_lib.Outcome

@@ -40,16 +40,24 @@ from prefix_distill.train.step import TrainState
 
 
 class Clock:
-  """Seconds of the phases of one update."""
+  """Seconds of the phases of one update.
+
+  Attributes:
+    seconds: of the phases that have passed.
+    current: the phase that the update is in; empty between two phases.
+  """
 
   def __init__(self):
     self.seconds: dict[str, float] = {}
+    self.current = ""
 
   @contextlib.contextmanager
   def phase(self, name: str) -> Iterator[None]:
     """Adds the time that passes inside to a phase's."""
+    self.current = name
     start, name = time.perf_counter(), f"seconds_{name}"
     yield
+    self.current = ""
     passed = time.perf_counter() - start
     self.seconds[name] = self.seconds.get(name, 0.0) + passed
 
