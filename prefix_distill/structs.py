@@ -57,14 +57,14 @@ class Rollout:
     log_probs: float32 [B, P], the sampled tokens' log-probabilities under the
       model's distribution at the sampling temperature, 0 where the mask is
       false; None if the tokens were not sampled.
-    choice_log_probs: float32 [B, P], the same under the distribution they
-      were drawn from, which top-k or top-p makes another one.
+    behavior_log_probs: float32 [B, P], the sampled tokens' log-probabilities
+      under the truncated (top-k, top-p) distribution that was sampled.
   """
 
   tokens: jax.Array
   mask: jax.Array
   log_probs: jax.Array | None = None
-  choice_log_probs: jax.Array | None = None
+  behavior_log_probs: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass

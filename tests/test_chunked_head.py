@@ -82,7 +82,7 @@ def dense_values(objective: Loss, hidden, head) -> jax.Array:
   plain = jax.nn.log_softmax(student[..., :n])
   entropy = -(jnp.exp(plain) * plain).sum(-1)
   return objective.of_tokens(
-      token, event, entropy, ROLLOUT.choice_log_probs, scores().log_probs
+      token, event, entropy, ROLLOUT.behavior_log_probs, scores().log_probs
   )
 
 

@@ -295,10 +295,10 @@ def test_truncated_rollouts_record_both_distributions():
   assert (own >= best[..., 0] - 1e-5)[mask].all()
   renormalised = own - np.log(np.exp(best).sum(-1))
   np.testing.assert_allclose(
-      rollout.choice_log_probs[mask], renormalised[mask], atol=1e-5
+      rollout.behavior_log_probs[mask], renormalised[mask], atol=1e-5
   )
   plain = sample()
-  np.testing.assert_array_equal(plain.choice_log_probs, plain.log_probs)
+  np.testing.assert_array_equal(plain.behavior_log_probs, plain.log_probs)
 
 
 MESH = sharding.make_mesh(MeshSpec(), jax.devices()[:1])

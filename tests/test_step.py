@@ -123,7 +123,7 @@ def test_what_is_behind_the_mask_changes_neither_loss_nor_gradient(form):
       ROLLOUT,
       tokens=behind(7, ROLLOUT.tokens),
       log_probs=behind(-3.0, ROLLOUT.log_probs),
-      choice_log_probs=behind(-3.0, ROLLOUT.log_probs),
+      behavior_log_probs=behind(-3.0, ROLLOUT.log_probs),
   )
   scores = jax.tree.map(functools.partial(behind, 2.5), scores)
   assert largest(wanted[2]) > 0.1
@@ -137,7 +137,7 @@ def test_a_nan_behind_the_mask_does_not_pass(form):
   scores = score(form, ROLLOUT)
   wanted = loss_and_gradients(ROLLOUT, scores)
   rollout = dataclasses.replace(
-      ROLLOUT, choice_log_probs=behind(np.nan, ROLLOUT.log_probs)
+      ROLLOUT, behavior_log_probs=behind(np.nan, ROLLOUT.log_probs)
   )
   scores = jax.tree.map(functools.partial(behind, np.nan), scores)
   ours = loss_and_gradients(rollout, scores)

@@ -179,7 +179,7 @@ class SampledLoss(Loss):
       self, rollout: Rollout, scores: TeacherScores
   ) -> tuple[jax.Array, ...]:
     return (
-        rollout.tokens, rollout.choice_log_probs, scores.log_probs,
+        rollout.tokens, rollout.behavior_log_probs, scores.log_probs,
         scores.entropy, scores.top1,
     )
 

@@ -26,7 +26,7 @@ _LAYER_TYPE = "full_attention"
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-  """Rotary position embedding; `embedding.rope_frequencies` computes it.
+  """Rotary position embedding; `layers.rope_frequencies` computes it.
 
   Attributes:
     theta: the base of the wavelengths.

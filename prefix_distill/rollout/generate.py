@@ -153,10 +153,12 @@ def empty(
       live=jnp.zeros(rows, bool),
       keys=jax.random.split(key, rows),
       cache=kv_cache.empty(
-          (rows, c.num_kv_heads, size, c.head_dim), c.num_layers, dtype,
+          (rows, c.num_kv_heads, size, c.head_dim),
+          c.num_layers,
+          dtype,
           model.cache_kernel(dtype).layout,
       ),
-  )  # fmt: skip
+  )
 
 
 def state_shardings(model: Model, config: SamplerConfig) -> DecodeState:
@@ -243,8 +245,9 @@ def append(rollout: Rollout, drawn: Rollout, at: jax.Array) -> Rollout:
   """Writes a segment [B, n] to columns [at, at + n); the rollout is donated."""
   return jax.tree.map(
       lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, at, axis=1),
-      rollout, drawn,
-  )  # fmt: skip
+      rollout,
+      drawn,
+  )
 
 
 # Tokens between two looks at the rows. On a CPU to look costs nothing; on an

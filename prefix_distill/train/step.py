@@ -209,9 +209,9 @@ def distillation_loss(
   with jax.named_scope("student"):
     hidden = _masked(model.prefix_hidden(params, batch, rollout), mask)
   scores, sampler = jax.tree.map(
-      lambda x: _masked(x, mask), (scores, rollout.choice_log_probs)
+      lambda x: _masked(x, mask), (scores, rollout.behavior_log_probs)
   )
-  rollout = dataclasses.replace(rollout, choice_log_probs=sampler)
+  rollout = dataclasses.replace(rollout, behavior_log_probs=sampler)
   loss, metrics = chunked_head.weighted_sum(
       *token_loss.arguments(
           model, params, teacher_head, hidden, rollout, scores, weights
