@@ -154,6 +154,33 @@ def from_first(name: str, value: Any, seconds: int = _PATIENCE) -> Any:
     ) from error
 
 
+def from_all(name: str, value: Any, seconds: int = _PATIENCE) -> list[Any]:
+  """Returns what each process gave, in every process; JSON.
+
+  Args:
+    name: of what is asked, for the message.
+    value: of this process.
+    seconds: the limit.
+
+  Raises:
+    DistributedError: a process gave nothing within it.
+  """
+  if _STATE.num_processes == 1:
+    return [value]
+  client, key, found = _STATE.client, _key(name), []
+  client.key_value_set(f"{key}/{_STATE.process_id}", json.dumps(value))
+  for process in range(_STATE.num_processes):
+    try:
+      text = client.blocking_key_value_get(f"{key}/{process}", seconds * 1000)
+    except jax.errors.JaxRuntimeError as error:
+      raise DistributedError(
+          f"Process {process} did not say {name!r} within {seconds} s"
+          f" ({first_line(error)}); see what it does."
+      ) from error
+    found.append(json.loads(text))
+  return found
+
+
 # What jax reads of a SLURM step.
 _SLURM = (
     "SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID",

@@ -153,6 +153,7 @@ class PromptIterator:
   """An endless, seeded stream of whole batches, the same in all processes.
 
   Attributes:
+    records: all of them, as they are read.
     question: the first record's.
     teacher_question: what the teacher is asked there; None for the same.
     dropped: records so far that were longer than the static length.
@@ -180,7 +181,9 @@ class PromptIterator:
       DataError: see `records.read`.
       ConfigError: the prompt length leaves no room for a question.
     """
-    source = records.read(spec.train, more=spec.teacher_fields)
+    self.records = source = records.read(
+        spec.train, more=spec.teacher_fields
+    )
     self._spec, self._chat, self._teacher_chat = spec, chat, teacher_chat
     self._completion_len = completion_len
     self.question, self.teacher_question = questions(spec, source[0])

@@ -21,7 +21,6 @@ from jax.experimental import multihost_utils
 import numpy as np
 import tqdm
 
-from prefix_distill import distributed
 from prefix_distill import sharding
 from prefix_distill.config import Config
 from prefix_distill.data import prompts as prompts_lib
@@ -37,6 +36,7 @@ from prefix_distill.train import microbatch
 from prefix_distill.train import setup as setup_lib
 from prefix_distill.train import step as step_lib
 from prefix_distill.train import update as update_lib
+from prefix_distill.train import workdir as workdir_lib
 from prefix_distill.train.checkpoint import Checkpointer
 from prefix_distill.train.checkpoint import Prices
 from prefix_distill.train.checkpoint import Totals
@@ -98,15 +98,21 @@ class Run:
       setup: setup_lib.Setup,
       workdir: pathlib.Path,
       spent: flops.StepFlops = _NOTHING,
+      lock: workdir_lib.Lock | None = None,
   ):
-    """Starts or goes on; `spent` FLOPs were spent before the first update."""
-    models = setup.models
+    """Starts or goes on.
+
+    Args:
+      setup: what was checked.
+      workdir: of the run.
+      spent: FLOPs before the first update.
+      lock: of the workdir, in the process that holds it.
+    """
+    models, self.lock = setup.models, lock
     self.setup, self.models, self.workdir = setup, models, workdir
     self.config = config = models.config
     self.programs = Programs(models)
-    self.checkpointer = Checkpointer(
-        workdir / "checkpoints", config.checkpoint
-    )
+    self.checkpointer = Checkpointer(workdir, config.checkpoint)
     self.schedule = prefix_schedule.make(config)
     self.prices = Prices(
         models.student.config,
@@ -124,19 +130,19 @@ class Run:
     self.programs.compile_ahead()
 
   def _start(self) -> TrainState:
-    """Restores the latest checkpoint, or loads the student."""
-    models, step = self.models, self.checkpointer.latest_step()
-    self.resumed = step is not None
-    if step is None:
+    """Restores the last whole checkpoint, or loads the student."""
+    models = self.models
+    found = self.checkpointer.restore(self.programs.abstract_state())
+    self.resumed, step = found is not None, found and found.step
+    if found is None:
+      workdir_lib.check_not_lost(self.workdir)
       params = setup_lib.load_model(
           self.config.student, models.student, models.mesh, self.config.seed
       )
       state = self.programs.init(params)
     else:
-      state, data, self.totals = self.checkpointer.restore(
-          self.programs.abstract_state()
-      )
-      self.setup.data.set_state(data)
+      state, self.totals = found.state, found.totals
+      self.setup.data.set_state(found.data)
       print(f"Resuming after update {step} of {self.config.steps}.")
     if self.writes:
       self.writer = report.MetricsWriter(self.workdir / "metrics.jsonl", step)
@@ -156,10 +162,14 @@ class Run:
     return step == self.config.steps or self.cap == 0
 
   def write(self, values: dict[str, Any]) -> None:
+    if self.lock is not None:
+      self.lock.check()
     if self.writes:
       self.writer.write(values)
 
   def save(self) -> None:
+    if self.lock is not None:
+      self.lock.check()
     self.checkpointer.save(
         self.state, self.setup.data.get_state(), self.totals
     )
@@ -368,17 +378,26 @@ def train(
     Stopped: the user asked for it; the state is saved.
   """
   setup = setup_lib.prepare(config, workdir)
-  writes = jax.process_index() == 0
-  # The export comes last and appears whole, so it marks a finished run.
-  finished = (workdir / "export").is_dir()
-  if not distributed.from_first("finished", finished):
+  with workdir_lib.claimed(config, workdir, setup.contents) as lock:
+    _train(setup, workdir, traced, lock)
+
+
+def _train(
+    setup: setup_lib.Setup,
+    workdir: pathlib.Path,
+    traced: Collection[int],
+    lock: workdir_lib.Lock | None,
+) -> None:
+  """Does what `train` says in a workdir that is held."""
+  config, writes = setup.models.config, jax.process_index() == 0
+  if not workdir_lib.is_finished(workdir):
     if writes:
       shape = setup.models.mesh.shape
       print(report.headline(config, shape, workdir), flush=True)
     spent = _NOTHING
     if config.method == "seqkd":
       setup, spent = answers.with_answers(setup, workdir)
-    run = Run(setup, workdir, spent)
+    run = Run(setup, workdir, spent, lock)
     with stop_on_signal() as stop:
       _steps(run, stop, traced)
     if setup.models.teacher is not None and config.evaluation.teacher:
