@@ -249,14 +249,24 @@ def _sealed(values: dict[str, Any]) -> dict[str, Any]:
   return values | {_SEAL: hashlib.sha256(text.encode()).hexdigest()}
 
 
+def _reason(error: Exception) -> str:
+  """Returns what an error says, without TensorStore's details."""
+  text = distributed.first_line(error)
+  for details in (". See full", " [tensorstore_spec"):
+    text = text.partition(details)[0]
+  return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def _read_host(directory: pathlib.Path, step: int) -> dict[str, Any]:
   """Reads the host's part of a checkpoint, and checks its SHA-256."""
   if not directory.is_dir():
     raise _Damage("it is no directory")
+  if not ocp.utils.is_checkpoint_finalized(directory):
+    raise _Damage("its save never ended")
   try:
     host = ocp.JsonCheckpointHandler().restore(directory / _HOST)
   except Exception as error:  # Orbax and what it calls raise many kinds.
-    reason = distributed.first_line(error)
+    reason = _reason(error)
     raise _Damage(f"its host state cannot be read ({reason})") from error
   if not isinstance(host, dict) or _SEAL not in host:
     raise _Damage("its host state has no checksum")
@@ -266,6 +276,23 @@ def _read_host(directory: pathlib.Path, step: int) -> dict[str, Any]:
   if values["step"] != step:
     raise _Damage(f"it holds the state of step {values['step']}")
   return values
+
+
+def _silence_readers() -> None:
+  """Drops what readers that were cut off say when they are thrown away.
+
+  If one of many reads fails, Orbax closes the loop in which the others go on,
+  and each of those then has Python print a traceback.
+  """
+  shown = sys.unraisablehook
+
+  def hook(unraisable: Any) -> None:
+    reader = "_device_put" in getattr(unraisable.object, "__qualname__", "")
+    late = "Event loop is closed" in str(unraisable.exc_value)
+    if not reader and not late:
+      shown(unraisable)
+
+  sys.unraisablehook = hook
 
 
 def _read_arrays(directory: pathlib.Path, abstract: Any) -> Any:
@@ -283,7 +310,8 @@ def _read_arrays(directory: pathlib.Path, abstract: Any) -> Any:
         ),
     )
   except Exception as error:  # Orbax and what it calls raise many kinds.
-    reason = distributed.first_line(error)
+    _silence_readers()
+    reason = _reason(error)
     raise _Damage(f"its arrays cannot be read ({reason})") from error
   finally:
     handler.close()
