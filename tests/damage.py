@@ -133,8 +133,8 @@ def _of(function: Callable, *args: object) -> Callable:
 
 DAMAGES = (
     *(
-        Damage(f"a bit of the arrays at {place:.0%}", _of(_flip, _ARRAYS, place))
-        for place in (0, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 1)
+        Damage(f"a bit of the arrays at {x:.0%}", _of(_flip, _ARRAYS, x))
+        for x in (0, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 1)
     ),
     Damage("a bit of the catalogue", _of(_flip, _CATALOGUE, 0.5)),
     Damage("a bit of the catalogue's end", _of(_flip, _CATALOGUE, 1)),

@@ -455,8 +455,8 @@ def test_the_exact_loss_has_settings_of_its_own(changes, named):
         ),
         (lambda: config_lib.ModelSpec(), "model.path is missing; set it."),
         (
-            lambda: config_lib.CheckpointSpec(1, 2, 3),
-            "checkpoint has 2 fields, and 3 is one more.",
+            lambda: config_lib.CheckpointSpec(1, 2, 3, "", 5),
+            "checkpoint has 4 fields, and 5 is one more.",
         ),
     ),
 )

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import os
 import pathlib
 import sys
@@ -278,12 +279,16 @@ def _read_host(directory: pathlib.Path, step: int) -> dict[str, Any]:
   return values
 
 
+@functools.cache
 def _silence_readers() -> None:
   """Drops what readers that were cut off say when they are thrown away.
 
   If one of many reads fails, Orbax closes the loop in which the others go on,
   and each of those then has Python print a traceback.
   """
+  logging.getLogger("asyncio").addFilter(
+      lambda record: "never retrieved" not in record.getMessage()
+  )
   shown = sys.unraisablehook
 
   def hook(unraisable: Any) -> None:
