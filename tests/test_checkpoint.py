@@ -214,7 +214,9 @@ def test_a_leftover_of_a_killed_save_is_removed(workdir):
 
 
 def test_weights_are_read_alone(workdir):
-  # The moments are damaged, and nobody asks for them.
+  # A moment is damaged, and nobody asks for it.
+  (damage,) = (x for x in DAMAGES if x.name == "a bit of the arrays at 10%")
+  damage.do(workdir / "checkpoints" / "4")
   found = checkpoint.read_params(workdir, 4, ABSTRACT.params)
   wanted = _state(4).params
   jax.tree.map(np.testing.assert_array_equal, found, wanted)
@@ -328,6 +330,24 @@ def test_a_checksum_by_hand():
     mixed ^= mixed >> 13
     first, second = (first + mixed) % wrap, (second + factor * mixed) % wrap
   assert _sums(x) == [first, second]
+
+
+def test_moments_in_the_hosts_memory_are_measured_and_restored(tmp_path):
+  state = _state(3)
+  places = jax.tree.map(lambda x: x.sharding, ABSTRACT.opt_state)
+  moved = sharding.put(state.opt_state, sharding.on_host(places))
+  offloaded = dataclasses.replace(state, opt_state=moved)
+  assert checksum.measure(offloaded) == checksum.measure(state)
+  saver = Checkpointer(tmp_path, CheckpointSpec())
+  saver.save(offloaded, '{"grain": 3}', _totals(3))
+  saver.close()
+  abstract = dataclasses.replace(
+      ABSTRACT, opt_state=sharding.moved(sharding.on_host, ABSTRACT.opt_state)
+  )
+  found = Checkpointer(tmp_path, CheckpointSpec()).restore(abstract)
+  _assert_same(found, 3)
+  for x in jax.tree.leaves(found.state.opt_state):
+    assert x.sharding.memory_kind == "pinned_host"
 
 
 def test_what_is_not_finite_is_named():
