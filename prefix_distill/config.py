@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import functools
 import itertools
+import json
 import re
 import types
 import typing
@@ -761,15 +762,29 @@ class EvaluationSpec:
 
 @_settings("checkpoint")
 class CheckpointSpec:
-  """When to save.
+  """When to save, and what is kept.
 
   Attributes:
     every: is the number of updates between checkpoints.
-    keep: is the number of checkpoints that are kept.
+    keep: is the number of last checkpoints that are kept.
+    keep_every: keeps the checkpoints whose update is a multiple of it as well;
+      0 is off.
+    best: names the evaluation set with whose highest sampled accuracy a
+      checkpoint is kept as well; empty for none.
   """
 
   every: _Positive = 10
   keep: _Positive = 2
+  keep_every: _NotNegative = 0
+  best: _Str = ""
+
+  def __post_init__(self):
+    _check(
+        self.keep_every % self.every == 0,
+        f"checkpoint.keep_every is {self.keep_every}, which is no multiple of"
+        f" checkpoint.every {self.every}, so not all of these would be saved;"
+        f" set checkpoint.keep_every to a multiple of {self.every}, or to 0.",
+    )
 
 
 @_settings("export")
@@ -830,6 +845,7 @@ class Config:
     self._check_models()
     self._check_answers()
     self._check_prefix()
+    self._check_best()
 
   def _check_models(self) -> None:
     _check(
@@ -900,6 +916,34 @@ class Config:
         " 'student'.",
     )
 
+  def _check_best(self) -> None:
+    name, sets = self.checkpoint.best, self.evaluation.sets
+    if not name:
+      return
+    _check(
+        name in sets,
+        f"checkpoint.best is {name!r}, which is not in evaluation.sets; use"
+        f" {', '.join(sets) or 'none'}.",
+    )
+    between = self.evaluation.between
+    _check(
+        not between or name in between,
+        f"checkpoint.best is {name!r}, which evaluation.between {between}"
+        " leaves out before the last update; add it there.",
+    )
+    every, saved = self.evaluation.every, self.checkpoint.every
+    _check(
+        every > 0,
+        f"checkpoint.best is {name!r} but evaluation.every is 0, so there is"
+        " nothing to choose from; set evaluation.every above 0.",
+    )
+    _check(
+        every % saved == 0,
+        f"checkpoint.best is {name!r} but evaluation.every {every} is no"
+        f" multiple of checkpoint.every {saved}, so what is evaluated would not"
+        " always be saved; change one of them.",
+    )
+
   @property
   def is_supervised(self) -> bool:
     """Whether it learns from given answers, without a teacher's scores."""
@@ -933,6 +977,23 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 def to_dict(config: Config) -> dict[str, Any]:
   """Returns the settings as nested plain values; `from_dict` inverts it."""
   return dataclasses.asdict(config)
+
+
+def plain(config: Config) -> dict[str, Any]:
+  """Returns the settings as JSON has them: lists, and no tuples."""
+  return json.loads(json.dumps(to_dict(config)))
+
+
+def first_difference(
+    old: Any, new: Any, name: str = ""
+) -> tuple[str, Any, Any]:
+  """Returns the dotted name of a field that differs, and both its values."""
+  if isinstance(old, dict) and isinstance(new, dict):
+    for key in [*new, *(k for k in old if k not in new)]:
+      if old.get(key) != new.get(key):
+        inner = f"{name}.{key}" if name else key
+        return first_difference(old.get(key), new.get(key), inner)
+  return name, old, new
 
 
 def check_field(name: str) -> None:

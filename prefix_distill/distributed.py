@@ -151,6 +151,34 @@ def from_first(name: str, value: Any) -> Any:
     ) from error
 
 
+def from_all(name: str, value: Any) -> list[Any]:
+  """Returns each process's value in every process, sent as JSON.
+
+  Args:
+    name: the name of the value, for the message.
+    value: this process's value.
+
+  Raises:
+    DistributedError: a process sends no value within an hour.
+  """
+  if _STATE.num_processes == 1:
+    return [value]
+  client, key, found = _STATE.client, _key(name), []
+  client.key_value_set(f"{key}/{_STATE.process_id}", json.dumps(value))
+  for process in range(_STATE.num_processes):
+    try:
+      text = client.blocking_key_value_get(
+          f"{key}/{process}", _PATIENCE * 1000
+      )
+    except jax.errors.JaxRuntimeError as error:
+      raise DistributedError(
+          f"Process {process} did not say {name!r} within {_PATIENCE} s"
+          f" ({first_line(error)}); see what it does."
+      ) from error
+    found.append(json.loads(text))
+  return found
+
+
 # The variables of a SLURM step that JAX reads.
 _SLURM = (
     "SLURM_JOB_ID",

@@ -460,7 +460,7 @@ _TRAIN = (
     ),
     _fault(
         "a resumed run begins the data anew",
-        "      self.setup.data.set_state(data)\n",
+        "      self.setup.data.set_state(found.data)\n",
         "",
         "methods.py::test_a_schedule_runs_and_is_resumed_where_it_was[drift]",
     ),

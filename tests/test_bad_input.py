@@ -155,17 +155,6 @@ def test_prompt_files(tmp_path):
   assert "cannot be read as parquet" in refusal()
 
 
-def test_another_runs_workdir(tmp_path):
-  workdir = tmp_path / "workdir"
-  setup.prepare(_config(), workdir)
-  before = (workdir / "config.json").read_bytes()
-  with pytest.raises(errors.UserError) as caught:
-    setup.prepare(_config(data__batch_size=64), workdir)
-  sentence = str(caught.value)
-  assert "data.batch_size = 32" in sentence and "64" in sentence
-  assert (workdir / "config.json").read_bytes() == before
-
-
 def _command(tmp_path, *flags, devices=1):
   process = subprocess.run(
       [

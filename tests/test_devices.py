@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import types
 
 import jax
@@ -155,17 +154,16 @@ def test_a_run_says_once_that_it_computes_in_float32(
 ):
   machine(capability)
   config = _config(student, teacher)
-  setup = setup_lib.prepare(config, tmp_path)
-  assert setup.models.memory == 2**34
+  setup = setup_lib.prepare(config, tmp_path).models
+  assert setup.memory == 2**34
   assert capsys.readouterr().out == (said + "\n" if said else "")
   wanted = "float32" if capability == "7.5" else student
-  assert setup.models.student.dtype == setup.models.teacher.dtype == wanted
-  assert setup.models.for_sampling(setup.models.student).dtype == wanted
+  assert setup.student.dtype == setup.teacher.dtype == wanted
+  assert setup.for_sampling(setup.student).dtype == wanted
   # The settings are the same, so that another machine can go on with the run,
   # and the weights lie in what they were to lie in.
-  kept = json.loads((tmp_path / "config.json").read_text())
-  assert kept["teacher"]["compute_dtype"] == teacher
-  assert setup.models.config.teacher.param_dtype == "bfloat16"
+  assert setup.config.teacher.compute_dtype == teacher
+  assert setup.config.teacher.param_dtype == "bfloat16"
   monkeypatch.setattr(jax, "process_index", lambda: 1)
   setup_lib.prepare(config, tmp_path)
   assert not capsys.readouterr().out

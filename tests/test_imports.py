@@ -25,7 +25,7 @@ ORDER = (
     {"evaluate"},
     {"train", "preflight"},
     {"command_line"},
-    {"main", "plan"},
+    {"main", "plan", "export"},
     {"experiments"},
 )
 RANK = {part: i for i, parts in enumerate(ORDER) for part in parts}

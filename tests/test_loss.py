@@ -187,6 +187,7 @@ def test_the_way_from_an_update_to_a_formula_is_short(tmp_path, monkeypatch):
   ]
   config = toys.run_config(*models, loss=LossSpec(exact=ExactSpec("planted")))
   workdir = tmp_path / "run"
+  workdir.mkdir()
   run = loop.Run(setup_lib.prepare(config, workdir), workdir)
   assert np.isfinite(run.update(0)["kl"])
   run.checkpointer.close()

@@ -5,12 +5,14 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+from damage import DAMAGES
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -24,6 +26,7 @@ _CONFIG = pathlib.Path(__file__).parent / "programs" / "toy_config.py"
 # What depends on the clock, and on how often a run was started.
 VARIABLE = ("seconds", "tokens_per_second", "compilations")
 STEPS = 12
+_DAMAGES = ("no arrays", "a bit of the arrays at 25%", "half of the host")
 # What srun sets for the first of two tasks.
 _STEP = {
     "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[1-2]",
@@ -175,6 +178,25 @@ def test_what_one_process_cannot_do_ends_all_with_its_sentence(toy, tmp_path):
   host, sentence = socket.gethostname(), second[-1].removeprefix("error: ")
   assert first[-1] == f"error: process 1 on {host}: {sentence}"
   assert not (toy.root / "failed" / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "damage",
+    [x for x in DAMAGES if x.name in _DAMAGES],
+    ids=lambda damage: damage.name,
+)
+def test_processes_agree_on_a_damaged_checkpoint(toy, whole, damage):
+  name = f"damaged {damage.name}"
+  shutil.copytree(whole, toy.root / name)
+  shutil.rmtree(toy.root / name / "export")
+  damage.do(toy.root / name / "checkpoints" / str(STEPS))
+  (first, second) = toys.end(toy.start(name, 2, 2), 900)
+  assert (first[0], second[0]) == (0, 0), (first[2][-3000:], second[2][-3000:])
+  assert f"The checkpoint of step {STEPS} is damaged" in first[2]
+  assert "damaged" not in second[2]
+  assert f"Resuming after update {STEPS - 2} of {STEPS}" in first[1]
+  assert_same_lines(lines(toy.root / name), lines(whole))
 
 
 @pytest.mark.slow

@@ -3,11 +3,13 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+from damage import DAMAGES
 import pytest
 import toys
 
@@ -238,3 +240,35 @@ def test_another_config_on_the_workdir_is_refused(whole, cache):
   message = err.strip().splitlines()[-1]
   assert "seed = 0" in message and "7" in message and "--workdir" in message
   assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.name)
+def test_a_run_whose_last_checkpoint_is_damaged_ends_as_any_other(
+    damage, whole, cache, tmp_path
+):
+  workdir = tmp_path / "run"
+  shutil.copytree(whole[0], workdir)
+  shutil.rmtree(workdir / "export")
+  damage.do(workdir / "checkpoints" / "6")
+  code, _, err = _finish(_start(workdir, cache))
+  assert code == 0, err
+  assert "Traceback" not in err and "Exception" not in err
+  moved = (workdir / "damaged").exists()
+  assert ("warning: The checkpoint of step 6 is damaged" in err) is moved
+  assert _metrics(workdir) == _metrics(whole[0])
+  weights = "export/model.safetensors"
+  assert (workdir / weights).read_bytes() == (whole[0] / weights).read_bytes()
+
+
+def test_a_second_run_in_the_workdir_is_refused(whole, cache, tmp_path):
+  workdir = tmp_path / "run"
+  first = _start(workdir, cache)
+  _wait_for_lines(workdir, 1)
+  code, _, err = _finish(_start(workdir, cache))
+  assert code == 1
+  (sentence,) = err.strip().splitlines()
+  assert f"in use by process {first.pid} on" in sentence
+  first.kill()
+  first.communicate()
+  assert (workdir / "lock").is_file()

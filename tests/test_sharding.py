@@ -145,6 +145,7 @@ def test_a_mesh_of_eight_devices_computes_what_one_device_does(runs, name):
 
 def test_weights_are_loaded_onto_the_mesh_as_they_are_without_one(runs):
   assert all(run["loads_equal"] for run in runs.values())
+  assert all(run["checksums_equal"] for run in runs.values())
   assert runs["one device"]["share"] == 1
   # A quarter (fsdp x tensor), and the norms whole.
   assert 0.25 < runs["eight devices"]["share"] < 0.27

@@ -43,6 +43,7 @@ def run(tmp_path):
       for seed, name in enumerate(("capable", "teacher"))
   ]
   workdir = tmp_path / "run"
+  workdir.mkdir()
   setup = setup_lib.prepare(toys.run_config(*models, steps=9), workdir)
   run = loop.Run(setup, workdir)
   yield run

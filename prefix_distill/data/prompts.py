@@ -135,6 +135,7 @@ class PromptIterator:
   """An endless, seeded stream of whole batches, the same in all processes.
 
   Attributes:
+    records: all records, as they are read.
     question: the student's question for the first record.
     teacher_question: the teacher's question for the first record; None if it is
       the student's.
@@ -164,14 +165,14 @@ class PromptIterator:
       DataError: see `records.read`.
       ConfigError: the prompt length leaves no room for a question.
     """
-    self._records = records.read(spec.train, more=spec.teacher_fields)
+    self.records = records.read(spec.train, more=spec.teacher_fields)
     self._spec, self._chat, self._teacher_chat = spec, chat, teacher_chat
     self._completion_len = completion_len
-    self.question, self.teacher_question = questions(spec, self._records[0])
+    self.question, self.teacher_question = questions(spec, self.records[0])
     check_room(chat, spec, self.question)
     if self.teacher_question is not None:
       check_teacher_room(teacher_chat, spec, self.teacher_question)
-    stream = grain.MapDataset.range(len(self._records)).seed(seed).shuffle()
+    stream = grain.MapDataset.range(len(self.records)).seed(seed).shuffle()
     stream = stream.repeat().map(self._encode)
     # A record that is too long comes out as None, so that it is counted.
     self._iterator = iter(
@@ -184,7 +185,7 @@ class PromptIterator:
 
   def _encode(self, number: int) -> Example | None:
     """Returns a record by its number; None if it is too long."""
-    record, spec, fields = self._records[number], self._spec, self._spec.train
+    record, spec, fields = self.records[number], self._spec, self._spec.train
     where = f"{fields.source} record {number + 1}"
     question = records.text(record, fields.question, where)
     prompt = encode_prompt(
@@ -214,10 +215,10 @@ class PromptIterator:
         continue
       self.dropped += 1
       missed += 1
-      if missed > len(self._records):
+      if missed > len(self.records):
         missed = 0
         # Two epochs may place the records that fit far apart.
-        if not any(map(self._encode, range(len(self._records)))):
+        if not any(map(self._encode, range(len(self.records)))):
           raise ConfigError(self._all_too_long())
     return examples
 
@@ -229,7 +230,7 @@ class PromptIterator:
       others = "data.max_teacher_prompt_len or rollout.max_len"
     return (
         f"data.max_prompt_len is {spec.max_prompt_len}, and every one of the"
-        f" {len(self._records)} records is longer ({parts}); raise it, or"
+        f" {len(self.records)} records is longer ({parts}); raise it, or"
         f" {others}."
     )
 

@@ -59,6 +59,7 @@ from prefix_distill.structs import Rollout
 from prefix_distill.train import microbatch
 from prefix_distill.train import setup as setup_lib
 from prefix_distill.train import update
+from prefix_distill.train import workdir as workdir_lib
 
 _WHAT = flags.DEFINE_enum(
     "what", "position", ["position", "teacher_prefix"], "Which analysis."
@@ -450,7 +451,12 @@ def _analyze(config: Config, workdir: pathlib.Path) -> None:
       " 'prefix' or 'full'.",
   )
   setup = setup_lib.prepare(config, workdir)
-  directory = workdir / "analysis"
+  with workdir_lib.claimed(config, workdir, setup.contents):
+    _write(setup, workdir / "analysis")
+
+
+def _write(setup: setup_lib.Setup, directory: pathlib.Path) -> None:
+  config = setup.models.config
   directory.mkdir(exist_ok=True)
   if _WHAT.value == "position":
     students = [config.student.path, *_STUDENTS.value]

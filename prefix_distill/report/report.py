@@ -10,9 +10,13 @@ fewer of them end.
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+import contextlib
+import errno
 import json
 import math
+import os
 import pathlib
+import sys
 from typing import Any
 
 import numpy as np
@@ -73,10 +77,33 @@ class MetricsWriter:
     partial.write_text("".join(_json_line(values) for values in kept))
     partial.rename(path)
     self._path = path
+    self._waiting: list[str] = []
+    self._failed = False
 
   def write(self, values: dict[str, Any]) -> None:
-    with self._path.open("a") as file:
-      file.write(_json_line(values))
+    """Appends a line; if the disk fails, it is written with the next line."""
+    self._waiting.append(_json_line(values))
+    size = None
+    try:
+      with self._path.open("ab", buffering=0) as file:
+        size = file.tell()
+        data = "".join(self._waiting).encode()
+        if file.write(data) < len(data):
+          raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+      if size is not None:
+        with contextlib.suppress(OSError):
+          os.truncate(self._path, size)
+      if not self._failed:
+        print(
+            f"Warning: {self._path} cannot be written ({error.strerror}); its"
+            " lines wait until it can be.",
+            file=sys.stderr,
+            flush=True,
+        )
+      self._failed = True
+    else:
+      self._waiting, self._failed = [], False
 
 
 def _json_line(values: dict[str, Any]) -> str:

@@ -46,6 +46,7 @@ from prefix_distill.train import microbatch
 from prefix_distill.train import setup as setup_lib
 from prefix_distill.train import step as step_lib
 from prefix_distill.train import update as update_lib
+from prefix_distill.train import workdir as workdir_lib
 from prefix_distill.train.checkpoint import Checkpointer
 from prefix_distill.train.checkpoint import Prices
 from prefix_distill.train.checkpoint import Totals
@@ -109,6 +110,8 @@ def stop_on_signal(notice: float = math.inf) -> Iterator[Stop]:
 _NOTHING = flops.StepFlops()
 # Seconds that are kept free before a deadline, besides twice a save.
 _MARGIN = 3.0
+# Seconds between two tries to save a state after which nothing comes.
+_RETRY = 20.0
 # Polls of an update between two questions to the other processes.
 _EVERY = 8
 # An update is slow that takes so many times the others, and so many seconds.
@@ -129,6 +132,10 @@ class NotFiniteError(UserError):
   """Numbers that stay infinite or NaN."""
 
 
+class SaveError(UserError):
+  """A state that could not be saved in time."""
+
+
 class Run:
   """One run in one workdir."""
 
@@ -138,6 +145,7 @@ class Run:
       workdir: pathlib.Path,
       spent: flops.StepFlops = _NOTHING,
       stop: Stop | None = None,
+      lock: workdir_lib.Lock | None = None,
   ):
     """Starts or goes on.
 
@@ -146,14 +154,13 @@ class Run:
       workdir: of the run.
       spent: FLOPs that were spent before the first update.
       stop: says when the user or the machine wants the run to stop.
+      lock: the workdir's lock, in the process that holds it.
     """
-    models = setup.models
+    models, self.lock = setup.models, lock
     self.setup, self.models, self.workdir = setup, models, workdir
     self.config = config = models.config
     self.programs = Programs(models)
-    self.checkpointer = Checkpointer(
-        workdir / "checkpoints", config.checkpoint
-    )
+    self.checkpointer = Checkpointer(workdir, config.checkpoint)
     self.schedule = prefix_schedule.make(config)
     self.prices = Prices(
         models.student.config,
@@ -177,18 +184,19 @@ class Run:
     self.programs.compile_ahead()
 
   def _start(self) -> TrainState:
-    """Restores the latest checkpoint, or loads the student."""
-    models, step = self.models, self.checkpointer.latest_step()
-    if step is None:
+    """Restores the last whole checkpoint, or loads the student."""
+    models = self.models
+    found = self.checkpointer.restore(self.programs.abstract_state())
+    self.last_saved = step = found and found.step
+    if found is None:
+      workdir_lib.check_not_lost(self.workdir)
       params = setup_lib.load_model(
           self.config.student, models.student, models.mesh, self.config.seed
       )
       state = self.programs.init(params)
     else:
-      state, data, self.totals = self.checkpointer.restore(
-          self.programs.abstract_state()
-      )
-      self.setup.data.set_state(data)
+      state, self.totals = found.state, found.totals
+      self.setup.data.set_state(found.data)
       print(f"Resuming after update {step} of {self.config.steps}.")
     lines = []
     if self.writes:
@@ -214,14 +222,45 @@ class Run:
     return step == self.config.steps or self.cap == 0
 
   def write(self, values: dict[str, Any]) -> None:
+    if self.lock is not None:
+      self.lock.check()
     if self.writes:
       self.writer.write(values)
 
-  def save(self) -> None:
-    start = time.perf_counter()
-    self.checkpointer.save(
-        self.state, self.setup.data.get_state(), self.totals
-    )
+  def save(self, must: bool = False) -> None:
+    """Saves; if the disk fails, the run goes on with the last checkpoint.
+
+    Args:
+      must: whether nothing comes after. Then it tries until there is room, or
+        until the deadline of a preemption.
+    """
+    if self.lock is not None:
+      self.lock.check()
+    start, step = time.perf_counter(), int(self.state.step)
+    while True:
+      try:
+        self.checkpointer.save(
+            self.state, self.setup.data.get_state(), self.totals
+        )
+      except UserError:
+        raise
+      except Exception as error:  # Orbax and TensorStore raise many kinds.
+        self.checkpointer.reopen()
+        reason, last = distributed.first_line(error), self.last_saved
+        good = "there is no checkpoint" if last is None else (
+            f"the last good one is that of update {last}"
+        )
+        text = f"The state after update {step} could not be saved ({reason})"
+        if time.monotonic() + _RETRY > self.stop.deadline:
+          raise SaveError(f"{text}; {good}.") from error
+        then = f"tries again in {_RETRY:g} s" if must else "goes on"
+        tqdm.tqdm.write(f"Warning: {text}; {good}. The run {then}.")
+        if not must:
+          return
+        time.sleep(_RETRY)
+      else:
+        break
+    self.last_saved = step
     passed = time.perf_counter() - start
     self._save_seconds = max(self._save_seconds, passed)
 
@@ -464,7 +503,7 @@ class Run:
 
   def check_skipped(self, step: int) -> None:
     """Raises NotFiniteError if too many updates in a row were skipped."""
-    running, last = self.totals.skipped_running, self.checkpointer.latest_step()
+    running, last = self.totals.skipped_running, self.last_saved
     if running >= self.config.optimizer.max_skipped:
       raise NotFiniteError(
           f"The last {running} updates, up to {step}, were skipped because"
@@ -562,7 +601,7 @@ def _steps(run: Run, traced: Collection[int]) -> None:
             stack.enter_context(_trace(run.workdir, step + 1))
           line = run.update(step)
       except _Abandoned:
-        run.save()
+        run.save(must=True)
         raise Stopped(
             f"Stopped in update {step + 1} of {config.steps}, which would not"
             " have ended in time; the same command goes on from the one before."
@@ -575,7 +614,7 @@ def _steps(run: Run, traced: Collection[int]) -> None:
       done, stopping = step + 1, run.stops()
       due = is_due(done)
       if due or stopping or done % config.checkpoint.every == 0:
-        run.save()
+        run.save(must=stopping or run.is_last(done))
       if stopping and not run.is_last(done):
         raise Stopped(
             f"Stopped after update {done} of {config.steps}; the same command"
@@ -616,10 +655,20 @@ def train(
     Stopped: the user asked for it; the state is saved.
   """
   setup = setup_lib.prepare(config, workdir)
-  writes = jax.process_index() == 0
-  # The export comes last and appears whole, so it marks a finished run.
-  finished = (workdir / "export").is_dir()
-  if not distributed.from_first("finished", finished):
+  with workdir_lib.claimed(config, workdir, setup.contents) as lock:
+    _train(setup, workdir, traced, notice, lock)
+
+
+def _train(
+    setup: setup_lib.Setup,
+    workdir: pathlib.Path,
+    traced: Collection[int],
+    notice: float,
+    lock: workdir_lib.Lock | None,
+) -> None:
+  """Does what `train` says in a workdir that is held."""
+  config, writes = setup.models.config, jax.process_index() == 0
+  if not workdir_lib.is_finished(workdir):
     if writes:
       shape = setup.models.mesh.shape
       print(report.headline(config, shape, workdir), flush=True)
@@ -627,7 +676,7 @@ def train(
     if config.method == "seqkd":
       setup, spent = answers.with_answers(setup, workdir)
     with stop_on_signal(notice) as stop:
-      run = Run(setup, workdir, spent, stop)
+      run = Run(setup, workdir, spent, stop, lock)
       try:
         _steps(run, traced)
         if setup.models.teacher is not None and config.evaluation.teacher:

@@ -1,10 +1,7 @@
 """Everything that can fail, before anything expensive."""
 
 import dataclasses
-import json
 import pathlib
-import time
-from typing import Any
 
 import jax
 
@@ -22,19 +19,13 @@ from prefix_distill.distill import loss as loss_lib
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.distill.loss import Loss
 from prefix_distill.errors import ConfigError
-from prefix_distill.errors import UserError
 from prefix_distill.evaluate import evaluator
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
-
-# Seconds that a shared file system may take to show a new file.
-_SHARING = 30
-
-
-class WorkdirError(UserError):
-  """A workdir that belongs to another run."""
+from prefix_distill.train import contents as contents_lib
+from prefix_distill.train.contents import Contents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +86,14 @@ class Setup:
     chat: the student's tokenizer.
     data: whole batches, the same in all processes.
     problems: the evaluation sets.
+    contents: fingerprints of all that it reads.
   """
 
   models: Models
   chat: Chat
   data: PromptIterator
   problems: dict[str, evaluator.Problems]
+  contents: Contents
 
 
 def check_batches(config: Config, mesh: jax.sharding.Mesh) -> None:
@@ -202,83 +195,41 @@ def _check_problems(
       )
 
 
-def claim_workdir(config: Config, workdir: pathlib.Path) -> None:
-  """Writes `config.json`, or checks that the one there is the same.
-
-  Raises:
-    WorkdirError: the workdir holds another run's config.
-  """
-  file = workdir / "config.json"
-  mine = _plain(config)
-  if not file.is_file():
-    if jax.process_index() == 0:
-      workdir.mkdir(parents=True, exist_ok=True)
-      partial = workdir / "config.json.partial"
-      partial.write_text(json.dumps(mine, indent=2) + "\n")
-      partial.rename(file)
-    return
-  try:
-    theirs = json.loads(file.read_text())
-  except json.JSONDecodeError as error:
-    raise WorkdirError(
-        f"{file} is not JSON ({error.msg}); choose another --workdir."
-    ) from error
-  if theirs != mine:
-    name, old, new = _first_difference(theirs, mine)
-    raise WorkdirError(
-        f"{workdir} holds a run with {name} = {old!r}, and this one has"
-        f" {new!r}; choose another --workdir, or delete that one to start"
-        " over."
-    )
-
-
-def _plain(config: Config) -> dict[str, Any]:
-  return json.loads(json.dumps(config_lib.to_dict(config)))
-
-
 def _check_same_everywhere(config: Config, workdir: pathlib.Path) -> None:
   """Checks that all processes were started alike.
 
   Raises:
     ConfigError: this one differs from process 0.
   """
-  mine = _plain(config) | {"workdir": str(workdir), "jax": jax.__version__}
+  mine = config_lib.plain(config)
+  mine |= {"workdir": str(workdir), "jax": jax.__version__}
   first = distributed.from_first("config", mine)
   if first != mine:
-    name, theirs, ours = _first_difference(first, mine)
+    name, theirs, ours = config_lib.first_difference(first, mine)
     raise ConfigError(
         f"{name} is {ours!r} in this process, and {theirs!r} in process 0;"
         " start all with the same command, but for --process_id."
     )
 
 
-def _check_shared(workdir: pathlib.Path) -> None:
-  """Checks that what process 0 writes is seen here.
+def _check_same_contents(contents: Contents) -> None:
+  """Checks that all processes read the same.
 
   Raises:
-    WorkdirError: it is not.
+    ConfigError: this one differs from process 0.
   """
-  deadline = time.monotonic() + _SHARING
-  while not (workdir / "config.json").is_file():
-    if time.monotonic() > deadline:
-      raise WorkdirError(
-          f"--workdir {workdir} lacks here what process 0 has written there;"
-          " put it on a file system that all hosts share."
-      )
-    time.sleep(0.5)
-
-
-def _first_difference(old: Any, new: Any, name: str = "") -> tuple:
-  if isinstance(old, dict) and isinstance(new, dict):
-    for key in [*new, *(k for k in old if k not in new)]:
-      if old.get(key) != new.get(key):
-        inner = f"{name}.{key}" if name else key
-        return _first_difference(old.get(key), new.get(key), inner)
-  return name, old, new
+  first = distributed.from_first("contents", contents)
+  found = contents_lib.difference(first, contents)
+  if found:
+    raise ConfigError(
+        f"Process 0 {found} in this process; give all hosts the same files."
+    )
 
 
 def prepare(config: Config, workdir: pathlib.Path) -> Setup:
   """Checks all settings and files against each other, and opens the data.
+
+  Nothing is written; see `workdir.claimed`.
 
   Raises:
     ValueError: one sentence that names what does not fit, and the mend.
@@ -320,10 +271,9 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
       for name, spec in config.evaluation.sets.items()
   }
   _check_problems(config, student, problems)
+  contents = contents_lib.of(config, data.records, problems)
+  _check_same_contents(contents)
   distributed.wait("setup")  # Nothing is written unless all could get so far.
-  claim_workdir(config, workdir)
-  _check_shared(workdir)
-  distributed.wait("workdir")
   note = _dtype_note(config, mesh, student, teacher)
   if note and jax.process_index() == 0:
     print(note, flush=True)
@@ -339,7 +289,7 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
       teacher_stop_ids,
       distributed.from_first("memory", sharding.memory(mesh)),
   )
-  return Setup(models, chat, data, problems)
+  return Setup(models, chat, data, problems, contents)
 
 
 def load_model(

@@ -20,6 +20,7 @@ from prefix_distill.data import tokenizer
 from prefix_distill.data.prompts import PromptIterator
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models.transformer import Model
+from prefix_distill.train import checksum
 from prefix_distill.train import setup as setup_lib
 from prefix_distill.train import update
 from prefix_distill.train.update import Programs
@@ -45,7 +46,9 @@ def run(config, devices, mesh_spec) -> dict:
   student, params = load(config.student.path, mesh)
   teacher, teacher_params = load(config.teacher.path, mesh)
   plain = sharding.make_mesh(MeshSpec(), jax.devices()[-1:])
-  loads_equal = same(params, load(config.student.path, plain)[1])
+  others = load(config.student.path, plain)[1]
+  loads_equal = same(params, others)
+  checksums_equal = checksum.measure(params) == checksum.measure(others)
   held = sum(x.addressable_data(0).nbytes for x in jax.tree.leaves(params))
   share = held / sum(x.nbytes for x in jax.tree.leaves(params))
   chat = tokenizer.load(config.student.path)
@@ -83,6 +86,7 @@ def run(config, devices, mesh_spec) -> dict:
       "lengths": lengths,
       "share": share,
       "loads_equal": loads_equal,
+      "checksums_equal": checksums_equal,
       "compilations": programs.compilations(),
   }
 

@@ -1,0 +1,503 @@
+"""A run's directory: who holds it, whose settings it has, whether it is done.
+
+One run at a time has a workdir. Process 0 holds `lock`, a file that it creates
+exclusively, which works on shared file systems where `flock` does not, and
+writes a new count into it every ten seconds. A holder that was killed leaves
+the file behind, so the next start finds out whether it is dead:
+
+- In the same boot of the same machine, by its process id and that process's
+  start: at once.
+- Elsewhere, by its count: if that stands still for two minutes, or was written
+  ten minutes ago by the clocks, the holder is dead.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import socket
+import sys
+import threading
+import time
+from typing import Any
+import uuid
+
+import jax
+
+from prefix_distill import config as config_lib
+from prefix_distill import distributed
+from prefix_distill.config import Config
+from prefix_distill.errors import UserError
+from prefix_distill.models import huggingface as hf
+from prefix_distill.report import report
+from prefix_distill.train import checkpoint
+from prefix_distill.train import contents as contents_lib
+from prefix_distill.train.contents import Contents
+
+_CONFIG, _CONTENTS, _LOCK = "config.json", "contents.json", "lock"
+# Seconds that a shared file system may take to show a new file.
+_SHARING = 30
+# Seconds between two counts of a holder; without one for so long it is dead;
+# and if its last one is as old as this by the clocks, that is not waited for.
+_BEAT, _SILENCE, _AGE = 10, 120, 600
+# Seconds after a lock was taken over in which another start may do the same.
+_SETTLE = 0.3
+
+
+class WorkdirError(UserError):
+  """A workdir that is in use, or belongs to another run."""
+
+
+def _text(path: str) -> str:
+  """Returns what a file of /proc says; "" where there is none."""
+  try:
+    return pathlib.Path(path).read_text().strip()
+  except OSError:
+    return ""
+
+
+def _machine() -> str:
+  """Names this boot of this machine, and its space of process ids."""
+  boot = _text("/proc/sys/kernel/random/boot_id")
+  try:
+    space = os.readlink("/proc/self/ns/pid")
+  except OSError:
+    space = ""
+  return f"{socket.gethostname()} {boot} {space}"
+
+
+def _process_start(pid: int) -> str:
+  """Returns when a process started; "" if it is dead or cannot be asked."""
+  # After the name in brackets, which may have spaces: the state, and 19 fields
+  # later the start in ticks since the boot.
+  fields = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+  if len(fields) < 20 or fields[0] in "ZX":
+    return ""
+  return fields[19]
+
+
+def _lives(pid: int, start: str) -> bool:
+  """Whether a process of this machine is the one that started then."""
+  if start:
+    return _process_start(pid) == start
+  try:  # Without /proc.
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return False
+  except OSError:
+    pass  # Another user's.
+  return True
+
+
+@dataclasses.dataclass(frozen=True)
+class Holder:
+  """Who holds a workdir.
+
+  Attributes:
+    token: a random name of this hold.
+    host: its name.
+    machine: see `_machine`.
+    pid: of process 0.
+    start: of that process, see `_process_start`.
+    since: the time of the hold, UTC.
+    count: grows while the holder lives.
+    beat: seconds since 1970 when the count was written.
+  """
+
+  token: str
+  host: str
+  machine: str
+  pid: int
+  start: str
+  since: str
+  count: int
+  beat: float
+
+  @classmethod
+  def here(cls) -> "Holder":
+    now = datetime.datetime.now(datetime.UTC)
+    return cls(
+        uuid.uuid4().hex,
+        socket.gethostname(),
+        _machine(),
+        os.getpid(),
+        _process_start(os.getpid()),
+        f"{now:%Y-%m-%d %H:%M:%S} UTC",
+        0,
+        time.time(),
+    )
+
+  @classmethod
+  def read(cls, path: pathlib.Path) -> "Holder | None":
+    """Returns who holds a lock; None if nobody, or nothing readable."""
+    try:
+      holder = cls(**json.loads(path.read_text()))
+      return holder if isinstance(holder.pid, int) else None
+    except (OSError, ValueError, TypeError):
+      return None
+
+  @property
+  def is_dead(self) -> bool | None:
+    """Whether it is dead; None if that cannot be told from here at once."""
+    if self.machine == _machine():
+      return not _lives(self.pid, self.start)
+    return True if time.time() - self.beat > _AGE else None
+
+  def line(self) -> str:
+    # Of one length, so that no rest of a longer one is left.
+    return json.dumps(dataclasses.asdict(self)).ljust(600) + "\n"
+
+
+class Lock:
+  """The lock of a workdir, in process 0.
+
+  Attributes:
+    path: the file.
+  """
+
+  def __init__(self, workdir: pathlib.Path):
+    """Takes the lock.
+
+    Raises:
+      WorkdirError: another run has it, or the workdir cannot be written to.
+    """
+    self.path = workdir / _LOCK
+    self._mine = Holder.here()
+    self._lost = ""
+    self._done = threading.Event()
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+      while not self._create():
+        self._take_over()
+    except OSError as error:
+      raise WorkdirError(
+          f"{workdir} cannot be written to ({error.strerror}); make it a"
+          " directory with room that you may write to, or choose another"
+          " --workdir."
+      ) from error
+    self._thread = threading.Thread(target=self._beat, daemon=True)
+    self._thread.start()
+
+  def _create(self) -> bool:
+    """Creates the file; whether there was none."""
+    try:
+      file = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+      # Ours, if it was taken over.
+      holder = Holder.read(self.path)
+      return holder is not None and holder.token == self._mine.token
+    with open(file, "w") as out:
+      out.write(self._mine.line())
+    return True
+
+  def _take_over(self) -> None:
+    """Takes the lock of a dead holder.
+
+    Raises:
+      WorkdirError: the holder lives.
+    """
+    if self.path.is_dir():
+      raise WorkdirError(
+          f"{self.path} is a directory, and the run's lock would be there;"
+          " remove it."
+      )
+    holder = self._settled()
+    if holder is not None and not self._is_dead(holder):
+      raise WorkdirError(self._refusal(holder))
+    partial = self.path.with_name(f"{_LOCK}.{self._mine.token}")
+    partial.write_text(self._mine.line())
+    # Nobody else took it over in the meantime, and nobody does afterwards.
+    now = Holder.read(self.path)
+    if (now and now.token) != (holder and holder.token):
+      partial.unlink()
+      return
+    partial.replace(self.path)
+    time.sleep(_SETTLE)
+
+  def _settled(self) -> Holder | None:
+    """Reads the holder, who may just be writing it."""
+    for _ in range(10):
+      holder = Holder.read(self.path)
+      if holder is not None or not self.path.exists():
+        return holder
+      time.sleep(0.1)
+    return None  # It was killed there: a file that says nothing.
+
+  def _is_dead(self, holder: Holder) -> bool:
+    if holder.is_dead is not None:
+      return holder.is_dead
+    print(
+        f"{self.path.parent} is held by a run on {holder.host}; it is dead if"
+        f" it gives no sign of life for {_SILENCE} s.",
+        file=sys.stderr,
+        flush=True,
+    )
+    deadline = time.monotonic() + _SILENCE
+    while time.monotonic() < deadline:
+      time.sleep(1)
+      now = Holder.read(self.path)
+      if now is None:
+        return not self.path.exists()  # It ended.
+      if (now.token, now.count) != (holder.token, holder.count):
+        return False
+    return True
+
+  def _refusal(self, holder: Holder) -> str:
+    return (
+        f"{self.path.parent} is in use by process {holder.pid} on"
+        f" {holder.host} since {holder.since}, and two runs in one workdir"
+        " would spoil each other; wait for it or stop it, or choose another"
+        " --workdir."
+    )
+
+  def _beat(self) -> None:
+    while not self._done.wait(_BEAT):
+      with contextlib.suppress(OSError):  # A full disk, say: the next may go.
+        self._write_count()
+
+  def _write_count(self) -> None:
+    holder = Holder.read(self.path)
+    if holder is not None and holder.token != self._mine.token:
+      self._lost = self._refusal(holder)
+      self._done.set()
+    elif holder is not None:
+      count = self._mine.count + 1
+      self._mine = dataclasses.replace(
+          self._mine, count=count, beat=time.time()
+      )
+      # In place, which needs no room on a full disk.
+      with self.path.open("r+") as file:
+        file.write(self._mine.line())
+
+  def check(self) -> None:
+    """Checks that the lock is still held.
+
+    Raises:
+      WorkdirError: another run took it, while this one stood still.
+    """
+    if self._lost:
+      raise WorkdirError(self._lost)
+
+  def release(self) -> None:
+    """Lets the next run have the workdir."""
+    self._done.set()
+    self._thread.join()
+    holder = Holder.read(self.path)
+    if holder is not None and holder.token == self._mine.token:
+      with contextlib.suppress(OSError):  # The workdir may be gone.
+        self.path.unlink()
+
+
+@contextlib.contextmanager
+def claimed(
+    config: Config, workdir: pathlib.Path, contents: Contents
+) -> Iterator[Lock | None]:
+  """Holds a workdir for a run: nothing is written there before.
+
+  Writes `config.json` and `contents.json`, or checks that those there are the
+  same; `steps` may be larger than in a run that is there. Every process must
+  call it.
+
+  Args:
+    config: the settings.
+    workdir: of the run; made if need be.
+    contents: fingerprints of what the run reads.
+
+  Yields:
+    The lock in process 0, and None in the others.
+
+  Raises:
+    WorkdirError: another run holds the workdir, or has other settings, or
+      read other contents.
+  """
+  lock, refused = None, ""
+  try:
+    if jax.process_index() == 0:
+      try:
+        lock = Lock(workdir)
+        _claim(config, workdir, contents)
+      except WorkdirError as error:
+        refused = str(error)
+    refused = distributed.from_first("lock", refused)
+    if refused:
+      raise WorkdirError(refused)
+    _check_shared(workdir)
+    distributed.wait("workdir")
+    yield lock
+  finally:
+    if lock is not None:
+      lock.release()
+
+
+def _write(file: pathlib.Path, values: dict[str, Any]) -> None:
+  """Writes JSON, whole or not at all."""
+  partial = file.with_name(f"{file.name}.partial")
+  partial.write_text(json.dumps(values, indent=2) + "\n")
+  partial.replace(file)
+
+
+def read_config(workdir: pathlib.Path) -> Config:
+  """Reads the settings of a run.
+
+  Raises:
+    WorkdirError: there is no run, or its settings are not readable.
+    ConfigError: they do not fit this version.
+  """
+  if not (workdir / _CONFIG).is_file():
+    raise WorkdirError(
+        f"{workdir} has no {_CONFIG}, so no run is there; give the --workdir of"
+        " one."
+    )
+  return config_lib.from_dict(_read(workdir / _CONFIG))
+
+
+def _read(file: pathlib.Path) -> dict[str, Any]:
+  """Reads JSON of a workdir.
+
+  Raises:
+    WorkdirError: it is none.
+  """
+  try:
+    found = json.loads(file.read_text())
+    reason = "" if isinstance(found, dict) else "it has no fields"
+  except OSError as error:
+    reason = str(error.strerror)
+  except json.JSONDecodeError as error:
+    reason = error.msg
+  except UnicodeDecodeError as error:
+    reason = error.reason
+  if reason:
+    raise WorkdirError(
+        f"{file} is not JSON of a run ({reason}); put a copy back, or choose"
+        " another --workdir."
+    )
+  return found
+
+
+def _claim(config: Config, workdir: pathlib.Path, contents: Contents) -> None:
+  """Writes settings and fingerprints, or checks those there; in process 0."""
+  try:
+    if os.path.lexists(workdir / _CONTENTS):
+      found = contents_lib.difference(_read(workdir / _CONTENTS), contents)
+      if found:
+        raise WorkdirError(
+            f"{workdir} holds a run that {found}; put that back as it was, or"
+            " choose another --workdir."
+        )
+    _claim_config(config, workdir)
+    if not os.path.lexists(workdir / _CONTENTS):
+      _write(workdir / _CONTENTS, contents)
+  except OSError as error:
+    raise WorkdirError(
+        f"{workdir} cannot be written to ({error.strerror}); make room or make"
+        " it writable, or choose another --workdir."
+    ) from error
+
+
+def _claim_config(config: Config, workdir: pathlib.Path) -> None:
+  file, mine = workdir / _CONFIG, config_lib.plain(config)
+  if not os.path.lexists(file):
+    _write(file, mine)
+    return
+  theirs = _read(file)
+  if theirs == mine:
+    return
+  name, old, new = config_lib.first_difference(theirs, mine)
+  if isinstance(old, int) and theirs | {"steps": new} == mine and new > old:
+    _check_more_steps(config, workdir, old)
+    # The export is of the fewer steps, so that the run is not finished.
+    if os.path.lexists(workdir / "export"):
+      place = checkpoint.free(workdir / f"export-{old}")
+      (workdir / "export").rename(place)
+    _write(file, mine)
+    return
+  raise WorkdirError(
+      f"{workdir} holds a run with {name} = {old!r}, and this one has"
+      f" {new!r}; choose another --workdir, or delete that one to start over."
+  )
+
+
+def _check_more_steps(config: Config, workdir: pathlib.Path, old: int) -> None:
+  """Refuses more steps where they would have changed the updates so far."""
+  reason = ""
+  if config.optimizer.decay == "cosine":
+    reason = (
+        "optimizer.decay is 'cosine', which falls to the last step, so that the"
+        " updates so far would have been others"
+    )
+  elif config.method == "seqkd":
+    reason = "the teacher wrote its answers for so many"
+  if reason:
+    raise WorkdirError(
+        f"{workdir} holds a run with steps = {old}, and this one has"
+        f" {config.steps}, but {reason}; choose another --workdir."
+    )
+
+
+def _check_shared(workdir: pathlib.Path) -> None:
+  """Checks that what process 0 writes is seen here.
+
+  Raises:
+    WorkdirError: it is not.
+  """
+  deadline = time.monotonic() + _SHARING
+  while not (workdir / _CONFIG).is_file():
+    if time.monotonic() > deadline:
+      raise WorkdirError(
+          f"--workdir {workdir} lacks here what process 0 has written there;"
+          " put it on a file system that all hosts share."
+      )
+    time.sleep(0.5)
+
+
+def _whole(export: pathlib.Path) -> bool:
+  """Whether a model's directory has all files, and all of the weights."""
+  if not os.path.lexists(export):
+    return False
+  try:
+    if not export.is_dir():
+      raise UserError("it is no directory")
+    path = str(export.absolute())
+    hf.check_weights(path, hf.read_config(path))
+    names = {file.name for file in export.iterdir()}
+    if not names & {"tokenizer.json", "tokenizer_config.json"}:
+      raise UserError("it has no tokenizer")
+  except (UserError, OSError) as error:
+    reason = distributed.first_line(error)
+    print(
+        f"warning: {export} is not whole ({reason}), so the run goes on from"
+        " its last checkpoint and writes it again.",
+        file=sys.stderr,
+        flush=True,
+    )
+    return False
+  return True
+
+
+def is_finished(workdir: pathlib.Path) -> bool:
+  """Whether the run has its export, whole; process 0 says so for all.
+
+  The export comes last. Once `steps` is raised, it has another name.
+  """
+  whole = jax.process_index() == 0 and _whole(workdir / "export")
+  return distributed.from_first("finished", whole)
+
+
+def check_not_lost(workdir: pathlib.Path) -> None:
+  """Refuses to start over in a workdir whose checkpoints are gone.
+
+  Raises:
+    WorkdirError: there are updates in the metrics, but no checkpoint.
+  """
+  if checkpoint.listed(workdir):
+    return
+  lines = report.read_metrics(workdir / "metrics.jsonl")
+  last = max((line.get("step", 0) for line in lines), default=0)
+  if last > 0:
+    raise WorkdirError(
+        f"{workdir} has metrics of updates up to {last}, but no checkpoint; put"
+        " a copy of its checkpoints back, or delete the workdir to start over."
+    )
