@@ -170,8 +170,8 @@ class DatasetSpec:
   """Where records come from.
 
   Attributes:
-    source: names "math_task", a .jsonl or .parquet file, a local data set
-      directory, or a hub id.
+    source: names "math_task", a .jsonl, .json or .parquet file, a local data
+      set directory, or a hub id.
     split: names the data set's split; files have none.
     subset: names a hub data set's configuration, or the math task's style.
     question: names the field of the question.
@@ -245,9 +245,13 @@ class DataSpec:
       that holds its prompts, and each compiles programs of its own.
     suffix: follows the chat template's generation prompt; the paper appends
       `<think>`, since the loss hardly teaches a base model a special token.
+    system: is the system prompt of a question that has none of its own, in
+      training, evaluation and the teacher's prompt; None leaves what the chat
+      template adds by itself, and "" leaves that out.
     teacher_prompt: is a template over the record's fields, such as
       "{question} Solution: {completion}", that the teacher reads instead of
-      the student's prompt; empty for the student's prompt.
+      the student's last turn; empty for the student's prompt. A field of
+      messages stands for the text of the last one.
     max_teacher_prompt_len: is S', in tokens, for `teacher_prompt`; 0 stands
       for `max_prompt_len`.
   """
@@ -257,6 +261,7 @@ class DataSpec:
   max_prompt_len: _Positive
   prompt_buckets: tuple[_Int, ...] = ()
   suffix: _Str = "<think>"
+  system: _Str | None = None
   teacher_prompt: _Str = ""
   max_teacher_prompt_len: _NotNegative = 0
 

@@ -1,7 +1,9 @@
 """`--preflight`: checks and shows what a run would feed both models.
 
-It reads tokenizers, templates, each model's config.json and one training
-record; no weights, no devices. It writes nothing.
+It checks what a run checks, with the run's own code, up to the weights: the
+settings, the devices that are here, each model's config.json, tokenizers,
+templates, the first training records and the evaluation sets. It reads no
+weights and writes nothing.
 """
 
 from collections.abc import Sequence
@@ -15,13 +17,11 @@ from rich.text import Text
 
 from prefix_distill.config import Config
 from prefix_distill.data import prompts
-from prefix_distill.data import records
-from prefix_distill.data import tokenizer
 from prefix_distill.data.prompts import Fed
+from prefix_distill.data.records import Question
 from prefix_distill.data.tokenizer import Chat
-from prefix_distill.distill import divergence
 from prefix_distill.distill import prefix_schedule
-from prefix_distill.models import huggingface as hf
+from prefix_distill.train import setup
 
 _SPECIAL = "bold cyan"
 _QUIET = "dim"
@@ -32,50 +32,22 @@ def run(config: Config, console: rich.console.Console) -> None:
   """Checks, and prints what was checked.
 
   Raises:
-    UserError: see `prompts.check`; nothing is printed then.
+    UserError: see `setup.check`; nothing is printed then.
   """
-  divergence.named(config.loss.exact.divergence)  # Or there is none.
-  models = _load(config)
-  spec = config.data
-  source = records.read(spec.train, first=True, more=spec.teacher_fields)
-  question, teacher_question = prompts.questions(spec, source[0])
-  chat = models[0].chat
-  prompts.check_room(chat, spec, question)
-  if teacher_question is not None:
-    prompts.check_teacher_room(models[1].chat, spec, teacher_question)
-  prompts.check(
-      spec, question, *models, teacher_question=teacher_question
-  )
-  fed = [chat.encode(chat.prompt(question, spec.suffix))]
-  if teacher_question is not None:
-    text = models[1].chat.own_prompt(teacher_question, spec.suffix)
-    fed.append(chat.encode(text))
-  _print_prompts(console, config, models, fed)
+  inputs = setup.check(config, first=True)
+  models, data, suffix = inputs.fed, inputs.data, config.data.suffix
+  fed = [models[0].chat.encode_prompt(data.question, suffix)]
+  if data.teacher_question is not None:
+    fed.append(models[1].chat.encode_own(data.teacher_question, suffix))
+  _print_prompts(console, config, models, fed, data.number)
   console.print(_special_tokens(models, fed), _facts(config, models))
-  _print_verdict(console, _warnings(config, question, models, fed))
-
-
-def _load(config: Config) -> list[Fed]:
-  """Loads the student's part and, if there is one, the teacher's."""
-  specs = {"student": config.student}
-  if config.method != "sft":
-    specs["teacher"] = config.teacher
-  models = [
-      Fed(
-          role,
-          tokenizer.load(spec.tokenizer_path),
-          hf.read_config(spec.path).vocab_size,
-      )
-      for role, spec in specs.items()
-  ]
-  if len(models) > 1:
-    tokenizer.check_same(*(model.chat for model in models))
-  return models
+  found = _warnings(config, data.question, models, fed)
+  _print_verdict(console, [*found, *data.notes])
 
 
 def _warnings(
     config: Config,
-    question: str,
+    question: Question,
     models: Sequence[Fed],
     fed: Sequence[Sequence[int]],
 ) -> list[str]:
@@ -110,6 +82,7 @@ def _print_prompts(
     config: Config,
     models: Sequence[Fed],
     fed: Sequence[Sequence[int]],
+    number: int,
 ) -> None:
   who = ", ".join(f"{model.role} {model.chat.path}" for model in models)
   readers = ["both models are"]
@@ -120,7 +93,8 @@ def _print_prompts(
   for reader, model, tokens, limit in shown:
     console.print(
         Text(
-            f"What {reader} fed for record 1 of {config.data.train.source}:"
+            f"What {reader} fed for record {number + 1} of"
+            f" {config.data.train.source}:"
             f" {len(tokens)} tokens, at most {limit}"
         )
     )

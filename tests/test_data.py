@@ -24,7 +24,11 @@ from prefix_distill.errors import ConfigError
 from prefix_distill.structs import PromptBatch
 
 _RECORDS = [
-    {"question": f"Ann has {n} pens?", "answer": str(n), "turns": [{"text": n}]}
+    {
+        "question": f"Ann has {n} pens?",
+        "answer": str(n),
+        "turns": [{"text": f"{n}?"}],
+    }
     for n in range(5)
 ]
 
@@ -106,7 +110,8 @@ def test_size_takes_the_first_records(name, write):
 def test_dotted_names_reach_into_lists(name, write):
   source = write(name, _RECORDS)
   found = records.read(DatasetSpec(source, question="turns.0.text"))
-  assert [records.field(r, "turns.0.text") for r in found] == [0, 1, 2, 3, 4]
+  wanted = ["0?", "1?", "2?", "3?", "4?"]
+  assert [records.field(r, "turns.0.text") for r in found] == wanted
   message = _refusal(DatasetSpec(source, question="turns.1.text"))
   assert "'turns.1.text'" in message
   assert "question, answer, turns" in message
@@ -529,7 +534,7 @@ def test_a_prompt_length_without_room_is_refused(chat, questions):
     assert f"takes {least} tokens" in message
     assert f"needs {needed}, so" in message
   PromptIterator(
-      dataclasses.replace(spec, max_prompt_len=least + 1), chat, seed=0
+      dataclasses.replace(spec, max_prompt_len=needed), chat, seed=0
   )
 
 

@@ -285,8 +285,11 @@ def test_another_temperature_in_evaluation_is_a_warning():
 
 def test_a_first_record_that_is_too_long_is_a_warning(tmp_path):
   source = tmp_path / "a.jsonl"
-  source.write_text(json.dumps({"question": "How many? " * 50}))
+  lines = [{"question": "How many? " * 50}, {"question": "How many?"}]
+  source.write_text("\n".join(map(json.dumps, lines)))
   words = _words(_config(train=DatasetSpec(str(source))))
+  assert "Of the first 2 records" in words
+  assert "1 is one longer than its static length; dropped." in words
   assert "data.max_prompt_len is 96: this record would be dropped." in words
 
 
@@ -339,7 +342,7 @@ def test_weights_are_downloaded_only_where_they_are_read(monkeypatch, weights):
     assert not any(with_weights for _, with_weights in asked)
 
 
-def test_one_record_of_a_data_set_is_streamed(tmp_path, monkeypatch):
+def test_the_first_records_of_a_data_set_are_streamed(tmp_path, monkeypatch):
   directory = tmp_path / "set"
   directory.mkdir()
   lines = [json.dumps({"question": f"{n}?"}) for n in range(5)]
@@ -351,7 +354,8 @@ def test_one_record_of_a_data_set_is_streamed(tmp_path, monkeypatch):
     return load(*args, streaming=streaming, **kwargs)
 
   monkeypatch.setattr(datasets, "load_dataset", loaded)
-  assert list(records.read(spec, first=True)) == [{"question": "0?"}]
+  found = records.read(spec, first=True)
+  assert list(found) == [{"question": f"{n}?"} for n in range(3)]
   missing = dataclasses.replace(spec, question="problem")
   with pytest.raises(records.DataError, match="it has question"):
     records.read(missing, first=True)

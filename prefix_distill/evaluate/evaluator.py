@@ -163,14 +163,14 @@ class Completions:
 
 def _read_problem(
     source: records.Records, number: int, spec: DatasetSpec
-) -> tuple[str, str]:
+) -> tuple[records.Question, str]:
   """Returns what is asked and the right answer."""
   record, where = source[number], source.where(number)
   if spec.choices:
     return records.multiple_choice(record, spec, where)
   return (
-      records.text(record, spec.question, where),
-      records.text(record, spec.answer, where),
+      records.question(record, spec.question, where),
+      records.gold(record, spec.answer, where),
   )
 
 
@@ -201,14 +201,17 @@ def load_problems(
     suffix: after the chat template's generation prompt.
 
   Raises:
-    DataError: the records cannot be read, lack a field, or are all too long.
+    DataError: the records cannot be read, lack a field, hold what cannot be
+      used, or are all too long.
   """
   rows, answers = [], []
   source = records.read(spec)
   room = spec.max_prompt_len or max_prompt_len
   for number in range(len(source)):
     question, answer = _read_problem(source, number, spec)
-    encoded = prompts.encode_prompt(chat, question, room, suffix)
+    encoded = prompts.encode_problem(
+        chat, question, room, suffix, source.where(number)
+    )
     if encoded is not None:
       rows.append((number, *encoded))
       answers.append(answer)
