@@ -190,12 +190,12 @@ def _encode_completion(
   Raises:
     Dropped: it cannot be used.
   """
+  if len(text) > max_len * chat.longest_text:
+    raise Dropped("long")
   text, noted = _trimmed(chat, text, opening)
   fault = records.fault(text)
   if fault:
     raise Dropped(fault)
-  if len(text) > max_len * chat.longest_text:
-    raise Dropped("long")
   tokens = [*chat.encode(text), chat.end_id]
   if len(tokens) > max_len:
     raise Dropped("long")
@@ -216,12 +216,8 @@ def _trimmed(chat: Chat, text: str, opening: str) -> tuple[str, list[str]]:
     text, noted = start[len(opening.strip()) :], ["opened"]
     # The white space behind it is the prompt's, too, if the prompt has any.
     text = text.removeprefix(opening[len(opening.rstrip()) :])
-  stops = tuple(chat.stop_texts)
-  while text.rstrip().endswith(stops):
-    stop = next(stop for stop in stops if text.rstrip().endswith(stop))
-    text = text.rstrip().removesuffix(stop)
-    noted = [*noted, "ended"] if "ended" not in noted else noted
-  return text, noted
+  end = chat.end_of_text(text)
+  return text[:end], noted + ["ended"] * (end < len(text))
 
 
 def questions(
@@ -292,10 +288,9 @@ class PromptIterator:
   """An endless, seeded stream of whole batches, the same in all processes.
 
   Attributes:
-    question: the first record's that is neither empty nor broken.
+    question: the first record's whose prompts can be encoded.
     teacher_question: what the teacher is asked there; None for the same.
     number: that record's, from 0.
-    fits: whether that record is used as it is.
     notes: sentences about the first records, for the user to read.
     dropped: records so far that were no use.
     reasons: how many of them for which reason; see the module.
@@ -354,13 +349,13 @@ class PromptIterator:
     """
     count = min(self._epoch, records.FIRST)
     found = [self._encode(self._numbered[i]) for i in range(count)]
-    sound = [
-        i for i, x in enumerate(found) if x not in ("empty", "broken")
-    ]
-    self.number = sound[0] if sound else 0
-    self.fits = isinstance(found[self.number], Example)
-    self._show()
+    shown = (i for i, x in enumerate(found) if self._is_shown(i, x))
+    self.number = next(shown, -1)
+    if self.number >= 0:
+      self._show()
     self._check_any(found)
+    if self.number < 0:  # More may follow, but these are not what was meant.
+      raise ConfigError(self._none_left(collections.Counter(found)))
     counts = collections.Counter(x for x in found if isinstance(x, str))
     counts.update(
         note for x in found if isinstance(x, Example) for note in x.noted
@@ -372,16 +367,24 @@ class PromptIterator:
         for name, number in counts.items()
     ]
 
+  def _is_shown(self, number: int, example: Example | str) -> bool:
+    """Whether a record's prompts can be encoded, long or not, in no time."""
+    if example not in ("long", "markup"):
+      return isinstance(example, Example)
+    question, theirs = questions(self._spec, self._numbered[number][1])
+    room = 4 * self._spec.max_prompt_len
+    if theirs is not None and records.fault(records.last_turn(theirs)):
+      return False
+    return self._chat.fits(question, room) and (
+        theirs is None
+        or self._teacher_chat.fits(theirs, 4 * self._spec.teacher_prompt_len)
+    )
+
   def _show(self) -> None:
-    """Keeps the first sound record's questions, for checks and for the eye."""
-    number, record = self._numbered[self.number]
-    where = f"{self._spec.train.source} record {number + 1}"
-    spec = self._spec
+    """Keeps the questions of the record that checks and users look at."""
+    spec, (number, record) = self._spec, self._numbered[self.number]
+    where = f"{spec.train.source} record {number + 1}"
     self.question, self.teacher_question = questions(spec, record, where)
-    if not self._chat.fits(self.question, spec.max_prompt_len):
-      return
-    if records.fault(records.last_turn(self.question)):
-      return
     check_room(self._chat, spec, self.question)
     if self.teacher_question is not None:
       check_teacher_room(self._teacher_chat, spec, self.teacher_question)

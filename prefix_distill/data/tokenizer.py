@@ -196,10 +196,17 @@ class Chat:
         i for i, token in added.items() if token.special or i in self.stop_ids
     )
 
-  @functools.cached_property
-  def stop_texts(self) -> tuple[str, ...]:
-    """The text of the stop tokens."""
-    return tuple(self._names(self.stop_ids))
+  def end_of_text(self, text: str) -> int:
+    """Returns where the text of stop tokens at a text's end begins."""
+    stops, end = tuple(self._names(self.stop_ids)), len(text)
+    while True:
+      last = end
+      while last and text[last - 1].isspace():
+        last -= 1
+      found = [s for s in stops if text.endswith(s, 0, last)]
+      if not found:
+        return end
+      end = last - len(found[0])
 
   def _names(self, ids: Iterable[int]) -> list[str]:
     """Returns the text of those of the tokens that were added."""
@@ -329,9 +336,9 @@ class Chat:
 
 
 def reason(error: Exception) -> str:
-  """Returns an exception's first line, for a sentence."""
-  lines = str(error).strip().splitlines()
-  return lines[0].rstrip(".") if lines else type(error).__name__
+  """Returns an exception's words in one line, for a sentence."""
+  words = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+  return words if len(words) <= 200 else f"{words[:200]}..."
 
 
 def _any_of(names: Sequence[str]) -> re.Pattern[str]:
@@ -430,12 +437,27 @@ def _load_tokenizer(path: str, directory: pathlib.Path) -> Any:
         directory, trust_remote_code=False
     )
   except Exception as error:
-    if (directory / "config.json").is_file():
-      _read_json(directory / "config.json")  # It may be at fault.
+    _check_config(directory)  # It may be at fault.
     raise TokenizerError(
         f"{path}: the tokenizer cannot be loaded"
         f" ({_broken_file(directory) or reason(error)}); download the model"
         " again."
+    ) from error
+
+
+def _check_config(directory: pathlib.Path) -> None:
+  """Refuses a config.json that transformers cannot read."""
+  file = directory / "config.json"
+  if not file.is_file():
+    return
+  _read_json(file)
+  try:
+    transformers.AutoConfig.from_pretrained(
+        directory, trust_remote_code=False
+    )
+  except Exception as error:
+    raise TokenizerError(
+        f"{file} cannot be read ({reason(error)}); download it again."
     ) from error
 
 
