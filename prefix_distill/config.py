@@ -245,13 +245,13 @@ class DataSpec:
       that holds its prompts, and each compiles programs of its own.
     suffix: follows the chat template's generation prompt; the paper appends
       `<think>`, since the loss hardly teaches a base model a special token.
-    system: is the system prompt of a question that has none of its own, in
-      training, evaluation and the teacher's prompt; None leaves what the chat
-      template adds by itself, and "" leaves that out.
+    system: is the system prompt of questions that have none of their own, for
+      both models and in evaluation; None stands for what the chat template
+      adds by itself, and empty for none.
     teacher_prompt: is a template over the record's fields, such as
       "{question} Solution: {completion}", that the teacher reads instead of
-      the student's last turn; empty for the student's prompt. A field of
-      messages stands for the text of the last one.
+      the last turn (of a field of messages, the last one's text); empty for
+      the student's prompt.
     max_teacher_prompt_len: is S', in tokens, for `teacher_prompt`; 0 stands
       for `max_prompt_len`.
   """
@@ -266,6 +266,13 @@ class DataSpec:
   max_teacher_prompt_len: _NotNegative = 0
 
   def __post_init__(self):
+    for name in ("suffix", "system", "teacher_prompt"):
+      value = getattr(self, name) or ""
+      _check(
+          value.encode(errors="ignore").decode() == value,
+          f"data.{name} is {value!r}, which has half of a character (a lone"
+          " surrogate); write it in UTF-8.",
+      )
     lengths = (0, *self.prompt_buckets, self.max_prompt_len)
     _check(
         all(a < b for a, b in itertools.pairwise(lengths)),

@@ -15,12 +15,14 @@ import rich.panel
 import rich.table
 from rich.text import Text
 
+from prefix_distill import sharding
 from prefix_distill.config import Config
 from prefix_distill.data import prompts
 from prefix_distill.data.prompts import Fed
 from prefix_distill.data.records import Question
 from prefix_distill.data.tokenizer import Chat
 from prefix_distill.distill import prefix_schedule
+from prefix_distill.errors import ConfigError
 from prefix_distill.train import setup
 
 _SPECIAL = "bold cyan"
@@ -34,6 +36,7 @@ def run(config: Config, console: rich.console.Console) -> None:
   Raises:
     UserError: see `setup.check`; nothing is printed then.
   """
+  _check_devices(config)
   inputs = setup.check(config, first=True)
   models, data, suffix = inputs.fed, inputs.data, config.data.suffix
   fed = [models[0].chat.encode_prompt(data.question, suffix)]
@@ -43,6 +46,21 @@ def run(config: Config, console: rich.console.Console) -> None:
   console.print(_special_tokens(models, fed), _facts(config, models))
   found = _warnings(config, data.question, models, fed)
   _print_verdict(console, [*found, *data.notes])
+
+
+def _check_devices(config: Config) -> None:
+  """Refuses a mesh and batches that do not fit the devices here.
+
+  Raises:
+    ConfigError: with what to do on another machine than the run's.
+  """
+  try:
+    setup.check_batches(config, sharding.make_mesh(config.mesh))
+  except ConfigError as error:
+    raise ConfigError(
+        f"{error} If these are not the run's devices, JAX_PLATFORMS=cpu and"
+        " JAX_NUM_CPU_DEVICES in the environment stand in for their number."
+    ) from error
 
 
 def _warnings(

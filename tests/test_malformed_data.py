@@ -1,4 +1,4 @@
-"""Malformed data and tokenizers: one sentence before anything, or read right."""
+"""Malformed data and tokenizers: one sentence first, or a right reading."""
 
 import dataclasses
 import io

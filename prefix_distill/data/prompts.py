@@ -87,16 +87,15 @@ _DROPPED = {
     "long": "longer than its static length",
     "empty": "empty in a field that is used",
     "broken": "with half of a character (a lone surrogate)",
-    "lost": "whose encoded prompt does not read as the question",
-    "template": "whose messages the chat template refuses",
-    "markup": "whose completion has a token that ends or opens a turn",
+    "lost": "the encoded prompt does not read as the question",
+    "template": "the chat template refuses its messages",
+    "markup": "the completion has a token that ends or opens a turn",
 }
 _NOTED = {
-    "plain": "with text in a prompt that looks like a token and is read as"
-    " plain text",
-    "opened": "whose completion begins with what the prompt ends with, which"
-    " is cut off",
-    "ended": "whose completion ends with a stop token's text, which is cut off",
+    "plain": "text in a prompt looks like a token and is read as plain text",
+    "opened": "the completion begins with what the prompt ends with, which is"
+    " cut off",
+    "ended": "the completion ends with a stop token's text, which is cut off",
 }
 
 
@@ -171,8 +170,8 @@ def encode_problem(
       return None
     because = f" ({dropped.__cause__})" if dropped.__cause__ else ""
     raise records.DataError(
-        f"{where} is a record {_DROPPED[reason]}{because}; repair it in a local"
-        " copy, or take it out."
+        f"{where} cannot be used: {_DROPPED[reason]}{because}; repair it in a"
+        " local copy, or take it out."
     ) from dropped
 
 
@@ -361,9 +360,9 @@ class PromptIterator:
         note for x in found if isinstance(x, Example) for note in x.noted
     )
     return [
-        f"Of the first {count} records of {self._spec.train.source},"
-        f" {number} {'is' if number == 1 else 'are'} one"
-        f" {(_DROPPED | _NOTED)[name]}{'; dropped' * (name in _DROPPED)}."
+        f"{'Dropped' if name in _DROPPED else 'Changed'} {number} of the first"
+        f" {count} records of {self._spec.train.source}:"
+        f" {(_DROPPED | _NOTED)[name]}."
         for name, number in counts.items()
     ]
 
@@ -408,7 +407,7 @@ class PromptIterator:
   def _none_left(self, reasons: Mapping[str, int]) -> str:
     if set(reasons) == {"long"}:
       return self._all_too_long()
-    counts = ", ".join(f"{n} {_DROPPED[name]}" for name, n in reasons.items())
+    counts = "; ".join(f"{n}: {_DROPPED[name]}" for name, n in reasons.items())
     return (
         f"{self._spec.train.source} has {self._epoch} records, and none can be"
         f" used ({counts}); repair them, or name other fields in data.train."
