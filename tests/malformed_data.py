@@ -117,7 +117,9 @@ _REFUSED_FILES = {
         "line 1 has brackets",
     ),
     "digits": ("a.jsonl", b'{"n": ' + b"9" * 9999 + b"}", "line 1 is"),
-    "a bare object": ("a.json", json.dumps(record(), indent=1).encode(), "line"),
+    "a bare object": (
+        "a.json", json.dumps(record(), indent=1).encode(), "line 1 is not",
+    ),
     "a list of texts": ("a.json", b'["How many?"]', "record 1 is not a JSON"),
     "a list, cut": ("a.json", f"[{_LINE},".encode(), "is not JSON"),
     "a list with one less": (

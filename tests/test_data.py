@@ -206,6 +206,25 @@ def test_splits_of_a_data_set_are_told_apart(write):
   assert "'dev'" in message
 
 
+@pytest.mark.parametrize("name", ("jsonl", "parquet"))
+def test_a_null_in_a_column_is_refused_with_its_record(name, write):
+  rows = [row | {"answer": row["answer"]} for row in _RECORDS]
+  rows[3]["answer"] = None
+  source = write(name, rows)
+  message = _refusal(DatasetSpec(source, answer="answer"))
+  assert f"{source} record 4 has nothing in its field 'answer'" in message
+  assert len(records.read(DatasetSpec(source))) == 5
+
+
+@formats
+def test_integers_are_answers_and_no_questions(name, write):
+  source = write(name, [{"question": "?", "n": n} for n in range(5)])
+  found = records.read(DatasetSpec(source, answer="n"))
+  assert [records.gold(r, "n", "a") for r in found] == list("01234")
+  message = _refusal(DatasetSpec(source, question="n"))
+  assert "0 (int) in field 'n', which is no text" in message
+
+
 def test_the_math_task_is_a_source():
   spec = DatasetSpec("math_task", "test", "weak", size=3)
   found = records.read(spec)
