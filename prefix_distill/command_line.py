@@ -1,5 +1,6 @@
 """The command line: flags, and one sentence for each mistake in them."""
 
+import copy
 import pathlib
 import re
 import sys
@@ -96,6 +97,22 @@ def _overrides(argv: list[str]) -> list[str]:
   return [match[1] for match in matches if match]
 
 
+def _with_types(values: dict[str, Any], names: list[str]) -> dict[str, Any]:
+  """Gives those of the named fields that are None a type, to be set by flags.
+
+  Only texts are None in a config that is read from a file.
+  """
+  typed = copy.deepcopy(values)
+  found = False
+  for name in names:
+    at, (*groups, last) = typed, name.split(".")
+    for group in groups:
+      at = at[group]
+    if at[last] is None:
+      at[last], found = ml_collections.config_dict.placeholder(str), True
+  return typed if found else values
+
+
 class _ConfigParser(flags.ArgumentParser):
   """Reads a config file, and adds the new groups that flags name.
 
@@ -110,11 +127,13 @@ class _ConfigParser(flags.ArgumentParser):
     if not isinstance(config, ml_collections.ConfigDict):
       return config  # Its first use raises the error.
     values = plain = config.to_dict()
-    for name in _overrides(sys.argv):
+    names = _overrides(sys.argv)
+    for name in names:
       values = config_lib.with_new_groups(values, name)
-    if values == plain:
+    typed = _with_types(values, names)
+    if values == plain and typed is values:
       return config
-    return ml_collections.ConfigDict(values).lock()
+    return ml_collections.ConfigDict(typed).lock()
 
   def flag_type(self) -> str:
     return self._parser.flag_type()

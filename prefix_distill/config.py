@@ -171,8 +171,8 @@ class DatasetSpec:
   """Where records come from.
 
   Attributes:
-    source: names "math_task", a .jsonl or .parquet file, a local data set
-      directory, or a hub id.
+    source: names "math_task", a .jsonl, .json or .parquet file, a local data
+      set directory, or a hub id.
     split: names the data set's split; files have none.
     subset: names a hub data set's configuration, or the math task's style.
     question: names the field of the question.
@@ -251,9 +251,13 @@ class DataSpec:
       that holds its prompts, and each compiles programs of its own.
     suffix: follows the chat template's generation prompt; the paper appends
       `<think>`, since the loss hardly teaches a base model a special token.
+    system: is the system prompt of questions that have none of their own, for
+      both models and in evaluation; None stands for what the chat template
+      adds by itself, and empty for none.
     teacher_prompt: is a template over the record's fields, such as
       "{question} Solution: {completion}", that the teacher reads instead of
-      the student's prompt; empty for the student's prompt.
+      the last turn (of a field of messages, the last one's text); empty for
+      the student's prompt.
     max_teacher_prompt_len: is S', in tokens, for `teacher_prompt`; 0 stands
       for `max_prompt_len`.
   """
@@ -263,10 +267,18 @@ class DataSpec:
   max_prompt_len: _Positive
   prompt_buckets: tuple[_Int, ...] = ()
   suffix: _Str = "<think>"
+  system: _Str | None = None
   teacher_prompt: _Str = ""
   max_teacher_prompt_len: _NotNegative = 0
 
   def __post_init__(self):
+    for name in ("suffix", "system", "teacher_prompt"):
+      value = getattr(self, name) or ""
+      _check(
+          value.encode(errors="ignore").decode() == value,
+          f"data.{name} is {value!r}, which has half of a character (a lone"
+          " surrogate); write it in UTF-8.",
+      )
     lengths = (0, *self.prompt_buckets, self.max_prompt_len)
     _check(
         all(a < b for a, b in itertools.pairwise(lengths)),

@@ -1,7 +1,9 @@
 """`--preflight`: checks and shows the prompts of both models.
 
-It reads the tokenizers, the templates, each model's config.json and one
-training record. It reads no weights, uses no devices and writes nothing.
+It checks what a run checks, with the run's own code, up to the weights: the
+settings, the devices that are here, each model's config.json, tokenizers,
+templates, the first training records and the evaluation sets. It reads no
+weights and writes nothing.
 """
 
 from collections.abc import Sequence
@@ -13,15 +15,15 @@ import rich.panel
 import rich.table
 from rich.text import Text
 
+from prefix_distill import sharding
 from prefix_distill.config import Config
 from prefix_distill.data import prompts
-from prefix_distill.data import records
-from prefix_distill.data import tokenizer
 from prefix_distill.data.prompts import PromptReader
+from prefix_distill.data.records import Question
 from prefix_distill.data.tokenizer import Chat
-from prefix_distill.distill import divergence
 from prefix_distill.distill import prefix_schedule
-from prefix_distill.models import huggingface as hf
+from prefix_distill.errors import ConfigError
+from prefix_distill.train import setup
 
 _SPECIAL = "bold cyan"
 _QUIET = "dim"
@@ -32,48 +34,38 @@ def run(config: Config, console: rich.console.Console) -> None:
   """Checks the prompts, and prints them with what was checked.
 
   Raises:
-    UserError: see `prompts.check`; it is raised before anything is printed.
+    UserError: see `setup.check`; nothing is printed then.
   """
-  divergence.named(config.loss.exact.divergence)  # Raises if unknown.
-  models = _load(config)
-  spec = config.data
-  source = records.read(spec.train, first=True, more=spec.teacher_fields)
-  question, teacher_question = prompts.questions(spec, source[0])
-  chat = models[0].chat
-  prompts.check_room(chat, spec, question)
-  if teacher_question is not None:
-    prompts.check_teacher_room(models[1].chat, spec, teacher_question)
-  prompts.check(spec, question, *models, teacher_question=teacher_question)
-  encoded = [chat.encode(chat.prompt(question, spec.suffix))]
-  if teacher_question is not None:
-    text = models[1].chat.own_prompt(teacher_question, spec.suffix)
-    encoded.append(chat.encode(text))
-  _print_prompts(console, config, models, encoded)
+  _check_devices(config)
+  inputs = setup.check(config, first=True)
+  models, data, suffix = inputs.fed, inputs.data, config.data.suffix
+  encoded = [models[0].chat.encode_prompt(data.question, suffix)]
+  if data.teacher_question is not None:
+    encoded.append(models[1].chat.encode_own(data.teacher_question, suffix))
+  _print_prompts(console, config, models, encoded, data.number)
   console.print(_special_tokens(models, encoded), _facts(config, models))
-  _print_verdict(console, _warnings(config, question, models, encoded))
+  found = _warnings(config, data.question, models, encoded)
+  _print_verdict(console, [*found, *data.notes])
 
 
-def _load(config: Config) -> list[PromptReader]:
-  """Loads the tokenizers of the student and, if there is one, the teacher."""
-  specs = {"student": config.student}
-  if config.method != "sft":
-    specs["teacher"] = config.teacher
-  models = [
-      PromptReader(
-          role,
-          tokenizer.load(spec.tokenizer_path),
-          hf.read_config(spec.path).vocab_size,
-      )
-      for role, spec in specs.items()
-  ]
-  if len(models) > 1:
-    tokenizer.check_same(*(model.chat for model in models))
-  return models
+def _check_devices(config: Config) -> None:
+  """Refuses a mesh and batches that do not fit the devices here.
+
+  Raises:
+    ConfigError: with what to do on another machine than the run's.
+  """
+  try:
+    setup.check_batches(config, sharding.make_mesh(config.mesh))
+  except ConfigError as error:
+    raise ConfigError(
+        f"{error} If these are not the run's devices, JAX_PLATFORMS=cpu and"
+        " JAX_NUM_CPU_DEVICES in the environment stand in for their number."
+    ) from error
 
 
 def _warnings(
     config: Config,
-    question: str,
+    question: Question,
     models: Sequence[PromptReader],
     encoded: Sequence[Sequence[int]],
 ) -> list[str]:
@@ -108,6 +100,7 @@ def _print_prompts(
     config: Config,
     models: Sequence[PromptReader],
     encoded: Sequence[Sequence[int]],
+    number: int,
 ) -> None:
   who = ", ".join(f"{model.role} {model.chat.path}" for model in models)
   readers = ["both models read"]
@@ -118,7 +111,8 @@ def _print_prompts(
   for reader, model, tokens, limit in shown:
     console.print(
         Text(
-            f"What {reader} for record 1 of {config.data.train.source}:"
+            f"What {reader} for record {number + 1} of"
+            f" {config.data.train.source}:"
             f" {len(tokens)} tokens, at most {limit}"
         )
     )

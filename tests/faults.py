@@ -476,8 +476,8 @@ _DATA = (
     ),
     _fault(
         "the seed does not change the order",
-        "range(len(self._records)).seed(seed).shuffle()",
-        "range(len(self._records)).seed(0).shuffle()",
+        "range(self._epoch).seed(seed).shuffle()",
+        "range(self._epoch).seed(0).shuffle()",
         "data.py::test_the_seed_decides_the_order",
     ),
     _fault(
@@ -488,7 +488,7 @@ _DATA = (
     ),
     _fault(
         "the prompt does not open the assistant's turn",
-        "add_generation_prompt=True",
+        "add_generation_prompt=add_generation_prompt",
         "add_generation_prompt=False",
         "data.py::test_prompts_have_the_chat_form_and_the_suffix",
     ),
@@ -500,14 +500,14 @@ _DATA = (
     ),
     _fault(
         "a prompt that is too long loses its end",
-        "tokens = chat.encode(chat.prompt(question, suffix))",
-        "tokens = chat.encode(chat.prompt(question, suffix))[:max_len]",
+        "tokens = encode(question, suffix)\n",
+        "tokens = encode(question, suffix)[:max_len]\n",
         "data.py::test_encode_prompt_gives_nothing_rather_than_a_part",
     ),
     _fault(
         "completions have no stop token",
-        "tokens = [*self._chat.encode(text), self._chat.end_id]",
-        "tokens = self._chat.encode(text)",
+        "tokens = [*chat.encode(text), chat.end_id]",
+        "tokens = chat.encode(text)",
         "data.py::test_completions_end_with_the_stop_token_and_padding",
     ),
     _fault(
@@ -525,15 +525,40 @@ _DATA = (
     ),
     _fault(
         "the teacher is asked the student's question",
-        "tokens = chat.encode(chat.own_prompt(text, spec.suffix))",
-        "tokens = chat.encode(chat.own_prompt(question, spec.suffix))",
+        "_encode_question(chat, theirs, room, spec.suffix, own=True)",
+        "_encode_question(chat, question, room, spec.suffix, own=True)",
         "teacher_prompt.py::test_the_template_takes_fields_as_they_are",
     ),
     _fault(
         "stop tokens of the generation config are ignored",
-        "stops += listed if isinstance(listed, list) else [listed]",
+        "stops += _listed_stops(file, len(tokenizer))",
         "pass",
         "data.py::test_stop_tokens_come_from_tokenizer_and_generation_config",
+    ),
+    _fault(
+        "a stop token in a question ends the user's turn",
+        "if not any(self._markup_in(message) for message in messages):",
+        "if messages:",
+        "messages.py::test_text_that_looks_like_a_token_is_plain_text",
+    ),
+    _fault(
+        "a list becomes what Python writes",
+        "  if not isinstance(found, str):\n    raise _refuse(found, name,"
+        " where, _NO_TEXT)\n  return found\n\n\ndef answer(",
+        "  return str(found)\n\n\ndef answer(",
+        "malformed_data.py::test_one_sentence_or_a_right_reading",
+    ),
+    _fault(
+        "the earlier turns are left out of the teacher's prompt",
+        'return [*question[:-1], {"role": "user", "content": text}]',
+        'return [{"role": "user", "content": text}]',
+        "messages.py::test_the_teachers_prompt_takes_the_last_turns_place",
+    ),
+    _fault(
+        "a completion opens its thoughts a second time",
+        'text, noted = start[len(opening.strip()) :], ["opened"]',
+        'noted = ["opened"]',
+        "messages.py::test_a_completion_follows_its_prompt",
     ),
     _fault(
         "problems of the test split are trained on",

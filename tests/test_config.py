@@ -87,6 +87,16 @@ def test_a_whole_number_serves_as_a_fraction():
   assert isinstance(config.rollout.temperature, float)
 
 
+@pytest.mark.parametrize("system", (None, "", "Be brief."))
+def test_a_system_prompt_may_be_none_empty_or_text(system):
+  assert config_lib.from_dict(_VALUES).data.system is None
+  values = copy.deepcopy(_VALUES)
+  values["data"]["system"] = system
+  config = config_lib.from_dict(values)
+  assert config.data.system == system
+  assert config_lib.from_dict(config_lib.to_dict(config)) == config
+
+
 def test_settings_can_be_written_as_lists():
   config = config_lib.from_dict(_changed({"prefix.buckets": [32, 256]}))
   assert config.prefix.buckets == (32, 256)
@@ -180,6 +190,8 @@ def test_check_field_knows_every_field():
         ("rollout.temperature", "hot", "float"),
         ("rollout.temperature", True, "float"),
         ("data.train.question", ["q"], "str"),
+        ("data.system", ["Be brief."], "str"),
+        ("data.system", 0, "str"),
         ("evaluation.sets.test.size", "all", "int"),
         ("evaluation.sets.test.choices", ("a", 1), "str"),
         ("optimizer.learning_rate", "1e-4", "float"),
@@ -239,6 +251,8 @@ def test_missing_fields_are_named(name):
         ("data.max_prompt_len", 0, "set it to 1 or more"),
         ("data.max_teacher_prompt_len", -1, "set it to 0 or more"),
         ("data.prompt_buckets", (64, 32), "sort the lengths"),
+        ("data.system", "Be\udcff", "write it in UTF-8"),
+        ("data.suffix", "\ud800", "write it in UTF-8"),
         ("data.prompt_buckets", (0, 32), "sort the lengths"),
         ("data.prompt_buckets", (10**6,), "leave out those that are too long"),
         ("prefix.schedule", "cubic", "use one of 'linear', 'fixed', 'random'"),

@@ -24,7 +24,11 @@ from prefix_distill.errors import ConfigError
 from prefix_distill.structs import PromptBatch
 
 _RECORDS = [
-    {"question": f"Ann has {n} pens?", "answer": str(n), "turns": [{"text": n}]}
+    {
+        "question": f"Ann has {n} pens?",
+        "answer": str(n),
+        "turns": [{"text": f"{n}?"}],
+    }
     for n in range(5)
 ]
 
@@ -106,7 +110,8 @@ def test_size_takes_the_first_records(name, write):
 def test_dotted_names_reach_into_lists(name, write):
   source = write(name, _RECORDS)
   found = records.read(DatasetSpec(source, question="turns.0.text"))
-  assert [records.field(r, "turns.0.text") for r in found] == [0, 1, 2, 3, 4]
+  wanted = ["0?", "1?", "2?", "3?", "4?"]
+  assert [records.field(r, "turns.0.text") for r in found] == wanted
   message = _refusal(DatasetSpec(source, question="turns.1.text"))
   assert "'turns.1.text'" in message
   assert "question, answer, turns" in message
@@ -199,6 +204,25 @@ def test_splits_of_a_data_set_are_told_apart(write):
   message = _refusal(DatasetSpec(source, split="dev"))
   assert source in message
   assert "'dev'" in message
+
+
+@pytest.mark.parametrize("name", ("jsonl", "parquet"))
+def test_a_null_in_a_column_is_refused_with_its_record(name, write):
+  rows = [row | {"answer": row["answer"]} for row in _RECORDS]
+  rows[3]["answer"] = None
+  source = write(name, rows)
+  message = _refusal(DatasetSpec(source, answer="answer"))
+  assert f"{source} record 4 has nothing in its field 'answer'" in message
+  assert len(records.read(DatasetSpec(source))) == 5
+
+
+@formats
+def test_integers_are_answers_and_no_questions(name, write):
+  source = write(name, [{"question": "?", "n": n} for n in range(5)])
+  found = records.read(DatasetSpec(source, answer="n"))
+  assert [records.gold(r, "n", "a") for r in found] == list("01234")
+  message = _refusal(DatasetSpec(source, question="n"))
+  assert "0 (int) in field 'n', which is no text" in message
 
 
 def test_the_math_task_is_a_source():
@@ -529,7 +553,7 @@ def test_a_prompt_length_without_room_is_refused(chat, questions):
     assert f"takes {least} tokens" in message
     assert f"needs {needed}, so" in message
   PromptIterator(
-      dataclasses.replace(spec, max_prompt_len=least + 1), chat, seed=0
+      dataclasses.replace(spec, max_prompt_len=needed), chat, seed=0
   )
 
 

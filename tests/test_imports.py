@@ -23,8 +23,8 @@ ORDER = (
     {"data", "rollout", "report"},
     {"distill"},
     {"evaluate"},
-    {"train", "preflight"},
-    {"command_line"},
+    {"train"},
+    {"preflight", "command_line"},
     {"main", "plan", "export"},
     {"experiments"},
 )

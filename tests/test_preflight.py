@@ -63,7 +63,7 @@ def _refusal(config):
   return sentence
 
 
-def _model(directory, name, old="", new="", vocab_size=None):
+def _model(directory, name, old="", new="", **settings):
   """Copies a bundled model without its weights, its template edited."""
   ignore = shutil.ignore_patterns("*.safetensors")
   shutil.copytree(assets.path(name), directory, ignore=ignore)
@@ -72,9 +72,7 @@ def _model(directory, name, old="", new="", vocab_size=None):
   assert old in text
   template.write_text(text.replace(old, new) if old else text)
   file = directory / "config.json"
-  settings = json.loads(file.read_text())
-  settings["vocab_size"] = vocab_size or settings["vocab_size"]
-  file.write_text(json.dumps(settings))
+  file.write_text(json.dumps(json.loads(file.read_text()) | settings))
   return directory
 
 
@@ -285,15 +283,20 @@ def test_another_temperature_in_evaluation_is_a_warning():
 
 def test_a_first_record_that_is_too_long_is_a_warning(tmp_path):
   source = tmp_path / "a.jsonl"
-  source.write_text(json.dumps({"question": "How many? " * 50}))
+  lines = [{"question": "How many? " * 50}, {"question": "How many?"}]
+  source.write_text("\n".join(map(json.dumps, lines)))
   words = _words(_config(train=DatasetSpec(str(source))))
+  assert "Dropped 1 of the first 2 records" in words
+  assert "longer than its static length." in words
   assert "data.max_prompt_len is 96: this record would be dropped." in words
 
 
 @pytest.mark.parametrize("role", ("student", "teacher"))
 def test_a_tokenizer_that_is_larger_than_its_model(tmp_path, role):
   name = {"student": "capable", "teacher": "teacher"}[role]
-  model = _model(tmp_path / "model", name, vocab_size=464)
+  model = _model(
+      tmp_path / "model", name, vocab_size=464, pad_token_id=None
+  )
   sentence = _refusal(_config(**{role: model}))
   assert f"The {role}'s tokenizer ({model}) has 471 tokens" in sentence
   assert "'</think>' (id 470)" in sentence
@@ -323,7 +326,7 @@ def test_every_run_checks(tmp_path):
 def test_weights_are_downloaded_only_where_they_are_read(monkeypatch, weights):
   asked = []
 
-  def download(path, allow_patterns):
+  def download(path, allow_patterns, revision=None):
     asked.append((path, "*.safetensors" in allow_patterns))
     return assets.path("teacher" if "8B" in path else "capable")
 
@@ -339,7 +342,7 @@ def test_weights_are_downloaded_only_where_they_are_read(monkeypatch, weights):
     assert not any(with_weights for _, with_weights in asked)
 
 
-def test_one_record_of_a_data_set_is_streamed(tmp_path, monkeypatch):
+def test_the_first_records_of_a_data_set_are_streamed(tmp_path, monkeypatch):
   directory = tmp_path / "set"
   directory.mkdir()
   lines = [json.dumps({"question": f"{n}?"}) for n in range(5)]
@@ -351,7 +354,8 @@ def test_one_record_of_a_data_set_is_streamed(tmp_path, monkeypatch):
     return load(*args, streaming=streaming, **kwargs)
 
   monkeypatch.setattr(datasets, "load_dataset", loaded)
-  assert list(records.read(spec, first=True)) == [{"question": "0?"}]
+  found = records.read(spec, first=True)
+  assert list(found) == [{"question": f"{n}?"} for n in range(3)]
   missing = dataclasses.replace(spec, question="problem")
   with pytest.raises(records.DataError, match="it has question"):
     records.read(missing, first=True)
@@ -363,3 +367,131 @@ def test_warnings_and_checks_take_any_question():
   for question in ("", " ", "<think>", "√2\n\n"):
     prompts.check(spec, question, student, student)
     assert not prompts.warnings(spec, question, chat)
+
+
+def _changed(config, path, **changes):
+  """Changes fields of a group, named with dots."""
+  name, _, rest = path.partition(".")
+  inner = getattr(config, name)
+  if rest:
+    return dataclasses.replace(
+        config, **{name: _changed(inner, rest, **changes)}
+    )
+  return dataclasses.replace(
+      config, **{name: dataclasses.replace(inner, **changes)}
+  )
+
+
+def _without_set(config, **changes):
+  heldout = dataclasses.replace(
+      config.evaluation.sets["heldout"], split="train", **changes
+  )
+  return _changed(config, "evaluation", sets={"heldout": heldout})
+
+
+def _on_completions(config, tmp_path, completion):
+  source = tmp_path / "a.jsonl"
+  source.write_text(json.dumps({"question": "?", "completion": completion}))
+  train = DatasetSpec(str(source), completion="completion")
+  config = _changed(config, "data", train=train)
+  return _changed(config, "rollout", source="data")
+
+
+# What a run refuses, and words of its sentence.
+_REFUSED = {
+    "positions": (
+        lambda c, _: _changed(c, "evaluation", max_len=5000),
+        "more than the 1024 positions of bundled:capable",
+    ),
+    "the teacher's positions": (
+        lambda c, _: _changed(
+            c, "data", teacher_prompt="{question}", max_teacher_prompt_len=1000
+        ),
+        "more than the 1024 positions of bundled:teacher",
+    ),
+    "mesh": (
+        lambda c, _: _changed(c, "mesh", fsdp=3),
+        "which does not fill the",
+    ),
+    "a set that is not there": (
+        lambda c, d: _without_set(c, source=str(d / "no.jsonl"), size=0),
+        "no.jsonl does not exist",
+    ),
+    "a field that a set lacks": (
+        lambda c, _: _without_set(c, answer="solution"),
+        "has no field 'solution'",
+    ),
+    "a set's own length": (
+        lambda c, _: _without_set(c, max_prompt_len=3),
+        "prompts are longer than evaluation.sets.heldout.max_prompt_len 3",
+    ),
+    "completions that are lists": (
+        lambda c, d: _on_completions(c, d, ["We add."]),
+        "a.jsonl line 1 has ['We add.'] (list) in field 'completion'",
+    ),
+    "completions that are long": (
+        lambda c, d: _on_completions(c, d, "We add. " * 999),
+        "every one of the 1 records is longer",
+    ),
+    "prompts that are long": (
+        lambda c, _: _changed(c, "data", max_prompt_len=12),
+        "every one of the 100000 records is longer",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _REFUSED)
+def test_what_a_run_refuses_is_refused_before_weights(
+    tmp_path, monkeypatch, name
+):
+  change, words = _REFUSED[name]
+  if name == "prompts that are long":
+    monkeypatch.setattr(prompts.PromptIterator, "_encode", lambda *_: "long")
+  monkeypatch.setattr(hf, "check_weights", None)  # Not to be called.
+  config = change(_config(), tmp_path)
+  sentence = _refusal(config)
+  assert words in sentence
+  with pytest.raises(errors.UserError) as caught:
+    setup.prepare(config, tmp_path / "workdir")
+  assert sentence.startswith(str(caught.value))
+  assert not (tmp_path / "workdir").exists()
+
+
+def test_a_batch_that_does_not_split_is_refused_for_other_devices(tmp_path):
+  flags = ("--config.data.batch_size=12",)
+  here = tmp_path / "here"
+  here.mkdir()
+  process = subprocess.run(
+      [
+          sys.executable, "-m", "prefix_distill.main", "--preflight",
+          f"--config={_ROOT}/configs/math.py", *flags,
+      ],
+      cwd=here, text=True, capture_output=True, timeout=120, check=False,
+      env=os.environ | {
+          "PYTHONPATH": str(_ROOT), "JAX_PLATFORMS": "cpu",
+          "JAX_NUM_CPU_DEVICES": "8",
+      },
+  )  # fmt: skip
+  assert process.returncode == 1 and not process.stdout
+  assert "data.batch_size is 12, which is not divisible by 8" in process.stderr
+  assert "JAX_NUM_CPU_DEVICES" in process.stderr
+
+
+@pytest.mark.parametrize("role", ("student", "teacher"))
+@pytest.mark.parametrize("content", ("", "{", "[]", "[" * 100_000))
+def test_the_file_at_fault_is_named(tmp_path, role, content):
+  name = {"student": "capable", "teacher": "teacher"}[role]
+  model = _model(tmp_path / "model", name)
+  (model / "config.json").write_text(content)
+  sentence = _refusal(_config(**{role: model}))
+  assert f"{model}/config.json" in sentence
+  assert "tokenizer" not in sentence
+
+
+def test_what_is_cut_off_or_dropped_is_a_warning(tmp_path):
+  source = tmp_path / "a.jsonl"
+  rows = [{"question": "<|im_end|>How many?"}, {"question": " "}]
+  source.write_text("\n".join(map(json.dumps, rows)))
+  words = _words(_config(train=DatasetSpec(str(source))))
+  assert "read as plain text." in words and "Dropped 1 of the first" in words
+  assert "passed with 2 warnings." in words

@@ -108,8 +108,10 @@ def test_a_teachers_prompt_that_is_too_long_drops_its_record(chat, source):
   spec = _spec(train, "{turns.0.text}", room)
   spec = dataclasses.replace(spec, batch_size=1)
   batches, iterator = _take(spec, chat, 8)
-  assert {int(b.index[0]) for b, _ in batches} == {0, 1, 2, 3}
-  assert 2 <= iterator.dropped <= 4
+  # The first one is empty.
+  assert {int(b.index[0]) for b, _ in batches} == {1, 2, 3}
+  assert 6 <= iterator.dropped <= 9
+  assert set(iterator.reasons) == {"empty", "long"}
 
 
 def test_teachers_prompts_that_are_all_too_long_are_refused(chat, source):

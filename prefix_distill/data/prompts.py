@@ -8,10 +8,30 @@ Every process reads whole batches, and its devices take their rows of them.
 Encoding prompts is cheap. So the state of the stream, the contents of a batch
 and the records that are dropped do not depend on the number of processes.
 
-`check` tests on one question what both models read. A mistake there makes no
+A record that is no use is left out of training, and counted in `dropped`:
+
+  long      a prompt or a completion is longer than its static length
+  empty     the question, the teacher's prompt or the completion is blank
+  broken    one of them has a lone surrogate, half of a character
+  lost      the encoded prompt does not read as the question: the template left
+            it out, or the tokenizer has no tokens for it
+  template  the chat template refuses the record's messages
+  markup    the completion has a token that ends or opens a turn, or opens
+            again what the prompt has opened
+
+A completion is made to follow its prompt. If it begins with what the prompt
+ends with (`<think>`), or ends with a stop token's text, that is cut off: the
+prompt and the end of the row have them. Such records, and those whose questions
+have text that looks like a token (`data/tokenizer.py`), are counted in `noted`.
+The first records are looked at before the run begins, and what was found in
+them is said (`PromptIterator.notes`). An evaluation leaves out what is long,
+and refuses the other kinds, since its accuracy is of all problems.
+
+`check` tests on one question what both models are fed. A mistake there makes no
 step fail: the run only learns less, or learns something else.
 """
 
+import collections
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -27,6 +47,7 @@ import numpy as np
 from prefix_distill.config import DataSpec
 from prefix_distill.config import FIELD
 from prefix_distill.data import records
+from prefix_distill.data.records import Question
 from prefix_distill.data.tokenizer import Chat
 from prefix_distill.data.tokenizer import TokenizerError
 from prefix_distill.errors import ConfigError
@@ -51,6 +72,7 @@ class Example:
     teacher_prompt: int32 [S'], padded on the left; None if the teacher reads
       the student's prompt.
     teacher_prompt_mask: bool [S'].
+    noted: what was done to it, of `_NOTED`.
   """
 
   index: int
@@ -60,6 +82,24 @@ class Example:
   completion_mask: np.ndarray | None = None
   teacher_prompt: np.ndarray | None = None
   teacher_prompt_mask: np.ndarray | None = None
+  noted: tuple[str, ...] = ()
+
+
+# Why a record is dropped, and what is done to one that is not.
+_DROPPED = {
+    "long": "longer than its static length",
+    "empty": "empty in a field that is used",
+    "broken": "with half of a character (a lone surrogate)",
+    "lost": "the encoded prompt does not read as the question",
+    "template": "the chat template refuses its messages",
+    "markup": "the completion has a token that ends or opens a turn",
+}
+_NOTED = {
+    "plain": "text in a prompt looks like a token and is read as plain text",
+    "opened": "the completion begins with what the prompt ends with, which is"
+    " cut off",
+    "ended": "the completion ends with a stop token's text, which is cut off",
+}
 
 
 def _pad(chat: Chat, tokens: Sequence[int], length: int, left: bool) -> _Row:
@@ -73,32 +113,143 @@ def _pad(chat: Chat, tokens: Sequence[int], length: int, left: bool) -> _Row:
   return row, mask
 
 
-def encode_prompt(chat: Chat, question: str, max_len: int, suffix: str) -> _Row:
-  """Returns a prompt's padded row and mask [S]; None if it is too long."""
-  tokens = chat.encode(chat.prompt(question, suffix))
-  return _pad(chat, tokens, max_len, left=True)
+class Dropped(Exception):
+  """A record that is no use; its text is the reason, of `_DROPPED`."""
+
+
+def _encode_question(
+    chat: Chat, question: Question, max_len: int, suffix: str, own: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+  """Encodes a prompt, or the teacher's own.
+
+  Raises:
+    Dropped: it cannot be used.
+  """
+  texts = records.texts(question)
+  faults = [records.fault(text) for text in texts]
+  if "broken" in faults:
+    raise Dropped("broken")
+  if faults[-1]:
+    raise Dropped("empty")
+  if not chat.fits(question, max_len):
+    raise Dropped("long")
+  try:
+    encode = chat.encode_own if own else chat.encode_prompt
+    tokens = encode(question, suffix)
+  except TokenizerError as error:
+    raise Dropped("template") from error
+  row = _pad(chat, tokens, max_len, left=True)
+  if row is None:
+    raise Dropped("long")
+  if not chat.reads_back(question, tokens):
+    raise Dropped("lost")
+  return row
+
+
+def encode_prompt(
+    chat: Chat, question: Question, max_len: int, suffix: str
+) -> tuple[np.ndarray, np.ndarray] | None:
+  """Returns a prompt's padded row and mask [S]; None if it cannot be used."""
+  try:
+    return _encode_question(chat, question, max_len, suffix)
+  except Dropped:
+    return None
+
+
+def encode_problem(
+    chat: Chat, question: Question, max_len: int, suffix: str, where: str
+) -> tuple[np.ndarray, np.ndarray] | None:
+  """Returns a problem's padded row and mask [S]; None if it is too long.
+
+  Raises:
+    DataError: it cannot be used for another reason.
+  """
+  try:
+    return _encode_question(chat, question, max_len, suffix)
+  except Dropped as dropped:
+    reason = str(dropped)
+    if reason == "long":
+      return None
+    because = f" ({dropped.__cause__})" if dropped.__cause__ else ""
+    raise records.DataError(
+        f"{where} cannot be used: {_DROPPED[reason]}{because}; repair it in a"
+        " local copy, or take it out."
+    ) from dropped
+
+
+def _encode_completion(
+    chat: Chat, text: str, max_len: int, opening: str
+) -> tuple[tuple[np.ndarray, np.ndarray], list[str]]:
+  """Encodes a completion, and says what was cut off.
+
+  Args:
+    chat: the tokenizer.
+    text: the completion.
+    max_len: of the row, with the stop token.
+    opening: what the prompt ends with.
+
+  Raises:
+    Dropped: it cannot be used.
+  """
+  if len(text) > max_len * chat.longest_text:
+    raise Dropped("long")
+  text, noted = _trimmed(chat, text, opening)
+  fault = records.fault(text)
+  if fault:
+    raise Dropped(fault)
+  tokens = [*chat.encode(text), chat.end_id]
+  if len(tokens) > max_len:
+    raise Dropped("long")
+  again = opening.strip() and text.lstrip().startswith(
+      tuple(_MARKUP.findall(opening))
+  )
+  if again or not chat.control_ids.isdisjoint(tokens[:-1]):
+    raise Dropped("markup")
+  return _pad(chat, tokens, max_len, left=False), noted
+
+
+def _trimmed(chat: Chat, text: str, opening: str) -> tuple[str, list[str]]:
+  """Cuts off what the prompt and the row's end have already."""
+  noted, start = [], text.lstrip()
+  if opening and start.startswith(opening.strip()):
+    text, noted = start[len(opening.strip()) :], ["opened"]
+    # The white space behind it is the prompt's, too, if the prompt has any.
+    text = text.removeprefix(opening[len(opening.rstrip()) :])
+  end = chat.end_of_text(text)
+  return text[:end], noted + ["ended"] * (end < len(text))
 
 
 def questions(
-    spec: DataSpec, record: Mapping[str, Any]
-) -> tuple[str, str | None]:
-  """Returns the student's question, and the teacher's; None if they agree."""
-  question = str(records.field(record, spec.train.question))
+    spec: DataSpec, record: Mapping[str, Any], where: str = ""
+) -> tuple[Question, Question | None]:
+  """Returns what the student and the teacher are asked; None for the same.
+
+  The teacher's prompt takes the place of the last turn. Turns before it stay.
+  """
+  where = where or f"{spec.train.source} record 1"
+  question = records.question(record, spec.train.question, where)
   if not spec.teacher_prompt:
     return question, None
-  where = f"{spec.train.source} record 1"
-  return question, records.fill(record, spec.teacher_prompt, where)
+  text = records.fill(record, spec.teacher_prompt, where)
+  return question, _with_last(question, text)
 
 
-def check_room(chat: Chat, spec: DataSpec, question: str) -> None:
+def _with_last(question: Question, text: str) -> Question:
+  """Returns a question with another last turn."""
+  if isinstance(question, str):
+    return text
+  return [*question[:-1], {"role": "user", "content": text}]
+
+
+def check_room(chat: Chat, spec: DataSpec, question: Question) -> None:
   """Refuses a prompt length that no prompt can fit.
 
   Raises:
     ConfigError: the length is too short even for an empty question.
   """
-  least = len(chat.encode(chat.prompt("", spec.suffix)))
+  least = len(chat.encode_prompt(_with_last(question, ""), spec.suffix))
   if spec.max_prompt_len <= least:
-    length = len(chat.encode(chat.prompt(question, spec.suffix)))
+    length = len(chat.encode_prompt(question, spec.suffix))
     raise ConfigError(
         f"data.max_prompt_len is {spec.max_prompt_len}, but the chat template"
         f" alone takes {least} tokens, which leaves no room for a question;"
@@ -106,8 +257,10 @@ def check_room(chat: Chat, spec: DataSpec, question: str) -> None:
     )
 
 
-def check_teacher_room(chat: Chat, spec: DataSpec, question: str) -> None:
-  """Refuses a length that none of the teacher's own prompts can fit.
+def check_teacher_room(
+    chat: Chat, spec: DataSpec, question: Question
+) -> None:
+  """Refuses a length that no prompt of the teacher's own can fit.
 
   Args:
     chat: the teacher's tokenizer.
@@ -117,10 +270,9 @@ def check_teacher_room(chat: Chat, spec: DataSpec, question: str) -> None:
   Raises:
     ConfigError: the length is too short even if all fields are empty.
   """
-  empty = FIELD.sub("", spec.teacher_prompt)
+  empty = _with_last(question, FIELD.sub("", spec.teacher_prompt))
   least, length = (
-      len(chat.encode(chat.own_prompt(text, spec.suffix)))
-      for text in (empty, question)
+      len(chat.encode_own(asked, spec.suffix)) for asked in (empty, question)
   )
   if spec.teacher_prompt_len <= least:
     raise ConfigError(
@@ -136,10 +288,13 @@ class PromptIterator:
 
   Attributes:
     records: all records, as they are read.
-    question: the student's question for the first record.
-    teacher_question: the teacher's question for the first record; None if it is
-      the student's.
-    dropped: how many records were longer than the static length so far.
+    question: the first record's whose prompts can be encoded.
+    teacher_question: what the teacher is asked there; None for the same.
+    number: that record's, from 0.
+    notes: sentences about the first records, for the user to read.
+    dropped: records so far that were no use.
+    reasons: how many of them for which reason; see the module.
+    noted: records so far of which something was cut or read as plain text.
   """
 
   def __init__(
@@ -150,76 +305,159 @@ class PromptIterator:
       seed: int,
       completion_len: int = 0,
       teacher_chat: Chat | None = None,
+      first: bool = False,
   ):
     """Opens the records.
 
     Args:
       spec: the records, the batch size and the prompt lengths.
       chat: the student's tokenizer.
-      seed: the seed of the shuffle; each epoch has its own order.
-      completion_len: the longest completion; 0 for no completions.
-      teacher_chat: the teacher's tokenizer; needed if the teacher has its own
-        prompt.
+      seed: of the shuffle; each epoch has an order of its own.
+      completion_len: with completions of up to this length; 0 for none.
+      teacher_chat: the teacher's tokenizer; needed for a prompt of its own.
+      first: see `records.read`.
 
     Raises:
       DataError: see `records.read`.
-      ConfigError: the prompt length leaves no room for a question.
+      ConfigError: the prompt length leaves no room for a question, or no record
+        can be used.
     """
-    self.records = records.read(spec.train, more=spec.teacher_fields)
+    self.records = records.read(spec.train, first, spec.teacher_fields)
     self._spec, self._chat, self._teacher_chat = spec, chat, teacher_chat
     self._completion_len = completion_len
-    self.question, self.teacher_question = questions(spec, self.records[0])
-    check_room(chat, spec, self.question)
-    if self.teacher_question is not None:
-      check_teacher_room(teacher_chat, spec, self.teacher_question)
-    stream = grain.MapDataset.range(len(self.records)).seed(seed).shuffle()
+    self._opening = chat.opening(spec.suffix) if completion_len else ""
+    self._epoch = len(self.records)
+    self._whole = not first or self.records.is_whole
+    self.notes = self._survey()
+    stream = grain.MapDataset.range(self._epoch).seed(seed).shuffle()
     stream = stream.repeat().map(self._encode)
-    # A record that is too long comes out as None, so that it is counted.
+    # Records that are no use come out as their reasons, to be counted.
     self._iterator = iter(
         stream.to_iter_dataset(
             grain.ReadOptions(num_threads=1, prefetch_buffer_size=64),
-            allow_nones=True,
         )
     )
     self.dropped = 0
+    self.reasons = collections.Counter()
+    self.noted = collections.Counter()
 
-  def _encode(self, number: int) -> Example | None:
-    """Returns a record by its number; None if it is too long."""
-    record, spec, fields = self.records[number], self._spec, self._spec.train
-    where = f"{fields.source} record {number + 1}"
-    question = records.text(record, fields.question, where)
-    prompt = encode_prompt(
-        self._chat, question, spec.max_prompt_len, spec.suffix
+  def _survey(self) -> list[str]:
+    """Looks at the first records; returns sentences about them.
+
+    Raises:
+      ConfigError: no record can be used.
+    """
+    count = min(self._epoch, records.FIRST)
+    found = [self._encode(i) for i in range(count)]
+    shown = (i for i, x in enumerate(found) if self._is_shown(i, x))
+    self.number = next(shown, -1)
+    if self.number >= 0:
+      self._show()
+    self._check_any(found)
+    if self.number < 0:  # More may follow, but these are not what was meant.
+      raise ConfigError(self._none_left(collections.Counter(found)))
+    counts = collections.Counter(x for x in found if isinstance(x, str))
+    counts.update(
+        note for x in found if isinstance(x, Example) for note in x.noted
     )
+    return [
+        f"{'Dropped' if name in _DROPPED else 'Changed'} {number} of the first"
+        f" {count} records of {self._spec.train.source}:"
+        f" {(_DROPPED | _NOTED)[name]}."
+        for name, number in counts.items()
+    ]
+
+  def _is_shown(self, number: int, example: Example | str) -> bool:
+    """Whether a record's prompts can be encoded, long or not, in no time."""
+    if example not in ("long", "markup"):
+      return isinstance(example, Example)
+    question, theirs = questions(self._spec, self.records[number])
+    room = 4 * self._spec.max_prompt_len
+    if theirs is not None and records.fault(records.last_turn(theirs)):
+      return False
+    return self._chat.fits(question, room) and (
+        theirs is None
+        or self._teacher_chat.fits(theirs, 4 * self._spec.teacher_prompt_len)
+    )
+
+  def _show(self) -> None:
+    """Keeps the questions of the record that checks and users look at."""
+    spec, record = self._spec, self.records[self.number]
+    where = f"{spec.train.source} record {self.number + 1}"
+    self.question, self.teacher_question = questions(spec, record, where)
+    check_room(self._chat, spec, self.question)
+    if self.teacher_question is not None:
+      check_teacher_room(self._teacher_chat, spec, self.teacher_question)
+
+  def _check_any(self, found: Sequence[Example | str]) -> None:
+    """Refuses records of which none can be used.
+
+    Raises:
+      ConfigError: so it is.
+    """
+    if any(isinstance(x, Example) for x in found) or not self._whole:
+      return
+    reasons = collections.Counter(found)
+    for i in range(len(found), self._epoch):
+      example = self._encode(i)
+      if isinstance(example, Example):
+        return
+      reasons[example] += 1
+    raise ConfigError(self._none_left(reasons))
+
+  def _none_left(self, reasons: Mapping[str, int]) -> str:
+    if set(reasons) == {"long"}:
+      return self._all_too_long()
+    counts = "; ".join(f"{n}: {_DROPPED[name]}" for name, n in reasons.items())
+    return (
+        f"{self._spec.train.source} has {self._epoch} records, and none can be"
+        f" used ({counts}); repair them, or name other fields in data.train."
+    )
+
+  def _encode(self, number: int) -> Example | str:
+    """Returns an example, or the reason why a record is no use."""
+    try:
+      return self._example(number, self.records[number])
+    except Dropped as dropped:
+      return str(dropped)
+
+  def _example(self, number: int, record: Mapping[str, Any]) -> Example:
+    spec, fields, chat = self._spec, self._spec.train, self._chat
+    where = f"{fields.source} record {number + 1}"
+    question, theirs = questions(spec, record, where)
+    prompt = _encode_question(
+        chat, question, spec.max_prompt_len, spec.suffix
+    )
+    noted = ["plain"] if chat.has_markup(question) else []
     completion = teachers = (None, None)
     if self._completion_len:
-      text = records.text(record, fields.completion, where)
-      tokens = [*self._chat.encode(text), self._chat.end_id]
-      completion = _pad(self._chat, tokens, self._completion_len, left=False)
-    if spec.teacher_prompt:
-      text = records.fill(record, spec.teacher_prompt, where)
-      chat = self._teacher_chat
-      tokens = chat.encode(chat.own_prompt(text, spec.suffix))
-      teachers = _pad(chat, tokens, spec.teacher_prompt_len, left=True)
-    if prompt is None or completion is None or teachers is None:
-      return None
-    return Example(number, *prompt, *completion, *teachers)
+      text = records.completion(record, fields.completion, where)
+      completion, cut = _encode_completion(
+          chat, text, self._completion_len, self._opening
+      )
+      noted += cut
+    if theirs is not None:
+      chat, room = self._teacher_chat, spec.teacher_prompt_len
+      teachers = _encode_question(chat, theirs, room, spec.suffix, own=True)
+      if chat.has_markup(theirs) and not noted:
+        noted = ["plain"]
+    return Example(number, *prompt, *completion, *teachers, tuple(noted))
 
   def _take(self) -> list[Example]:
-    examples, missed = [], 0
+    examples, missed = [], collections.Counter()
     while len(examples) < self._spec.batch_size:
       example = next(self._iterator)
-      if example is not None:
-        examples.append(example)
-        missed = 0
+      if isinstance(example, str):
+        self.dropped += 1
+        self.reasons[example] += 1
+        missed[example] += 1
+        if missed.total() > self._epoch:
+          missed.clear()  # Bad luck, unless no record fits.
+          self._check_any(())
         continue
-      self.dropped += 1
-      missed += 1
-      if missed > len(self.records):
-        missed = 0
-        # Two epochs may place the records that fit far apart.
-        if not any(map(self._encode, range(len(self.records)))):
-          raise ConfigError(self._all_too_long())
+      missed.clear()
+      self.noted.update(example.noted)
+      examples.append(example)
     return examples
 
   def _all_too_long(self) -> str:
@@ -262,7 +500,12 @@ class PromptIterator:
   def get_state(self) -> str:
     """Returns the stream's position as JSON."""
     return json.dumps(
-        {"grain": self._iterator.get_state(), "dropped": self.dropped}
+        {
+            "grain": self._iterator.get_state(),
+            "dropped": self.dropped,
+            "reasons": self.reasons,
+            "noted": self.noted,
+        }
     )
 
   def set_state(self, state: str) -> None:
@@ -270,6 +513,8 @@ class PromptIterator:
     loaded = json.loads(state)
     self._iterator.set_state(loaded["grain"])
     self.dropped = loaded["dropped"]
+    self.reasons = collections.Counter(loaded.get("reasons"))
+    self.noted = collections.Counter(loaded.get("noted"))
 
 
 def trim(batch: PromptBatch, spec: DataSpec) -> PromptBatch:
@@ -315,10 +560,10 @@ def name_token(chat: Chat, token: int | None) -> str:
 
 def check(
     spec: DataSpec,
-    question: str,
+    question: Question,
     student: PromptReader,
     teacher: PromptReader | None = None,
-    teacher_question: str | None = None,
+    teacher_question: Question | None = None,
 ) -> None:
   """Refuses tokenizers, templates and suffixes that do not fit together.
 
@@ -347,8 +592,8 @@ def check(
   _check_boundary(spec, "prompt", prompt, student.chat)
 
 
-def warnings(spec: DataSpec, question: str, chat: Chat) -> list[str]:
-  """Returns sentences about settings that work, but may be a mistake."""
+def warnings(spec: DataSpec, question: Question, chat: Chat) -> list[str]:
+  """Returns sentences about what works, but may not be meant."""
   found = [
       f"data.suffix has {markup!r}, which the student's tokenizer splits into"
       f" {len(chat.encode(markup))} tokens. Choose a suffix that is one token,"
@@ -379,7 +624,9 @@ def _check_vocab_size(model: PromptReader) -> None:
     )
 
 
-def _check_opened_once(spec: DataSpec, question: str, chat: Chat) -> None:
+def _check_opened_once(
+    spec: DataSpec, question: Question, chat: Chat
+) -> None:
   if chat.opens(question, spec.suffix):
     template = chat.prompt(question, "")
     raise ConfigError(
@@ -396,10 +643,10 @@ def _first_difference(ours: Sequence[int], theirs: Sequence[int]) -> tuple:
 
 
 def _check_templates(
-    spec: DataSpec, question: str, student: Chat, teacher: Chat
+    spec: DataSpec, question: Question, student: Chat, teacher: Chat
 ) -> None:
-  ours = student.encode(student.prompt(question, spec.suffix))
-  theirs = teacher.encode(teacher.own_prompt(question, spec.suffix))
+  ours = student.encode_prompt(question, spec.suffix)
+  theirs = teacher.encode_own(question, spec.suffix)
   if ours == theirs:
     return
   position, a, b = _first_difference(ours, theirs)
@@ -412,8 +659,10 @@ def _check_templates(
   )
 
 
-def _mend(spec: DataSpec, question: str, student: Chat, teacher: Chat) -> str:
-  """Says which setting makes the student's prompt equal the teacher's."""
+def _mend(
+    spec: DataSpec, question: Question, student: Chat, teacher: Chat
+) -> str:
+  """Says how the student's prompt becomes the teacher's."""
   base = student.prompt(question, "")
   wanted = teacher.own_prompt(question, spec.suffix)
   suffix = wanted.removeprefix(base)

@@ -1,4 +1,17 @@
-r"""Records from JSONL, Parquet, a Hugging Face data set or a bundled task.
+r"""Records from JSONL, JSON, Parquet, a Hugging Face data set or the math task.
+
+What a field may hold:
+
+  a question     text, or a list of messages that ends with the user's:
+                 [{"role": "user", "content": "How many?"}]
+  a completion   text, or a list of one message, the assistant's
+  an answer      text or an integer, which stands for its digits
+  an option      text
+
+A message has the role "system" (the first one only), "user" or "assistant". Its
+content is text, or a list of parts {"type": "text", "text": "How many?"}, which
+are joined. All else (other lists, dictionaries, bytes, floats, booleans) is
+refused with its record and field, since it would be read as Python writes it.
 
 The prompt of a multiple-choice record is the question, a line for each option,
 and a request for the letter of the right option. The paper does not state its
@@ -19,11 +32,21 @@ import json
 import pathlib
 import string
 from typing import Any
+from typing import TypeAlias
 
 from prefix_distill.config import DatasetSpec
 from prefix_distill.config import FIELD
 from prefix_distill.data import bundled_tasks
 from prefix_distill.errors import UserError
+
+# What a user asks: a text, or messages that end with the user's.
+Message: TypeAlias = Mapping[str, str]
+Question: TypeAlias = str | Sequence[Message]
+
+# How many records are looked at before a run begins.
+FIRST = 100
+
+_ROLES = ("system", "user", "assistant")
 
 
 class DataError(UserError):
@@ -67,9 +90,177 @@ def value(record: Mapping[str, Any], name: str, where: str) -> Any:
     ) from error
 
 
+def _refuse(found: Any, name: str, where: str, mend: str) -> DataError:
+  shown = repr(found)
+  shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
+  return DataError(
+      f"{where} has {shown} ({type(found).__name__}) in field {name!r}, which"
+      f" is {mend}."
+  )
+
+
+_NO_TEXT = "no text; write it as text, or name another field in the config"
+
+
 def text(record: Mapping[str, Any], name: str, where: str) -> str:
-  """Returns a field as text; see `value`."""
-  return str(value(record, name, where))
+  """Returns a field that holds text; see `value`.
+
+  Raises:
+    DataError: it holds something else.
+  """
+  found = value(record, name, where)
+  if not isinstance(found, str):
+    raise _refuse(found, name, where, _NO_TEXT)
+  return found
+
+
+def answer(record: Mapping[str, Any], name: str, where: str) -> str:
+  """Returns a field that holds text or an integer."""
+  found = value(record, name, where)
+  if isinstance(found, int) and not isinstance(found, bool):
+    return str(found)
+  return text(record, name, where)
+
+
+def gold(record: Mapping[str, Any], name: str, where: str) -> str:
+  """Returns a right answer; an evaluation has to have every one."""
+  found = answer(record, name, where)
+  check_sound(found, name, where)
+  return found
+
+
+def check_sound(found: str, name: str, where: str) -> None:
+  """Refuses a text that an evaluation cannot use.
+
+  Raises:
+    DataError: see `fault`.
+  """
+  words = {
+      "empty": "nothing but white space",
+      "broken": "half of a character (a lone surrogate)",
+  }
+  wrong = fault(found)
+  if wrong:
+    raise DataError(
+        f"{where} has {words[wrong]} in field {name!r}; repair it in a local"
+        " copy, or take the record out."
+    )
+
+
+def completion(record: Mapping[str, Any], name: str, where: str) -> str:
+  """Returns a field that holds text or a message of the assistant's."""
+  found = value(record, name, where)
+  if not _are_messages(found):
+    return text(record, name, where)
+  messages = _messages(found, name, where)
+  if [message["role"] for message in messages] != ["assistant"]:
+    raise _refuse(
+        found, name, where,
+        "not one message of the assistant's; name the field of the answer",
+    )  # fmt: skip
+  return messages[0]["content"]
+
+
+def question(record: Mapping[str, Any], name: str, where: str) -> Question:
+  """Returns a field that holds text or messages that end with the user's."""
+  found = value(record, name, where)
+  if not _are_messages(found):
+    return text(record, name, where)
+  messages = _messages(found, name, where)
+  roles = [message["role"] for message in messages]
+  if roles[-1] != "user":
+    raise _refuse(
+        found, name, where,
+        f"a list of messages that ends with the {roles[-1]}'s, not the user's;"
+        " name a field that ends with the question",
+    )  # fmt: skip
+  if "system" in roles[1:]:
+    raise _refuse(
+        found, name, where,
+        "a list of messages with a system message that is not the first one;"
+        " put it first",
+    )  # fmt: skip
+  return messages
+
+
+def last_turn(asked: Question) -> str:
+  """Returns what the user says last."""
+  return asked if isinstance(asked, str) else asked[-1]["content"]
+
+
+def texts(asked: Question) -> list[str]:
+  """Returns the text of every turn."""
+  return [asked] if isinstance(asked, str) else [m["content"] for m in asked]
+
+
+def fault(found: str) -> str:
+  """Returns what makes a text useless: "empty", "broken" or nothing."""
+  if not found.strip():
+    return "empty"
+  try:
+    found.encode()
+  except UnicodeEncodeError:
+    return "broken"  # It has a lone surrogate, half of a character.
+  return ""
+
+
+def _are_messages(found: Any) -> bool:
+  return (
+      isinstance(found, list)
+      and bool(found)
+      and all(isinstance(x, dict) and "role" in x for x in found)
+  )
+
+
+def _messages(found: list[Any], name: str, where: str) -> list[Message]:
+  """Returns messages with a role and a text each."""
+  out = []
+  for number, message in enumerate(found):
+    at = f"{name}.{number}"
+    role = message["role"]
+    if role not in _ROLES:
+      raise _refuse(
+          role, f"{at}.role", where, f"none of the roles {', '.join(_ROLES)}"
+      )
+    for extra in ("tool_calls", "function_call"):
+      if message.get(extra):
+        raise _refuse(
+            message[extra], f"{at}.{extra}", where,
+            "not supported; take out records with calls of tools",
+        )  # fmt: skip
+    content = _content(message.get("content"), f"{at}.content", where)
+    out.append({"role": role, "content": content})
+  return out
+
+
+def _content(found: Any, name: str, where: str) -> str:
+  """Returns a message's text, or that of its parts."""
+  if isinstance(found, str):
+    return found
+  if not isinstance(found, list) or not found:
+    raise _refuse(found, name, where, _NO_TEXT)
+  for part in found:
+    if not (
+        isinstance(part, dict)
+        and part.get("type") == "text"
+        and isinstance(part.get("text"), str)
+    ):
+      raise _refuse(part, name, where, "no part of text; models here read text")
+  return "".join(part["text"] for part in found)
+
+
+def check_kinds(
+    record: Mapping[str, Any], spec: DatasetSpec, where: str
+) -> None:
+  """Refuses a record whose fields hold what they may not; see the module."""
+  question(record, spec.question, where)
+  if spec.completion:
+    completion(record, spec.completion, where)
+  if spec.answer:
+    answer(record, spec.answer, where)
+  if len(spec.choices) > 1:
+    for name in spec.choices:
+      text(record, name, where)
 
 
 def random_key(*parts: str | int) -> bytes:
@@ -81,30 +272,95 @@ def random_key(*parts: str | int) -> bytes:
   return hashlib.sha256(json.dumps(parts).encode()).digest()
 
 
+def _check_fields(
+    record: Mapping[str, Any], names: Sequence[str], where: str
+) -> None:
+  for name in names:
+    try:
+      field(record, name)
+    except KeyError as error:
+      if name in record:  # It is null, as "None" in a .csv file is read.
+        raise DataError(
+            f"{where} has nothing in its field {name!r}; fill it in a local"
+            " copy, or name another field in the config."
+        ) from error
+      raise DataError(
+          f"{where} has no field {name!r}; it has {', '.join(record)}, so name"
+          " one of these in the config."
+      ) from error
+
+
+def _parse(found: str, where: str) -> Any:
+  """Parses JSON; one sentence for whatever is wrong with it."""
+  try:
+    return json.loads(found)
+  except json.JSONDecodeError as error:
+    raise DataError(f"{where} is not JSON ({error.msg}); repair it.") from error
+  except RecursionError as error:
+    raise DataError(
+        f"{where} has brackets in brackets, too deep to read; repair it."
+    ) from error
+  except ValueError as error:  # An integer of thousands of digits.
+    raise DataError(f"{where} is not JSON ({error}); repair it.") from error
+
+
 def _read_jsonl(
-    path: pathlib.Path, names: Sequence[str]
+    path: pathlib.Path, spec: DatasetSpec, names: Sequence[str]
 ) -> list[dict[str, Any]]:
   """Reads and checks all lines; each line may have other fields."""
   out = []
-  with path.open(encoding="utf-8") as lines:
+  with path.open(encoding="utf-8-sig") as lines:
     for number, line in enumerate(lines, 1):
       if not line.strip():
         continue
-      try:
-        record = json.loads(line)
-      except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path} line {number} is not JSON ({error.msg}); repair it."
-        ) from error
+      where = f"{path} line {number}"
+      record = _parse(line, where)
       if not isinstance(record, dict):
         raise DataError(
-            f"{path} line {number} is not a JSON object; write one record a"
-            " line."
+            f"{where} is not a JSON object; write one record a line."
         )
-      for name in names:
-        value(record, name, f"{path} line {number}")
+      _check_fields(record, names, where)
+      check_kinds(record, spec, where)
       out.append(record)
   return out
+
+
+def _read_json(
+    path: pathlib.Path, spec: DatasetSpec, names: Sequence[str]
+) -> list[dict[str, Any]]:
+  """Reads a list of records, or lines as in .jsonl."""
+  whole = path.read_text(encoding="utf-8-sig")
+  if not whole.lstrip().startswith("["):
+    return _read_jsonl(path, spec, names)
+  found = _parse(whole, str(path))
+  for number, record in enumerate(found, 1):
+    if not isinstance(record, dict):
+      raise DataError(
+          f"{path} record {number} is not a JSON object; write a list of"
+          " objects."
+      )
+    _check_fields(record, names, f"{path} record {number}")
+    check_kinds(record, spec, f"{path} record {number}")
+  return found
+
+
+def _read_parquet(
+    path: pathlib.Path, spec: DatasetSpec, names: Sequence[str]
+) -> list[dict[str, Any]]:
+  import pyarrow.parquet  # Takes a second that most runs need not pay.
+
+  found = pyarrow.parquet.read_table(path).to_pylist()
+  for number, record in enumerate(found, 1):
+    _check_fields(record, names, f"{path} record {number}")
+    check_kinds(record, spec, f"{path} record {number}")
+  return found
+
+
+_READERS = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+}
 
 
 def _cache_of(directory: pathlib.Path, root: str) -> str:
@@ -122,10 +378,10 @@ def _cache_of(directory: pathlib.Path, root: str) -> str:
 
 
 def _read_dataset(
-    spec: DatasetSpec, first: bool = False
+    spec: DatasetSpec, names: Sequence[str], first: bool = False
 ) -> Sequence[dict[str, Any]]:
-  """Loads a data set; if `first`, streams its first record only."""
-  import datasets  # The import takes seconds; most runs skip it.
+  """Loads a data set, or a list of its first records, which are streamed."""
+  import datasets  # Takes seconds that most runs need not pay.
 
   local, cache = pathlib.Path(spec.source), None
   if local.is_dir():
@@ -138,7 +394,8 @@ def _read_dataset(
         cache_dir=cache,
         streaming=first,
     )
-    return list(loaded.take(1)) if first else loaded
+    if first:
+      return list(loaded.take(FIRST))
   except Exception as error:
     reason = str(error).strip().splitlines()[0] if str(error) else repr(error)
     raise DataError(
@@ -146,6 +403,28 @@ def _read_dataset(
         f" {spec.split!r}) cannot be loaded ({reason}); check the names, or"
         " give the path of a .jsonl or .parquet file."
     ) from error
+  _check_nulls(loaded, spec.source, names)
+  return loaded
+
+
+def _check_nulls(loaded: Any, source: str, names: Sequence[str]) -> None:
+  """Refuses nulls in a table's columns, which cost nothing to count."""
+  for name in names:
+    if name not in loaded.column_names:
+      continue
+    column = loaded.data.column(name)
+    if column.null_count:
+      number = column.is_null().to_pylist().index(True)
+      _check_fields(
+          loaded[number], [name], f"{source} record {number + 1}"
+      )
+
+
+def _is_data_set(spec: DatasetSpec) -> bool:
+  """Whether `datasets` reads it: neither the math task nor a single file."""
+  path = pathlib.Path(spec.source)
+  named = path.suffix.lower() in _READERS or path.is_file()
+  return spec.source != "math_task" and (path.is_dir() or not named)
 
 
 def _read(
@@ -160,45 +439,65 @@ def _read(
     except ValueError as error:
       raise DataError(str(error)) from error
   path = pathlib.Path(spec.source)
-  if path.suffix not in (".jsonl", ".parquet"):
-    return _read_dataset(spec, first)
+  kind = path.suffix.lower()
+  if _is_data_set(spec):
+    return _read_dataset(spec, names, first)
+  if kind not in _READERS:
+    raise DataError(
+        f"{path} is a file of a kind that is not read; write it as"
+        f" {', '.join(_READERS)}."
+    )
   if not path.is_file():
     raise DataError(f"The file {path} does not exist; check data.*.source.")
   try:
-    if path.suffix == ".jsonl":
-      return _read_jsonl(path, names)
-    from pyarrow import parquet  # The import takes a second; most runs skip it.
-
-    return parquet.read_table(path).to_pylist()
+    return _READERS[kind](path, spec, names)
   except DataError:
     raise
-  except (OSError, ValueError) as error:
+  except Exception as error:  # pyarrow raises many kinds.
+    lines = str(error).strip().splitlines() or [type(error).__name__]
     raise DataError(
-        f"{path} cannot be read as {path.suffix[1:]}"
-        f" ({str(error).splitlines()[0]}); write it again."
+        f"{path} cannot be read as {kind[1:]} ({lines[0]}); write it again."
     ) from error
 
 
 def fill(record: Mapping[str, Any], template: str, where: str) -> str:
   """Replaces the names in braces by the record's fields.
 
+  A field holds what a question, an answer or a completion may. Of messages
+  that is the text of the last one.
+
   Raises:
-    DataError: the record lacks a field.
+    DataError: the record lacks one, or it holds something else.
   """
-  return FIELD.sub(lambda match: text(record, match[1], where), template)
+  return FIELD.sub(lambda match: _filled(record, match[1], where), template)
+
+
+def _filled(record: Mapping[str, Any], name: str, where: str) -> str:
+  found = value(record, name, where)
+  if not _are_messages(found):
+    return answer(record, name, where)
+  if len(found) == 1 and found[0]["role"] == "assistant":
+    return completion(record, name, where)
+  return last_turn(question(record, name, where))
 
 
 class Records(Sequence):
   """Some records of a source.
 
   Attributes:
-    numbers: their numbers in the source, from 0.
+    numbers: which ones, from 0.
+    is_whole: whether no record was left at the source.
   """
 
   def __init__(
-      self, source: str, records: Sequence[Any], numbers: Sequence[int]
+      self,
+      source: str,
+      records: Sequence[Any],
+      numbers: Sequence[int],
+      is_whole: bool = True,
   ):
     self._source, self._records, self.numbers = source, records, numbers
+    self.is_whole = is_whole
 
   def __len__(self) -> int:
     return len(self.numbers)
@@ -226,9 +525,9 @@ def read(
   """Reads the records and checks that each has the named fields.
 
   Args:
-    spec: the source, its fields, and how many records.
-    first: whether the first record is enough; then no whole data set is
-      downloaded.
+    spec: where from, and which.
+    first: whether the first records are enough; then no data set is downloaded
+      whole.
     more: names of fields that the records need besides those of `spec`.
 
   Raises:
@@ -242,10 +541,13 @@ def read(
     raise DataError(
         f"{spec.source} has no records; check its contents and the split."
     )
-  # The records of a table share their fields, so checking the first is enough.
-  for name in names:
-    value(records[0], name, f"{spec.source} record 1")
-  return Records(spec.source, records, _numbers(spec, len(records)))
+  # Records of a table share their fields, so the first stands for all.
+  _check_fields(records[0], names, f"{spec.source} record 1")
+  check_kinds(records[0], spec, f"{spec.source} record 1")
+  is_whole = not (first and _is_data_set(spec)) or len(records) < FIRST
+  return Records(
+      spec.source, records, _numbers(spec, len(records)), is_whole
+  )
 
 
 LETTERS = tuple(string.ascii_uppercase)
@@ -259,11 +561,16 @@ def _options(
 ) -> Sequence[str]:
   """Returns the options in the record's order."""
   if len(spec.choices) > 1:
-    return [text(record, name, where) for name in spec.choices]
+    options = [text(record, name, where) for name in spec.choices]
+    for name, option in zip(spec.choices, options, strict=True):
+      check_sound(option, name, where)
+    return options
   (name,) = spec.choices
   found = value(record, name, where)
   texts = isinstance(found, list) and all(isinstance(x, str) for x in found)
   if texts and 2 <= len(found) <= len(LETTERS):
+    for option in found:
+      check_sound(option, name, where)
     return found
   shown = repr(found)
   shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
@@ -277,8 +584,8 @@ def _options(
 def _letter(
     record: Mapping[str, Any], name: str, count: int, where: str
 ) -> str:
-  """Returns the letter in a field."""
-  found = text(record, name, where).strip()
+  """Returns the letter that a field holds."""
+  found = answer(record, name, where).strip()
   if found.upper() not in LETTERS[:count]:
     raise DataError(
         f"{where} has {found!r} in field {name!r}, which is none of the letters"

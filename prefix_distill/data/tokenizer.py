@@ -1,18 +1,38 @@
-"""Tokenizers, chat templates and stop tokens, read with transformers."""
+"""Tokenizers, chat templates and stop tokens; transformers does the work.
 
+What a user or a system prompt says is text. Text that looks like a token of the
+tokenizer's own (`<|im_end|>`, `<think>`) is encoded as plain text, not as that
+token, and is counted; otherwise a question could end the user's turn. What the
+assistant said in earlier turns keeps its markup (`<think>`), but no token that
+ends a turn.
+
+The template alone decides where the first token (BOS) stands. The tokenizer
+adds none.
+"""
+
+from collections.abc import Iterable
 from collections.abc import Sequence
 import dataclasses
+import functools
 import json
+import pathlib
 import re
 from typing import Any
+import unicodedata
 
 import numpy as np
+import tokenizers
 import transformers
 
+from prefix_distill.data.records import Message
+from prefix_distill.data.records import Question
 from prefix_distill.errors import UserError
 from prefix_distill.models import huggingface as hf
 
 _MARKUP = re.compile(r"<[^<>\s]+>")
+_LAST_MARKUP = re.compile(r"(<[^<>\s/|][^<>\s|]*>)\s*\Z")
+# A question that every tokenizer and template can take.
+_PROBE = "What is 7 + 5?"
 
 
 class TokenizerError(UserError):
@@ -25,15 +45,18 @@ class Chat:
 
   Attributes:
     path: the model's path, for messages.
-    tokenizer: the tokenizer of transformers.
-    stop_ids: the tokens that end the model's answers.
-    pad_id: the padding token; padding is always masked.
+    tokenizer: from transformers.
+    stop_ids: the tokens at which the model ends an answer.
+    pad_id: what padding is filled with; always masked.
+    system: the system prompt of a question without one; None for what the
+      template has by itself, and empty for none.
   """
 
   path: str
   tokenizer: Any
   stop_ids: tuple[int, ...]
   pad_id: int
+  system: str | None = None
 
   @property
   def num_tokens(self) -> int:
@@ -61,25 +84,250 @@ class Chat:
         tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
 
-  def prompt(self, question: str, suffix: str) -> str:
-    """Renders a question as the user's turn; there is no system prompt."""
-    text = self.tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}],
-        add_generation_prompt=True,
-        tokenize=False,
-    )
+  def prompt(self, question: Question, suffix: str) -> str:
+    """Renders a question and opens the assistant's turn.
+
+    Raises:
+      TokenizerError: the template refuses the question.
+    """
+    text = self._render(self._messages(question))
     return text + suffix
 
-  def opens(self, question: str, suffix: str) -> bool:
-    """Whether the template already ends with the suffix's first tag."""
+  def encode_prompt(self, question: Question, suffix: str) -> list[int]:
+    """Encodes what `prompt` renders; see the module for what a user says.
+
+    Raises:
+      TokenizerError: the template refuses the question.
+    """
+    messages = self._messages(question)
+    if not any(self._markup_in(message) for message in messages):
+      return self.encode(self._render(messages) + suffix)
+    marks = _unused(messages)
+    guarded = [self._guard(message, marks) for message in messages]
+    return self._encode_guarded(self._render(guarded) + suffix, marks)
+
+  def encode_own(self, question: Question, suffix: str) -> list[int]:
+    """Encodes what `own_prompt` renders."""
+    return self.encode_prompt(question, self._own_suffix(question, suffix))
+
+  def has_markup(self, question: Question) -> bool:
+    """Whether a question has text that looks like a token."""
+    return any(self._markup_in(m) for m in self._messages(question))
+
+  def _messages(self, question: Question) -> list[Message]:
+    """Returns the turns with the system prompt."""
+    if isinstance(question, str):
+      question = [{"role": "user", "content": question}]
+    if self.system and question[0]["role"] != "system":
+      return [{"role": "system", "content": self.system}, *question]
+    return [*question]
+
+  def _render(
+      self, messages: Sequence[Message], add_generation_prompt: bool = True
+  ) -> str:
+    text = self._apply(messages, add_generation_prompt)
+    if self.system != "" or messages[0]["role"] == "system":
+      return text
+    start, head = self._unasked
+    if not text.startswith(head):
+      raise TokenizerError(
+          f"{self.path}: data.system is '', but the system prompt that the chat"
+          " template adds depends on the question and cannot be left out; set"
+          " data.system to a text, or take it out of chat_template.jinja."
+      )
+    return text[:start] + text[len(head) :]
+
+  def _apply(
+      self, messages: Sequence[Message], add_generation_prompt: bool = True
+  ) -> str:
+    try:
+      text = self.tokenizer.apply_chat_template(
+          messages,
+          add_generation_prompt=add_generation_prompt,
+          tokenize=False,
+      )
+    except Exception as error:  # A template can raise anything.
+      roles = ", ".join(message["role"] for message in messages)
+      raise TokenizerError(
+          f"{self.path}: the chat template fails on messages of {roles}"
+          f" ({reason(error)}); repair chat_template.jinja, or change the"
+          " messages."
+      ) from error
+    return text
+
+  @functools.cached_property
+  def _unasked(self) -> tuple[int, str]:
+    """Where the template's own system prompt begins, and all up to its end.
+
+    The first turn begins with the template's first token that is not BOS. The
+    user's turn begins with the last such token before the question.
+    """
+    text = self._apply([{"role": "user", "content": _PROBE}])
+    head = text[: text.index(_PROBE)]
+    found = [m for m in self._markup.finditer(head) if m[0] != self._bos]
+    if not found:
+      raise TokenizerError(
+          f"{self.path}: data.system is '', but the chat template marks turns"
+          " with no token of their own, so that its system prompt cannot be"
+          " told apart; leave data.system at None."
+      )
+    last = [m for m in found if m[0] == found[0][0]][-1]
+    return found[0].start(), head[: last.start()]
+
+  @property
+  def _bos(self) -> str | None:
+    return self.tokenizer.bos_token
+
+  @functools.cached_property
+  def _markup(self) -> re.Pattern[str]:
+    """Finds text that looks like a token of the tokenizer's own."""
+    return _any_of(self._names(self.special_ids))
+
+  @functools.cached_property
+  def _control(self) -> re.Pattern[str]:
+    """Finds text that looks like a token that belongs to no answer."""
+    return _any_of(self._names(self.control_ids))
+
+  @functools.cached_property
+  def control_ids(self) -> frozenset[int]:
+    """Added tokens that stop an answer or that the tokenizer calls special."""
+    added = self.tokenizer.added_tokens_decoder
+    return frozenset(
+        i for i, token in added.items() if token.special or i in self.stop_ids
+    )
+
+  def end_of_text(self, text: str) -> int:
+    """Returns where the text of stop tokens at a text's end begins."""
+    stops, end = tuple(self._names(self.stop_ids)), len(text)
+    while True:
+      last = end
+      while last and text[last - 1].isspace():
+        last -= 1
+      found = [s for s in stops if text.endswith(s, 0, last)]
+      if not found:
+        return end
+      end = last - len(found[0])
+
+  def _names(self, ids: Iterable[int]) -> list[str]:
+    """Returns the text of those of the tokens that were added."""
+    added = self.tokenizer.added_tokens_decoder
+    return [added[i].content for i in ids if i in added]
+
+  def _pattern(self, message: Message) -> re.Pattern[str]:
+    says = message["role"] == "assistant"
+    return self._control if says else self._markup
+
+  def _markup_in(self, message: Message) -> bool:
+    pattern, content = self._pattern(message), message["content"]
+    return bool(
+        pattern.search(content) or pattern.search(self._normalized(content))
+    )
+
+  def _normalized(self, text: str) -> str:
+    """Returns a text as the tokenizer's normalizer makes it."""
+    backend = getattr(self.tokenizer, "backend_tokenizer", None)
+    if text.isascii() or backend is None or backend.normalizer is None:
+      return text
+    return backend.normalizer.normalize_str(text)
+
+  def _guard(self, message: Message, marks: tuple[str, str]) -> Message:
+    """Puts marks around text that looks like a token."""
+    pattern, content = self._pattern(message), message["content"]
+    normalized = self._normalized(content)
+    if len(pattern.findall(normalized)) > len(pattern.findall(content)):
+      content = normalized
+    content = pattern.sub(lambda m: marks[0] + m[0] + marks[1], content)
+    return {**message, "content": content}
+
+  def _encode_guarded(self, text: str, marks: tuple[str, str]) -> list[int]:
+    """Encodes a text whose tokens between the marks are plain text.
+
+    What stands between two of the template's own tokens is encoded in one go,
+    so that plain text has the tokens that it has elsewhere.
+    """
+    tokens, stretch, plain = [], "", False
+    parts = re.split(f"{marks[0]}(.*?){marks[1]}", text, flags=re.DOTALL)
+    for i, part in enumerate(parts):
+      if i % 2:
+        stretch, plain = stretch + part, True
+        continue
+      position = 0
+      for match in self._markup.finditer(part):
+        stretch += part[position : match.start()]
+        tokens += self._encode_stretch(stretch, plain)
+        tokens += self.encode(match[0])
+        stretch, plain, position = "", False, match.end()
+      stretch += part[position:]
+    return tokens + self._encode_stretch(stretch, plain)
+
+  def _encode_stretch(self, text: str, plain: bool) -> list[int]:
+    if not plain:
+      return self.encode(text) if text else []
+    found = self._plain.encode(text, add_special_tokens=False).ids
+    if not self.control_ids.isdisjoint(found):
+      raise TokenizerError(
+          f"{self.path}: the tokenizer cannot write {text[:60]!r} as plain"
+          " text; take it out of the record."
+      )
+    return found
+
+  @functools.cached_property
+  def _plain(self) -> tokenizers.Tokenizer:
+    """The tokenizer without tokens of its own, but for white space."""
+    backend = getattr(self.tokenizer, "backend_tokenizer", None)
+    if backend is None:
+      raise TokenizerError(
+          f"{self.path}: text that looks like a token needs a tokenizer.json;"
+          " convert the tokenizer, or take such text out of the records."
+      )
+    settings = json.loads(backend.to_str())
+    settings["added_tokens"] = [
+        token
+        for token in settings["added_tokens"]
+        if not token["content"].strip()
+    ]
+    return tokenizers.Tokenizer.from_str(json.dumps(settings))
+
+  @functools.cached_property
+  def longest_text(self) -> int:
+    """Characters that a token stands for, at most; above what any has."""
+    # Bytes are characters of a vocabulary, and a normalizer may merge some.
+    return 4 * max(map(len, self.tokenizer.get_vocab()))
+
+  def fits(self, question: Question, max_len: int) -> bool:
+    """Whether a question may fit, told without encoding it."""
+    most = max_len * self.longest_text
+    return sum(len(m["content"]) for m in self._messages(question)) <= most
+
+  def reads_back(self, question: Question, tokens: Sequence[int]) -> bool:
+    """Whether the tokens hold what the user and the system prompt say."""
+    text = _squeezed(self.decode(tokens))
+    return all(
+        _squeezed(message["content"]) in text
+        for message in self._messages(question)
+        if message["role"] != "assistant"
+    )
+
+  def opens(self, question: Question, suffix: str) -> bool:
+    """Whether the template itself ends with what the suffix opens."""
     template = self.prompt(question, "").rstrip()
     markup = _MARKUP.match(suffix.strip())
     opening = markup[0] if markup else suffix.strip()
     return bool(opening) and template.endswith(opening)
 
-  def own_prompt(self, question: str, suffix: str) -> str:
-    """Renders a question; adds the suffix unless the template ends with it."""
-    return self.prompt(question, "" if self.opens(question, suffix) else suffix)
+  def _own_suffix(self, question: Question, suffix: str) -> str:
+    return "" if self.opens(question, suffix) else suffix
+
+  def own_prompt(self, question: Question, suffix: str) -> str:
+    """Renders a question as this model itself has it: the suffix only once."""
+    return self.prompt(question, self._own_suffix(question, suffix))
+
+  def opening(self, suffix: str) -> str:
+    """Returns how prompts end: a tag with white space, or else the suffix."""
+    found = _LAST_MARKUP.search(self.prompt(_PROBE, suffix))
+    if found and found[1] in self._names(self.special_ids):
+      return found[0]
+    return suffix if suffix.strip() else ""
 
   def answer(self, tokens: np.ndarray, mask: np.ndarray) -> str:
     """Decodes one completion [C] without its stop token."""
@@ -87,38 +335,166 @@ class Chat:
     return self.decode(kept)
 
 
-def _stop_ids(directory: Any, tokenizer: Any) -> tuple[int, ...]:
-  """Returns the stop tokens of the tokenizer and the generation config."""
+def reason(error: Exception) -> str:
+  """Returns an exception's words in one line, for a sentence."""
+  words = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+  return words if len(words) <= 200 else f"{words[:200]}..."
+
+
+def _any_of(names: Sequence[str]) -> re.Pattern[str]:
+  """Finds any of the names, the longest first; white space is no name."""
+  names = sorted((n for n in names if n.strip()), key=len, reverse=True)
+  return re.compile("|".join(map(re.escape, names)) or r"(?!)")
+
+
+def _unused(messages: Sequence[Message]) -> tuple[str, str]:
+  """Returns two characters of private use that no message has."""
+  used = {c for message in messages for c in message["content"]}
+  first, second, *_ = (c for c in map(chr, range(0xE000, 0xF900))
+                       if c not in used)  # fmt: skip
+  return first, second
+
+
+def _squeezed(text: str) -> str:
+  """Drops what a template or a normalizer may change: white space and form."""
+  return "".join(unicodedata.normalize("NFKC", text).split())
+
+
+def _read_json(file: pathlib.Path) -> dict[str, Any]:
+  """Reads a JSON object, with a byte order mark or without.
+
+  Raises:
+    TokenizerError: the file is no JSON object.
+  """
+  try:
+    found = json.loads(file.read_text(encoding="utf-8-sig"))
+  except (OSError, ValueError, RecursionError) as error:
+    raise TokenizerError(
+        f"{file} cannot be read as JSON ({reason(error)}); download it again."
+    ) from error
+  if not isinstance(found, dict):
+    raise TokenizerError(
+        f"{file} is a {type(found).__name__}, not a JSON object; download it"
+        " again."
+    )
+  return found
+
+
+def _listed_stops(file: pathlib.Path, num_tokens: int) -> list[int]:
+  """Returns the stop tokens that a file names.
+
+  Raises:
+    TokenizerError: one of them is no token.
+  """
+  if not file.is_file():
+    return []
+  found = _read_json(file).get("eos_token_id")
+  found = found if isinstance(found, list) else [found]
+  stops = [token for token in found if token is not None]
+  for token in stops:
+    if not isinstance(token, int) or isinstance(token, bool):
+      raise TokenizerError(
+          f"{file} has {token!r} in eos_token_id, which is no token id; write"
+          " an integer or a list of integers."
+      )
+    if not 0 <= token < num_tokens:
+      raise TokenizerError(
+          f"{file} has {token} in eos_token_id, but the tokenizer's ids are 0"
+          f" to {num_tokens - 1}, so that no answer would end there; correct"
+          " it."
+      )
+  return stops
+
+
+def _stop_ids(directory: pathlib.Path, tokenizer: Any) -> tuple[int, ...]:
+  """The tokenizer's end of sequence and those of the generation config.
+
+  As in transformers, config.json stands in for a generation config that is not
+  there.
+  """
   stops = []
   if tokenizer.eos_token_id is not None:
     stops.append(tokenizer.eos_token_id)
   file = directory / "generation_config.json"
-  if file.is_file():
-    listed = json.loads(file.read_text()).get("eos_token_id")
-    stops += listed if isinstance(listed, list) else [listed]
-  return tuple(sorted({s for s in stops if s is not None}))
+  if not file.is_file():
+    file = directory / "config.json"
+  stops += _listed_stops(file, len(tokenizer))
+  return tuple(sorted(set(stops)))
 
 
-def load(path: str) -> Chat:
-  """Loads the tokenizer of a model.
+# What a tokenizer is made of.
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
-  Raises:
-    TokenizerError: the tokenizer, its chat template or a stop token is missing.
-  """
-  directory = hf.resolve(path)
+
+def _load_tokenizer(path: str, directory: pathlib.Path) -> Any:
   try:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
+    return transformers.AutoTokenizer.from_pretrained(
+        directory, trust_remote_code=False
+    )
+  except Exception as error:
+    _check_config(directory)  # It may be at fault.
+    raise TokenizerError(
+        f"{path}: the tokenizer cannot be loaded"
+        f" ({_broken_file(directory) or reason(error)}); download the model"
+        " again."
+    ) from error
+
+
+def _check_config(directory: pathlib.Path) -> None:
+  """Refuses a config.json that transformers cannot read."""
+  file = directory / "config.json"
+  if not file.is_file():
+    return
+  _read_json(file)
+  try:
+    transformers.AutoConfig.from_pretrained(
         directory, trust_remote_code=False
     )
   except Exception as error:
     raise TokenizerError(
-        f"{path}: the tokenizer cannot be loaded"
-        f" ({str(error).splitlines()[0]}); download the model again."
+        f"{file} cannot be read ({reason(error)}); download it again."
     ) from error
-  if not tokenizer.chat_template:
+
+
+def _broken_file(directory: pathlib.Path) -> str:
+  """Says which of the tokenizer's files is no JSON; empty if all are."""
+  for file in (directory / name for name in _FILES):
+    try:
+      json.loads(file.read_text()) if file.is_file() else None
+    except (OSError, ValueError, RecursionError) as error:
+      return f"{file.name} is not JSON: {reason(error)}"
+  return ""
+
+
+def load(path: str, system: str | None = None) -> Chat:
+  """Loads the tokenizer of a model.
+
+  Args:
+    path: the model's.
+    system: see `Chat`.
+
+  Raises:
+    TokenizerError: there is none, it has no stop token, or a question would not
+      come out of it and its template as it should.
+  """
+  directory = hf.resolve(path)
+  tokenizer = _load_tokenizer(path, directory)
+  template = tokenizer.chat_template
+  if not template:
     raise TokenizerError(
         f"{path}: the tokenizer has no chat template, so prompts cannot be"
         " rendered; add chat_template.jinja to the model's directory."
+    )
+  if isinstance(template, dict) and "default" not in template:
+    raise TokenizerError(
+        f"{path}: the tokenizer has the chat templates {', '.join(template)},"
+        " and none is called default; write the one to use into"
+        " chat_template.jinja."
     )
   stops = _stop_ids(directory, tokenizer)
   if not stops:
@@ -127,7 +503,62 @@ def load(path: str) -> Chat:
         " end-of-sequence token, so no answer would end; set eos_token."
     )
   pad = tokenizer.pad_token_id
-  return Chat(path, tokenizer, stops, stops[0] if pad is None else pad)
+  pad = stops[0] if pad is None else pad
+  chat = Chat(path, tokenizer, stops, pad, system)
+  _check_probe(chat)
+  return chat
+
+
+def _check_probe(chat: Chat) -> None:
+  """Refuses a template or a tokenizer that loses a plain question."""
+  text = chat.prompt(_PROBE, "")
+  if _squeezed(_PROBE) not in _squeezed(text):
+    raise TokenizerError(
+        f"{chat.path}: the chat template leaves the question out; it renders"
+        f" {_PROBE!r} as {text[:200]!r}, so repair chat_template.jinja."
+    )
+  if chat.system and _squeezed(chat.system) not in _squeezed(text):
+    raise TokenizerError(
+        f"{chat.path}: the chat template leaves the system prompt out; leave"
+        " data.system at None, or repair chat_template.jinja."
+    )
+  _check_generation_prompt(chat, text)
+  tokens = chat.encode_prompt(_PROBE, "")
+  if not chat.reads_back(_PROBE, tokens):
+    raise TokenizerError(
+        f"{chat.path}: the tokenizer loses text; it encodes a prompt with"
+        f" {_PROBE!r} as {len(tokens)} tokens that read"
+        f" {chat.decode(tokens)[:200]!r}, so download its files again"
+        " (tokenizer.json above all)."
+    )
+  bos = chat.tokenizer.bos_token_id
+  if bos is not None and tokens[:2] == [bos, bos]:
+    raise TokenizerError(
+        f"{chat.path}: a prompt begins with {chat.decode([bos])!r} twice; take"
+        " one out of chat_template.jinja."
+    )
+
+
+def _check_generation_prompt(chat: Chat, text: str) -> None:
+  """Refuses a template that does not open the assistant's turn.
+
+  Some formats have nothing there. In others an answer that is part of the
+  messages shows what opens its turn.
+  """
+  user, answer = {"role": "user", "content": _PROBE}, "It is 12."
+  messages = chat._messages([user])
+  if text != chat._render(messages, add_generation_prompt=False):
+    return
+  try:
+    whole = chat._render([*messages, {"role": "assistant", "content": answer}])
+  except TokenizerError:
+    return
+  opened = whole[whole.rfind(_PROBE) : whole.find(answer)].rstrip()
+  if answer in whole and len(opened) > len(text[text.rfind(_PROBE) :].rstrip()):
+    raise TokenizerError(
+        f"{chat.path}: the chat template does not open the assistant's turn; it"
+        " ignores add_generation_prompt, so repair chat_template.jinja."
+    )
 
 
 def check_same(student: Chat, teacher: Chat) -> None:

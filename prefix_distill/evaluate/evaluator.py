@@ -137,6 +137,8 @@ class Problems:
     samples: how many answers to sample per problem.
     dropped: how many problems were longer than the static prompt length.
     grading: the grader, a key of `grading.GRADERS`.
+    opening: what the prompts end with, such as `<think>`: the grader has to see
+      that it was opened.
   """
 
   name: str
@@ -145,6 +147,7 @@ class Problems:
   samples: int
   dropped: int
   grading: str = "math"
+  opening: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,14 +170,14 @@ class Completions:
 
 def _read_problem(
     source: records.Records, number: int, spec: DatasetSpec
-) -> tuple[str, str]:
-  """Returns a problem's question and its right answer."""
+) -> tuple[records.Question, str]:
+  """Returns what is asked and the right answer."""
   record, where = source[number], source.where(number)
   if spec.choices:
     return records.multiple_choice(record, spec, where)
   return (
-      records.text(record, spec.question, where),
-      records.text(record, spec.answer, where),
+      records.question(record, spec.question, where),
+      records.gold(record, spec.answer, where),
   )
 
 
@@ -205,14 +208,17 @@ def load_problems(
     suffix: what follows the chat template's generation prompt.
 
   Raises:
-    DataError: the records cannot be read, lack a field, or are all too long.
+    DataError: the records cannot be read, lack a field, hold what cannot be
+      used, or are all too long.
   """
   rows, answers = [], []
   source = records.read(spec)
   room = spec.max_prompt_len or max_prompt_len
   for number in range(len(source)):
     question, answer = _read_problem(source, number, spec)
-    encoded = prompts.encode_prompt(chat, question, room, suffix)
+    encoded = prompts.encode_problem(
+        chat, question, room, suffix, source.where(number)
+    )
     if encoded is not None:
       rows.append((number, *encoded))
       answers.append(answer)
@@ -223,6 +229,16 @@ def load_problems(
         f"evaluation.sets.{name}: all {len(source)} prompts are longer than"
         f" {setting} {room}; raise it."
     )
+  unreadable = grading.unreadable_golds(answers, spec.grading)
+  if unreadable and jax.process_index() == 0:
+    shown = ", ".join(repr(answers[i]) for i in unreadable[:5])
+    print(
+        f"Warning: evaluation.sets.{name}: {len(unreadable)} of"
+        f" {len(answers)} right answers are not found equal to themselves, so"
+        f" an answer in other words is marked wrong: {shown}"
+        f"{', ...' if len(unreadable) > 5 else ''}.",
+        flush=True,
+    )
   return Problems(
       name,
       _stack(rows, cut=spec.max_prompt_len > 0),
@@ -230,6 +246,7 @@ def load_problems(
       spec.samples,
       len(source) - len(answers),
       spec.grading,
+      suffix,
   )
 
 
@@ -279,7 +296,10 @@ def complete(
 
 
 def summarize(
-    completions: Completions, answers: Sequence[str], kind: str = "math"
+    completions: Completions,
+    answers: Sequence[str],
+    kind: str = "math",
+    opening: str = "",
 ) -> dict[str, float]:
   """Grades completions; returns flat metrics. Fractions are in [0, 1].
 
@@ -287,10 +307,11 @@ def summarize(
     completions: the answers to all problems.
     answers: the right answers.
     kind: the grader, a key of `grading.GRADERS`.
+    opening: see `Problems`.
   """
   finished, is_right = completions.finished, grading.GRADERS[kind]
   correct = np.array([
-      [is_right(text, answer) for text in row]
+      [is_right(opening + text, answer) for text in row]
       for row, answer in zip(completions.texts, answers, strict=True)
   ])
   low, high = grading.interval(correct)
@@ -379,7 +400,9 @@ def evaluate(
         continuous_batching.kept_answers, file=file, poll=poll
     )
     completions = complete(engine, chat, problems, samples, seed, draw, keep)
-    result = summarize(completions, problems.answers, problems.grading)
+    result = summarize(
+        completions, problems.answers, problems.grading, problems.opening
+    )
     write({
         "set": name,
         "mode": mode,

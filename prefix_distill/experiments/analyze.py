@@ -414,7 +414,9 @@ def teacher_prefix(
             [p + t[0]] for p, t in zip(prefixes, done.texts, strict=True)
         ]
         results.append(
-            evaluator.summarize(done, started.answers, problems.grading)
+            evaluator.summarize(
+                done, started.answers, problems.grading, problems.opening
+            )
         )
       rows.append({
           "length": length,

@@ -69,13 +69,13 @@ def with_answers(
   return dataclasses.replace(setup, data=data, models=models), spent
 
 
-def _questions(config: Config) -> list[str]:
+def _questions(config: Config) -> list[records.Question]:
   source = records.read(config.data.train)
   count = min(config.steps * config.data.batch_size, len(source))
   order = np.random.default_rng(config.seed).permutation(len(source))[:count]
   name = config.data.train.question
   return [
-      records.text(source[int(i)], name, f"record {i + 1}") for i in order
+      records.question(source[int(i)], name, f"record {i + 1}") for i in order
   ]
 
 

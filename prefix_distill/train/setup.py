@@ -96,6 +96,27 @@ class Setup:
   contents: Contents
 
 
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+  """What a run reads besides weights, checked.
+
+  Attributes:
+    mesh: the device mesh.
+    fed: the student and, if there is one, the teacher, with their tokenizers.
+    student: the student's architecture.
+    teacher: the teacher's; None for supervised training.
+    data: whole batches.
+    problems: the evaluation sets.
+  """
+
+  mesh: jax.sharding.Mesh
+  fed: list[prompts.PromptReader]
+  student: Model
+  teacher: Model | None
+  data: PromptIterator
+  problems: dict[str, evaluator.Problems]
+
+
 def check_batches(config: Config, mesh: jax.sharding.Mesh) -> None:
   """Raises ConfigError unless all batches split evenly over the meshes."""
   sampling = sharding.sampling_mesh(mesh, config.mesh)
@@ -107,10 +128,14 @@ def check_batches(config: Config, mesh: jax.sharding.Mesh) -> None:
 
 def read_model(spec: ModelSpec, mesh: jax.sharding.Mesh) -> Model:
   """Reads a model's architecture and checks that its weights are there."""
-  architecture = hf.read_config(spec.path)
+  model = make_model(hf.read_config(spec.path), spec, mesh)
+  _check_weights(spec, model)
+  return model
+
+
+def _check_weights(spec: ModelSpec, model: Model) -> None:
   if not spec.random_init:
-    hf.check_weights(spec.path, architecture)
-  return make_model(architecture, spec, mesh)
+    hf.check_weights(spec.path, model.config)
 
 
 def make_model(
@@ -226,57 +251,120 @@ def _check_same_contents(contents: Contents) -> None:
     )
 
 
-def prepare(config: Config, workdir: pathlib.Path) -> Setup:
-  """Checks all settings and files against each other, and opens the data.
+def check(config: Config, first: bool = False) -> Inputs:
+  """Checks all settings and files against each other, but for weights.
 
   Nothing is written; see `workdir.claimed`.
 
+  Args:
+    config: the settings.
+    first: whether the first training records are enough; then no data set of
+      the hub is downloaded whole for them.
+
   Raises:
-    ValueError: one sentence that names what does not fit, and the mend.
+    UserError: one sentence that names what does not fit, and the mend.
   """
-  _check_same_everywhere(config, workdir)
   mesh = sharding.make_mesh(config.mesh)
   check_batches(config, mesh)
   divergence.named(config.loss.exact.divergence)  # Or there is none.
-  student = read_model(config.student, mesh)
-  chat = tokenizer.load(config.student.tokenizer_path)
-  fed = [prompts.PromptReader("student", chat, student.config.vocab_size)]
-  stop_ids, teacher_stop_ids, teacher = chat.stop_ids, (), None
-  teacher_chat = None
-  if config.method != "sft":
-    teacher = read_model(config.teacher, mesh)
-    teacher_chat = tokenizer.load(config.teacher.tokenizer_path)
-    tokenizer.check_same(chat, teacher_chat)
-    teacher_stop_ids = teacher_chat.stop_ids
-    if config.loss.merge_stop_tokens:
-      either = tuple(sorted({*stop_ids, *teacher_stop_ids}))
-      stop_ids = teacher_stop_ids = either
-    rows = teacher.config.vocab_size
-    fed.append(prompts.PromptReader("teacher", teacher_chat, rows))
+  student, teacher = _read_models(config, mesh)
+  fed = _load_tokenizers(config, student, teacher)
   _check_lengths(config, student, teacher)
   data = PromptIterator(
       config.data,
-      chat,
+      fed[0].chat,
       seed=config.seed,
       completion_len=config.rollout.max_len if config.reads_completions else 0,
-      teacher_chat=teacher_chat,
+      teacher_chat=fed[-1].chat if teacher else None,
+      first=first,
   )
   prompts.check(
       config.data, data.question, *fed, teacher_question=data.teacher_question
   )
   problems = {
       name: evaluator.load_problems(
-          name, spec, chat, config.data.max_prompt_len, config.data.suffix
+          name,
+          spec,
+          fed[0].chat,
+          config.data.max_prompt_len,
+          config.data.suffix,
       )
       for name, spec in config.evaluation.sets.items()
   }
   _check_problems(config, student, problems)
-  contents = contents_lib.of(config, data.records, problems)
+  return Inputs(mesh, fed, student, teacher, data, problems)
+
+
+def _read_models(
+    config: Config, mesh: jax.sharding.Mesh
+) -> tuple[Model, Model | None]:
+  specs = [config.student]
+  if config.method != "sft":
+    specs.append(config.teacher)
+  student, *others = (
+      make_model(hf.read_config(spec.path), spec, mesh) for spec in specs
+  )
+  return student, others[0] if others else None
+
+
+def _load_tokenizers(
+    config: Config, student: Model, teacher: Model | None
+) -> list[prompts.PromptReader]:
+  """Loads the tokenizers of the models that there are."""
+  models = {"student": (config.student, student)}
+  if teacher is not None:
+    models["teacher"] = (config.teacher, teacher)
+  fed = [
+      prompts.PromptReader(
+          role,
+          tokenizer.load(spec.tokenizer_path, config.data.system),
+          model.config.vocab_size,
+      )
+      for role, (spec, model) in models.items()
+  ]
+  if teacher is not None:
+    tokenizer.check_same(*(model.chat for model in fed))
+  return fed
+
+
+def _stop_ids(
+    config: Config, fed: list[prompts.PromptReader]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """Returns what ends the student's answers, and the teacher's."""
+  chat, *others = (model.chat for model in fed)
+  if not others:
+    return chat.stop_ids, ()
+  if not config.loss.merge_stop_tokens:
+    return chat.stop_ids, others[0].stop_ids
+  either = tuple(sorted({*chat.stop_ids, *others[0].stop_ids}))
+  return either, either
+
+
+def prepare(config: Config, workdir: pathlib.Path) -> Setup:
+  """Checks everything that can fail, and opens the data.
+
+  Weights come last, since a hub model's are downloaded for that.
+
+  Raises:
+    UserError: one sentence that names what does not fit, and the mend.
+  """
+  _check_same_everywhere(config, workdir)
+  inputs = check(config)
+  mesh, student, teacher = inputs.mesh, inputs.student, inputs.teacher
+  chat, data = inputs.fed[0].chat, inputs.data
+  stop_ids, teacher_stop_ids = _stop_ids(config, inputs.fed)
+  _check_weights(config.student, student)
+  if teacher is not None:
+    _check_weights(config.teacher, teacher)
+  contents = contents_lib.of(config, data.records, inputs.problems)
   _check_same_contents(contents)
   distributed.wait("setup")  # Nothing is written unless all could get so far.
   note = _dtype_note(config, mesh, student, teacher)
   if note and jax.process_index() == 0:
     print(note, flush=True)
+  if jax.process_index() == 0:
+    for sentence in data.notes:
+      print(sentence, flush=True)
   models = Models(
       config,
       mesh,
@@ -289,7 +377,7 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
       teacher_stop_ids,
       distributed.from_first("memory", sharding.memory(mesh)),
   )
-  return Setup(models, chat, data, problems, contents)
+  return Setup(models, chat, data, inputs.problems, contents)
 
 
 def load_model(
