@@ -568,4 +568,60 @@ _DATA = (
     ),
 )
 
-FAULTS = (*_DISTILL, *_ROLLOUT, *_TRAIN, *_DATA)
+_KEEPING = (
+    _fault(
+        "checksums are saved and not compared",
+        'if host["checksums"].get(name) != sums:',
+        "if False:",
+        "checkpoint.py::test_damage_is_seen_and_the_one_before_restored"
+        "[a bit of the arrays at 25%]",
+    ),
+    _fault(
+        "the host's state is taken as it is",
+        "if _sealed(values) != host:",
+        "if False:",
+        "checkpoint.py::test_damage_is_seen_and_the_one_before_restored"
+        "[other sums of the host]",
+    ),
+    _fault(
+        "what is not finite is saved",
+        "    if not_finite:\n      raise CheckpointError(",
+        "    if False:\n      raise CheckpointError(",
+        "checkpoint.py::test_what_is_not_finite_is_not_saved[nan]",
+    ),
+    _fault(
+        "checksums do not see where an element is",
+        "factor = position * jnp.uint32(2 * _A % 2**32) + jnp.uint32(1)",
+        "position = jnp.zeros_like(position)\n"
+        "  factor = position + jnp.uint32(1)",
+        "checkpoint.py::test_a_checksum_sees_flipped_signs_and_swaps",
+    ),
+    _fault(
+        "the best checkpoint is deleted",
+        '      kept.add(distributed.from_first("best", found))\n',
+        "      del found\n",
+        "checkpoint.py::"
+        "test_the_best_is_kept_and_none_goes_before_its_verdict"
+        "[accuracies0-kept0]",
+    ),
+    _fault(
+        "a run that lives loses its workdir to the next",
+        "if holder is not None and not self._is_dead(holder):",
+        "if False:",
+        "workdir.py::test_a_lock_is_held_and_released",
+    ),
+    _fault(
+        "a process id that was used again holds a workdir for ever",
+        "    return _process_start(pid) == start\n",
+        '    return _process_start(pid) != ""\n',
+        "workdir.py::test_a_process_id_that_was_used_again_is_another_process",
+    ),
+    _fault(
+        "a resumed run reads other data",
+        "if before != after:\n",
+        "if False:\n",
+        "workdir.py::test_other_contents_are_refused",
+    ),
+)
+
+FAULTS = (*_DISTILL, *_ROLLOUT, *_TRAIN, *_DATA, *_KEEPING)
