@@ -74,7 +74,7 @@ def test_an_update_is_given_up_when_the_deadline_is_near(run):
   run.update(0)
   middle = run.setup.data.get_state(), int(run.state.step)
   run.stop.deadline = time.monotonic()
-  with pytest.raises(loop._Abandoned):
+  with pytest.raises(loop.Abandoned):
     run.update(1)
   assert middle == (run.setup.data.get_state(), int(run.state.step))
   assert before != middle

@@ -124,7 +124,7 @@ class Stopped(Exception):
   """The user stopped the run; the same command goes on with it."""
 
 
-class _Abandoned(Exception):
+class Abandoned(Exception):
   """An update that would not end in time."""
 
 
@@ -277,7 +277,7 @@ class Run:
     return _any_process(self.stop.wanted)
 
   def _poll_update(self, begin: float) -> None:
-    """Raises _Abandoned if the update and a save would not end in time.
+    """Raises Abandoned if the update and a save would not end in time.
 
     Args:
       begin: when the update began, on `time.monotonic`'s clock.
@@ -290,7 +290,7 @@ class Run:
     if self._durations:
       expected = max(expected, begin + statistics.median(self._durations))
     if _any_process(expected > deadline):
-      raise _Abandoned
+      raise Abandoned
 
   def _poll_evaluation(self) -> None:
     if self.stops():
@@ -399,7 +399,7 @@ class Run:
             request,
             clock,
         )
-    except _Abandoned:
+    except Abandoned:
       self.setup.data.set_state(place)
       raise
     mask, trained = done.mask, done.trained
@@ -600,7 +600,7 @@ def _steps(run: Run, traced: Collection[int]) -> None:
           if step + 1 in traced:
             stack.enter_context(_trace(run.workdir, step + 1))
           line = run.update(step)
-      except _Abandoned:
+      except Abandoned:
         run.save(must=True)
         raise Stopped(
             f"Stopped in update {step + 1} of {config.steps}, which would not"
