@@ -7,11 +7,11 @@ chooses. Only the student's weights are read, into the host's memory: no
 accelerator is used, so that the run may go on beside it.
 """
 
+import argparse
 import pathlib
 import sys
+from typing import NoReturn
 
-from absl import app
-from absl import flags
 from absl import logging
 import jax
 
@@ -24,24 +24,6 @@ from prefix_distill.models import huggingface as hf
 from prefix_distill.models.transformer import Model
 from prefix_distill.train import checkpoint
 from prefix_distill.train import workdir as workdir_lib
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept.")
-_STEP = flags.DEFINE_string(
-    "step", "last", "The checkpoint's update: a number, last or best."
-)
-_TO = flags.DEFINE_string("to", None, "The new model directory.")
-
-
-def parse(argv: list[str]) -> list[str]:
-  """Parses flags, or exits with one sentence; for `absl.app.run`."""
-  try:
-    rest = flags.FLAGS(argv)
-    for flag in (_WORKDIR, _TO):
-      check(bool(flag.value), f"--{flag.name} is missing; set it.")
-    check(len(rest) == 1, f"{rest[-1]!r} is no flag; leave it out.")
-    return rest
-  except (UserError, flags.Error) as error:
-    sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 def choose(workdir: pathlib.Path, config: Config, text: str) -> int:
@@ -100,17 +82,40 @@ def export(workdir: pathlib.Path, step: str, to: pathlib.Path) -> int:
   return number
 
 
-def main(argv: list[str]) -> None:
-  del argv
+class _Parser(argparse.ArgumentParser):
+  """Says what is wrong in one sentence, without the usage."""
+
+  def error(self, message: str) -> NoReturn:
+    sys.exit(f"error: {message}; see --help.")
+
+
+def _flags() -> argparse.Namespace:
+  parser = _Parser(
+      prog="python -m prefix_distill.export",
+      description=__doc__,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+      allow_abbrev=False,
+  )
+  parser.add_argument("--workdir", type=pathlib.Path, required=True)
+  parser.add_argument(
+      "--step", default="last", help="A number, last or best. Default: last."
+  )
+  parser.add_argument(
+      "--to", type=pathlib.Path, required=True, help="The new directory."
+  )
+  return parser.parse_args()
+
+
+def main() -> None:
+  flags = _flags()
   logging.set_verbosity(logging.WARNING)
   jax.config.update("jax_platforms", "cpu")
   try:
-    workdir, to = pathlib.Path(_WORKDIR.value), pathlib.Path(_TO.value)
-    number = export(workdir, _STEP.value, to)
+    number = export(flags.workdir, flags.step, flags.to)
   except UserError as error:
     sys.exit(f"error: {error}")
-  print(f"Written: the student after update {number} to {to}.")
+  print(f"Written: the student after update {number} to {flags.to}.")
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=parse)
+  main()

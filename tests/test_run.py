@@ -263,9 +263,10 @@ def test_a_run_whose_last_checkpoint_is_damaged_ends_as_any_other(
 
 def test_a_second_run_in_the_workdir_is_refused(whole, cache, tmp_path):
   workdir = tmp_path / "run"
-  first = _start(workdir, cache)
+  long = "--config.steps=500"
+  first = _start(workdir, cache, long)
   _wait_for_lines(workdir, 1)
-  code, _, err = _finish(_start(workdir, cache))
+  code, _, err = _finish(_start(workdir, cache, long))
   assert code == 1
   (sentence,) = err.strip().splitlines()
   assert f"in use by process {first.pid} on" in sentence
