@@ -1,4 +1,8 @@
+import io
 import json
+import pathlib
+
+import pytest
 
 from prefix_distill.report import report
 
@@ -45,6 +49,61 @@ def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
     assert report.read_metrics(path) == [{"step": 1}]
     write(path, [{"step": 2}], resume_step=5)
     assert report.read_metrics(path) == [{"step": 1}, {"step": 2}]
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\xff\xfe\n", b"[1]\n", b"{}\n", b'{"step": "two"}\n', b"\0\n"]
+)
+def test_a_damaged_line_takes_no_other_with_it(tmp_path, damage, capsys):
+  path = tmp_path / "metrics.jsonl"
+  lines = [{"step": i, "prefix_len": 4} for i in (1, 2, 3)]
+  write(path, lines)
+  first, _, last = path.read_bytes().splitlines(keepends=True)
+  path.write_bytes(first + damage + last)
+  assert report.read_metrics(path) == [lines[0], lines[2]]
+  write(path, [], resume_step=3)
+  assert "lacks the lines of 1 of the first 3" in capsys.readouterr().err
+  path.unlink()
+  write(path, [], resume_step=3)
+  assert "lacks the lines of 3 of the first 3" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_for_a_while_loses_no_line(
+    tmp_path, monkeypatch, capsys
+):
+  path = tmp_path / "metrics.jsonl"
+  writer = report.MetricsWriter(path, None)
+  writer.write({"step": 1})
+  opened = pathlib.Path.open
+
+  class Full(io.RawIOBase):
+    """A file that takes five bytes more."""
+
+    def __init__(self, file):
+      self._file = file
+
+    def writable(self):
+      return True
+
+    def tell(self):
+      return self._file.tell()
+
+    def write(self, data):
+      return self._file.write(data[:5])
+
+    def close(self):
+      self._file.close()
+
+  monkeypatch.setattr(
+      pathlib.Path, "open", lambda *args, **kw: Full(opened(*args, **kw))
+  )
+  for step in (2, 3):
+    writer.write({"step": step})
+    assert path.read_text() == '{"step": 1}\n'
+  assert capsys.readouterr().err.count("cannot be written") == 1
+  monkeypatch.setattr(pathlib.Path, "open", opened)
+  writer.write({"step": 4})
+  assert [x["step"] for x in report.read_metrics(path)] == [1, 2, 3, 4]
 
 
 def test_a_new_run_starts_an_empty_file(tmp_path):

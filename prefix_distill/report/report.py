@@ -47,15 +47,17 @@ _FALL = 0.05
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Returns the lines, without a last line that a kill cut short."""
+  """Returns the lines, without those that a kill cut short or are damaged."""
   if not path.is_file():
     return []
   out = []
-  for line in path.read_text().splitlines():
+  for text in path.read_text(errors="replace").splitlines():
     try:
-      out.append(json.loads(line))
-    except json.JSONDecodeError:
-      break
+      line = json.loads(text)
+    except ValueError:
+      continue
+    if isinstance(line, dict) and isinstance(line.get("step"), int):
+      out.append(line)
   return out
 
 
@@ -73,6 +75,15 @@ class MetricsWriter:
     kept = []
     if resume_step is not None:
       kept = [x for x in read_metrics(path) if x["step"] <= resume_step]
+      missing = resume_step - sum("prefix_len" in x for x in kept)
+      if missing > 0:
+        print(
+            f"Warning: {path} lacks the lines of {missing} of the first"
+            f" {resume_step} updates; it was damaged or deleted. The report"
+            " will lack them too.",
+            file=sys.stderr,
+            flush=True,
+        )
     partial = path.with_suffix(".partial")
     partial.write_text("".join(_json_line(values) for values in kept))
     partial.rename(path)
