@@ -94,9 +94,11 @@ def test_a_disk_that_is_full_for_a_while_loses_no_line(
     def close(self):
       self._file.close()
 
-  monkeypatch.setattr(
-      pathlib.Path, "open", lambda *args, **kw: Full(opened(*args, **kw))
-  )
+  def full(self, mode="r", *args, **options):
+    file = opened(self, mode, *args, **options)
+    return Full(file) if mode == "ab" else file
+
+  monkeypatch.setattr(pathlib.Path, "open", full)
   for step in (2, 3):
     writer.write({"step": step})
     assert path.read_text() == '{"step": 1}\n'
