@@ -18,11 +18,13 @@ import jax
 from prefix_distill import sharding
 from prefix_distill.config import Config
 from prefix_distill.config import MeshSpec
+from prefix_distill.data import tokenizer
 from prefix_distill.errors import check
 from prefix_distill.errors import UserError
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models.transformer import Model
 from prefix_distill.train import checkpoint
+from prefix_distill.train import setup
 from prefix_distill.train import workdir as workdir_lib
 
 
@@ -72,9 +74,10 @@ def export(workdir: pathlib.Path, step: str, to: pathlib.Path) -> int:
     mesh = sharding.make_mesh(MeshSpec(fsdp=1), jax.devices("cpu")[:1])
     abstract = sharding.with_shardings(model.abstract_params(), mesh)
     params = checkpoint.read_params(workdir, number, abstract)
-    hf.export(
-        params, spec.path, spec.tokenizer_path, to.absolute(), spec.param_dtype
-    )
+    specs = [spec] if config.method == "sft" else [spec, config.teacher]
+    chats = [tokenizer.load(one.tokenizer_path) for one in specs]
+    stops, _ = setup.stop_ids(config, chats)
+    setup.export_student(config, params, stops, to.absolute())
   except OSError as error:
     raise UserError(
         f"--to={to} cannot be written ({error.strerror}); give another place."

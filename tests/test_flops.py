@@ -278,4 +278,6 @@ def test_the_optimizer_agrees_with_the_compiler():
   )
   xla = counted(update, state, params)
   ledger = flops.supervised(STUDENT, lengths([1], [1])).optimizer
-  assert ledger == pytest.approx(xla, rel=0.05)
+  # What keeps numbers that are not finite out is no part of AdamW.
+  guard = 6 * num_params(STUDENT)
+  assert ledger + guard == pytest.approx(xla, rel=0.05)

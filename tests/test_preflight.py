@@ -295,8 +295,13 @@ def test_a_first_record_that_is_too_long_is_a_warning(tmp_path):
 def test_a_tokenizer_that_is_larger_than_its_model(tmp_path, role):
   name = {"student": "capable", "teacher": "teacher"}[role]
   model = _model(
-      tmp_path / "model", name, vocab_size=464, pad_token_id=None
+      tmp_path / "model",
+      name,
+      vocab_size=464,
+      pad_token_id=None,
+      eos_token_id=None,
   )
+  (model / "generation_config.json").write_text("{}")
   sentence = _refusal(_config(**{role: model}))
   assert f"The {role}'s tokenizer ({model}) has 471 tokens" in sentence
   assert "'</think>' (id 470)" in sentence

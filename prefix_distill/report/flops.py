@@ -23,7 +23,9 @@ from prefix_distill.models.config import num_params
 
 # AdamW's operations per parameter: mean of the gradient 1, its norm 2, clipping
 # 3, moments 3 + 4, bias corrections 2, root, epsilon and quotient 3, decay 2,
-# learning rate 1, sum 1. XLA also counts 22.
+# learning rate 1, sum 1. XLA also counts 22, and 6 more for what keeps numbers
+# that are not finite out: the norm of the step, and the choice between new and
+# old. Those are not AdamW's, and not charged.
 ADAMW_OPERATIONS = 22
 Array = np.ndarray | Sequence[float] | float
 

@@ -35,7 +35,6 @@ from prefix_distill.data import prompts as prompts_lib
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.errors import UserError
 from prefix_distill.evaluate import evaluator
-from prefix_distill.models import huggingface as hf
 from prefix_distill.models.transformer import Params
 from prefix_distill.report import flops
 from prefix_distill.report import report
@@ -180,6 +179,8 @@ class Run:
     self._recent: collections.deque = collections.deque(maxlen=11)
     self._alarms = {"skipped"}  # Each skipped update is said at once.
     self.writes = jax.process_index() == 0
+    if self.writes:
+      workdir.mkdir(parents=True, exist_ok=True)
     self.state = self._start()
     self.programs.compile_ahead()
 
@@ -688,19 +689,8 @@ def _train(
         raise
     run.programs.close()
     run.checkpointer.close()
-    model, graded = config.teacher or config.student, config.evaluation
-    hf.export(
-        run.state.params,
-        config.student.path,
-        config.student.tokenizer_path,
-        workdir / "export",
-        hf.export_dtype(config.export.dtype, model.path),
-        hf.Serving(
-            setup.models.stop_ids,
-            graded.temperature,
-            graded.top_k,
-            graded.top_p,
-        ),
+    setup_lib.export_student(
+        config, run.state.params, setup.models.stop_ids, workdir / "export"
     )
   if writes:
     with contextlib.suppress(OSError):

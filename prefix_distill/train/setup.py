@@ -1,5 +1,6 @@
 """Everything that can fail, before anything expensive."""
 
+from collections.abc import Sequence
 import dataclasses
 import pathlib
 
@@ -327,11 +328,16 @@ def _load_tokenizers(
   return fed
 
 
-def _stop_ids(
-    config: Config, fed: list[prompts.PromptReader]
+def stop_ids(
+    config: Config, chats: Sequence[Chat]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """Returns what ends the student's answers, and the teacher's."""
-  chat, *others = (model.chat for model in fed)
+  """Returns what ends the student's answers, and the teacher's.
+
+  Args:
+    config: the settings.
+    chats: the student's tokenizer and, if there is one, the teacher's.
+  """
+  chat, *others = chats
   if not others:
     return chat.stop_ids, ()
   if not config.loss.merge_stop_tokens:
@@ -352,7 +358,8 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
   inputs = check(config)
   mesh, student, teacher = inputs.mesh, inputs.student, inputs.teacher
   chat, data = inputs.fed[0].chat, inputs.data
-  stop_ids, teacher_stop_ids = _stop_ids(config, inputs.fed)
+  chats = [model.chat for model in inputs.fed]
+  student_stop_ids, teacher_stop_ids = stop_ids(config, chats)
   _check_weights(config.student, student)
   if teacher is not None:
     _check_weights(config.teacher, teacher)
@@ -373,11 +380,36 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
       chat.num_tokens,
       chat.pad_id,
       chat.special_ids,
-      stop_ids,
+      student_stop_ids,
       teacher_stop_ids,
       distributed.from_first("memory", sharding.memory(mesh)),
   )
   return Setup(models, chat, data, inputs.problems, contents)
+
+
+def export_student(
+    config: Config,
+    params: Params,
+    stop_ids: tuple[int, ...],
+    directory: pathlib.Path,
+) -> None:
+  """Writes the student as a Hugging Face model that ends as in the run.
+
+  Args:
+    config: the settings.
+    params: the student's weights.
+    stop_ids: tokens that end the student's answers.
+    directory: where to; it appears whole or not at all.
+  """
+  stored_like, spec = config.teacher or config.student, config.evaluation
+  hf.export(
+      params,
+      config.student.path,
+      config.student.tokenizer_path,
+      directory,
+      hf.export_dtype(config.export.dtype, stored_like.path),
+      hf.Serving(stop_ids, spec.temperature, spec.top_k, spec.top_p),
+  )
 
 
 def load_model(
