@@ -8,6 +8,7 @@ accelerator is used, so that the run may go on beside it.
 """
 
 import pathlib
+import re
 import sys
 
 from absl import app
@@ -19,6 +20,9 @@ from prefix_distill import sharding
 from prefix_distill.config import Config
 from prefix_distill.config import MeshSpec
 from prefix_distill.errors import check
+from prefix_distill.errors import check_path
+from prefix_distill.errors import one_line
+from prefix_distill.errors import shown
 from prefix_distill.errors import UserError
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models.transformer import Model
@@ -38,10 +42,17 @@ def parse(argv: list[str]) -> list[str]:
     rest = flags.FLAGS(argv)
     for flag in (_WORKDIR, _TO):
       check(bool(flag.value), f"--{flag.name} is missing; set it.")
-    check(len(rest) == 1, f"{rest[-1]!r} is no flag; leave it out.")
+      check_path(flag.name, flag.value)
+    check(
+        re.fullmatch("last|best|[0-9]{1,10}", _STEP.value) is not None,
+        f"--step is {shown(_STEP.value)}; give a number, last or best.",
+    )
+    check(len(rest) == 1, f"{shown(rest[-1])} is no flag; leave it out.")
     return rest
-  except (UserError, flags.Error) as error:
-    sys.exit(f"error: {' '.join(str(error).split())}")
+  except UserError as error:
+    sys.exit(f"error: {error}")
+  except flags.Error as error:
+    sys.exit(f"error: {one_line(error)}; see --help.")
 
 
 def choose(workdir: pathlib.Path, config: Config, text: str) -> int:
