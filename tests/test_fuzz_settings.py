@@ -49,7 +49,7 @@ _NUMBERS = (
     0.0, -0.0, 0.5, 1.0, -1.0, 1.5, 1e-8, 1e-20, 1e-30, 1e-38, 5e-324, -5e-324,
     1 - 1e-9, 1 + 1e-9, 0.99999, 3e38, 4e38, 1e30, 1e308, -1e308,
     math.nan, math.inf, -math.inf,
-)  # fmt: skip
+)
 _TEXTS = (
     "", " ", "a", "none", "None", "True", "nan", "inf", "-inf", "1", "1e4",
     "0x10", "1_000", "\u0663", "1,2", "(1, 2)", "[3]", "{}", "()", "a\nb",
@@ -59,7 +59,7 @@ _TEXTS = (
     "9" * 5_000, "{question}", "{", "{0}", "{a.b}", "%s", "$HOME", "'", '"',
     "bundled:teacher", "bundled:", "math_task", "cosine", "jsd", "int8",
     "prefix", "heldout",
-)  # fmt: skip
+)
 _OTHERS = (
     None, True, False, b"a", 1j, (), (1,), (1, 2), (2, 1), (0,), (-1, 3),
     (2**31,), (math.nan,), ("a",), ("a", "a"), ("",), ("a\0",), (None,),
@@ -67,13 +67,13 @@ _OTHERS = (
     {"a": 1}, {1: 2}, {"": 3}, {"a\nb": 3}, {"self": 1}, {"path": "a"}, set(),
     object(),
     np.int64(3), np.float32(0.5), np.zeros(3), np.nan,
-)  # fmt: skip
+)
 _ODD = _NUMBERS + _TEXTS + _OTHERS
 _NAMES = (
     "", " ", "a", "batchsize", "a\nb", "\0", "\ud800", "self", "args", "kwargs",
     "__class__", "__dict__", "__dataclass_self__", "x" * 10**5, "a-b", "0",
     "a=b", "steps", "path", "b3",
-)  # fmt: skip
+)
 
 
 def _plain() -> dict:
@@ -396,7 +396,7 @@ _SECONDS_TEXTS = (
         _LONG,
     ],
     ids=lambda given: repr(given)[1:40],
-)  # fmt: skip
+)
 def test_a_flag_that_cannot_be_is_refused(command, given):
   assert isinstance(_answer(lambda: command(given)), str)
 
@@ -449,16 +449,17 @@ _PATHS = (
     "/", "/proc", "/dev", "/dev/null", "/dev/zero", "/proc/self/mem",
     "/no/such", "gs://bucket/x", "https://example.org/a.jsonl", "a/b", "a/b/c",
     "-", "~", "$HOME", "%s", "{}", "*", "x" * 300, "/" + "x" * 300,
-    "/" + "a/" * 400, "bundled:", "bundled:/", "bundled:..", "bundled:../assets/teacher", "math",
-    "a.jsonl", "/tmp/a.parquet", "x" * 300 + ".json", "\u202e", "\u00e9",
-)  # fmt: skip
+    "/" + "a/" * 400, "bundled:", "bundled:/", "bundled:..",
+    "bundled:../assets/teacher", "math", "a.jsonl", "/tmp/a.parquet",
+    "x" * 300 + ".json", "\u202e", "\u00e9",
+)
 
 
 @pytest.mark.parametrize(
     "name",
     ["student.path", "teacher.path", "student.tokenizer", "data.train.source",
      "evaluation.sets.heldout.source"],
-)  # fmt: skip
+)
 def test_a_path_of_nothing_is_refused(offline, name):
   for value in _PATHS:
     values = _changed(name, value)
@@ -506,7 +507,7 @@ def test_flags_of_the_export_are_refused():
       for value in (
           "", "gs://a/b", "a\0b", "a\nb", "\x1b", "\ud800", _DIGITS,
           "-1", "1.5", "nan", "\u0663",
-      ):  # fmt: skip
+      ):
         if name != "step" and value in (_DIGITS, *"-1 1.5 nan \u0663".split()):
           continue
         given = [f"--{k}={v}" for k, v in (good | {name: value}).items()]
@@ -535,7 +536,7 @@ def test_flags_of_the_plan_are_refused(monkeypatch):
       argv = [
           "plan", f"--config={experiment.__file__}", "--topology=v5e:2x2",
           *given,
-      ]  # fmt: skip
+      ]
       monkeypatch.setattr(sys, "argv", argv)
       _reset()
       plan.command_line.parse(argv)
@@ -550,7 +551,7 @@ def test_flags_of_the_plan_are_refused(monkeypatch):
 
     for given in (
         ["--prefix=8,16"], ["--mesh=1x4x1"], ["--price=2"], ["--json=a.json"],
-    ):  # fmt: skip
+    ):
       assert _answer(lambda given=given: run(*given)) == "planned."
     for given in (
         *(
@@ -585,6 +586,6 @@ def test_flags_of_the_plan_are_refused(monkeypatch):
         ),
         "--search=maybe",
         "--no",
-    ):  # fmt: skip
+    ):
       answer = _answer(lambda given=given: run(given))
       assert answer != "planned." and given[2:6] in answer, given
