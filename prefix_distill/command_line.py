@@ -1,6 +1,7 @@
 """The command line: flags, and one sentence for each mistake in them."""
 
 import copy
+import math
 import pathlib
 import re
 import sys
@@ -14,7 +15,13 @@ from prefix_distill import config as config_lib
 from prefix_distill import distributed
 from prefix_distill.config import Config
 from prefix_distill.errors import check
+from prefix_distill.errors import check_path
+from prefix_distill.errors import one_line
+from prefix_distill.errors import shown
 from prefix_distill.errors import UserError
+
+# The longest notice before a process ends, in seconds: a day.
+_DAY = 86_400
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment: a file, and an argument after a colon."
@@ -37,7 +44,6 @@ NOTICE = flags.DEFINE_float(
     "Seconds between a SIGTERM and the end of the process, as whoever sends the"
     " signal promises. An update that would not end in that time is given up,"
     " and the state before it is saved.",
-    lower_bound=0.0,
 )
 _TRACE = flags.DEFINE_list(
     "trace",
@@ -77,23 +83,82 @@ _HEARTBEAT = flags.DEFINE_integer(
 def parse(argv: list[str]) -> list[str]:
   """Parses flags, or exits with one sentence; for `absl.app.run`."""
   try:
-    for name in _overrides(argv):
-      config_lib.check_field(name)
+    given = _overrides(argv)
+    for name in given:
+      _check_name(name)
     rest = flags.FLAGS(argv)
+    check(
+        len(rest) == 1,
+        f"{shown(rest[-1])} is no flag; leave it out, or begin it with --.",
+    )
     processes()
+    _check_flags()
     if _CONFIG.value is None:
       sys.exit("error: --config is missing; try --config=configs/math.py.")
     _CONFIG.value.to_dict()  # Fails if the file could not be loaded.
     return rest
   except UserError as error:
     sys.exit(f"error: {error}")
-  except (flags.Error, OSError) as error:
-    sys.exit(f"error: {' '.join(str(error).split())}")
+  except flags.Error as error:
+    sys.exit(f"error: {flag_sentence(error)}")
+  except OSError as error:
+    sys.exit(f"error: --config: {one_line(error)}; give a file that is there.")
+  except (MemoryError, RecursionError):  # Thousands of brackets, say.
+    name = max(argv, key=len).partition("=")[0]
+    sys.exit(
+        f"error: {shown(name)[1:-1]} has a value of too many brackets or signs;"
+        " write it shorter."
+    )
+
+
+def flag_sentence(error: flags.Error) -> str:
+  """Says what absl refuses, and what the flag takes."""
+  text = one_line(error)
+  if text.endswith("?"):
+    return text
+  found = re.match(r"flag --([\w.]+)=", text)
+  if not found or found[1] not in flags.FLAGS:
+    return f"{text}; --help lists the flags."
+  if "as a ConfigDict" in text:
+    return f"--{found[1]} is a group of fields; set --{found[1]}.FIELD=VALUE."
+  kind = flags.FLAGS[found[1]].flag_type()
+  return f"{text}; give {'an' if kind[0] in 'aeiou' else 'a'} {kind}."
+
+
+def _check_name(name: str) -> None:
+  """Refuses what is no dotted name of a field.
+
+  Raises:
+    ConfigError: it is none.
+  """
+  taken = ml_collections.ConfigDict  # Its methods are no names.
+  check(
+      all(p.isidentifier() and not hasattr(taken, p) for p in name.split(".")),
+      f"--config.{shown(name)[1:-1]} is not a field; give dotted names, such as"
+      " --config.data.batch_size (for other names of evaluation sets, and for"
+      " one value of a list, edit the file).",
+  )
+  config_lib.check_field(name)
+
+
+def _check_flags() -> None:
+  """Checks the flags that no other function reads.
+
+  Raises:
+    ConfigError: a value that cannot work.
+  """
+  notice = NOTICE.value
+  check(
+      math.isfinite(notice) and 0 <= notice <= _DAY,
+      f"--notice={notice:g} is no number of seconds from 0 to {_DAY}; set it to"
+      " what whoever sends the signal promises.",
+  )
+  check_path("workdir", _WORKDIR.value or "")
 
 
 def _overrides(argv: list[str]) -> list[str]:
   """Returns the dotted names of the fields that flags set."""
-  matches = (re.match(r"--?config\.([^=]+)", argument) for argument in argv)
+  matches = (re.match(r"--?config\.([^=]*)", argument) for argument in argv)
   return [match[1] for match in matches if match]
 
 
@@ -165,10 +230,12 @@ def traced(config: Config) -> frozenset[int]:
     ConfigError: --trace has something else than updates of the run.
   """
   for text in _TRACE.value:
+    # At most as many digits as a number of updates has.
+    known = re.fullmatch("0*[1-9][0-9]{0,9}", text)
     check(
-        text.isdecimal() and 1 <= int(text) <= config.steps,
-        f"--trace={','.join(_TRACE.value)} names {text!r}, but the run's"
-        f" updates are 1 to {config.steps}; give some of those.",
+        known is not None and int(text) <= config.steps,
+        f"--trace={shown(','.join(_TRACE.value))[1:-1]} names {shown(text)},"
+        f" but the run's updates are 1 to {config.steps}; give some of those.",
     )
   return frozenset(map(int, _TRACE.value))
 

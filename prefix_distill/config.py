@@ -26,22 +26,37 @@ from typing import Literal
 import pydantic
 from pydantic import Field
 import pydantic.dataclasses
+import pydantic_core
 
 from prefix_distill.errors import ConfigError
+from prefix_distill.errors import shown
 
 # A field's name in a template.
 FIELD = re.compile(r"\{([^{}]+)\}")
 # Stands in a check's sentence for the dotted name of the group.
 _HERE = "\0"
 _STRICT = pydantic.ConfigDict(allow_inf_nan=False, extra="forbid")
+# The largest int32: programs count rows, tokens and updates in int32.
+_MOST = 2**31 - 1
+# Squares of smaller numbers are far below what float32 holds.
+_LEAST = 1e-30
+# The most answers that an evaluation samples for one set.
+_MOST_ANSWERS = 2**20
 # How a sentence goes on after "NAME is VALUE"; pydantic's names of errors.
 _MENDS = {
-    "greater_than": "; set it above {gt:g}.",
-    "greater_than_equal": "; set it to {ge:g} or more.",
-    "less_than": "; set it below {lt:g}.",
-    "less_than_equal": "; set it to {le:g} or less.",
+    "greater_than": "; set it above {gt}.",
+    "greater_than_equal": "; set it to {ge} or more.",
+    "less_than": "; set it below {lt}.",
+    "less_than_equal": "; set it to {le} or less.",
+    "tiny": f", which float32 may take for 0; set it to {_LEAST:g} or more.",
     "literal_error": "; use one of {expected}.",
     "string_too_short": ", which is empty; give a name.",
+    "string_too_long": "; give {max_length} characters at most.",
+    "string_pattern_mismatch": "; leave out control characters.",
+    "string_unicode": (
+        ", which has half of a character (a lone surrogate); write it in UTF-8."
+    ),
+    "too_long": ", which is {actual_length} values; give {max_length} at most.",
     "finite_number": ", which is no finite number; give a float.",
     "int_type": " ({kind}); give an int.",
     "int_from_float": " ({kind}); give an int.",
@@ -56,16 +71,44 @@ _MENDS = {
 # Nothing is made a number that was none, and nothing a string; a dictionary
 # may stand for a group, and a list for a tuple.
 _Bool = Annotated[bool, Field(strict=True)]
-_Int = Annotated[int, Field(strict=True)]
-_Float = Annotated[float, Field(strict=True)]
-_Str = Annotated[str, Field(strict=True)]
-_Name = Annotated[_Str, Field(min_length=1)]
-_Positive = Annotated[_Int, Field(ge=1)]
-_NotNegative = Annotated[_Int, Field(ge=0)]
-_AboveZero = Annotated[_Float, Field(gt=0)]
-_Amount = Annotated[_Float, Field(ge=0)]
+_Int = Annotated[int, Field(strict=True, ge=-_MOST, le=_MOST)]
+_Positive = Annotated[int, Field(strict=True, ge=1, le=_MOST)]
+_NotNegative = Annotated[int, Field(strict=True, ge=0, le=_MOST)]
+# JAX drops the higher bits of a seed.
+_Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
+
+
+def _of_float32(value: float) -> float:
+  """Refuses what float32 may take for 0, and drops the sign of -0.0."""
+  if 0 < abs(value) < _LEAST:
+    raise pydantic_core.PydanticCustomError("tiny", "tiny")
+  return value + 0.0
+
+
+_Float = Annotated[
+    float, Field(strict=True), pydantic.AfterValidator(_of_float32)
+]
+_Amount = Annotated[_Float, Field(ge=0, le=1e9)]
 _Share = Annotated[_Float, Field(ge=0, le=1)]
-_Decay = Annotated[_Float, Field(ge=0, lt=1)]
+_Part = Annotated[_Float, Field(gt=0, le=1)]
+# To float32, 1 minus less than about 1e-7 is 1.
+_Decay = Annotated[_Float, Field(ge=0, le=1 - 1e-6)]
+# Logits over the temperature, and their squares, stay far inside float32.
+_Temperature = Annotated[_Float, Field(ge=1e-3, le=1e3)]
+# A text of a prompt may have several lines; the name of a model, a file, a data
+# set or a field is one line, and no longer than a sentence can show.
+_Text = Annotated[
+    str, Field(strict=True, max_length=10**5, pattern=r"^[\P{Cc}\t\n\r]*$")
+]
+_LINE = r"^[^\p{Cc}\p{Cf}\p{Zl}\p{Zp}]*$"
+_Str = Annotated[str, Field(strict=True, max_length=1000, pattern=_LINE)]
+_Name = Annotated[_Str, Field(min_length=1)]
+# A part of files' names, whose bytes are bounded.
+_SetName = Annotated[
+    str, Field(strict=True, min_length=1, max_length=50, pattern=_LINE)
+]
+# Each length compiles programs of its own.
+_Lengths = Annotated[tuple[_Positive, ...], Field(max_length=64)]
 _Dtype = Literal["float32", "bfloat16"]
 
 
@@ -90,16 +133,26 @@ def _groups(cls: type) -> list[str]:
   return [name for name, kind in hints if dataclasses.is_dataclass(kind)]
 
 
+def _dotted(*parts: Any) -> str:
+  """Joins names with dots; those that are none are shown as Python has them."""
+  texts = (str(part) for part in parts if part != "")
+  return ".".join(
+      text if text.isprintable() and len(text) <= 100 else shown(text)
+      for text in texts
+  )
+
+
 def _sentence(cls: type, at: str, error: pydantic.ValidationError) -> str:
   """Says what is wrong first: the field, the value and the mend."""
   first = error.errors(include_url=False)[0]
   kind, fields = first["type"], dataclasses.fields(cls)
   parts = [part for part in first["loc"] if part != "[key]"]
   if kind == "unexpected_positional_argument":
-    return f"{at} has {len(fields)} fields, and {first['input']!r} is one more."
+    more = shown(first["input"])
+    return f"{at} has {len(fields)} fields, and {more} is one more."
   if parts and isinstance(parts[0], int):  # A positional argument.
     parts[0] = fields[parts[0]].name
-  name = ".".join(str(part) for part in (at, *parts) if part != "")
+  name = _dotted(at, *parts)
   value, context = first["input"], first.get("ctx", {})
   if kind == "value_error":
     return str(context["error"]).replace(_HERE, f"{name}." if name else "")
@@ -107,9 +160,14 @@ def _sentence(cls: type, at: str, error: pydantic.ValidationError) -> str:
     return f"{name} is missing; set it."
   if kind == "unexpected_keyword_argument":
     return _unknown(cls, at, parts)
-  mend = _MENDS.get(kind, f"; {first['msg']}.")
-  mend = mend.format(kind=type(value).__name__, **context)
-  return f"{name} is {value!r}{mend}"
+  if kind not in _MENDS:
+    return f"{name} is {shown(value)}; {first['msg']}."
+  limits = {
+      key: f"{limit:g}" if isinstance(limit, float) else limit
+      for key, limit in context.items()
+  }
+  mend = _MENDS[kind].format(kind=type(value).__name__, **limits)
+  return f"{name} is {shown(value)}{mend}"
 
 
 def _settings(at: str) -> Callable[[type], type]:
@@ -120,7 +178,7 @@ def _settings(at: str) -> Callable[[type], type]:
     init = made.__init__
 
     @functools.wraps(init)
-    def checked(self, *args, **kwargs):
+    def checked(self, /, *args, **kwargs):
       try:
         init(self, *args, **kwargs)
       except pydantic.ValidationError as error:
@@ -202,8 +260,8 @@ class DatasetSpec:
   size: _NotNegative = 0
   samples: _Positive = 1
   random: _Bool = False
-  choices: tuple[_Str, ...] = ()
-  seed: _Int = 0
+  choices: Annotated[tuple[_Str, ...], Field(max_length=26)] = ()
+  seed: _Seed = 0
   max_prompt_len: _NotNegative = 0
   rule: Literal["plain", "dual"] = "plain"
 
@@ -265,20 +323,13 @@ class DataSpec:
   train: DatasetSpec
   batch_size: _Positive
   max_prompt_len: _Positive
-  prompt_buckets: tuple[_Int, ...] = ()
-  suffix: _Str = "<think>"
-  system: _Str | None = None
-  teacher_prompt: _Str = ""
+  prompt_buckets: Annotated[tuple[_Int, ...], Field(max_length=64)] = ()
+  suffix: _Text = "<think>"
+  system: _Text | None = None
+  teacher_prompt: _Text = ""
   max_teacher_prompt_len: _NotNegative = 0
 
   def __post_init__(self):
-    for name in ("suffix", "system", "teacher_prompt"):
-      value = getattr(self, name) or ""
-      _check(
-          value.encode(errors="ignore").decode() == value,
-          f"data.{name} is {value!r}, which has half of a character (a lone"
-          " surrogate); write it in UTF-8.",
-      )
     lengths = (0, *self.prompt_buckets, self.max_prompt_len)
     _check(
         all(a < b for a, b in itertools.pairwise(lengths)),
@@ -295,13 +346,14 @@ class DataSpec:
     )
     _check(
         not self.teacher_prompt or bool(self.teacher_fields),
-        f"data.teacher_prompt is {self.teacher_prompt!r}, which names no field"
+        f"data.teacher_prompt is {shown(self.teacher_prompt)}, which names no"
+        " field"
         " and is the same for every record; name a field in braces, as"
         f" {{{self.train.question}}}.",
     )
 
   @property
-  def teacher_fields(self) -> tuple[_Str, ...]:
+  def teacher_fields(self) -> tuple[str, ...]:
     """The fields of the record that the teacher's prompt is made of."""
     return tuple(dict.fromkeys(FIELD.findall(self.teacher_prompt)))
 
@@ -338,12 +390,12 @@ class RolloutSpec:
 
   per_prompt: _Positive
   max_len: _Positive
-  temperature: _AboveZero = 1.0
+  temperature: _Temperature = 1.0
   source: Literal["student", "teacher", "data"] = "student"
   source_share: _Share = 1.0
   cache_dtype: Literal["", "float32", "bfloat16", "int8"] = ""
   top_k: _NotNegative = 0
-  top_p: Annotated[_AboveZero, Field(le=1)] = 1.0
+  top_p: _Part = 1.0
   batch_tokens: _NotNegative = 0
 
   def __post_init__(self):
@@ -511,7 +563,7 @@ class PrefixSpec:
   schedule: Literal[
       "linear", "fixed", "random", "drift", "plateau", "agreement", "audited"
   ] = "linear"
-  buckets: tuple[_Positive, ...] = ()
+  buckets: _Lengths = ()
   linear: LinearSpec = LinearSpec()
   fixed: FixedSpec = FixedSpec()
   random: RandomSpec = RandomSpec()
@@ -583,12 +635,12 @@ class PolicyGradientSpec:
     mixture: clips the teacher's verdict on a token at the log of this weight
       (relaxed distillation, arXiv 2603.11137); 0 is off.
     min_entropy: leaves out tokens at which the student's entropy in nats is
-      lower; 0 is off.
+      lower; 0 is off, and 20 is more than any vocabulary allows.
   """
 
   estimator: Literal["k1", "k3"] = "k1"
   mixture: _Share = 0.0
-  min_entropy: _Amount = 0.0
+  min_entropy: Annotated[_Float, Field(ge=0, le=20)] = 0.0
 
 
 @_settings("loss")
@@ -619,7 +671,7 @@ class LossSpec:
   window_end: _Int = 0
   normalize: Literal["rollouts", "tokens"] = "rollouts"
   merge_stop_tokens: _Bool = True
-  logits_mib: _Positive = 256
+  logits_mib: Annotated[_Positive, Field(le=2**20)] = 256
   exact: ExactSpec = ExactSpec()
   jsd: JsdSpec = JsdSpec()
   policy_gradient: PolicyGradientSpec = PolicyGradientSpec()
@@ -654,7 +706,8 @@ class OptimizerSpec:
   """AdamW with a global-norm clip and a warm-up.
 
   Attributes:
-    learning_rate: is the peak.
+    learning_rate: is the peak; AdamW moves a weight by about so much in an
+      update.
     warmup_steps: is the number of updates over which the learning rate rises
       to the peak.
     decay: says how the learning rate falls after the warm-up.
@@ -671,7 +724,7 @@ class OptimizerSpec:
       because their numbers were not finite.
   """
 
-  learning_rate: _AboveZero
+  learning_rate: Annotated[_Float, Field(gt=0, le=1)]
   warmup_steps: _NotNegative = 0
   decay: Literal["constant", "cosine"] = "constant"
   final_fraction: _Share = 0.0
@@ -689,6 +742,13 @@ class OptimizerSpec:
         f"optimizer.final_fraction is {self.final_fraction} but optimizer.decay"
         f" is {self.decay!r}; set optimizer.decay to 'cosine', or"
         " optimizer.final_fraction to 0.",
+    )
+    _check(
+        self.learning_rate * self.weight_decay <= 1,
+        f"optimizer.weight_decay is {self.weight_decay} and"
+        f" optimizer.learning_rate is {self.learning_rate}, so that an update"
+        " would turn the signs of all weights; set optimizer.weight_decay to"
+        f" {1 / self.learning_rate:g} or less.",
     )
 
 
@@ -746,13 +806,13 @@ class EvaluationSpec:
     teacher: evaluates the teacher after the last update.
   """
 
-  sets: Mapping[_Str, DatasetSpec]
+  sets: Mapping[_SetName, DatasetSpec]
   every: _NotNegative = 0
   between: tuple[_Str, ...] = ()
   max_len: _Positive = 256
-  temperature: _AboveZero = 1.0
+  temperature: _Temperature = 1.0
   top_k: _NotNegative = 0
-  top_p: Annotated[_AboveZero, Field(le=1)] = 1.0
+  top_p: _Part = 1.0
   greedy: _Bool = True
   batch_size: _NotNegative = 64
   teacher: _Bool = True
@@ -769,6 +829,13 @@ class EvaluationSpec:
           bool(spec.answer),
           f"evaluation.sets.{name}.answer is empty, so nothing can be graded;"
           " name the field of the right answer.",
+      )
+      answers = spec.size * spec.samples
+      _check(
+          answers <= _MOST_ANSWERS,
+          f"evaluation.sets.{name}.size is {spec.size} and its samples are"
+          f" {spec.samples}, which is {answers} answers; lower one of them, for"
+          f" {_MOST_ANSWERS} answers at most.",
       )
 
 
@@ -845,7 +912,7 @@ class Config:
   rollout: RolloutSpec
   optimizer: OptimizerSpec
   evaluation: EvaluationSpec
-  seed: _NotNegative = 0
+  seed: _Seed = 0
   teacher: ModelSpec | None = None
   prefix: PrefixSpec = PrefixSpec()
   loss: LossSpec = LossSpec()
@@ -857,6 +924,7 @@ class Config:
     self._check_models()
     self._check_answers()
     self._check_prefix()
+    self._check_sizes()
     self._check_best()
 
   def _check_models(self) -> None:
@@ -916,6 +984,20 @@ class Config:
         f"prefix.fixed.length is {length} but rollout.max_len is {longest};"
         " lower prefix.fixed.length or raise rollout.max_len.",
     )
+    shortest = self.prefix.random.min_length
+    _check(
+        self.prefix.schedule != "random" or shortest <= longest,
+        f"prefix.random.min_length is {shortest} but rollout.max_len is"
+        f" {longest}; lower prefix.random.min_length or raise"
+        " rollout.max_len.",
+    )
+    window = self.prefix.agreement.window_tokens
+    _check(
+        self.prefix.schedule != "agreement" or window <= longest,
+        f"prefix.agreement.window_tokens is {window} but rollout.max_len is"
+        f" {longest}, so that no rollout would ever be cut; lower"
+        " prefix.agreement.window_tokens or raise rollout.max_len.",
+    )
     _check(
         self.schedule != "drift" or form == "exact",
         f"prefix.schedule is 'drift' but loss.form is {form!r}, which does not"
@@ -926,6 +1008,28 @@ class Config:
         f"prefix.schedule is 'agreement' but rollout.source is {source!r}, and"
         " the schedule cuts the student's own rollouts; set rollout.source to"
         " 'student'.",
+    )
+
+  def _check_sizes(self) -> None:
+    data, rollout, graded = self.data, self.rollout, self.evaluation
+    prompt = max(data.max_prompt_len, data.teacher_prompt_len)
+    tokens = self.rollouts_per_step * (prompt + rollout.max_len)
+    _check(
+        tokens <= _MOST,
+        f"data.batch_size is {data.batch_size} and rollout.per_prompt is"
+        f" {rollout.per_prompt}, which with prompts of {prompt} tokens and"
+        f" rollout.max_len {rollout.max_len} is {tokens} tokens in an update;"
+        f" lower one of them, for {_MOST} tokens at most.",
+    )
+    prompts = (spec.max_prompt_len for spec in graded.sets.values())
+    prompt = max(data.max_prompt_len, *prompts, 0)
+    tokens = graded.batch_size * (prompt + graded.max_len)
+    _check(
+        tokens <= _MOST,
+        f"evaluation.batch_size is {graded.batch_size}, which with prompts of"
+        f" {prompt} tokens and evaluation.max_len {graded.max_len} is"
+        f" {tokens} tokens at a time; lower one of them, for {_MOST} tokens at"
+        " most.",
     )
 
   def _check_best(self) -> None:
@@ -983,6 +1087,15 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     ConfigError: an unknown or missing field, a wrong type, or values that do
       not work together.
   """
+  if not isinstance(values, Mapping):
+    raise ConfigError(
+        f"The settings are {shown(values)}, which is no mapping of fields to"
+        " values; give one."
+    )
+  for name in values:
+    if name not in _hints(Config):
+      named = name if isinstance(name, str) and name else shown(name)
+      raise ConfigError(_unknown(Config, "", [named]))
   return Config(**values)
 
 
@@ -1033,7 +1146,11 @@ def with_new_groups(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     at[part] = _defaults(kind) if found is None else dict(found)
     at = at[part]
   if last not in at:
-    at[last] = _defaults(kind)[last]
+    # A new name of a mapping stands for a group.
+    if _is_mapping(kind):
+      at[last] = _defaults(_inner(kind, last))
+    else:
+      at[last] = _defaults(kind)[last]
   return values
 
 
@@ -1107,7 +1224,7 @@ def _unknown(cls: type, at: str, parts: list[Any]) -> str:
   kind = cls
   for part in parts[:-1]:
     kind = _inner(kind, part)
-  *before, last = filter(None, (at, *parts))
+  *before, last = (_dotted(part) for part in (at, *parts) if part)
   before = "".join(f"{part}." for part in before)
   if not dataclasses.is_dataclass(kind):
     return f"{before}{last} is not a field; {before[:-1]} is one."

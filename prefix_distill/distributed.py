@@ -19,6 +19,7 @@ from jax._src import distributed as jax_distributed
 
 from prefix_distill.errors import check
 from prefix_distill.errors import ConfigError
+from prefix_distill.errors import shown
 from prefix_distill.errors import UserError
 
 # Seconds between two checks whether another process has failed.
@@ -27,6 +28,8 @@ _POLL = 1.0
 _LINGER = 10
 # Seconds that processes wait for the slowest one, which downloads or plots.
 _PATIENCE = 3600
+# The longest time that a flag may give, in seconds, and the most processes.
+_DAY, _MOST = 86_400, 2**20
 _FAILURES = "prefix_distill/failures/"
 # jax.process_index() reads this state, but first waits for all devices.
 _STATE = jax_distributed.global_state
@@ -219,8 +222,9 @@ class Spec:
         ("distributed_heartbeat", self.heartbeat, 5),
     ):
       check(
-          value >= low,
-          f"--{flag} is {value} seconds; set it to {low} or more.",
+          low <= value <= _DAY,
+          f"--{flag} is {shown(value)} seconds; set it to {low} or more, up to"
+          f" {_DAY}.",
       )
     numbers = {
         "--num_processes": self.num_processes,
@@ -228,11 +232,11 @@ class Spec:
     }
     given = [f"{k}={v}" for k, v in numbers.items() if v is not None]
     if self.method in ("", "off", "auto", "slurm"):
-      shown = f"--distributed={self.method}" if self.method else "none"
+      method = f"--distributed={self.method}" if self.method else "none"
       check(
           not given,
           f"{' and '.join(given)} needs --distributed=HOST:PORT, the address"
-          f" of process 0, and there is {shown}; set it, or leave"
+          f" of process 0, and there is {method}; set it, or leave"
           f" {'them' if len(given) > 1 else 'it'} out.",
       )
       if self.method == "slurm":
@@ -246,26 +250,28 @@ class Spec:
           " (--num_processes=N, and --process_id=0 to N-1, one each).",
       )
     check(
-        self.num_processes >= 1,
-        f"--num_processes is {self.num_processes}; set it to 1 or more.",
+        1 <= self.num_processes <= _MOST,
+        f"--num_processes is {shown(self.num_processes)}; set it to 1 or more,"
+        f" up to {_MOST}.",
     )
     check(
         0 <= self.process_id < self.num_processes,
-        f"--process_id is {self.process_id} of --num_processes"
+        f"--process_id is {shown(self.process_id)} of --num_processes"
         f" {self.num_processes}; number them from 0 to"
         f" {self.num_processes - 1}.",
     )
 
   def _check_address(self) -> None:
     host, _, port = self.method.rpartition(":")
+    given = shown(self.method)[1:-1]
     wrong = None
     if not re.fullmatch(r"[\w.-]+|\[[0-9A-Fa-f:.%\w]+\]", host):
       wrong = "is neither auto, slurm, off nor HOST:PORT"
-    elif not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
-      wrong = f"has the port {port!r}, which is none of 1 to 65535"
+    elif not (re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536):
+      wrong = f"has the port {shown(port)}, which is none of 1 to 65535"
     check(
         wrong is None,
-        f"--distributed={self.method} {wrong}; give the address of process 0,"
+        f"--distributed={given} {wrong}; give the address of process 0,"
         " such as --distributed=10.0.0.1:8476.",
     )
 

@@ -9,6 +9,7 @@ accelerator is used, so that the run may go on beside it.
 
 import argparse
 import pathlib
+import re
 import sys
 from typing import NoReturn
 
@@ -20,6 +21,9 @@ from prefix_distill.config import Config
 from prefix_distill.config import MeshSpec
 from prefix_distill.data import tokenizer
 from prefix_distill.errors import check
+from prefix_distill.errors import check_path
+from prefix_distill.errors import one_line
+from prefix_distill.errors import shown
 from prefix_distill.errors import UserError
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models.transformer import Model
@@ -89,35 +93,51 @@ class _Parser(argparse.ArgumentParser):
   """Says what is wrong in one sentence, without the usage."""
 
   def error(self, message: str) -> NoReturn:
-    sys.exit(f"error: {message}; see --help.")
+    sys.exit(f"error: {one_line(ValueError(message))}; see --help.")
 
 
-def _flags() -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
+  """Parses flags, or exits with one sentence.
+
+  Args:
+    argv: the program's name and its flags.
+  """
   parser = _Parser(
       prog="python -m prefix_distill.export",
       description=__doc__,
       formatter_class=argparse.RawDescriptionHelpFormatter,
       allow_abbrev=False,
   )
-  parser.add_argument("--workdir", type=pathlib.Path, required=True)
+  parser.add_argument("--workdir", default="", help="Where the run is kept.")
   parser.add_argument(
       "--step", default="last", help="A number, last or best. Default: last."
   )
-  parser.add_argument(
-      "--to", type=pathlib.Path, required=True, help="The new directory."
-  )
-  return parser.parse_args()
+  parser.add_argument("--to", default="", help="The new directory.")
+  found = parser.parse_args(argv[1:])
+  try:
+    for name in ("workdir", "to"):
+      path = getattr(found, name)
+      check(bool(path), f"--{name} is missing; set it.")
+      check_path(name, path)
+    check(
+        re.fullmatch("last|best|[0-9]{1,10}", found.step) is not None,
+        f"--step is {shown(found.step)}; give a number, last or best.",
+    )
+  except UserError as error:
+    sys.exit(f"error: {error}")
+  return found
 
 
 def main() -> None:
-  flags = _flags()
+  flags = parse(sys.argv)
+  workdir, to = pathlib.Path(flags.workdir), pathlib.Path(flags.to)
   logging.set_verbosity(logging.WARNING)
   jax.config.update("jax_platforms", "cpu")
   try:
-    number = export(flags.workdir, flags.step, flags.to)
+    number = export(workdir, flags.step, to)
   except UserError as error:
     sys.exit(f"error: {error}")
-  print(f"Written: the student after update {number} to {flags.to}.")
+  print(f"Written: the student after update {number} to {to}.")
 
 
 if __name__ == "__main__":

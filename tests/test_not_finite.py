@@ -97,14 +97,23 @@ def test_a_schedule_learns_nothing_of_a_skipped_update(start):
   assert run.totals.schedule == before and run.cap == 2
 
 
-@pytest.mark.parametrize("rate", [1e30, 3e38])
+@pytest.mark.parametrize("scale", [1e30, 3e38])
 def test_a_run_whose_numbers_stay_bad_ends_with_a_sentence(
-    models, tmp_path, rate
+    models, tmp_path, monkeypatch, scale
 ):
+  # The settings bound the learning rate, so the schedule is changed behind
+  # them.
+  learning_rate = step.learning_rate
+
+  def exploding(spec, steps):
+    schedule = learning_rate(spec, steps)
+    return lambda count: scale * (schedule(count) / spec.learning_rate)
+
+  monkeypatch.setattr(step, "learning_rate", exploding)
   config = toys.run_config(
       *models,
       steps=9,
-      optimizer=OptimizerSpec(learning_rate=rate, max_skipped=2),
+      optimizer=OptimizerSpec(learning_rate=1.0, max_skipped=2),
   )
   with pytest.raises(loop.NotFiniteError) as error:
     loop.train(config, tmp_path)

@@ -28,7 +28,9 @@ prompt; this one is:
 from collections.abc import Mapping
 from collections.abc import Sequence
 import hashlib
+import itertools
 import json
+import os
 import pathlib
 import string
 from typing import Any
@@ -363,6 +365,10 @@ _READERS = {
 }
 
 
+# More files than a data set's directory has; reading more would take minutes.
+_MOST_FILES = 10_000
+
+
 def _cache_of(directory: pathlib.Path, root: str) -> str:
   """Returns the cache directory for a local data set in its present state.
 
@@ -370,10 +376,22 @@ def _cache_of(directory: pathlib.Path, root: str) -> str:
   would read old records after a change, or another directory's records.
   """
   parts = []
-  for path in sorted(directory.rglob("*")):
-    inner = path.relative_to(directory).parts
-    if path.is_file() and not any(x.startswith(".") for x in inner):
-      parts += [str(path), path.stat().st_size, path.stat().st_mtime_ns]
+  try:
+    found = [*itertools.islice(directory.rglob("*"), _MOST_FILES + 1)]
+    for path in sorted(found):
+      inner = path.relative_to(directory).parts
+      if path.is_file() and not any(x.startswith(".") for x in inner):
+        parts += [str(path), path.stat().st_size, path.stat().st_mtime_ns]
+  except OSError as error:
+    raise DataError(
+        f"{directory} cannot be read ({error.strerror}); give the directory of"
+        " a data set, or the path of a .jsonl or .parquet file."
+    ) from error
+  if len(found) > _MOST_FILES:
+    raise DataError(
+        f"{directory} has more than {_MOST_FILES} files, as no data set has;"
+        " give the directory of one, or the path of a .jsonl or .parquet file."
+    )
   return str(pathlib.Path(root) / f"local-{random_key(*parts).hex()[:16]}")
 
 
@@ -384,7 +402,7 @@ def _read_dataset(
   import datasets  # Takes seconds that most runs need not pay.
 
   local, cache = pathlib.Path(spec.source), None
-  if local.is_dir():
+  if os.path.isdir(local):
     cache = _cache_of(local.resolve(), datasets.config.HF_DATASETS_CACHE)
   try:
     loaded = datasets.load_dataset(
@@ -423,8 +441,8 @@ def _check_nulls(loaded: Any, source: str, names: Sequence[str]) -> None:
 def _is_data_set(spec: DatasetSpec) -> bool:
   """Whether `datasets` reads it: neither the math task nor a single file."""
   path = pathlib.Path(spec.source)
-  named = path.suffix.lower() in _READERS or path.is_file()
-  return spec.source != "math_task" and (path.is_dir() or not named)
+  named = path.suffix.lower() in _READERS or os.path.isfile(path)
+  return spec.source != "math_task" and (os.path.isdir(path) or not named)
 
 
 def _read(
@@ -447,7 +465,7 @@ def _read(
         f"{path} is a file of a kind that is not read; write it as"
         f" {', '.join(_READERS)}."
     )
-  if not path.is_file():
+  if not os.path.isfile(path):
     raise DataError(f"The file {path} does not exist; check data.*.source.")
   try:
     return _READERS[kind](path, spec, names)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -100,9 +101,9 @@ def resolve(path: str, weights: bool = False) -> pathlib.Path:
       return assets.path(path.removeprefix("bundled:"))
     except KeyError as error:
       raise ModelFilesError(f"{path}: {error.args[0]}") from error
-  local = pathlib.Path(path)
-  if local.is_dir():
-    return local
+  # Also asks for names that are too long for the file system.
+  if os.path.isdir(path):
+    return pathlib.Path(path)
   hub = _HUB_ID.fullmatch(path)
   if path.startswith((".", "/", "~")) or not hub:
     raise ModelFilesError(

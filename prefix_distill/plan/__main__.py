@@ -30,7 +30,10 @@ import rich.table  # noqa: E402
 from rich.text import Text  # noqa: E402
 
 from prefix_distill import command_line  # noqa: E402
+from prefix_distill.errors import check  # noqa: E402
+from prefix_distill.errors import check_path  # noqa: E402
 from prefix_distill.errors import ConfigError  # noqa: E402
+from prefix_distill.errors import shown  # noqa: E402
 from prefix_distill.errors import UserError  # noqa: E402
 from prefix_distill.plan import estimate  # noqa: E402
 from prefix_distill.plan import planner  # noqa: E402
@@ -85,7 +88,21 @@ _JSON = flags.DEFINE_string("json", "", "A file for the results.")
 
 
 def _assumptions() -> Assumptions:
-  """Returns what was measured, or what is assumed."""
+  """Returns what was measured, or what is assumed.
+
+  Raises:
+    ConfigError: a flag that cannot be.
+  """
+  check(
+      0 < _UTILIZATION.value <= 1,
+      f"--utilization={_UTILIZATION.value:g} is no share of the peak; set it"
+      " above 0 and to 1 at most.",
+  )
+  check(
+      0 <= _PRICE.value <= 1e9,
+      f"--price={_PRICE.value:g} is no price of an hour; set it from 0 to 1e9.",
+  )
+  check_path("measured", _MEASURED.value)
   if not _MEASURED.value:
     return Assumptions(_UTILIZATION.value, price=_PRICE.value)
   if flags.FLAGS["utilization"].present:
@@ -93,6 +110,25 @@ def _assumptions() -> Assumptions:
         "--measured and --utilization are both given; leave one out."
     )
   return estimate.measured(pathlib.Path(_MEASURED.value), _PRICE.value)
+
+
+def _check_json() -> None:
+  """Refuses a file for the results that cannot be written, before the work.
+
+  Raises:
+    ConfigError: it cannot.
+  """
+  check_path("json", _JSON.value)
+  file = os.path.abspath(_JSON.value or "json")
+  folder = os.path.dirname(file)
+  check(
+      os.access(folder, os.W_OK)
+      and os.path.isdir(folder)
+      and not os.path.isdir(file)
+      and len(os.fsencode(os.path.basename(file))) <= 255,
+      f"--json={shown(_JSON.value)[1:-1]} cannot be written; give a file in a"
+      " directory that is there.",
+  )
 
 
 def _table(*columns: str) -> rich.table.Table:
@@ -261,6 +297,7 @@ def main(argv: list[str]) -> None:
   if not _TOPOLOGY.value:
     sys.exit(f"error: --topology is missing; there are {machines.known()}.")
   try:
+    _check_json()
     question = planner.Question(
         command_line.config(),
         machines.parse(_TOPOLOGY.value),

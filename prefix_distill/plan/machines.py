@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 
+from prefix_distill.errors import shown
 from prefix_distill.errors import UserError
 
 # The variables of a host of the machine; libtpu reads them when it is loaded.
@@ -27,6 +28,8 @@ ENVIRONMENT = {
 _MISSING = re.compile(
     "not installed|not found|plugin|unknown backend|not implemented for cuda"
 )
+# More devices than any pod has.
+_MOST = 2**16
 _TARGETS = pathlib.Path(__file__).parent / "targets"
 
 
@@ -109,16 +112,23 @@ def parse(name: str) -> Machine:
   Raises:
     MachineError: the name is of another form, or of no such machine.
   """
-  found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?", name)
+  number = "[0-9]{1,6}"
+  found = re.fullmatch(
+      rf"(\w+):({number}(?:x{number})*)(?:\*({number}))?", name
+  )
   kind = found and CHIPS.get(found[1])
   if not kind:
     raise MachineError(
-        f"--topology={name} is not known; there are {known()}."
+        f"--topology={shown(name)[1:-1]} is not known; there are {known()}."
     )
   shape = tuple(map(int, found[2].split("x")))
   slices = int(found[3] or 1)
-  if min(*shape, slices) < 1:
-    raise MachineError(f"--topology={name} has a size of 0; use 1 or more.")
+  size = math.prod(shape) * slices
+  if not 1 <= size <= _MOST:
+    raise MachineError(
+        f"--topology={shown(name)[1:-1]} has {size} devices; use 1 or more, up"
+        f" to {_MOST}."
+    )
   if kind.platform == "gpu":
     if len(shape) > 1 or slices > 1:
       raise MachineError(

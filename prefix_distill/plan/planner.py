@@ -20,6 +20,7 @@ from prefix_distill.config import Config
 from prefix_distill.config import MeshSpec
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.errors import ConfigError
+from prefix_distill.errors import shown
 from prefix_distill.plan import estimate
 from prefix_distill.plan import machines
 from prefix_distill.plan import programs
@@ -72,9 +73,9 @@ def read_lengths(given: Sequence[str]) -> tuple[int, ...]:
   Raises:
     ConfigError: it is no list of lengths.
   """
-  if not all(re.fullmatch(r"[1-9]\d*", text) for text in given):
+  if not all(re.fullmatch("[1-9][0-9]{0,9}", text) for text in given):
     raise ConfigError(
-        f"--prefix={','.join(given)} is no list of lengths; use"
+        f"--prefix={shown(','.join(given))[1:-1]} is no list of lengths; use"
         " --prefix=256,2048 or the like."
     )
   return tuple(sorted({int(text) for text in given}))
@@ -89,10 +90,10 @@ def _choose_mesh(question: Question) -> tuple[Config, str]:
   config, machine = question.config, question.machine
   given = config.mesh
   if text := question.mesh:
-    if not re.fullmatch(r"\d+x\d+x\d+", text):
+    if not re.fullmatch("[0-9]{1,9}x[0-9]{1,9}x[0-9]{1,9}", text):
       raise ConfigError(
-          f"--mesh={text} is not data x fsdp x tensor; use --mesh=1x16x1 or"
-          " the like."
+          f"--mesh={shown(text)[1:-1]} is not data x fsdp x tensor; use"
+          " --mesh=1x16x1 or the like."
       )
     mesh = MeshSpec(
         *map(int, text.split("x")), sampling_tensor=given.sampling_tensor

@@ -346,7 +346,8 @@ def read_config(workdir: pathlib.Path) -> Config:
     WorkdirError: there is no run, or its settings are not readable.
     ConfigError: they do not fit this version.
   """
-  if not (workdir / _CONFIG).is_file():
+  # Also where the name is too long for the file system.
+  if not os.path.isfile(workdir / _CONFIG):
     raise WorkdirError(
         f"{workdir} has no {_CONFIG}, so no run is there; give the --workdir of"
         " one."
