@@ -57,7 +57,8 @@ def passed_on(lines: Iterable[bytes], heartbeat: str) -> Iterator[bytes]:
     else:
       yield line
   if fatal and not said:
-    yield _sentence(b"".join(dump), heartbeat).encode()
+    # On a line of its own: a progress bar may have begun one.
+    yield f"\n{_sentence(b''.join(dump), heartbeat)}".encode()
 
 
 def watch_errors(heartbeat: int) -> None:

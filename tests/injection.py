@@ -798,7 +798,8 @@ def table(results: Sequence[dict]) -> str:
       "|---|---|---|---|---|",
   ]
   for kind, group in groups.items():
-    said = dict.fromkeys(re.sub(r" \(/.*?\)", "", x["said"]) for x in group)
+    # Without the paths of logs.
+    said = dict.fromkeys(re.sub(r" (in )?/\S+", "", x["said"]) for x in group)
     seconds = statistics.median(x["seconds"] for x in group)
     held = sum(x["held"] for x in group)
     rows.append(
@@ -816,9 +817,10 @@ _INTRODUCTION = """# Faults
 fault to it, and starts the same command again. Where a row says "as the whole
 run", metrics (without times) and export are, byte for byte, those of a run that
 was never stopped. `pytest -m slow tests/test_injection.py` does a few of each
-kind. Seconds are the median of a trial, starts included. Phases are those in
-which the signal was sent; the moment in a phase is random. On a full disk, room
-is made once the run says that it waits, or has ended.
+kind. Seconds are the median of a trial, starts included. The
+moment in a phase is random, and in brackets is the phase in which the run was
+when it was hit, which may be the next one on a busy machine. On a full disk,
+room is made once the run says that it waits, or has ended.
 
 One of two processes that dies or freezes ends the other within
 `--distributed_heartbeat` ({heartbeat} s here) and {spare} s; before they have

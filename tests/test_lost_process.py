@@ -35,9 +35,9 @@ def _shown(*lines):
 )
 def test_a_dump_becomes_a_sentence_that_names_the_lost(dump, names):
   (sentence,) = _shown(*dump, *_FATAL)
-  assert sentence.startswith(f"error: {names}died, or gave no sign of life")
+  assert sentence.startswith(f"\nerror: {names}died, or gave no sign of life")
   assert "10 s (--distributed_heartbeat)" in sentence
-  assert sentence.count("\n") == 1
+  assert sentence.count("\n") == 2
 
 
 def test_a_sentence_that_was_said_is_the_only_one():
