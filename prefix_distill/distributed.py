@@ -17,6 +17,7 @@ from typing import NoReturn
 import jax
 from jax._src import distributed as jax_distributed
 
+from prefix_distill import lost_process
 from prefix_distill.errors import check
 from prefix_distill.errors import ConfigError
 from prefix_distill.errors import shown
@@ -44,6 +45,13 @@ def first_line(error: BaseException) -> str:
   return text.splitlines()[0].rstrip(".")
 
 
+def _is_lost(error: BaseException) -> bool:
+  """Whether an error says that another process is gone."""
+  return isinstance(error, jax.errors.JaxRuntimeError) and bool(
+      re.search("gloo|closed by peer|reset by peer", str(error), re.IGNORECASE)
+  )
+
+
 class FailureWatch:
   """Reports this process's failure, and ends this process if another fails."""
 
@@ -69,7 +77,9 @@ class FailureWatch:
     try:
       # Print first: JAX aborts this process if the coordinator is gone.
       with contextlib.suppress(OSError, ValueError):  # The pipe may be closed.
-        print(text, file=sys.stderr, flush=True)
+        sys.stderr.flush()
+        # Past Python, so that `lost_process` knows that this was said.
+        os.write(2, f"{text}\n".encode())
         sys.stdout.flush()
       if told:
         self._client.key_value_set(f"{_FAILURES}{_STATE.process_id}", told)
@@ -85,6 +95,12 @@ class FailureWatch:
     sentence, code, trace = first_line(error) + ".", 1, ""
     if isinstance(error, KeyboardInterrupt):
       sentence, code = "Interrupted.", 130
+    elif _is_lost(error):
+      sentence = (
+          f"The connection to another process broke ({sentence[:-1]}); see"
+          " which process ended first, and why. The same command goes on from"
+          " the last checkpoint."
+      )
     elif not isinstance(error, UserError):
       sentence = (
           f"{type(error).__name__}: {sentence[:-1]}; if nothing has to be"
@@ -436,6 +452,7 @@ def joined(spec: Spec) -> Iterator[None]:
       _check_alone()
     yield
     return
+  lost_process.watch_errors(spec.heartbeat)
   _join(spec)
   watch = FailureWatch()
   try:

@@ -622,6 +622,19 @@ _KEEPING = (
         "if False:\n",
         "workdir.py::test_other_contents_are_refused",
     ),
+    _fault(
+        "a dump is shown besides the sentence",
+        "hides = fatal or _SERVICE in line",
+        "hides = _SERVICE in line",
+        "lost_process.py::"
+        "test_a_dump_becomes_a_sentence_that_names_the_lost",
+    ),
+    _fault(
+        "answers go on to a file that failed",
+        "      if failed:\n        return\n",
+        "",
+        "rollout.py::test_answers_that_cannot_be_kept_are_said_once",
+    ),
 )
 
 FAULTS = (*_DISTILL, *_ROLLOUT, *_TRAIN, *_DATA, *_KEEPING)

@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import itertools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -397,3 +398,22 @@ def test_a_kernel_that_reads_lengths_gets_its_cache_at_once(monkeypatch):
 def _plain(x):
   is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
   return np.asarray(jax.random.key_data(x) if is_key else x)
+
+
+def test_answers_that_cannot_be_kept_are_said_once(capsys):
+  full = pathlib.Path("/dev/full")
+  if not full.exists():
+    pytest.skip("There is no /dev/full here.")
+  with continuous_batching._kept(full) as keep:
+    keep([0, [3, 4], True])
+    keep([1, [5], False])
+  err = capsys.readouterr().err
+  assert err.startswith("Warning: /dev/full cannot be written (No space left")
+  assert err.count("\n") == 1
+
+
+def test_answers_whose_directory_cannot_be_made_are_not_kept(capsys, tmp_path):
+  (tmp_path / "file").write_text("no directory")
+  with continuous_batching._kept(tmp_path / "file" / "answers") as keep:
+    keep([0, [3, 4], True])
+  assert capsys.readouterr().err.count("\n") == 1

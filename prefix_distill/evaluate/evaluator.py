@@ -412,4 +412,4 @@ def evaluate(
     })
     distributed.wait("evaluation")
     if jax.process_index() == 0:
-      file.unlink()
+      file.unlink(missing_ok=True)

@@ -7,9 +7,12 @@ same and decide the same.
 from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
+import errno
 import functools
 import json
+import os
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -89,19 +92,55 @@ def kept_answers(
     yield number, np.asarray(tokens), stopped
   missing = [n for n in range(len(prompts.tokens)) if n not in found]
   rest = jax.tree.map(lambda x: x[missing], prompts)
-  writes = jax.process_index() == 0
   with contextlib.ExitStack() as stack:
-    if writes:
-      file.parent.mkdir(parents=True, exist_ok=True)
-      out = stack.enter_context(file.open("w"))
-      for number, (tokens, stopped) in found.items():
-        out.write(json.dumps([number, tokens, stopped]) + "\n")
+    keep = _ignore
+    if jax.process_index() == 0:
+      keep = stack.enter_context(_kept(file))
+    for number, (tokens, stopped) in found.items():
+      keep([number, tokens, stopped])
     for number, tokens, stopped in engine.answers(rest, key, draw, poll):
       number = missing[number]
-      if writes:
-        out.write(json.dumps([number, tokens.tolist(), stopped]) + "\n")
-        out.flush()
+      keep([number, tokens.tolist(), stopped])
       yield number, tokens, stopped
+
+
+def _ignore(answer: list[Any]) -> None:
+  del answer
+
+
+@contextlib.contextmanager
+def _kept(file: pathlib.Path) -> Iterator[Callable[[list[Any]], None]]:
+  """Yields what appends an answer to a file, until the disk fails."""
+  with contextlib.ExitStack() as stack:
+    failed = False
+
+    def fail(error: OSError) -> None:
+      nonlocal failed
+      failed = True
+      print(
+          f"Warning: {file} cannot be written ({error.strerror}); if this"
+          " evaluation is stopped, its answers are sampled again.",
+          file=sys.stderr,
+          flush=True,
+      )
+
+    def write(answer: list[Any]) -> None:
+      if failed:
+        return
+      line = f"{json.dumps(answer)}\n".encode()
+      try:
+        if out.write(line) < len(line):
+          raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+      except OSError as error:
+        fail(error)
+
+    try:
+      file.parent.mkdir(parents=True, exist_ok=True)
+      # Without a buffer, whose rest `close` would try to write.
+      out = stack.enter_context(file.open("wb", buffering=0))
+    except OSError as error:
+      fail(error)
+    yield write
 
 
 def _read_answers(file: pathlib.Path) -> dict[int, tuple[list[int], bool]]:

@@ -288,24 +288,34 @@ def _read_host(directory: pathlib.Path, step: int) -> dict[str, Any]:
 
 
 @functools.cache
-def _silence_readers() -> None:
-  """Drops what readers that were cut off say when they are thrown away.
+def _silence_orbax() -> None:
+  """Drops what reads and writes say that were cut off as another one failed.
 
-  If one of many reads fails, Orbax closes the loop in which the others go on,
-  and each of those then has Python print a traceback.
+  Orbax raises the first failure, and closes the loop in which the others go on;
+  each of those then has a traceback printed by Python, asyncio or TensorStore,
+  and each of Orbax's threads logs its own.
   """
   logging.getLogger("asyncio").addFilter(
       lambda record: "never retrieved" not in record.getMessage()
   )
-  shown = sys.unraisablehook
+  logging.getLogger("absl").addFilter(
+      lambda record: "_SignalingThread.run() raised" not in record.getMessage()
+  )
+  shown, printed = sys.unraisablehook, sys.excepthook
 
-  def hook(unraisable: Any) -> None:
+  def is_late(error: BaseException | None) -> bool:
+    return "Event loop is closed" in str(error)
+
+  def unraisable_hook(unraisable: Any) -> None:
     reader = "_device_put" in getattr(unraisable.object, "__qualname__", "")
-    late = "Event loop is closed" in str(unraisable.exc_value)
-    if not reader and not late:
+    if not reader and not is_late(unraisable.exc_value):
       shown(unraisable)
 
-  sys.unraisablehook = hook
+  def except_hook(kind: type, error: BaseException, trace: Any) -> None:
+    if not is_late(error):
+      printed(kind, error, trace)
+
+  sys.unraisablehook, sys.excepthook = unraisable_hook, except_hook
 
 
 def _read_arrays(directory: pathlib.Path, abstract: Any) -> Any:
@@ -323,7 +333,7 @@ def _read_arrays(directory: pathlib.Path, abstract: Any) -> Any:
         ),
     )
   except Exception as error:  # Orbax and what it calls raise many kinds.
-    _silence_readers()
+    _silence_orbax()
     reason = _reason(error)
     raise _Damage(f"its arrays cannot be read ({reason})") from error
   finally:
@@ -417,6 +427,7 @@ class Checkpointer:
         "totals": totals.to_json(),
         "checksums": checksums,
     }
+    _silence_orbax()
     saved = self._manager.save(
         step,
         args=ocp.args.Composite(**{

@@ -115,6 +115,8 @@ _RETRY = 20.0
 _EVERY = 8
 # An update is slow that takes so many times the others, and so many seconds.
 _SLOW, _SLOW_SECONDS = 10, 10.0
+# What a disk that is full or read-only raises.
+_DISK_ERRORS = (OSError, safetensors.SafetensorError)
 # Updates after which their time is known; the first ones compile.
 _KNOWN = 5
 
@@ -486,20 +488,24 @@ class Run:
     if not self.writes:
       return
     file = self.workdir / "skipped" / f"step-{step}.safetensors"
-    file.parent.mkdir(exist_ok=True)
-    safetensors.numpy.save_file(
-        {
-            "prompt_tokens": prompts.tokens,
-            "prompt_mask": prompts.mask,
-            "record": prompts.index,
-            "tokens": done.tokens,
-            "mask": done.mask,
-        },
-        file,
-    )
+    kept = f"Its batch is in {file}."
+    try:
+      file.parent.mkdir(exist_ok=True)
+      safetensors.numpy.save_file(
+          {
+              "prompt_tokens": prompts.tokens,
+              "prompt_mask": prompts.mask,
+              "record": prompts.index,
+              "tokens": done.tokens,
+              "mask": done.mask,
+          },
+          file,
+      )
+    except _DISK_ERRORS as error:
+      kept = f"{file} cannot be written ({distributed.first_line(error)})."
     tqdm.tqdm.write(
         f"Update {step} was skipped: numbers of {self.cause} are not finite."
-        f" Its batch is in {file}."
+        f" {kept}"
     )
 
   def check_skipped(self, step: int) -> None:
@@ -689,9 +695,16 @@ def _train(
         raise
     run.programs.close()
     run.checkpointer.close()
-    setup_lib.export_student(
-        config, run.state.params, setup.models.stop_ids, workdir / "export"
-    )
+    try:
+      setup_lib.export_student(
+          config, run.state.params, setup.models.stop_ids, workdir / "export"
+      )
+    except _DISK_ERRORS as error:
+      raise SaveError(
+          f"{workdir / 'export'} could not be written"
+          f" ({distributed.first_line(error)}); make room or make it writable,"
+          " and the same command writes it from the last checkpoint."
+      ) from error
   if writes:
     with contextlib.suppress(OSError):
       (workdir / "unfinished").rmdir()
