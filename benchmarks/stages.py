@@ -831,7 +831,7 @@ def _writer(
       rows // per_prompt, size.prompt, size.news[-1],
       rollout__per_prompt=per_prompt, rollout__cache_dtype=cache_dtype,
       # All rows at a time: there are no moments and no teacher here.
-      rollout__batch_tokens=2**40, prefix__buckets=size.buckets,
+      rollout__batch_tokens=2**31 - 1, prefix__buckets=size.buckets,
   )  # fmt: skip
   models = bench.models(
       config, HalfModel(size.student, "bfloat16"),

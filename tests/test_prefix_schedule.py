@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import toys
 
+from prefix_distill.config import AgreementSpec
 from prefix_distill.config import LossSpec
 from prefix_distill.config import PrefixSpec
 from prefix_distill.config import RolloutSpec
@@ -238,7 +239,8 @@ def test_a_share_of_the_updates_has_another_source():
             "prefix.schedule is 'drift' but loss.form is 'policy_gradient'",
         ),
         (
-            {"prefix": {"schedule": "agreement"},
+            {"prefix": {"schedule": "agreement",
+                        "agreement": AgreementSpec(window_tokens=4)},
              "rollout": {"source": "teacher"}},
             "prefix.schedule is 'agreement' but rollout.source is 'teacher'",
         ),
