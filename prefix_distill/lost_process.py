@@ -74,9 +74,10 @@ def watch_errors(heartbeat: int) -> None:
     read, write = os.pipe()
     subprocess.Popen(
         [sys.executable, "-IS", __file__, str(heartbeat)],
-        stdin=read, stdout=subprocess.DEVNULL,
+        stdin=read,
+        stdout=subprocess.DEVNULL,
         start_new_session=True,  # A Ctrl-C is for the run.
-    )  # fmt: skip
+    )
   except (OSError, ValueError):
     return  # Without it, only the message is a worse one.
   os.close(read)

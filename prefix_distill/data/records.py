@@ -157,9 +157,11 @@ def completion(record: Mapping[str, Any], name: str, where: str) -> str:
   messages = _messages(found, name, where)
   if [message["role"] for message in messages] != ["assistant"]:
     raise _refuse(
-        found, name, where,
+        found,
+        name,
+        where,
         "not one message of the assistant's; name the field of the answer",
-    )  # fmt: skip
+    )
   return messages[0]["content"]
 
 
@@ -172,16 +174,20 @@ def question(record: Mapping[str, Any], name: str, where: str) -> Question:
   roles = [message["role"] for message in messages]
   if roles[-1] != "user":
     raise _refuse(
-        found, name, where,
+        found,
+        name,
+        where,
         f"a list of messages that ends with the {roles[-1]}'s, not the user's;"
         " name a field that ends with the question",
-    )  # fmt: skip
+    )
   if "system" in roles[1:]:
     raise _refuse(
-        found, name, where,
+        found,
+        name,
+        where,
         "a list of messages with a system message that is not the first one;"
         " put it first",
-    )  # fmt: skip
+    )
   return messages
 
 
@@ -227,9 +233,11 @@ def _messages(found: list[Any], name: str, where: str) -> list[Message]:
     for extra in ("tool_calls", "function_call"):
       if message.get(extra):
         raise _refuse(
-            message[extra], f"{at}.{extra}", where,
+            message[extra],
+            f"{at}.{extra}",
+            where,
             "not supported; take out records with calls of tools",
-        )  # fmt: skip
+        )
     content = _content(message.get("content"), f"{at}.content", where)
     out.append({"role": role, "content": content})
   return out

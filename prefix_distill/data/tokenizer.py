@@ -350,9 +350,8 @@ def _any_of(names: Sequence[str]) -> re.Pattern[str]:
 def _unused(messages: Sequence[Message]) -> tuple[str, str]:
   """Returns two characters of private use that no message has."""
   used = {c for message in messages for c in message["content"]}
-  first, second, *_ = (c for c in map(chr, range(0xE000, 0xF900))
-                       if c not in used)  # fmt: skip
-  return first, second
+  free = (c for c in map(chr, range(0xE000, 0xF900)) if c not in used)
+  return next(free), next(free)
 
 
 def _squeezed(text: str) -> str:
