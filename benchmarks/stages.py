@@ -43,6 +43,7 @@ from prefix_distill import config as config_lib
 from prefix_distill import sharding
 from prefix_distill.compilation import Variant
 from prefix_distill.models import attention
+from prefix_distill.models import huggingface as hf
 from prefix_distill.models import published
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.config import num_params
@@ -1371,7 +1372,6 @@ def _random_model(cpu: bool, layers: int) -> str:
   """Writes a model of random weights, as everybody reads them."""
   import transformers  # noqa: PLC0415
 
-  from prefix_distill.models import huggingface as hf  # noqa: PLC0415
 
   wide = (
       {"hidden_size": 32, "intermediate_size": 64, "head_dim": 16,
@@ -1580,7 +1580,10 @@ def _held_out(bench: Bench, lesson: _Lesson, student: str) -> float:
       config_lib.ModelSpec(path, compute_dtype=dtype)
       for path in (student, lesson.teacher)
   ]
-  models = [setup_lib.read_model(spec, mesh) for spec in described]
+  models = [
+      setup_lib.make_model(hf.read_config(spec.path), spec, mesh)
+      for spec in described
+  ]
   chat = tokenizer.load(student)
   programs = Programs(
       Models(

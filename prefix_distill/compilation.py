@@ -36,13 +36,12 @@ def watching(watch: Callable[["Variant"], None]) -> Iterator[None]:
     _watch.reset(token)
 
 
-def _abstract(x: Any) -> jax.ShapeDtypeStruct:
-  if isinstance(x, jax.Array):
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-  if isinstance(x, jax.ShapeDtypeStruct):
-    return x
+def _signature(x: Any) -> tuple[Any, ...]:
+  """Returns shape, dtype and sharding of an array or its shape."""
+  if isinstance(x, jax.Array | jax.ShapeDtypeStruct):
+    return x.shape, x.dtype, x.sharding
   x = np.asarray(x)  # NumPy has no sharding: the program chooses the place.
-  return jax.ShapeDtypeStruct(x.shape, x.dtype)
+  return x.shape, x.dtype, None
 
 
 class Variant:
@@ -124,12 +123,15 @@ class Program:
     if recent is None:
       static, rest = args[: self.static], args[self.static :]
       leaves, structure = jax.tree.flatten(rest)
-      shapes = [_abstract(x) for x in leaves]
-      signature = tuple((x.shape, x.dtype, x.sharding) for x in shapes)
+      signature = tuple(map(_signature, leaves))
       key = (static, structure, signature)
       with self._lock:
         variant = self._variants.get(key)
         if variant is None:
+          shapes = [
+              jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+              for shape, dtype, place in signature
+          ]
           shapes = (*static, *jax.tree.unflatten(structure, shapes))
           variant = Variant(self, shapes, self.jitted.trace(*shapes))
           self._variants[key] = variant

@@ -45,20 +45,6 @@ from prefix_distill.train import checksum
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _WATCHED = _ROOT / "tests" / "programs" / "phases.py"
-_FLAGS = (
-    "--config=configs/math.py:tiny-weak",
-    "--config.steps=6",
-    "--config.data.batch_size=4",
-    "--config.rollout.max_len=24",
-    "--config.prefix.buckets=(8,24)",
-    "--config.prefix.linear.increment=3",
-    "--config.evaluation.max_len=24",
-    "--config.evaluation.every=2",
-    "--config.evaluation.batch_size=8",
-    "--config.evaluation.greedy=False",
-    "--config.evaluation.sets.heldout.size=8",
-    "--config.checkpoint.every=2",
-)
 PHASES = (
     "loading", "sampling", "scoring", "update", "saving", "evaluation",
     "export", "report",
@@ -249,7 +235,10 @@ class Bench:
         log.with_suffix(".err").open("w") as err,
     ):
       process = subprocess.Popen(
-          [sys.executable, *program, *_FLAGS, f"--workdir={workdir}", *flags],
+          [
+              sys.executable, *program, *toys.SMALL_RUN,
+              f"--workdir={workdir}", *flags,
+          ],
           cwd=_ROOT, env=self._environment, stdout=out, stderr=err,
           preexec_fn=before,
       )  # fmt: skip

@@ -181,10 +181,7 @@ def test_the_way_from_an_update_to_a_formula_is_short(tmp_path, monkeypatch):
   # A divergence is added by its formula alone.
   monkeypatch.setitem(divergence.TERMS, "planted", planted)
   monkeypatch.setattr(loop.Programs, "compile_ahead", lambda *_: None)
-  models = [
-      toys.write_model(tmp_path / name, seed, name)
-      for seed, name in enumerate(("capable", "teacher"))
-  ]
+  models = toys.write_models(tmp_path)
   config = toys.run_config(*models, loss=LossSpec(exact=ExactSpec("planted")))
   workdir = tmp_path / "run"
   workdir.mkdir()

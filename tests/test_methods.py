@@ -30,11 +30,7 @@ from prefix_distill.train import setup
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("models")
-  return [
-      toys.write_model(folder / name, seed, name)
-      for seed, name in enumerate(("capable", "teacher"))
-  ]
+  return toys.write_models(tmp_path_factory.mktemp("models"))
 
 
 def run(models, workdir, **changes) -> list[dict]:

@@ -14,19 +14,6 @@ import pytest
 import toys
 
 _ROOT = pathlib.Path(__file__).parent.parent
-_SMALL = (
-    "--config.steps=6",
-    "--config.data.batch_size=4",
-    "--config.rollout.max_len=24",
-    "--config.prefix.buckets=(8,24)",
-    "--config.prefix.linear.increment=3",
-    "--config.evaluation.max_len=24",
-    "--config.evaluation.every=2",
-    "--config.evaluation.batch_size=8",
-    "--config.evaluation.greedy=False",
-    "--config.evaluation.sets.heldout.size=8",
-    "--config.checkpoint.every=2",
-)
 
 
 @pytest.fixture(scope="session")
@@ -42,8 +29,7 @@ def _start(workdir, cache, *flags):
   return subprocess.Popen(
       toys.interruptible(
           sys.executable, "-m", "prefix_distill.main",
-          "--config=configs/math.py:tiny-weak", f"--workdir={workdir}",
-          *_SMALL, *flags,
+          f"--workdir={workdir}", *toys.SMALL_RUN, *flags,
       ),
       cwd=_ROOT, env=environment, text=True,
       stdout=subprocess.PIPE, stderr=subprocess.PIPE,

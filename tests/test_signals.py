@@ -38,10 +38,7 @@ def test_a_preemption_stops_it_and_an_ignored_ctrl_c_stays_ignored(inherited):
 
 @pytest.fixture
 def run(tmp_path):
-  models = [
-      toys.write_model(tmp_path / name, seed, name)
-      for seed, name in enumerate(("capable", "teacher"))
-  ]
+  models = toys.write_models(tmp_path)
   workdir = tmp_path / "run"
   workdir.mkdir()
   setup = setup_lib.prepare(toys.run_config(*models, steps=9), workdir)

@@ -35,6 +35,21 @@ _TESTS = pathlib.Path(__file__).parent
 NUM_TOKENS = 13
 STOPS = (11, 12)
 PAD = 0
+# A run of the command line that takes seconds.
+SMALL_RUN = (
+    "--config=configs/math.py:tiny-weak",
+    "--config.steps=6",
+    "--config.data.batch_size=4",
+    "--config.rollout.max_len=24",
+    "--config.prefix.buckets=(8,24)",
+    "--config.prefix.linear.increment=3",
+    "--config.evaluation.max_len=24",
+    "--config.evaluation.every=2",
+    "--config.evaluation.batch_size=8",
+    "--config.evaluation.greedy=False",
+    "--config.evaluation.sets.heldout.size=8",
+    "--config.checkpoint.every=2",
+)
 
 
 def model_config(**changes) -> ModelConfig:
@@ -160,6 +175,14 @@ def write_model(directory: pathlib.Path, seed: int, tokenizer: str) -> str:
       params, str(source), f"bundled:{tokenizer}", directory, "float32"
   )
   return str(directory)
+
+
+def write_models(directory: pathlib.Path) -> list[str]:
+  """Writes a student and a teacher; returns their paths."""
+  return [
+      write_model(directory / name, seed, name)
+      for seed, name in enumerate(("capable", "teacher"))
+  ]
 
 
 def run_config(student: str, teacher: str, **changes) -> config_lib.Config:

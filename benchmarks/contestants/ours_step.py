@@ -12,6 +12,7 @@ import numpy as np
 
 from prefix_distill import config as config_lib
 from prefix_distill import sharding
+from prefix_distill.models import huggingface as hf
 from prefix_distill.structs import PromptBatch
 from prefix_distill.train import setup as setup_lib
 from prefix_distill.train.update import Clock
@@ -43,7 +44,7 @@ class _Trainer:
     )
     mesh = sharding.make_mesh(config.mesh)
     models = [
-        setup_lib.read_model(spec, mesh)
+        setup_lib.make_model(hf.read_config(spec.path), spec, mesh)
         for spec in (config.student, config.teacher)
     ]
     self._programs = Programs(

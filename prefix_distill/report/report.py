@@ -62,7 +62,11 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 class MetricsWriter:
-  """Appends lines; a line is on the disk when `write` returns."""
+  """Appends lines; a line is on the disk when `write` returns.
+
+  Attributes:
+    kept: the lines that the file already had and keeps.
+  """
 
   def __init__(self, path: pathlib.Path, resume_step: int | None):
     """Opens the file.
@@ -87,7 +91,7 @@ class MetricsWriter:
     partial = path.with_suffix(".partial")
     partial.write_text("".join(_json_line(values) for values in kept))
     partial.rename(path)
-    self._path = path
+    self._path, self.kept = path, kept
     self._waiting: list[str] = []
     self._failed = False
 

@@ -27,8 +27,8 @@ from prefix_distill.rollout import generate
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 
-# Of the rows, that are given to new prompts at a time: with few, rows wait
-# less for each other to end; with many, prompts are read faster.
+# Refill when this fraction of the rows is free. A small fraction leaves fewer
+# rows idle, and a large one prefills more prompts at a time.
 REFILL = 1 / 8
 # The cache has room for answers of at least so many tokens.
 _SMALLEST_ROOM = 256

@@ -67,7 +67,7 @@ class Stop:
   deadline = math.inf
 
   def __init__(self, notice: float = math.inf):
-    """Knows how many seconds lie between a SIGTERM and the end."""
+    """Notes how many seconds a SIGTERM leaves to the process."""
     self.notice = notice
 
   def ask(self, number: int, *_: Any) -> None:
@@ -77,7 +77,7 @@ class Stop:
     if not _ignored(signal.SIGINT):
       # A second Ctrl-C does not wait.
       signal.signal(signal.SIGINT, signal.default_int_handler)
-    print("\nStopping after this update ...", file=sys.stderr, flush=True)
+    print("\nSaving and stopping ...", file=sys.stderr, flush=True)
 
 
 def _ignored(number: signal.Signals) -> bool:
@@ -204,7 +204,7 @@ class Run:
     lines = []
     if self.writes:
       self.writer = report.MetricsWriter(self.workdir / "metrics.jsonl", step)
-      lines = report.read_metrics(self.workdir / "metrics.jsonl")
+      lines = self.writer.kept
     # Evaluations that are done: model, set, mode; and their answers' length.
     self.evaluated, self.answer_len = distributed.from_first(
         "evaluations", _evaluations(lines, step)
@@ -454,7 +454,6 @@ class Run:
         "tokens_per_second": float(mask.sum()) / passed,
     }
 
-
   @contextlib.contextmanager
   def _watched(self, step: int, clock: update_lib.Clock) -> Iterator[None]:
     """Says what an update waits for if it takes far longer than the others."""
@@ -543,7 +542,7 @@ def _flatten(metrics: dict[str, Any], config: Config) -> dict[str, float]:
 
 
 def _any_process(wanted: bool) -> bool:
-  """Whether any process wants to stop: a signal may reach one of them only."""
+  """Returns whether any process wants something; every process must ask."""
   if jax.process_count() == 1:
     return wanted
   return bool(np.any(multihost_utils.process_allgather(np.array(wanted))))

@@ -127,13 +127,6 @@ def check_batches(config: Config, mesh: jax.sharding.Mesh) -> None:
   sharding.check_batch("evaluation.batch_size", rows, sampling)
 
 
-def read_model(spec: ModelSpec, mesh: jax.sharding.Mesh) -> Model:
-  """Reads a model's architecture and checks that its weights are there."""
-  model = make_model(hf.read_config(spec.path), spec, mesh)
-  _check_weights(spec, model)
-  return model
-
-
 def _check_weights(spec: ModelSpec, model: Model) -> None:
   if not spec.random_init:
     hf.check_weights(spec.path, model.config)
