@@ -586,7 +586,10 @@ SOURCES = (
         "infinity in the student's queries", role="student",
         tensor=f"{_LAYER}self_attn.q_proj.weight", value=math.inf,
     ),
-    Source("learning rate 3e38", (_RATE.format("3e38"),)),
+    Source(
+        "the student's MLP, 1e20", role="student",
+        tensor=f"{_LAYER}mlp.gate_proj.weight", value=1e20,
+    ),
     Source(
         "the student's norm, 3e38", role="student",
         tensor="model.norm.weight", value=3e38,
@@ -608,8 +611,8 @@ SOURCES = (
         tensor=f"{_LAYER}mlp.up_proj.weight", value=-3e38,
     ),
     Source(
-        "a learning rate of 1e30 without clipping",
-        (_RATE.format("1e30"), "--config.optimizer.clip_norm=0.0"),
+        "a learning rate of 1 without clipping",
+        (_RATE.format("1"), "--config.optimizer.clip_norm=0.0"),
     ),
 )  # fmt: skip
 

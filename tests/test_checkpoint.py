@@ -213,10 +213,26 @@ def test_a_leftover_of_a_killed_save_is_removed(workdir):
   _assert_same(_restore(workdir), 6)
 
 
-def test_weights_are_read_alone(workdir):
-  # A moment is damaged, and nobody asks for it.
-  (damage,) = (x for x in DAMAGES if x.name == "a bit of the arrays at 10%")
-  damage.do(workdir / "checkpoints" / "4")
+def _damage_a_moment(workdir: pathlib.Path, capsys) -> None:
+  """Flips a bit of a moment; arrays lie in the file in any order."""
+  checkpoints = workdir / "checkpoints"
+  shutil.copytree(checkpoints / "4", workdir / "whole")
+  for damage in DAMAGES:
+    if damage.name.startswith("a bit of the arrays"):
+      damage.do(checkpoints / "4")
+      _restore(workdir)
+      if "the array opt_state/" in capsys.readouterr().err:
+        damage.do(workdir / "whole")
+        shutil.rmtree(checkpoints / "4", ignore_errors=True)
+        (workdir / "whole").rename(checkpoints / "4")
+        return
+      shutil.rmtree(checkpoints / "4", ignore_errors=True)
+      shutil.copytree(workdir / "whole", checkpoints / "4")
+  raise AssertionError("no bit of a moment was flipped")
+
+
+def test_weights_are_read_alone(workdir, capsys):
+  _damage_a_moment(workdir, capsys)  # And nobody asks for it.
   found = checkpoint.read_params(workdir, 4, ABSTRACT.params)
   wanted = _state(4).params
   jax.tree.map(np.testing.assert_array_equal, found, wanted)
