@@ -16,7 +16,7 @@ import numpy as np
 
 from prefix_distill import sharding
 from prefix_distill.config import MeshSpec
-from prefix_distill.data import tokenizer
+from prefix_distill.data import tokenizer as tokenizer_lib
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models.transformer import Model
 from prefix_distill.rollout import generate
@@ -84,10 +84,10 @@ def main() -> None:
   model = Model(hf.read_config(args.model), mesh=mesh)
   shardings = sharding.param_shardings(model.abstract_params(), mesh)
   params = hf.load_params(args.model, model, shardings)
-  chat = tokenizer.load(args.model)
-  rows = [chat.encode(chat.prompt(q, "")) for q in _QUESTIONS]
+  tokenizer = tokenizer_lib.load(args.model)
+  rows = [tokenizer.encode(tokenizer.prompt(q, "")) for q in _QUESTIONS]
   size = max(map(len, rows))
-  tokens = np.array([[chat.pad_id] * (size - len(r)) + r for r in rows])
+  tokens = np.array([[tokenizer.pad_id] * (size - len(r)) + r for r in rows])
   mask = np.array([[False] * (size - len(r)) + [True] * len(r) for r in rows])
   index = np.arange(len(rows), dtype=np.int32)
   batch = PromptBatch(tokens.astype(np.int32), mask, index)

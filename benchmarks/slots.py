@@ -22,7 +22,7 @@ from prefix_distill import sharding
 from prefix_distill.config import MeshSpec
 from prefix_distill.data import bundled_tasks
 from prefix_distill.data import prompts as prompts_lib
-from prefix_distill.data import tokenizer
+from prefix_distill.data import tokenizer as tokenizer_lib
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models.transformer import Model
 from prefix_distill.rollout import continuous_batching
@@ -32,10 +32,10 @@ from prefix_distill.structs import PromptBatch
 _STOP_WORDS = (" 13", " 17", "17", "13", " 19", "19")
 
 
-def _prompts(chat: tokenizer.Chat, count: int) -> PromptBatch:
+def _prompts(tokenizer: tokenizer_lib.Tokenizer, count: int) -> PromptBatch:
   task = bundled_tasks.MathTask("test", count)
   rows = [
-      prompts_lib.encode_prompt(chat, record["question"], 64, "<think>")
+      prompts_lib.encode_prompt(tokenizer, record["question"], 64, "<think>")
       for record in (task[i] for i in range(count))
   ]
   tokens, mask = (np.stack(x) for x in zip(*rows, strict=True))
@@ -50,18 +50,22 @@ def main() -> None:
   parser.add_argument("--cap", type=int, default=224)
   parser.add_argument("--repeats", type=int, default=3)
   args = parser.parse_args()
-  chat, mesh = tokenizer.load(args.model), sharding.make_mesh(MeshSpec())
+  tokenizer, mesh = tokenizer_lib.load(args.model), sharding.make_mesh(
+      MeshSpec()
+  )
   model = Model(hf.read_config(args.model), mesh=mesh)
   shardings = sharding.param_shardings(model.abstract_params(), mesh)
   params = hf.load_params(args.model, model, shardings)
-  words = [w for word in _STOP_WORDS for w in chat.encode(word)[-1:]]
-  prompts, key = _prompts(chat, args.problems), jax.random.key(0)
+  words = [w for word in _STOP_WORDS for w in tokenizer.encode(word)[-1:]]
+  prompts, key = _prompts(tokenizer, args.problems), jax.random.key(0)
 
   def engine(stops: tuple[int, ...]) -> continuous_batching.Engine:
-    config = generate.SamplerConfig(stops, chat.pad_id, chat.num_tokens)
+    config = generate.SamplerConfig(
+        stops, tokenizer.pad_id, tokenizer.num_tokens
+    )
     return continuous_batching.Engine(model, config, params, args.rows)
 
-  spread, steady = engine((*chat.stop_ids, *words)), engine(())
+  spread, steady = engine((*tokenizer.stop_ids, *words)), engine(())
 
   def run(
       engine: continuous_batching.Engine, batch: PromptBatch

@@ -1569,7 +1569,7 @@ def _resolved(path: str) -> str:
 @functools.cache
 def _held_out(bench: Bench, lesson: _Lesson, student: str) -> float:
   """Returns the reverse KL a token of whole answers to held-out prompts."""
-  from prefix_distill.data import tokenizer  # noqa: PLC0415
+  from prefix_distill.data import tokenizer as tokenizer_lib  # noqa: PLC0415
   from prefix_distill.evaluate import evaluator  # noqa: PLC0415
 
   cpu = bench.args.cpu
@@ -1584,17 +1584,17 @@ def _held_out(bench: Bench, lesson: _Lesson, student: str) -> float:
       setup_lib.make_model(hf.read_config(spec.path), spec, mesh)
       for spec in described
   ]
-  chat = tokenizer.load(student)
+  tokenizer = tokenizer_lib.load(student)
   programs = Programs(
       Models(
           config,
           mesh,
           *models,
-          chat.num_tokens,
-          chat.pad_id,
-          chat.special_ids,
-          chat.stop_ids,
-          chat.stop_ids,
+          tokenizer.num_tokens,
+          tokenizer.pad_id,
+          tokenizer.special_ids,
+          tokenizer.stop_ids,
+          tokenizer.stop_ids,
       )
   )
   params, teacher = (
@@ -1606,7 +1606,7 @@ def _held_out(bench: Bench, lesson: _Lesson, student: str) -> float:
   )
   suffix = "" if bench.args.student else "<think>"
   found = evaluator.load_problems(
-      "heldout", problems, chat, lesson.prompt, suffix
+      "heldout", problems, tokenizer, lesson.prompt, suffix
   ).batch
   batch = sharding.global_batch(
       jax.tree.map(lambda x: x[: lesson.rows], found), mesh

@@ -19,7 +19,7 @@ import jax
 from prefix_distill import sharding
 from prefix_distill.config import Config
 from prefix_distill.config import MeshSpec
-from prefix_distill.data import tokenizer
+from prefix_distill.data import tokenizer as tokenizer_lib
 from prefix_distill.errors import check
 from prefix_distill.errors import check_path
 from prefix_distill.errors import one_line
@@ -79,8 +79,8 @@ def export(workdir: pathlib.Path, step: str, to: pathlib.Path) -> int:
     abstract = sharding.with_shardings(model.abstract_params(), mesh)
     params = checkpoint.read_params(workdir, number, abstract)
     specs = [spec] if config.method == "sft" else [spec, config.teacher]
-    chats = [tokenizer.load(one.tokenizer_path) for one in specs]
-    stops, _ = setup.stop_ids(config, chats)
+    tokenizers = [tokenizer_lib.load(one.tokenizer_path) for one in specs]
+    stops, _ = setup.stop_ids(config, tokenizers)
     setup.export_student(config, params, stops, to.absolute())
   except OSError as error:
     raise UserError(

@@ -20,7 +20,7 @@ from prefix_distill.config import Config
 from prefix_distill.data import prompts
 from prefix_distill.data.prompts import PromptReader
 from prefix_distill.data.records import Question
-from prefix_distill.data.tokenizer import Chat
+from prefix_distill.data.tokenizer import Tokenizer
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.errors import ConfigError
 from prefix_distill.train import setup
@@ -39,9 +39,11 @@ def run(config: Config, console: rich.console.Console) -> None:
   _check_devices(config)
   inputs = setup.check(config, first=True)
   models, data, suffix = inputs.fed, inputs.data, config.data.suffix
-  encoded = [models[0].chat.encode_prompt(data.question, suffix)]
+  encoded = [models[0].tokenizer.encode_prompt(data.question, suffix)]
   if data.teacher_question is not None:
-    encoded.append(models[1].chat.encode_own(data.teacher_question, suffix))
+    encoded.append(
+        models[1].tokenizer.encode_own(data.teacher_question, suffix)
+    )
   _print_prompts(console, config, models, encoded, data.number)
   console.print(_special_tokens(models, encoded), _facts(config, models))
   found = _warnings(config, data.question, models, encoded)
@@ -69,7 +71,7 @@ def _warnings(
     models: Sequence[PromptReader],
     encoded: Sequence[Sequence[int]],
 ) -> list[str]:
-  found = prompts.warnings(config.data, question, models[0].chat)
+  found = prompts.warnings(config.data, question, models[0].tokenizer)
   names = (
       ("prompt", "data.max_prompt_len"),
       ("teacher's prompt", "data.max_teacher_prompt_len"),
@@ -102,7 +104,7 @@ def _print_prompts(
     encoded: Sequence[Sequence[int]],
     number: int,
 ) -> None:
-  who = ", ".join(f"{model.role} {model.chat.path}" for model in models)
+  who = ", ".join(f"{model.role} {model.tokenizer.path}" for model in models)
   readers = ["both models read"]
   if len(models) == 1 or len(encoded) > 1:
     readers = [f"the {model.role} reads" for model in models]
@@ -116,16 +118,16 @@ def _print_prompts(
             f" {len(tokens)} tokens, at most {limit}"
         )
     )
-    body = _prompt(model.chat, tokens)
+    body = _prompt(model.tokenizer, tokens)
     console.print(rich.panel.Panel(body, border_style=_QUIET))
 
 
-def _prompt(chat: Chat, tokens: Sequence[int]) -> Text:
+def _prompt(tokenizer: Tokenizer, tokens: Sequence[int]) -> Text:
   """Returns the prompt with its special tokens, line breaks and end marked."""
-  text, special = Text(overflow="fold"), chat.special_ids
+  text, special = Text(overflow="fold"), tokenizer.special_ids
   # A character may have several tokens, so runs of text are decoded whole.
   for is_special, part in itertools.groupby(tokens, special.__contains__):
-    decoded = chat.decode(list(part))
+    decoded = tokenizer.decode(list(part))
     if is_special:
       text.append(decoded, style=_SPECIAL)
       continue
@@ -139,29 +141,29 @@ def _special_tokens(
     models: Sequence[PromptReader], encoded: Sequence[Sequence[int]]
 ) -> rich.table.Table:
   """Tabulates the special tokens of the prompts, and the stop tokens."""
-  chat, tokens = models[0].chat, [*itertools.chain(*encoded)]
+  tokenizer, tokens = models[0].tokenizer, [*itertools.chain(*encoded)]
   where = "in both prompts" if len(encoded) > 1 else "in the prompt"
-  stops = {i for model in models for i in model.chat.stop_ids}
-  met = {*chat.special_ids} & {*tokens} | stops | {chat.pad_id}
+  stops = {i for model in models for i in model.tokenizer.stop_ids}
+  met = {*tokenizer.special_ids} & {*tokens} | stops | {tokenizer.pad_id}
   table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
   for header in ("special token", "id", where, "stop of", "pads"):
     justify = "right" if header in ("id", where) else "left"
     table.add_column(header, justify=justify)
   for token in sorted(met):
-    stopped = [m.role for m in models if token in m.chat.stop_ids]
+    stopped = [m.role for m in models if token in m.tokenizer.stop_ids]
     count = tokens.count(token)
     table.add_row(
-        Text(chat.decode([token]), style=_SPECIAL),
+        Text(tokenizer.decode([token]), style=_SPECIAL),
         str(token),
         f"{count}x" if count else "-",
         ", ".join(stopped) or "-",
-        "yes" if token == chat.pad_id else "-",
+        "yes" if token == tokenizer.pad_id else "-",
     )
   return table
 
 
 def _facts(config: Config, models: Sequence[PromptReader]) -> rich.table.Table:
-  chat = models[0].chat
+  tokenizer = models[0].tokenizer
   rows = ", ".join(f"{model.role} {model.vocab_size:,}" for model in models)
   table = rich.table.Table.grid(padding=(0, 2))
   table.add_column(style=_QUIET, no_wrap=True)
@@ -169,9 +171,9 @@ def _facts(config: Config, models: Sequence[PromptReader]) -> rich.table.Table:
   facts = {
       "templates": _templates(config, models),
       "boundary": "the prompt's tokens stay as they are when a word follows",
-      "vocabulary": f"{chat.num_tokens:,} tokens; rows: {rows}",
+      "vocabulary": f"{tokenizer.num_tokens:,} tokens; rows: {rows}",
       "stop tokens": _stops(config, models),
-      "padding": _padding(chat),
+      "padding": _padding(tokenizer),
       "temperature": _temperature(config),
       "caps": _caps(config),
   }
@@ -189,28 +191,29 @@ def _templates(config: Config, models: Sequence[PromptReader]) -> str:
 
 
 def _stops(config: Config, models: Sequence[PromptReader]) -> str:
-  chat = models[0].chat
+  tokenizer = models[0].tokenizer
   names = {
       model.role: ", ".join(
-          f"{chat.decode([i])} ({i})" for i in model.chat.stop_ids
+          f"{tokenizer.decode([i])} ({i})" for i in model.tokenizer.stop_ids
       )
       for model in models
   }
   if len(models) == 1:
-    return f"{names['student']}; completions end with {chat.end_id}"
+    return f"{names['student']}; completions end with {tokenizer.end_id}"
   text = "; ".join(f"{role} {name}" for role, name in names.items())
   if len(set(names.values())) == 1:
     text = f"{names['student']}, the same for both"
-  if len({i for model in models for i in model.chat.stop_ids}) == 1:
+  if len({i for model in models for i in model.tokenizer.stop_ids}) == 1:
     return text
   if config.loss.merge_stop_tokens:
     return f"{text}; one event in the loss"
   return f"{text}; told apart in the loss (loss.merge_stop_tokens is False)"
 
 
-def _padding(chat: Chat) -> str:
-  text = f"{chat.decode([chat.pad_id])} ({chat.pad_id}), masked everywhere"
-  if chat.pad_id in chat.stop_ids:
+def _padding(tokenizer: Tokenizer) -> str:
+  name = tokenizer.decode([tokenizer.pad_id])
+  text = f"{name} ({tokenizer.pad_id}), masked everywhere"
+  if tokenizer.pad_id in tokenizer.stop_ids:
     return f"{text}, so it may well be a stop token"
   return text
 

@@ -506,8 +506,8 @@ _DATA = (
     ),
     _fault(
         "completions have no stop token",
-        "tokens = [*chat.encode(text), chat.end_id]",
-        "tokens = chat.encode(text)",
+        "tokens = [*tokenizer.encode(text), tokenizer.end_id]",
+        "tokens = tokenizer.encode(text)",
         "data.py::test_completions_end_with_the_stop_token_and_padding",
     ),
     _fault(
@@ -525,8 +525,8 @@ _DATA = (
     ),
     _fault(
         "the teacher is asked the student's question",
-        "_encode_question(chat, theirs, room, spec.suffix, own=True)",
-        "_encode_question(chat, question, room, spec.suffix, own=True)",
+        "_encode_question(tokenizer, theirs, room, spec.suffix, own=True)",
+        "_encode_question(tokenizer, question, room, spec.suffix, own=True)",
         "teacher_prompt.py::test_the_template_takes_fields_as_they_are",
     ),
     _fault(

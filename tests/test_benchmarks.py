@@ -11,7 +11,7 @@ import schemas
 from prefix_distill.config import DatasetSpec
 from prefix_distill.config import EvaluationSpec
 from prefix_distill.data import records
-from prefix_distill.data import tokenizer
+from prefix_distill.data import tokenizer as tokenizer_lib
 from prefix_distill.data.records import DataError
 from prefix_distill.errors import ConfigError
 from prefix_distill.evaluate import evaluator
@@ -26,8 +26,8 @@ names = pytest.mark.parametrize("name", evaluator.SETS)
 
 
 @pytest.fixture(scope="module")
-def chat():
-  return tokenizer.load("bundled:teacher")
+def tokenizer():
+  return tokenizer_lib.load("bundled:teacher")
 
 
 @pytest.fixture
@@ -47,21 +47,21 @@ def copy(tmp_path, monkeypatch):
   return write
 
 
-def _problems(spec, chat, name="set"):
-  return evaluator.load_problems(name, spec, chat, 512, "<think>")
+def _problems(spec, tokenizer, name="set"):
+  return evaluator.load_problems(name, spec, tokenizer, 512, "<think>")
 
 
-def _prompts(problems, chat):
+def _prompts(problems, tokenizer):
   batch = problems.batch
   return [
-      chat.decode(row[mask].tolist())
+      tokenizer.decode(row[mask].tolist())
       for row, mask in zip(batch.tokens, batch.mask, strict=True)
   ]
 
 
-def _refusal(spec, chat):
+def _refusal(spec, tokenizer):
   with pytest.raises(DataError) as error:
-    _problems(spec, chat)
+    _problems(spec, tokenizer)
   sentence = str(error.value)
   assert sentence.endswith(".") and "\n" not in sentence
   return sentence
@@ -100,13 +100,13 @@ def test_the_data_sets_are_pinned():
 
 @names
 @pytest.mark.parametrize("kind", ("directory", "jsonl", "parquet"))
-def test_every_set_is_read_and_encoded_and_graded(name, kind, copy, chat):
+def test_every_set_is_read_and_encoded_and_graded(name, kind, copy, tokenizer):
   rows = schemas.rows(name, 5)
   spec = copy(name, rows, kind)
-  problems = _problems(spec, chat, name)
+  problems = _problems(spec, tokenizer, name)
   assert problems.samples == spec.samples and problems.dropped == 0
   assert problems.grading == ("letter" if name in _LETTERED else "math")
-  for row, prompt in zip(rows, _prompts(problems, chat), strict=True):
+  for row, prompt in zip(rows, _prompts(problems, tokenizer), strict=True):
     assert row[spec.question] in prompt
     assert prompt.endswith("<|im_start|>assistant\n<think>")
   wrong = "Z" if name in _LETTERED else "-1"
@@ -129,12 +129,12 @@ def test_every_set_is_read_and_encoded_and_graded(name, kind, copy, chat):
 
 @pytest.mark.parametrize("name", _LETTERED)
 def test_options_are_lettered_and_the_letter_is_the_right_ones(
-    name, copy, chat
+    name, copy, tokenizer
 ):
   rows = schemas.rows(name, 12)
-  problems = _problems(copy(name, rows), chat)
+  problems = _problems(copy(name, rows), tokenizer)
   for row, prompt, letter in zip(
-      rows, _prompts(problems, chat), problems.answers, strict=True
+      rows, _prompts(problems, tokenizer), problems.answers, strict=True
   ):
     lines = dict(re.findall(r"^([A-Z])\. (.*)$", prompt, re.MULTILINE))
     if name == "gpqa":
@@ -148,21 +148,21 @@ def test_options_are_lettered_and_the_letter_is_the_right_ones(
     assert "letter of the right option in \\boxed{}" in prompt
 
 
-def test_gpqas_letters_are_balanced_and_always_the_same(copy, chat):
+def test_gpqas_letters_are_balanced_and_always_the_same(copy, tokenizer):
   rows = schemas.rows("gpqa", 400)
   spec = copy("gpqa", rows)
-  found = _problems(spec, chat)
-  assert _problems(spec, chat).answers == found.answers
+  found = _problems(spec, tokenizer)
+  assert _problems(spec, tokenizer).answers == found.answers
   counts = collections.Counter(found.answers)
   assert set(counts) == set("ABCD")
   # 100 each by chance, with a deviation of 8.7.
   assert all(65 <= count <= 135 for count in counts.values())
   assert "".join(found.answers[:12]) == _PINNED_LETTERS
-  other = _problems(dataclasses.replace(spec, seed=1), chat)
+  other = _problems(dataclasses.replace(spec, seed=1), tokenizer)
   same = sum(a == b for a, b in zip(found.answers, other.answers, strict=True))
   assert 60 <= same <= 140
   # A question's order does not depend on the other questions.
-  fewer = _problems(copy("gpqa", rows[7:9]), chat)
+  fewer = _problems(copy("gpqa", rows[7:9]), tokenizer)
   assert fewer.answers == found.answers[7:9]
 
 
@@ -199,7 +199,7 @@ def test_formats_draw_the_same_random_questions(copy):
 
 
 @names
-def test_a_missing_field_is_named_with_those_there_are(name, copy, chat):
+def test_a_missing_field_is_named_with_those_there_are(name, copy, tokenizer):
   spec = evaluator.SETS[name]
   for field in {spec.question, spec.answer, *spec.choices}:
     rows = [
@@ -207,18 +207,18 @@ def test_a_missing_field_is_named_with_those_there_are(name, copy, chat):
         for row in schemas.rows(name, 3)
     ]
     for kind in ("jsonl", "directory"):
-      sentence = _refusal(copy(name, rows, kind), chat)
+      sentence = _refusal(copy(name, rows, kind), tokenizer)
       assert f"has no field {field!r}; it has" in sentence
       assert "other" in sentence
 
 
 @pytest.mark.parametrize("name", _LETTERED)
-def test_an_empty_field_is_named(name, copy, chat):
+def test_an_empty_field_is_named(name, copy, tokenizer):
   rows = schemas.rows(name, 3)
   field = evaluator.SETS[name].choices[-1]
   rows[2][field] = None
   for kind in ("jsonl", "directory"):
-    sentence = _refusal(copy(name, rows, kind), chat)
+    sentence = _refusal(copy(name, rows, kind), tokenizer)
     assert f" 3 has nothing in its field {field!r}" in sentence
 
 
@@ -234,44 +234,48 @@ def test_an_empty_field_is_named(name, copy, chat):
     ],
 )
 def test_options_that_are_not_a_list_of_texts_are_refused(
-    options, shown, copy, chat
+    options, shown, copy, tokenizer
 ):
   rows = schemas.rows("mmlu_pro", 3)
   rows[1]["options"] = options
-  sentence = _refusal(copy("mmlu_pro", rows), chat)
+  sentence = _refusal(copy("mmlu_pro", rows), tokenizer)
   assert "mmlu_pro.jsonl record 2 has" in sentence
   assert shown in sentence and "in field 'options'" in sentence
   assert "a list of 2 to 26 texts" in sentence
 
 
 @pytest.mark.parametrize("answer", ["D", "", "AB", 1, "option 1 of 0", "(A)"])
-def test_answers_that_are_none_of_the_letters_are_refused(answer, copy, chat):
+def test_answers_that_are_none_of_the_letters_are_refused(
+    answer, copy, tokenizer
+):
   rows = schemas.rows("mmlu_pro", 1)
   rows[0]["answer"] = answer
-  sentence = _refusal(copy("mmlu_pro", rows), chat)
+  sentence = _refusal(copy("mmlu_pro", rows), tokenizer)
   assert f"record 1 has {str(answer)!r} in field 'answer'" in sentence
   assert "letters A to C of its 3 options" in sentence
 
 
-def test_a_letter_may_be_lower_case(copy, chat):
+def test_a_letter_may_be_lower_case(copy, tokenizer):
   rows = schemas.rows("mmlu_pro", 1)
   rows[0]["answer"] = " b "
-  assert _problems(copy("mmlu_pro", rows), chat).answers == ["B"]
+  assert _problems(copy("mmlu_pro", rows), tokenizer).answers == ["B"]
 
 
-def test_sentences_number_random_records_as_the_source_does(copy, chat):
+def test_sentences_number_random_records_as_the_source_does(copy, tokenizer):
   rows = schemas.rows("mmlu_pro", 50)
   spec = copy("mmlu_pro", rows, size=5)
   bad = records.read(spec).numbers[3]
   assert bad > 4
   rows[bad]["answer"] = "?"
   assert f"record {bad + 1} has '?'" in _refusal(
-      copy("mmlu_pro", rows, size=5), chat
+      copy("mmlu_pro", rows, size=5), tokenizer
   )
 
 
 @names
-def test_a_local_copy_that_changes_is_read_again(name, copy, chat, tmp_path):
+def test_a_local_copy_that_changes_is_read_again(
+    name, copy, tokenizer, tmp_path
+):
   rows = schemas.rows(name, 6)
   spec = copy(name, rows[:3], "directory")
   assert len(records.read(spec)) == 3
@@ -284,27 +288,32 @@ def test_a_local_copy_that_changes_is_read_again(name, copy, chat, tmp_path):
   ] == [r[spec.question] for r in rows[4:]]  # fmt: skip
 
 
-def test_a_directory_of_bare_files_has_no_subset(copy, chat, tmp_path):
+def test_a_directory_of_bare_files_has_no_subset(copy, tokenizer, tmp_path):
   rows = schemas.rows("gpqa", 4)
   spec = copy("gpqa", rows)
   schemas.write_csv(tmp_path / "bare" / "gpqa_diamond.csv", rows)
   bare = dataclasses.replace(spec, source=str(tmp_path / "bare"))
-  sentence = _refusal(bare, chat)
+  sentence = _refusal(bare, tokenizer)
   assert "gpqa_diamond" in sentence and str(tmp_path / "bare") in sentence
   bare = dataclasses.replace(bare, subset="")
-  assert _problems(bare, chat).answers == _problems(spec, chat).answers
+  assert (
+      _problems(bare, tokenizer).answers == _problems(spec, tokenizer).answers
+  )
 
 
-def test_a_set_may_have_room_of_its_own(copy, chat):
+def test_a_set_may_have_room_of_its_own(copy, tokenizer):
   rows = schemas.rows("aime25", 3)
   rows[1]["problem"] = "Ann has 7 pens. " * 60
-  long = len(chat.encode(chat.prompt(rows[1]["problem"], "<think>")))
+  long = len(tokenizer.encode(tokenizer.prompt(rows[1]["problem"], "<think>")))
   assert 256 < long < 512
   spec = copy("aime25", rows)
 
   def load(own, default=128):
     return evaluator.load_problems(
-        "aime25", dataclasses.replace(spec, max_prompt_len=own), chat, default,
+        "aime25",
+        dataclasses.replace(spec, max_prompt_len=own),
+        tokenizer,
+        default,
         "<think>",
     )  # fmt: skip
 
@@ -312,7 +321,7 @@ def test_a_set_may_have_room_of_its_own(copy, chat):
   assert found.dropped == 0
   # As long as needed, and a multiple of 128.
   assert found.batch.tokens.shape == (3, -(-long // 128) * 128)
-  assert rows[1]["problem"] in _prompts(found, chat)[1]
+  assert rows[1]["problem"] in _prompts(found, tokenizer)[1]
   assert load(long).batch.tokens.shape == (3, long)
   shared = load(0)
   assert shared.dropped == 1 and shared.batch.tokens.shape == (2, 128)

@@ -16,7 +16,7 @@ from prefix_distill.config import DataSpec
 from prefix_distill.data import bundled_tasks
 from prefix_distill.data import prompts
 from prefix_distill.data import records
-from prefix_distill.data import tokenizer
+from prefix_distill.data import tokenizer as tokenizer_lib
 from prefix_distill.data.prompts import PromptIterator
 from prefix_distill.data.records import DataError
 from prefix_distill.data.tokenizer import TokenizerError
@@ -34,8 +34,8 @@ _RECORDS = [
 
 
 @pytest.fixture(scope="module")
-def chat():
-  return tokenizer.load("bundled:teacher")
+def tokenizer():
+  return tokenizer_lib.load("bundled:teacher")
 
 
 def _write_jsonl(path, rows):
@@ -246,8 +246,8 @@ def _edit(file, **changes):
   file.write_text(json.dumps(settings))
 
 
-def test_prompts_have_the_chat_form_and_the_suffix(chat):
-  assert chat.prompt("How many?", "<think>") == (
+def test_prompts_have_the_chat_form_and_the_suffix(tokenizer):
+  assert tokenizer.prompt("How many?", "<think>") == (
       "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n<think>"
   )
 
@@ -255,7 +255,7 @@ def test_prompts_have_the_chat_form_and_the_suffix(chat):
 def test_stop_tokens_come_from_tokenizer_and_generation_config(tmp_path):
   directory = _tokenizer_directory(tmp_path)
   end_text, end_turn = (
-      tokenizer.load(str(directory)).encode(t)[0]
+      tokenizer_lib.load(str(directory)).encode(t)[0]
       for t in ("<|endoftext|>", "<|im_end|>")
   )
   file = directory / "generation_config.json"
@@ -266,27 +266,27 @@ def test_stop_tokens_come_from_tokenizer_and_generation_config(tmp_path):
       (None, {end_turn}),
   ):
     _edit(file, eos_token_id=listed)
-    found = tokenizer.load(str(directory))
+    found = tokenizer_lib.load(str(directory))
     assert found.stop_ids == tuple(sorted(stops))
     assert found.pad_id == end_text
   file.unlink()
-  assert tokenizer.load(str(directory)).stop_ids == (end_turn,)
+  assert tokenizer_lib.load(str(directory)).stop_ids == (end_turn,)
 
 
 def test_a_tokenizer_without_a_stop_token_is_refused(tmp_path):
   directory = _tokenizer_directory(tmp_path)
   _edit(directory / "tokenizer_config.json", eos_token=None)
-  listed = tokenizer.load(str(directory))
+  listed = tokenizer_lib.load(str(directory))
   assert listed.stop_ids == (listed.encode("<|im_end|>")[0],)
   _edit(directory / "generation_config.json", eos_token_id=None)
   with pytest.raises(TokenizerError, match=f"{directory}: .*eos_token"):
-    tokenizer.load(str(directory))
+    tokenizer_lib.load(str(directory))
 
 
 def test_padding_without_a_pad_token_is_a_stop_token(tmp_path):
   directory = _tokenizer_directory(tmp_path)
   _edit(directory / "tokenizer_config.json", pad_token=None)
-  found = tokenizer.load(str(directory))
+  found = tokenizer_lib.load(str(directory))
   assert found.pad_id == found.stop_ids[0]
 
 
@@ -294,7 +294,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
   directory = _tokenizer_directory(tmp_path)
   (directory / "chat_template.jinja").unlink()
   with pytest.raises(TokenizerError) as error:
-    tokenizer.load(str(directory))
+    tokenizer_lib.load(str(directory))
   assert f"{directory}: the tokenizer has no chat template" in str(error.value)
 
 
@@ -305,31 +305,32 @@ def test_missing_and_broken_tokenizers_are_refused(text, tmp_path):
   if text is not None:
     (directory / "tokenizer.json").write_text(text)
   with pytest.raises(TokenizerError) as error:
-    tokenizer.load(str(directory))
+    tokenizer_lib.load(str(directory))
   assert str(error.value).startswith(f"{directory}: the tokenizer cannot be")
   assert "\n" not in str(error.value)
 
 
 def test_models_may_stop_differently_but_not_tokenize_differently(
-    chat, tmp_path
+    tokenizer, tmp_path
 ):
-  base = tokenizer.load("bundled:capable")
-  assert base.stop_ids != chat.stop_ids
-  tokenizer.check_same(base, chat)
+  base = tokenizer_lib.load("bundled:capable")
+  assert base.stop_ids != tokenizer.stop_ids
+  tokenizer_lib.check_same(base, tokenizer)
   directory = _tokenizer_directory(tmp_path)
-  vocab = chat.tokenizer.get_vocab()
+  vocab = tokenizer.pretrained.get_vocab()
   first, second = sorted(
-      (vocab[chat.tokenizer.tokenize(w)[0]], w) for w in (" pens", " cups")
+      (vocab[tokenizer.pretrained.tokenize(w)[0]], w)
+      for w in (" pens", " cups")
   )
   file = directory / "tokenizer.json"
   text = file.read_text()
   for word, other in (("pens", "?"), ("cups", "pens"), ("?", "cups")):
     text = text.replace(f'"Ġ{word}"', f'"Ġ{other}"')
   file.write_text(text)
-  changed = tokenizer.load(str(directory))
+  changed = tokenizer_lib.load(str(directory))
   assert changed.encode(first[1]) == [second[0]]
   with pytest.raises(TokenizerError) as error:
-    tokenizer.check_same(changed, chat)
+    tokenizer_lib.check_same(changed, tokenizer)
   message = str(error.value)
   assert f"id {first[0]} is 'Ġ{second[1][1:]}' for the student" in message
   assert f"and 'Ġ{first[1][1:]}' for the teacher" in message
@@ -337,21 +338,21 @@ def test_models_may_stop_differently_but_not_tokenize_differently(
 
 
 def test_a_vocabulary_that_is_longer_differs_in_its_first_extra_token(
-    chat, tmp_path
+    tokenizer, tmp_path
 ):
   directory = _tokenizer_directory(tmp_path)
-  longer = tokenizer.load(str(directory))
-  longer.tokenizer.add_tokens(["<extra>", "<more>"])
+  longer = tokenizer_lib.load(str(directory))
+  longer.pretrained.add_tokens(["<extra>", "<more>"])
   with pytest.raises(TokenizerError) as error:
-    tokenizer.check_same(chat, longer)
-  wanted = f"id {chat.num_tokens} is None for the student and '<extra>'"
+    tokenizer_lib.check_same(tokenizer, longer)
+  wanted = f"id {tokenizer.num_tokens} is None for the student and '<extra>'"
   assert wanted in str(error.value)
 
 
-def test_an_answer_ends_before_its_stop_token(chat):
-  tokens = np.array(chat.encode("Ann has 7 pens.<|im_end|><|endoftext|>"))
+def test_an_answer_ends_before_its_stop_token(tokenizer):
+  tokens = np.array(tokenizer.encode("Ann has 7 pens.<|im_end|><|endoftext|>"))
   mask = np.arange(len(tokens)) < len(tokens) - 1
-  assert chat.answer(tokens, mask) == "Ann has 7 pens."
+  assert tokenizer.answer(tokens, mask) == "Ann has 7 pens."
 
 
 _LONG = "Ann has 7 pens. " * 20
@@ -386,15 +387,15 @@ def _order(iterator, count):
   return np.concatenate([b.index for b, _ in _take(iterator, count)]).tolist()
 
 
-def _text(chat, row, mask):
-  return chat.decode(row[mask].tolist())
+def _text(tokenizer, row, mask):
+  return tokenizer.decode(row[mask].tolist())
 
 
-def test_prompts_are_whole_and_padded_on_the_left(chat, questions):
+def test_prompts_are_whole_and_padded_on_the_left(tokenizer, questions):
   spec = questions()
   rows = records.read(spec.train)
   lengths = set()
-  for batch, completions in _take(PromptIterator(spec, chat, seed=0), 3):
+  for batch, completions in _take(PromptIterator(spec, tokenizer, seed=0), 3):
     assert completions is None
     assert batch.tokens.shape == batch.mask.shape == (4, 30)
     assert batch.tokens.dtype == batch.index.dtype == np.int32
@@ -402,17 +403,19 @@ def test_prompts_are_whole_and_padded_on_the_left(chat, questions):
         batch.tokens, batch.mask, batch.index, strict=True
     ):
       assert (np.diff(mask.astype(int)) >= 0).all()
-      assert (row[~mask] == chat.pad_id).all()
+      assert (row[~mask] == tokenizer.pad_id).all()
       question = rows[index]["question"]
-      assert _text(chat, row, mask) == chat.prompt(question, "<think>")
+      assert _text(tokenizer, row, mask) == tokenizer.prompt(
+          question, "<think>"
+      )
       lengths.add(int(mask.sum()))
   assert len(lengths) > 2
 
 
 def test_every_record_comes_once_an_epoch_in_an_order_of_its_own(
-    chat, questions
+    tokenizer, questions
 ):
-  order = _order(PromptIterator(questions(), chat, seed=0), 9)
+  order = _order(PromptIterator(questions(), tokenizer, seed=0), 9)
   epochs = [order[i : i + _COUNT] for i in range(0, 3 * _COUNT, _COUNT)]
   for epoch in epochs:
     assert sorted(epoch) == list(range(_COUNT))
@@ -420,17 +423,20 @@ def test_every_record_comes_once_an_epoch_in_an_order_of_its_own(
     assert one != other
 
 
-def test_the_seed_decides_the_order(chat, questions):
+def test_the_seed_decides_the_order(tokenizer, questions):
   spec = questions()
   first, same, other = (
-      _order(PromptIterator(spec, chat, seed=seed), 6) for seed in (3, 3, 4)
+      _order(PromptIterator(spec, tokenizer, seed=seed), 6)
+      for seed in (3, 3, 4)
   )
   assert first == same
   assert first != other
 
 
-def test_prompts_that_are_too_long_are_dropped_and_counted(chat, questions):
-  iterator = PromptIterator(questions((2, 5, 7)), chat, seed=0)
+def test_prompts_that_are_too_long_are_dropped_and_counted(
+    tokenizer, questions
+):
+  iterator = PromptIterator(questions((2, 5, 7)), tokenizer, seed=0)
   order = _order(iterator, 9)
   left = [n for n in range(_COUNT) if n not in (2, 5, 7)]
   assert sorted(order) == sorted(4 * left)
@@ -438,16 +444,17 @@ def test_prompts_that_are_too_long_are_dropped_and_counted(chat, questions):
   assert 9 <= iterator.dropped <= 12
 
 
-def test_a_prompt_may_fill_the_row(chat, questions):
+def test_a_prompt_may_fill_the_row(tokenizer, questions):
   spec = questions()
   rows = records.read(spec.train)
   lengths = [
-      len(chat.encode(chat.prompt(r["question"], "<think>"))) for r in rows
+      len(tokenizer.encode(tokenizer.prompt(r["question"], "<think>")))
+      for r in rows
   ]
   longest = max(lengths)
   for room, dropped in ((longest, 0), (longest - 1, lengths.count(longest))):
     spec = dataclasses.replace(spec, max_prompt_len=room, batch_size=1)
-    iterator = PromptIterator(spec, chat, seed=0)
+    iterator = PromptIterator(spec, tokenizer, seed=0)
     _take(iterator, 2 * (_COUNT - dropped))
     assert dropped <= iterator.dropped <= 2 * dropped
     if dropped:
@@ -456,11 +463,11 @@ def test_a_prompt_may_fill_the_row(chat, questions):
 
 
 @pytest.mark.parametrize("taken", (0, 1, 4))
-def test_a_stream_goes_on_from_its_state(taken, chat, questions):
+def test_a_stream_goes_on_from_its_state(taken, tokenizer, questions):
   spec = questions((1, 2, 6))
 
   def start():
-    return PromptIterator(spec, chat, seed=0, completion_len=20)
+    return PromptIterator(spec, tokenizer, seed=0, completion_len=20)
 
   iterator = start()
   _take(iterator, taken)
@@ -478,10 +485,10 @@ def test_a_stream_goes_on_from_its_state(taken, chat, questions):
       np.testing.assert_array_equal(one[0].index, two[0].index)
 
 
-def test_completions_end_with_the_stop_token_and_padding(chat, questions):
+def test_completions_end_with_the_stop_token_and_padding(tokenizer, questions):
   spec = questions()
   rows = records.read(spec.train)
-  iterator = PromptIterator(spec, chat, seed=0, completion_len=20)
+  iterator = PromptIterator(spec, tokenizer, seed=0, completion_len=20)
   for batch, completions in _take(iterator, 3):
     assert completions.log_probs is None
     assert completions.tokens.shape == completions.mask.shape == (4, 20)
@@ -489,23 +496,24 @@ def test_completions_end_with_the_stop_token_and_padding(chat, questions):
         completions.tokens, completions.mask, batch.index, strict=True
     ):
       assert (np.diff(mask.astype(int)) <= 0).all()
-      assert (row[~mask] == chat.pad_id).all()
+      assert (row[~mask] == tokenizer.pad_id).all()
       wanted = rows[index]["completion"] + "<|im_end|>"
-      assert _text(chat, row, mask) == wanted
-      assert not np.isin(row[mask][:-1], chat.stop_ids).any()
+      assert _text(tokenizer, row, mask) == wanted
+      assert not np.isin(row[mask][:-1], tokenizer.stop_ids).any()
 
 
 def test_completions_that_are_too_long_are_dropped_and_counted(
-    chat, questions
+    tokenizer, questions
 ):
   spec = questions()
   lengths = [
-      len(chat.encode(r["completion"])) + 1 for r in records.read(spec.train)
+      len(tokenizer.encode(r["completion"])) + 1
+      for r in records.read(spec.train)
   ]
   room = sorted(set(lengths))[-2]
   fits = [n for n in range(_COUNT) if lengths[n] <= room]
   spec = dataclasses.replace(spec, batch_size=1)
-  iterator = PromptIterator(spec, chat, seed=0, completion_len=room)
+  iterator = PromptIterator(spec, tokenizer, seed=0, completion_len=room)
   assert sorted(_order(iterator, len(fits))) == fits
   assert 0 < iterator.dropped <= _COUNT - len(fits)
 
@@ -515,54 +523,54 @@ def test_completions_end_though_only_the_generation_config_says_how(
 ):
   directory = _tokenizer_directory(tmp_path)
   _edit(directory / "tokenizer_config.json", eos_token=None)
-  chat = tokenizer.load(str(directory))
-  iterator = PromptIterator(questions(), chat, seed=0, completion_len=20)
+  tokenizer = tokenizer_lib.load(str(directory))
+  iterator = PromptIterator(questions(), tokenizer, seed=0, completion_len=20)
   _, completions = next(iterator)
   for row, mask in zip(completions.tokens, completions.mask, strict=True):
-    assert row[mask][-1] in chat.stop_ids
+    assert row[mask][-1] in tokenizer.stop_ids
 
 
-def test_records_that_are_all_too_long_are_refused(chat, questions):
+def test_records_that_are_all_too_long_are_refused(tokenizer, questions):
   spec = questions(range(_COUNT))
   with pytest.raises(ConfigError) as error:
-    next(PromptIterator(spec, chat, seed=0))
+    next(PromptIterator(spec, tokenizer, seed=0))
   assert "data.max_prompt_len is 30" in str(error.value)
   assert f"every one of the {_COUNT} records" in str(error.value)
   with pytest.raises(ConfigError) as error:
-    next(PromptIterator(questions(), chat, seed=0, completion_len=2))
+    next(PromptIterator(questions(), tokenizer, seed=0, completion_len=2))
   assert "rollout.max_len" in str(error.value)
 
 
-def test_one_record_that_fits_is_enough(chat, questions):
+def test_one_record_that_fits_is_enough(tokenizer, questions):
   spec = questions(range(1, _COUNT))
-  iterator = PromptIterator(spec, chat, seed=0)
+  iterator = PromptIterator(spec, tokenizer, seed=0)
   assert set(_order(iterator, 6)) == {0}
 
 
-def test_a_prompt_length_without_room_is_refused(chat, questions):
+def test_a_prompt_length_without_room_is_refused(tokenizer, questions):
   spec = questions()
-  least = len(chat.encode(chat.prompt("", "<think>")))
+  least = len(tokenizer.encode(tokenizer.prompt("", "<think>")))
   first = records.read(spec.train)[0]["question"]
-  needed = len(chat.encode(chat.prompt(first, "<think>")))
+  needed = len(tokenizer.encode(tokenizer.prompt(first, "<think>")))
   for room in (1, least):
     tight = dataclasses.replace(spec, max_prompt_len=room)
     with pytest.raises(ConfigError) as error:
-      PromptIterator(tight, chat, seed=0)
+      PromptIterator(tight, tokenizer, seed=0)
     message = str(error.value)
     assert f"data.max_prompt_len is {room}" in message
     assert f"takes {least} tokens" in message
     assert f"needs {needed}, so" in message
   PromptIterator(
-      dataclasses.replace(spec, max_prompt_len=needed), chat, seed=0
+      dataclasses.replace(spec, max_prompt_len=needed), tokenizer, seed=0
   )
 
 
-def test_encode_prompt_gives_nothing_rather_than_a_part(chat):
-  wanted = chat.encode(chat.prompt("Ann", ""))
-  row, mask = prompts.encode_prompt(chat, "Ann", len(wanted), "")
+def test_encode_prompt_gives_nothing_rather_than_a_part(tokenizer):
+  wanted = tokenizer.encode(tokenizer.prompt("Ann", ""))
+  row, mask = prompts.encode_prompt(tokenizer, "Ann", len(wanted), "")
   assert row.tolist() == wanted
   assert mask.all()
-  assert prompts.encode_prompt(chat, "Ann", len(wanted) - 1, "") is None
+  assert prompts.encode_prompt(tokenizer, "Ann", len(wanted) - 1, "") is None
 
 
 def test_a_batch_is_cut_to_the_smallest_bucket_that_holds_its_prompts():

@@ -12,15 +12,15 @@ from prefix_distill import assets
 from prefix_distill.config import DatasetSpec
 from prefix_distill.data import bundled_tasks
 from prefix_distill.data import records
-from prefix_distill.data import tokenizer
+from prefix_distill.data import tokenizer as tokenizer_lib
 from prefix_distill.experiments import bundled_models
 
 _CONTEXTS = tuple(bundled_tasks.CONTEXTS)
 
 
 @pytest.fixture(scope="module")
-def chat():
-  return tokenizer.load("bundled:guided")
+def tokenizer():
+  return tokenizer_lib.load("bundled:guided")
 
 
 def _completions(context, size=400):
@@ -99,8 +99,8 @@ def test_german_says_the_same_in_as_many_words():
   )
 
 
-def test_every_word_of_every_context_is_one_token(chat):
-  pre_tokenizer = chat.tokenizer.backend_tokenizer.pre_tokenizer
+def test_every_word_of_every_context_is_one_token(tokenizer):
+  pre_tokenizer = tokenizer.pretrained.backend_tokenizer.pre_tokenizer
   # But for these, which are a token for each of their two bytes.
   marks = {"?\u010a": "?\u010a", ":\u010a": ":\u010a"}
   for split in bundled_tasks.SPLITS:
@@ -109,17 +109,18 @@ def test_every_word_of_every_context_is_one_token(chat):
       for text in (*texts, *record["completion"].split("</think>")):
         pieces = [p for p, _ in pre_tokenizer.pre_tokenize_str(text)]
         pieces = [part for p in pieces for part in marks.get(p, [p])]
-        tokens = chat.tokenizer.convert_ids_to_tokens(chat.encode(text))
+        ids = tokenizer.encode(text)
+        tokens = tokenizer.pretrained.convert_ids_to_tokens(ids)
         assert tokens == pieces
 
 
-def test_the_tokenizer_goes_on_from_the_others(chat, tmp_path):
-  vocab = chat.tokenizer.get_vocab()
-  teacher = tokenizer.load("bundled:teacher")
-  assert teacher.tokenizer.get_vocab().items() <= vocab.items()
+def test_the_tokenizer_goes_on_from_the_others(tokenizer, tmp_path):
+  vocab = tokenizer.pretrained.get_vocab()
+  teacher = tokenizer_lib.load("bundled:teacher")
+  assert teacher.pretrained.get_vocab().items() <= vocab.items()
   assert len(vocab) == teacher.num_tokens + len(bundled_tasks.WORDS)
-  assert chat.stop_ids == teacher.stop_ids
-  assert chat.special_ids == teacher.special_ids
+  assert tokenizer.stop_ids == teacher.stop_ids
+  assert tokenizer.special_ids == teacher.special_ids
   made = bundled_models.make_tokenizer("<|im_end|>", bundled_tasks.WORDS)
   made.save_pretrained(tmp_path)
   shipped = (assets.path("guided") / "tokenizer.json").read_text()
@@ -133,11 +134,11 @@ def test_new_words_start_as_words_that_are_known(tmp_path):
       safetensors.numpy.load_file(path / "model.safetensors")
       for path in (assets.path("teacher"), tmp_path / "start")
   )
-  chat = tokenizer.load(str(tmp_path / "start"))
+  tokenizer = tokenizer_lib.load(str(tmp_path / "start"))
   count = len(old[name])
   np.testing.assert_array_equal(new[name][:count], old[name])
-  (pens,), (stifte,) = chat.encode(" pens"), chat.encode(" Stifte")
+  (pens,), (stifte,) = tokenizer.encode(" pens"), tokenizer.encode(" Stifte")
   assert stifte >= count
   np.testing.assert_array_equal(new[name][stifte], old[name][pens])
   settings = json.loads((tmp_path / "start" / "config.json").read_text())
-  assert settings["vocab_size"] == len(new[name]) == chat.num_tokens
+  assert settings["vocab_size"] == len(new[name]) == tokenizer.num_tokens

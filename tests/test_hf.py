@@ -16,7 +16,7 @@ import toys
 
 from prefix_distill import assets
 from prefix_distill import sharding
-from prefix_distill.data import tokenizer
+from prefix_distill.data import tokenizer as tokenizer_lib
 from prefix_distill.models import families
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models.config import ModelConfig
@@ -171,19 +171,19 @@ def test_transformers_answers_as_we_do_after_an_export(tmp_path):
       tmp_path / "export", dtype=torch.float32, attn_implementation="eager"
   )
   assert all(p.dtype == torch.float32 for p in theirs.parameters())
-  chat = tokenizer.load(str(tmp_path / "export"))
+  tokenizer = tokenizer_lib.load(str(tmp_path / "export"))
   rows = [
-      chat.encode(chat.prompt(question, "<think>"))
+      tokenizer.encode(tokenizer.prompt(question, "<think>"))
       for question in ("How many pens does Ann have?", "Ann has 7 pens.")
   ]
   length = max(map(len, rows))
-  tokens = np.full((2, length), chat.pad_id, np.int32)
+  tokens = np.full((2, length), tokenizer.pad_id, np.int32)
   for row, prompt in zip(tokens, rows, strict=True):
     row[-len(prompt) :] = prompt
   mask = np.arange(length) >= length - np.array([[len(r)] for r in rows])
   wanted = make_golden.expected(theirs, tokens, mask)
   config = generate.SamplerConfig(
-      chat.stop_ids, chat.pad_id, chat.num_tokens
+      tokenizer.stop_ids, tokenizer.pad_id, tokenizer.num_tokens
   )
   _, logits, rollout = _answer(
       model, config, make_golden.NEW_TOKENS, params, _batch(tokens, mask)
@@ -191,8 +191,8 @@ def test_transformers_answers_as_we_do_after_an_export(tmp_path):
   np.testing.assert_allclose(
       np.asarray(logits)[mask], wanted["logits"][mask], atol=1e-4, rtol=0
   )
-  ours = [chat.decode(row) for row in np.asarray(rollout.tokens)]
-  assert ours == [chat.decode(row) for row in wanted["greedy"]]
+  ours = [tokenizer.decode(row) for row in np.asarray(rollout.tokens)]
+  assert ours == [tokenizer.decode(row) for row in wanted["greedy"]]
   assert len(set(ours)) == 2
 
 

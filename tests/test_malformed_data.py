@@ -61,7 +61,7 @@ def test_one_sentence_or_a_right_reading(tmp_path, case):
   if not case.says:
     inputs = setup.check(config)
     if isinstance(case.reads, tuple):
-      assert inputs.fed[0].chat.stop_ids == case.reads
+      assert inputs.fed[0].tokenizer.stop_ids == case.reads
     else:
       assert [records.last_turn(inputs.data.question)] == case.reads
       assert len(inputs.problems["heldout"].answers) == len(case.reads)

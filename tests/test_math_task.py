@@ -11,7 +11,7 @@ import pytest
 
 from prefix_distill import assets
 from prefix_distill.data import bundled_tasks
-from prefix_distill.data import tokenizer
+from prefix_distill.data import tokenizer as tokenizer_lib
 from prefix_distill.experiments import bundled_models
 
 _STOPS = {
@@ -32,8 +32,8 @@ _TEXTS = (
 
 
 @pytest.fixture(scope="module")
-def chat():
-  return tokenizer.load("bundled:teacher")
+def tokenizer():
+  return tokenizer_lib.load("bundled:teacher")
 
 
 def _boxed(completion: str) -> str | None:
@@ -200,22 +200,24 @@ def test_unknown_style_is_refused():
     )
 
 
-def test_a_completion_is_at_least_four_times_its_prompt(chat):
+def test_a_completion_is_at_least_four_times_its_prompt(tokenizer):
   for split in bundled_tasks.SPLITS:
     task = bundled_tasks.MathTask(split, 500)
     for i in range(500):
-      prompt = chat.encode(chat.prompt(task[i]["question"], "<think>"))
-      completion = chat.encode(task[i]["completion"])
+      prompt = tokenizer.encode(
+          tokenizer.prompt(task[i]["question"], "<think>")
+      )
+      completion = tokenizer.encode(task[i]["completion"])
       assert len(completion) >= 4 * len(prompt), (split, i)
 
 
 @pytest.mark.parametrize("style", bundled_tasks.STYLES)
-def test_every_word_of_the_task_is_one_token(chat, style):
-  pre_tokenizer = chat.tokenizer.backend_tokenizer.pre_tokenizer
+def test_every_word_of_the_task_is_one_token(tokenizer, style):
+  pre_tokenizer = tokenizer.pretrained.backend_tokenizer.pre_tokenizer
   task = bundled_tasks.MathTask("train", 300, style)
   for i in range(300):
     record = task[i]
-    prompt = chat.prompt(record["question"], "<think>")
+    prompt = tokenizer.prompt(record["question"], "<think>")
     for text in (prompt, record["completion"]):
       pieces = []
       for part in re.split(r"(<\|im_start\|>|<\|im_end\|>|</?think>)", text):
@@ -223,23 +225,26 @@ def test_every_word_of_the_task_is_one_token(chat, style):
           pieces.append(part)
         else:
           pieces += [p for p, _ in pre_tokenizer.pre_tokenize_str(part)]
-      assert chat.tokenizer.convert_ids_to_tokens(chat.encode(text)) == pieces
+      assert (
+          tokenizer.pretrained.convert_ids_to_tokens(tokenizer.encode(text))
+          == pieces
+      )
 
 
-def test_decoding_inverts_encoding(chat):
+def test_decoding_inverts_encoding(tokenizer):
   texts = list(_TEXTS)
   task = bundled_tasks.MathTask("test", 20, "weak")
   for i in range(20):
-    texts.append(chat.prompt(task[i]["question"], "<think>"))
+    texts.append(tokenizer.prompt(task[i]["question"], "<think>"))
     texts.append(task[i]["completion"] + "<|im_end|>")
   for text in texts:
-    assert chat.decode(chat.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @pytest.mark.parametrize("name", sorted(_STOPS))
 def test_the_bundled_tokenizer_is_what_its_maker_makes(name, tmp_path):
   made = bundled_models.make_tokenizer(_STOPS[name])
-  bundled = tokenizer.load(f"bundled:{name}").tokenizer
+  bundled = tokenizer_lib.load(f"bundled:{name}").pretrained
   assert bundled.get_vocab() == made.get_vocab()
   assert bundled.chat_template == made.chat_template
   assert bundled.eos_token == made.eos_token == _STOPS[name]

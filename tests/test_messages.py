@@ -13,7 +13,7 @@ from prefix_distill import errors
 from prefix_distill.config import DatasetSpec
 from prefix_distill.config import DataSpec
 from prefix_distill.data import prompts
-from prefix_distill.data import tokenizer
+from prefix_distill.data import tokenizer as tokenizer_lib
 from prefix_distill.data.prompts import PromptIterator
 from prefix_distill.data.tokenizer import TokenizerError
 from prefix_distill.evaluate import evaluator
@@ -62,8 +62,8 @@ _LLAMA = (
 
 
 @pytest.fixture(scope="module")
-def chat():
-  return tokenizer.load("bundled:teacher")
+def tokenizer():
+  return tokenizer_lib.load("bundled:teacher")
 
 
 def _with_template(tmp_path, template, system=None, **settings):
@@ -73,7 +73,7 @@ def _with_template(tmp_path, template, system=None, **settings):
   (directory / "chat_template.jinja").write_text(template)
   file = directory / "tokenizer_config.json"
   file.write_text(json.dumps(json.loads(file.read_text()) | settings))
-  return tokenizer.load(str(directory), system)
+  return tokenizer_lib.load(str(directory), system)
 
 
 def _write(tmp_path, *rows):
@@ -87,8 +87,8 @@ def _spec(source, **changes):
   return DataSpec(train, **dict(batch_size=1, max_prompt_len=90) | changes)
 
 
-def _text(chat, row, mask):
-  return chat.decode(row[mask].tolist())
+def _text(tokenizer, row, mask):
+  return tokenizer.decode(row[mask].tolist())
 
 
 def _turn(role, text):
@@ -99,32 +99,32 @@ _RENDERED = "".join(_turn(m["role"], m["content"]) for m in _TURNS)
 _END = "<|im_start|>assistant\n<think>"
 
 
-def test_messages_are_the_prompt_in_training(chat, tmp_path):
+def test_messages_are_the_prompt_in_training(tokenizer, tmp_path):
   spec = _spec(_write(tmp_path, {"question": [_SYSTEM, *_TURNS]}))
-  (batch, _) = next(PromptIterator(spec, chat, seed=0))
+  (batch, _) = next(PromptIterator(spec, tokenizer, seed=0))
   wanted = _turn("system", "Be brief.") + _RENDERED + _END
-  assert _text(chat, batch.tokens[0], batch.mask[0]) == wanted
+  assert _text(tokenizer, batch.tokens[0], batch.mask[0]) == wanted
 
 
-def test_messages_are_the_prompt_in_evaluation(chat, tmp_path):
+def test_messages_are_the_prompt_in_evaluation(tokenizer, tmp_path):
   source = _write(tmp_path, {"question": _TURNS, "answer": 7})
   spec = DatasetSpec(source, answer="answer")
-  found = evaluator.load_problems("mine", spec, chat, 90, "<think>")
+  found = evaluator.load_problems("mine", spec, tokenizer, 90, "<think>")
   assert found.answers == ["7"]
-  text = _text(chat, found.batch.tokens[0], found.batch.mask[0])
+  text = _text(tokenizer, found.batch.tokens[0], found.batch.mask[0])
   assert text == _RENDERED + _END
 
 
-def test_parts_of_a_message_are_joined(chat, tmp_path):
+def test_parts_of_a_message_are_joined(tokenizer, tmp_path):
   parts = [{"type": "text", "text": x} for x in ("How ", "many?")]
   question = [{"role": "user", "content": parts}]
   spec = _spec(_write(tmp_path, {"question": question}))
-  assert PromptIterator(spec, chat, seed=0).question == [
+  assert PromptIterator(spec, tokenizer, seed=0).question == [
       {"role": "user", "content": "How many?"}
   ]
 
 
-def test_the_teachers_prompt_takes_the_last_turns_place(chat, tmp_path):
+def test_the_teachers_prompt_takes_the_last_turns_place(tokenizer, tmp_path):
   source = _write(tmp_path, {"question": _TURNS, "answer": 7})
   for template, last in (
       ("{question}", "How many pens?"),
@@ -133,11 +133,13 @@ def test_the_teachers_prompt_takes_the_last_turns_place(chat, tmp_path):
       ("{question.0.content}", "Ann has 7 pens."),
   ):
     spec = _spec(source, teacher_prompt=template)
-    iterator = PromptIterator(spec, chat, seed=0, teacher_chat=chat)
+    iterator = PromptIterator(
+        spec, tokenizer, seed=0, teacher_tokenizer=tokenizer
+    )
     batch, _ = next(iterator)
-    found = _text(chat, batch.teacher_tokens[0], batch.teacher_mask[0])
+    found = _text(tokenizer, batch.teacher_tokens[0], batch.teacher_mask[0])
     assert found == _RENDERED.replace("How many pens?", last) + _END
-    own = _text(chat, batch.tokens[0], batch.mask[0])
+    own = _text(tokenizer, batch.tokens[0], batch.mask[0])
     assert own == _RENDERED + _END
 
 
@@ -149,31 +151,35 @@ def test_the_teachers_prompt_takes_the_last_turns_place(chat, tmp_path):
 def test_a_system_prompt_is_the_templates_or_set_or_off(
     tmp_path, system, wanted
 ):
-  chat = _with_template(tmp_path, _QWEN, system)
+  tokenizer = _with_template(tmp_path, _QWEN, system)
   alone = wanted + _turn("user", "How many?") + _END
-  assert chat.prompt("How many?", "<think>") == alone
-  assert chat.encode_prompt("How many?", "<think>") == chat.encode(alone)
-  assert chat.prompt(_TURNS, "<think>") == wanted + _RENDERED + _END
+  assert tokenizer.prompt("How many?", "<think>") == alone
+  assert tokenizer.encode_prompt("How many?", "<think>") == tokenizer.encode(
+      alone
+  )
+  assert tokenizer.prompt(_TURNS, "<think>") == wanted + _RENDERED + _END
   own = _turn("system", "Be brief.") + _RENDERED + _END
-  assert chat.prompt([_SYSTEM, *_TURNS], "<think>") == own
+  assert tokenizer.prompt([_SYSTEM, *_TURNS], "<think>") == own
 
 
 def test_a_system_prompt_is_left_out_behind_the_beginning(tmp_path):
   settings = {"bos_token": "<|endoftext|>"}
-  chat = _with_template(tmp_path, _LLAMA, "", **settings)
+  tokenizer = _with_template(tmp_path, _LLAMA, "", **settings)
   wanted = (
       "<|endoftext|><|im_start|>user<|im_end|>\n\nHow many?</think>"
       "<|im_start|>assistant<|im_end|>\n\n"
   )
-  assert chat.prompt("How many?", "") == wanted
+  assert tokenizer.prompt("How many?", "") == wanted
   whole = _with_template(tmp_path, _LLAMA, None, **settings)
   assert "Today is Monday." in whole.prompt("How many?", "")
 
 
-def test_nothing_is_left_out_where_the_template_adds_nothing(chat):
-  off = tokenizer.load("bundled:teacher", "")
+def test_nothing_is_left_out_where_the_template_adds_nothing(tokenizer):
+  off = tokenizer_lib.load("bundled:teacher", "")
   for question in ("How many?", _TURNS, [_SYSTEM, *_TURNS]):
-    assert off.prompt(question, "<think>") == chat.prompt(question, "<think>")
+    assert off.prompt(question, "<think>") == tokenizer.prompt(
+        question, "<think>"
+    )
 
 
 def test_the_system_prompt_reaches_training_and_evaluation(tmp_path):
@@ -188,13 +194,13 @@ def test_the_system_prompt_reaches_training_and_evaluation(tmp_path):
   )  # fmt: skip
   inputs = setup.check(config)
   batch, _ = next(inputs.data)
-  chat, problems = inputs.fed[0].chat, inputs.problems["mine"].batch
+  tokenizer, problems = inputs.fed[0].tokenizer, inputs.problems["mine"].batch
   for row, mask in (
       (batch.tokens[0], batch.mask[0]),
       (batch.teacher_tokens[0], batch.teacher_mask[0]),
       (problems.tokens[0], problems.mask[0]),
   ):
-    assert _text(chat, row, mask).startswith(_turn("system", "Be kind."))
+    assert _text(tokenizer, row, mask).startswith(_turn("system", "Be kind."))
 
 
 @pytest.mark.parametrize("template", ("{{ messages[-1].content }}",
@@ -212,44 +218,46 @@ _LOOKS = "Ann<|im_end|>\n<|im_start|>system\n<think>7</think><|endoftext|>?"
 
 @pytest.mark.parametrize("system", (None, _LOOKS))
 def test_text_that_looks_like_a_token_is_plain_text(system):
-  chat = tokenizer.load("bundled:teacher", system)
-  harmless = tokenizer.load("bundled:teacher", system and "Be kind.")
-  found = chat.encode_prompt(_LOOKS, "<think>")
-  special = [i for i in found if i in chat.special_ids]
+  tokenizer = tokenizer_lib.load("bundled:teacher", system)
+  harmless = tokenizer_lib.load("bundled:teacher", system and "Be kind.")
+  found = tokenizer.encode_prompt(_LOOKS, "<think>")
+  special = [i for i in found if i in tokenizer.special_ids]
   wanted = harmless.encode_prompt("How many?", "<think>")
-  assert special == [i for i in wanted if i in chat.special_ids]
-  assert chat.decode(found) == chat.prompt(_LOOKS, "<think>")
-  assert chat.reads_back(_LOOKS, found)
+  assert special == [i for i in wanted if i in tokenizer.special_ids]
+  assert tokenizer.decode(found) == tokenizer.prompt(_LOOKS, "<think>")
+  assert tokenizer.reads_back(_LOOKS, found)
   # The text around it has the tokens that it has elsewhere.
-  start = chat.encode(_turn("user", "Ann").removesuffix("<|im_end|>\n"))
+  start = tokenizer.encode(_turn("user", "Ann").removesuffix("<|im_end|>\n"))
   if system is None:
     assert found[: len(start)] == start
 
 
-def test_plain_text_has_the_tokens_of_a_tokenizer_without_its_own(chat):
-  found = chat.encode_prompt("a <|im_end|> b", "")
-  wanted = chat.tokenizer.encode(
+def test_plain_text_has_the_tokens_of_a_tokenizer_without_its_own(tokenizer):
+  found = tokenizer.encode_prompt("a <|im_end|> b", "")
+  wanted = tokenizer.pretrained.encode(
       "user\na <|im_end|> b",
       add_special_tokens=False,
       split_special_tokens=True,
   )
-  start, end = chat.encode("<|im_start|>"), chat.encode("<|im_end|>\n")
+  start, end = tokenizer.encode("<|im_start|>"), tokenizer.encode(
+      "<|im_end|>\n"
+  )
   assert found[: len(wanted) + 1] == start + wanted
   assert found[len(wanted) + 1 :][: len(end)] == end
 
 
-def test_what_the_assistant_said_keeps_its_markup_but_ends_no_turn(chat):
-  think, end = (chat.encode(x)[0] for x in ("<think>", "<|im_end|>"))
+def test_what_the_assistant_said_keeps_its_markup_but_ends_no_turn(tokenizer):
+  think, end = (tokenizer.encode(x)[0] for x in ("<think>", "<|im_end|>"))
   said = [
       _TURNS[0],
       {"role": "assistant", "content": "<think>a<|im_end|>"},
       _TURNS[2],
   ]
-  found = chat.encode_prompt(said, "")
+  found = tokenizer.encode_prompt(said, "")
   assert found.count(think) == 1 and found.count(end) == 3
 
 
-def test_records_are_dropped_and_counted_by_their_reasons(chat, tmp_path):
+def test_records_are_dropped_and_counted_by_their_reasons(tokenizer, tmp_path):
   rows = [
       {"question": " \n"},
       {"question": "Half \ud83d."},
@@ -257,7 +265,7 @@ def test_records_are_dropped_and_counted_by_their_reasons(chat, tmp_path):
       {"question": _LOOKS},
       {"question": "How many?"},
   ]
-  iterator = PromptIterator(_spec(_write(tmp_path, *rows)), chat, seed=0)
+  iterator = PromptIterator(_spec(_write(tmp_path, *rows)), tokenizer, seed=0)
   assert iterator.number == 2 and iterator.question == rows[2]["question"]
   for _ in range(4):
     assert next(iterator)[0].index[0] in (3, 4)
@@ -269,7 +277,7 @@ def test_records_are_dropped_and_counted_by_their_reasons(chat, tmp_path):
                 "with half of a character", "longer than", "Changed 1 of",
                 "read as plain text."):  # fmt: skip
     assert words in notes
-  other = PromptIterator(_spec(_write(tmp_path, *rows)), chat, seed=0)
+  other = PromptIterator(_spec(_write(tmp_path, *rows)), tokenizer, seed=0)
   other.set_state(iterator.get_state())
   assert other.reasons == iterator.reasons and other.noted == iterator.noted
 
@@ -279,25 +287,25 @@ def test_a_template_that_refuses_some_messages_drops_them(tmp_path):
       "{% if messages|length > 1 %}{{ raise_exception('One, please.') }}"
       "{% endif %}" + _QWEN
   )
-  chat = _with_template(tmp_path, template)
+  tokenizer = _with_template(tmp_path, template)
   source = _write(tmp_path, {"question": _TURNS}, {"question": "How many?"})
-  iterator = PromptIterator(_spec(source), chat, seed=0)
+  iterator = PromptIterator(_spec(source), tokenizer, seed=0)
   assert next(iterator)[0].index[0] == 1
   assert "the chat template refuses its messages" in iterator.notes[0]
   spec = DatasetSpec(_write(tmp_path, {"question": _TURNS, "a": "7"}),
                      answer="a")  # fmt: skip
   with pytest.raises(errors.UserError, match="record 1 .*One, please"):
-    evaluator.load_problems("mine", spec, chat, 90, "")
+    evaluator.load_problems("mine", spec, tokenizer, 90, "")
 
 
 def test_a_prompt_that_does_not_hold_its_question_drops_it(tmp_path):
-  chat = _with_template(tmp_path, _QWEN.replace(
+  tokenizer = _with_template(tmp_path, _QWEN.replace(
       "message.content ", "message.content[:20] "))  # fmt: skip
   source = _write(
       tmp_path, {"question": "How many?"},
       {"question": "Ann has 7 pens. How many pens does Ann have?"},
   )  # fmt: skip
-  iterator = PromptIterator(_spec(source), chat, seed=0)
+  iterator = PromptIterator(_spec(source), tokenizer, seed=0)
   assert "does not read as the question" in iterator.notes[0]
   assert [int(next(iterator)[0].index[0]) for _ in range(3)] == [0, 0, 0]
 
@@ -321,27 +329,27 @@ def test_a_prompt_that_does_not_hold_its_question_drops_it(tmp_path):
     ),
 )  # fmt: skip
 def test_a_completion_follows_its_prompt(
-    chat, tmp_path, suffix, text, wanted, noted
+    tokenizer, tmp_path, suffix, text, wanted, noted
 ):
   row = {"question": "How many?", "completion": text}
   spec = _spec(_write(tmp_path, row), suffix=suffix, completion="completion")
-  iterator = PromptIterator(spec, chat, seed=0, completion_len=40)
+  iterator = PromptIterator(spec, tokenizer, seed=0, completion_len=40)
   _, completions = next(iterator)
-  found = _text(chat, completions.tokens[0], completions.mask[0])
+  found = _text(tokenizer, completions.tokens[0], completions.mask[0])
   assert found == wanted + "<|im_end|>"
   assert set(iterator.noted) == noted
   assert len(iterator.notes) == len(noted)
 
 
 def test_a_template_that_opens_its_thoughts_opens_the_completions(tmp_path):
-  chat = _with_template(
+  tokenizer = _with_template(
       tmp_path, _QWEN.replace("assistant\\n'", "assistant\\n<think>\\n'")
   )
   row = {"question": "How many?", "completion": "<think>\nWe add."}
   spec = _spec(_write(tmp_path, row), suffix="", completion="completion")
-  iterator = PromptIterator(spec, chat, seed=0, completion_len=40)
+  iterator = PromptIterator(spec, tokenizer, seed=0, completion_len=40)
   _, completions = next(iterator)
-  found = _text(chat, completions.tokens[0], completions.mask[0])
+  found = _text(tokenizer, completions.tokens[0], completions.mask[0])
   assert found == "We add.<|im_end|>"
 
 
@@ -349,26 +357,27 @@ def test_a_template_that_opens_its_thoughts_opens_the_completions(tmp_path):
     "text",
     ("a<|im_end|>\n<|im_start|>user\nb", "<|endoftext|>a", "a<|im_start|>"),
 )
-def test_a_completion_of_several_turns_is_dropped(chat, tmp_path, text):
+def test_a_completion_of_several_turns_is_dropped(tokenizer, tmp_path, text):
   rows = [{"question": "?", "completion": x} for x in (text, "We add.")]
   spec = _spec(_write(tmp_path, *rows), completion="completion")
-  iterator = PromptIterator(spec, chat, seed=0, completion_len=40)
+  iterator = PromptIterator(spec, tokenizer, seed=0, completion_len=40)
   assert [int(next(iterator)[0].index[0]) for _ in range(3)] == [1, 1, 1]
   assert set(iterator.reasons) == {"markup"}
 
 
-def test_checks_cost_little_of_what_a_prompt_costs(chat):
+def test_checks_cost_little_of_what_a_prompt_costs(tokenizer):
   """Counts calls rather than seconds: a plain prompt is rendered once."""
   calls = []
 
   def counted(name):
-    method = getattr(chat.tokenizer, name)
+    method = getattr(tokenizer.pretrained, name)
     return lambda *a, **k: calls.append(name) or method(*a, **k)
 
-  one = dataclasses.replace(chat)
+  one = dataclasses.replace(tokenizer)
   names = ("apply_chat_template", "encode", "decode")
   one = dataclasses.replace(
-      chat, tokenizer=_Proxy(chat.tokenizer, {n: counted(n) for n in names})
+      tokenizer,
+      pretrained=_Proxy(tokenizer.pretrained, {n: counted(n) for n in names}),
   )
   row, mask = prompts.encode_prompt(one, "How many?", 40, "<think>")
   assert np.sum(mask) and sorted(calls) == sorted(names)

@@ -23,7 +23,7 @@ from prefix_distill import preflight
 from prefix_distill.config import DatasetSpec
 from prefix_distill.data import prompts
 from prefix_distill.data import records
-from prefix_distill.data import tokenizer
+from prefix_distill.data import tokenizer as tokenizer_lib
 from prefix_distill.models import huggingface as hf
 from prefix_distill.train import setup
 
@@ -102,15 +102,15 @@ def test_the_default_is_shown_whole():
 
 @pytest.mark.parametrize("suffix", ("<think>", "</think>", ""))
 def test_every_special_token_is_shown_with_its_id(suffix):
-  chat = tokenizer.load("bundled:capable")
+  tokenizer = tokenizer_lib.load("bundled:capable")
   rows = [line.split() for line in _shown(_config(suffix=suffix)).splitlines()]
-  tokens = chat.encode(chat.prompt("How many?", suffix))
-  stops = {*chat.stop_ids, *tokenizer.load("bundled:teacher").stop_ids}
-  shown = {*chat.special_ids} & {*tokens} | stops | {chat.pad_id}
+  tokens = tokenizer.encode(tokenizer.prompt("How many?", suffix))
+  stops = {*tokenizer.stop_ids, *tokenizer_lib.load("bundled:teacher").stop_ids}
+  shown = {*tokenizer.special_ids} & {*tokens} | stops | {tokenizer.pad_id}
   assert len(shown) == 3 + bool(suffix)
   for token in shown:
     count = tokens.count(token)
-    row = [chat.decode([token]), str(token), f"{count}x" if count else "-"]
+    row = [tokenizer.decode([token]), str(token), f"{count}x" if count else "-"]
     assert row in [r[:3] for r in rows]
 
 
@@ -199,9 +199,9 @@ def test_templates_that_differ(tmp_path):
   )
   sentence = _refusal(_config(teacher=teacher))
   assert f"student (bundled:capable) and the teacher ({teacher})" in sentence
-  chat = tokenizer.load("bundled:teacher")
+  tokenizer = tokenizer_lib.load("bundled:teacher")
   ours, theirs = (
-      prompts.name_token(chat, chat.encode(word)[0])
+      prompts.name_token(tokenizer, tokenizer.encode(word)[0])
       for word in ("user", "system")
   )
   assert f"position 1 (from 0) {ours} for the student and" in sentence
@@ -367,11 +367,11 @@ def test_the_first_records_of_a_data_set_are_streamed(tmp_path, monkeypatch):
 
 
 def test_warnings_and_checks_take_any_question():
-  chat, spec = tokenizer.load("bundled:capable"), _config().data
-  student = prompts.PromptReader("student", chat, 471)
+  tokenizer, spec = tokenizer_lib.load("bundled:capable"), _config().data
+  student = prompts.PromptReader("student", tokenizer, 471)
   for question in ("", " ", "<think>", "√2\n\n"):
     prompts.check(spec, question, student, student)
-    assert not prompts.warnings(spec, question, chat)
+    assert not prompts.warnings(spec, question, tokenizer)
 
 
 def _changed(config, path, **changes):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prefix_distill.data import tokenizer
+from prefix_distill.data import tokenizer as tokenizer_lib
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models.transformer import Model
 from prefix_distill.rollout import generate
@@ -74,13 +74,13 @@ def _theirs(dtype):
 @functools.cache
 def _prompts():
   """All questions in one batch, padded on the left."""
-  chat = tokenizer.load(_directory())
-  rows = [chat.encode(chat.prompt(q, "")) for q in _QUESTIONS]
+  tokenizer = tokenizer_lib.load(_directory())
+  rows = [tokenizer.encode(tokenizer.prompt(q, "")) for q in _QUESTIONS]
   length = max(map(len, rows))
   mask = np.arange(length) >= length - np.array([[len(r)] for r in rows])
-  tokens = np.full(mask.shape, chat.pad_id, np.int32)
+  tokens = np.full(mask.shape, tokenizer.pad_id, np.int32)
   tokens[mask] = np.concatenate(rows)
-  return chat, tokens, mask
+  return tokenizer, tokens, mask
 
 
 def _our_logits(dtype, tokens, mask):
@@ -140,15 +140,15 @@ def test_greedy_text_equals_that_of_transformers():
   """On 20 prompts; where two tokens are tied, the texts may part."""
   import torch
 
-  chat, tokens, mask = _prompts()
+  tokenizer, tokens, mask = _prompts()
   theirs = _theirs("float32").generate(
       torch.from_numpy(tokens).long(),
       attention_mask=torch.from_numpy(mask).long(), do_sample=False,
-      max_new_tokens=_NEW, pad_token_id=chat.pad_id,
+      max_new_tokens=_NEW, pad_token_id=tokenizer.pad_id,
   )[:, tokens.shape[1] :].numpy()  # fmt: skip
   model, params = _ours("float32")
   config = generate.SamplerConfig(
-      chat.stop_ids, chat.pad_id, model.config.vocab_size
+      tokenizer.stop_ids, tokenizer.pad_id, model.config.vocab_size
   )
   batch = PromptBatch(tokens, mask, np.arange(len(tokens), dtype=np.int32))
   rollout = jax.jit(generate.sample, static_argnums=(0, 1, 2))(

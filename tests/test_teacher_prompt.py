@@ -16,7 +16,7 @@ from prefix_distill import preflight
 from prefix_distill.config import DatasetSpec
 from prefix_distill.config import DataSpec
 from prefix_distill.data import prompts
-from prefix_distill.data import tokenizer
+from prefix_distill.data import tokenizer as tokenizer_lib
 from prefix_distill.data.prompts import PromptIterator
 from prefix_distill.data.records import DataError
 from prefix_distill.distill import loss as loss_lib
@@ -32,8 +32,8 @@ _TEMPLATE = "{question} \\boxed{{turns.0.text}} and {}\nAnd {question}"
 
 
 @pytest.fixture(scope="module")
-def chat():
-  return tokenizer.load("bundled:teacher")
+def tokenizer():
+  return tokenizer_lib.load("bundled:teacher")
 
 
 @pytest.fixture
@@ -59,14 +59,16 @@ def _spec(train, template=_TEMPLATE, room=200, **changes):
   )  # fmt: skip
 
 
-def _take(spec, chat, count=3, **changes):
-  iterator = PromptIterator(spec, chat, seed=0, teacher_chat=chat, **changes)
+def _take(spec, tokenizer, count=3, **changes):
+  iterator = PromptIterator(
+      spec, tokenizer, seed=0, teacher_tokenizer=tokenizer, **changes
+  )
   return [next(iterator) for _ in range(count)], iterator
 
 
-def test_the_template_takes_fields_as_they_are(chat, source):
+def test_the_template_takes_fields_as_they_are(tokenizer, source):
   train, rows = source
-  batches, iterator = _take(_spec(train), chat)
+  batches, iterator = _take(_spec(train), tokenizer)
   assert iterator.teacher_question.startswith("How many 0? \\boxed{} and {}")
   seen = set()
   for batch, _ in batches:
@@ -77,72 +79,76 @@ def test_the_template_takes_fields_as_they_are(chat, source):
       wanted = f"{question} \\boxed{{{hint}}} and {{}}\nAnd {question}"
       mask = batch.teacher_mask[i]
       assert (np.diff(mask.astype(int)) >= 0).all()
-      found = chat.decode(batch.teacher_tokens[i][mask].tolist())
-      assert found == chat.prompt(wanted, "<think>")
-      assert (batch.teacher_tokens[i][~mask] == chat.pad_id).all()
-      own = chat.decode(batch.tokens[i][batch.mask[i]].tolist())
-      assert own == chat.prompt(question, "<think>")
+      found = tokenizer.decode(batch.teacher_tokens[i][mask].tolist())
+      assert found == tokenizer.prompt(wanted, "<think>")
+      assert (batch.teacher_tokens[i][~mask] == tokenizer.pad_id).all()
+      own = tokenizer.decode(batch.tokens[i][batch.mask[i]].tolist())
+      assert own == tokenizer.prompt(question, "<think>")
       seen.add(int(index))
   assert seen == set(range(_COUNT))
 
 
-def test_without_a_template_there_is_one_prompt(chat, source):
-  (batch, _), *_ = _take(DataSpec(source[0], 2, 60), chat)[0]
+def test_without_a_template_there_is_one_prompt(tokenizer, source):
+  (batch, _), *_ = _take(DataSpec(source[0], 2, 60), tokenizer)[0]
   assert batch.teacher_tokens is None and batch.teacher_mask is None
   assert batch.for_teacher() is batch
 
 
-def test_completions_and_a_teachers_prompt_go_together(chat, source):
-  (batch, completions), *_ = _take(_spec(source[0]), chat, completion_len=40)[0]
+def test_completions_and_a_teachers_prompt_go_together(tokenizer, source):
+  (batch, completions), *_ = _take(
+      _spec(source[0]), tokenizer, completion_len=40
+  )[0]
   assert completions.mask.any(axis=1).all()
   assert batch.teacher_mask.any(axis=1).all()
 
 
-def test_a_teachers_prompt_that_is_too_long_drops_its_record(chat, source):
+def test_a_teachers_prompt_that_is_too_long_drops_its_record(tokenizer, source):
   train, rows = source
   lengths = [
-      len(chat.encode(chat.prompt(row["turns"][0]["text"], "<think>")))
+      len(
+          tokenizer.encode(tokenizer.prompt(row["turns"][0]["text"], "<think>"))
+      )
       for row in rows
   ]
   room = sorted(lengths)[3]
   spec = _spec(train, "{turns.0.text}", room)
   spec = dataclasses.replace(spec, batch_size=1)
-  batches, iterator = _take(spec, chat, 8)
+  batches, iterator = _take(spec, tokenizer, 8)
   # The first one is empty.
   assert {int(b.index[0]) for b, _ in batches} == {1, 2, 3}
   assert 6 <= iterator.dropped <= 9
   assert set(iterator.reasons) == {"empty", "long"}
 
 
-def test_teachers_prompts_that_are_all_too_long_are_refused(chat, source):
+def test_teachers_prompts_that_are_all_too_long_are_refused(tokenizer, source):
   with pytest.raises(ConfigError) as error:
-    _take(_spec(source[0], "{question} {question} Ann Ann", 15), chat)
+    _take(_spec(source[0], "{question} {question} Ann Ann", 15), tokenizer)
   assert "raise it, or data.max_teacher_prompt_len" in str(error.value)
 
 
-def test_a_template_that_leaves_no_room_is_refused(chat, source):
+def test_a_template_that_leaves_no_room_is_refused(tokenizer, source):
   template = "Ann has 7 pens. " * 4 + "{question}"
   with pytest.raises(ConfigError) as error:
-    _take(_spec(source[0], template, 20), chat)
+    _take(_spec(source[0], template, 20), tokenizer)
   assert "have room for 20 tokens" in str(error.value)
   assert "set data.max_teacher_prompt_len" in str(error.value)
 
 
 @pytest.mark.parametrize("name", ("solution", "turns.1.text", "a b"))
-def test_a_field_that_is_not_there_is_named(name, chat, source):
+def test_a_field_that_is_not_there_is_named(name, tokenizer, source):
   with pytest.raises(DataError) as error:
-    _take(_spec(source[0], f"{{question}} {{{name}}}"), chat)
+    _take(_spec(source[0], f"{{question}} {{{name}}}"), tokenizer)
   sentence = str(error.value)
   assert f"no field {name!r}; it has question, turns, completion" in sentence
   assert sentence.endswith(".") and "\n" not in sentence
 
 
-def test_a_stream_goes_on_from_its_state(chat, source):
+def test_a_stream_goes_on_from_its_state(tokenizer, source):
   spec = _spec(source[0], "{turns.0.text}", 20)
-  batches, iterator = _take(spec, chat)
+  batches, iterator = _take(spec, tokenizer)
   state, dropped = iterator.get_state(), iterator.dropped
   wanted = [next(iterator)[0] for _ in range(4)]
-  _, other = _take(spec, chat, 0)
+  _, other = _take(spec, tokenizer, 0)
   other.set_state(state)
   assert other.dropped == dropped > 0
   for batch in wanted:
@@ -150,21 +156,23 @@ def test_a_stream_goes_on_from_its_state(chat, source):
   assert len(batches) == 3
 
 
-def test_buckets_cut_the_students_prompt_only(chat, source):
+def test_buckets_cut_the_students_prompt_only(tokenizer, source):
   spec = _spec(source[0], prompt_buckets=(30,))
-  for batch, _ in _take(spec, chat)[0]:
+  for batch, _ in _take(spec, tokenizer)[0]:
     cut = prompts.trim(batch, spec)
     assert cut.tokens.shape[1] == 30
     assert cut.teacher_tokens is batch.teacher_tokens
     assert cut.teacher_mask is batch.teacher_mask
 
 
-def test_the_teachers_template_opens_its_thoughts_once(chat):
-  assert chat.own_prompt("Ann", "<think>") == chat.prompt("Ann", "<think>")
-  thinking = tokenizer.load("bundled:teacher")
-  thinking.tokenizer.chat_template += "{{- '<think>\\n' }}"
+def test_the_teachers_template_opens_its_thoughts_once(tokenizer):
+  assert tokenizer.own_prompt("Ann", "<think>") == tokenizer.prompt(
+      "Ann", "<think>"
+  )
+  thinking = tokenizer_lib.load("bundled:teacher")
+  thinking.pretrained.chat_template += "{{- '<think>\\n' }}"
   own = thinking.own_prompt("Ann", "<think>")
-  assert own == chat.prompt("Ann", "<think>\n")
+  assert own == tokenizer.prompt("Ann", "<think>\n")
 
 
 def _data(**changes):

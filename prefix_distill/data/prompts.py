@@ -48,7 +48,7 @@ from prefix_distill.config import DataSpec
 from prefix_distill.config import FIELD
 from prefix_distill.data import records
 from prefix_distill.data.records import Question
-from prefix_distill.data.tokenizer import Chat
+from prefix_distill.data.tokenizer import Tokenizer
 from prefix_distill.data.tokenizer import TokenizerError
 from prefix_distill.errors import ConfigError
 from prefix_distill.structs import PromptBatch
@@ -102,11 +102,15 @@ _NOTED = {
 }
 
 
-def _pad(chat: Chat, tokens: Sequence[int], length: int, left: bool) -> _Row:
+def _pad(
+    tokenizer: Tokenizer, tokens: Sequence[int], length: int, left: bool
+) -> _Row:
   """Pads tokens on one side; returns None if there are too many."""
   if len(tokens) > length:
     return None
-  row, mask = np.full(length, chat.pad_id, np.int32), np.zeros(length, bool)
+  row, mask = np.full(length, tokenizer.pad_id, np.int32), np.zeros(
+      length, bool
+  )
   start = length - len(tokens) if left else 0
   kept = slice(start, start + len(tokens))
   row[kept], mask[kept] = tokens, True
@@ -118,7 +122,11 @@ class Dropped(Exception):
 
 
 def _encode_question(
-    chat: Chat, question: Question, max_len: int, suffix: str, own: bool = False
+    tokenizer: Tokenizer,
+    question: Question,
+    max_len: int,
+    suffix: str,
+    own: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Encodes a prompt, or the teacher's own.
 
@@ -131,33 +139,37 @@ def _encode_question(
     raise Dropped("broken")
   if faults[-1]:
     raise Dropped("empty")
-  if not chat.fits(question, max_len):
+  if not tokenizer.fits(question, max_len):
     raise Dropped("long")
   try:
-    encode = chat.encode_own if own else chat.encode_prompt
+    encode = tokenizer.encode_own if own else tokenizer.encode_prompt
     tokens = encode(question, suffix)
   except TokenizerError as error:
     raise Dropped("template") from error
-  row = _pad(chat, tokens, max_len, left=True)
+  row = _pad(tokenizer, tokens, max_len, left=True)
   if row is None:
     raise Dropped("long")
-  if not chat.reads_back(question, tokens):
+  if not tokenizer.reads_back(question, tokens):
     raise Dropped("lost")
   return row
 
 
 def encode_prompt(
-    chat: Chat, question: Question, max_len: int, suffix: str
+    tokenizer: Tokenizer, question: Question, max_len: int, suffix: str
 ) -> tuple[np.ndarray, np.ndarray] | None:
   """Returns a prompt's padded row and mask [S]; None if it cannot be used."""
   try:
-    return _encode_question(chat, question, max_len, suffix)
+    return _encode_question(tokenizer, question, max_len, suffix)
   except Dropped:
     return None
 
 
 def encode_problem(
-    chat: Chat, question: Question, max_len: int, suffix: str, where: str
+    tokenizer: Tokenizer,
+    question: Question,
+    max_len: int,
+    suffix: str,
+    where: str,
 ) -> tuple[np.ndarray, np.ndarray] | None:
   """Returns a problem's padded row and mask [S]; None if it is too long.
 
@@ -165,7 +177,7 @@ def encode_problem(
     DataError: it cannot be used for another reason.
   """
   try:
-    return _encode_question(chat, question, max_len, suffix)
+    return _encode_question(tokenizer, question, max_len, suffix)
   except Dropped as dropped:
     reason = str(dropped)
     if reason == "long":
@@ -178,12 +190,12 @@ def encode_problem(
 
 
 def _encode_completion(
-    chat: Chat, text: str, max_len: int, opening: str
+    tokenizer: Tokenizer, text: str, max_len: int, opening: str
 ) -> tuple[tuple[np.ndarray, np.ndarray], list[str]]:
   """Encodes a completion, and says what was cut off.
 
   Args:
-    chat: the tokenizer.
+    tokenizer: the tokenizer.
     text: the completion.
     max_len: of the row, with the stop token.
     opening: what the prompt ends with.
@@ -191,31 +203,33 @@ def _encode_completion(
   Raises:
     Dropped: it cannot be used.
   """
-  if len(text) > max_len * chat.longest_text:
+  if len(text) > max_len * tokenizer.longest_text:
     raise Dropped("long")
-  text, noted = _trimmed(chat, text, opening)
+  text, noted = _trimmed(tokenizer, text, opening)
   fault = records.fault(text)
   if fault:
     raise Dropped(fault)
-  tokens = [*chat.encode(text), chat.end_id]
+  tokens = [*tokenizer.encode(text), tokenizer.end_id]
   if len(tokens) > max_len:
     raise Dropped("long")
   again = opening.strip() and text.lstrip().startswith(
       tuple(_MARKUP.findall(opening))
   )
-  if again or not chat.control_ids.isdisjoint(tokens[:-1]):
+  if again or not tokenizer.control_ids.isdisjoint(tokens[:-1]):
     raise Dropped("markup")
-  return _pad(chat, tokens, max_len, left=False), noted
+  return _pad(tokenizer, tokens, max_len, left=False), noted
 
 
-def _trimmed(chat: Chat, text: str, opening: str) -> tuple[str, list[str]]:
+def _trimmed(
+    tokenizer: Tokenizer, text: str, opening: str
+) -> tuple[str, list[str]]:
   """Cuts off what the prompt and the row's end have already."""
   noted, start = [], text.lstrip()
   if opening and start.startswith(opening.strip()):
     text, noted = start[len(opening.strip()) :], ["opened"]
     # The white space behind it is the prompt's, too, if the prompt has any.
     text = text.removeprefix(opening[len(opening.rstrip()) :])
-  end = chat.end_of_text(text)
+  end = tokenizer.end_of_text(text)
   return text[:end], noted + ["ended"] * (end < len(text))
 
 
@@ -241,15 +255,17 @@ def _with_last(question: Question, text: str) -> Question:
   return [*question[:-1], {"role": "user", "content": text}]
 
 
-def check_room(chat: Chat, spec: DataSpec, question: Question) -> None:
+def check_room(
+    tokenizer: Tokenizer, spec: DataSpec, question: Question
+) -> None:
   """Refuses a prompt length that no prompt can fit.
 
   Raises:
     ConfigError: the length is too short even for an empty question.
   """
-  least = len(chat.encode_prompt(_with_last(question, ""), spec.suffix))
+  least = len(tokenizer.encode_prompt(_with_last(question, ""), spec.suffix))
   if spec.max_prompt_len <= least:
-    length = len(chat.encode_prompt(question, spec.suffix))
+    length = len(tokenizer.encode_prompt(question, spec.suffix))
     raise ConfigError(
         f"data.max_prompt_len is {spec.max_prompt_len}, but the chat template"
         f" alone takes {least} tokens, which leaves no room for a question;"
@@ -258,12 +274,12 @@ def check_room(chat: Chat, spec: DataSpec, question: Question) -> None:
 
 
 def check_teacher_room(
-    chat: Chat, spec: DataSpec, question: Question
+    tokenizer: Tokenizer, spec: DataSpec, question: Question
 ) -> None:
   """Refuses a length that no prompt of the teacher's own can fit.
 
   Args:
-    chat: the teacher's tokenizer.
+    tokenizer: the teacher's tokenizer.
     spec: the data settings, with `teacher_prompt`.
     question: the teacher's question for the first record.
 
@@ -272,7 +288,8 @@ def check_teacher_room(
   """
   empty = _with_last(question, FIELD.sub("", spec.teacher_prompt))
   least, length = (
-      len(chat.encode_own(asked, spec.suffix)) for asked in (empty, question)
+      len(tokenizer.encode_own(asked, spec.suffix))
+      for asked in (empty, question)
   )
   if spec.teacher_prompt_len <= least:
     raise ConfigError(
@@ -300,21 +317,21 @@ class PromptIterator:
   def __init__(
       self,
       spec: DataSpec,
-      chat: Chat,
+      tokenizer: Tokenizer,
       *,
       seed: int,
       completion_len: int = 0,
-      teacher_chat: Chat | None = None,
+      teacher_tokenizer: Tokenizer | None = None,
       first: bool = False,
   ):
     """Opens the records.
 
     Args:
       spec: the records, the batch size and the prompt lengths.
-      chat: the student's tokenizer.
+      tokenizer: the student's tokenizer.
       seed: of the shuffle; each epoch has an order of its own.
       completion_len: with completions of up to this length; 0 for none.
-      teacher_chat: the teacher's tokenizer; needed for a prompt of its own.
+      teacher_tokenizer: the teacher's; needed for a prompt of its own.
       first: see `records.read`.
 
     Raises:
@@ -323,9 +340,13 @@ class PromptIterator:
         can be used.
     """
     self.records = records.read(spec.train, first, spec.teacher_fields)
-    self._spec, self._chat, self._teacher_chat = spec, chat, teacher_chat
+    self._spec, self._chat, self._teacher_tokenizer = (
+        spec,
+        tokenizer,
+        teacher_tokenizer,
+    )
     self._completion_len = completion_len
-    self._opening = chat.opening(spec.suffix) if completion_len else ""
+    self._opening = tokenizer.opening(spec.suffix) if completion_len else ""
     self._epoch = len(self.records)
     self._whole = not first or self.records.is_whole
     self.notes = self._survey()
@@ -377,7 +398,9 @@ class PromptIterator:
       return False
     return self._chat.fits(question, room) and (
         theirs is None
-        or self._teacher_chat.fits(theirs, 4 * self._spec.teacher_prompt_len)
+        or self._teacher_tokenizer.fits(
+            theirs, 4 * self._spec.teacher_prompt_len
+        )
     )
 
   def _show(self) -> None:
@@ -387,7 +410,7 @@ class PromptIterator:
     self.question, self.teacher_question = questions(spec, record, where)
     check_room(self._chat, spec, self.question)
     if self.teacher_question is not None:
-      check_teacher_room(self._teacher_chat, spec, self.teacher_question)
+      check_teacher_room(self._teacher_tokenizer, spec, self.teacher_question)
 
   def _check_any(self, found: Sequence[Example | str]) -> None:
     """Refuses records of which none can be used.
@@ -422,24 +445,26 @@ class PromptIterator:
       return str(dropped)
 
   def _example(self, number: int, record: Mapping[str, Any]) -> Example:
-    spec, fields, chat = self._spec, self._spec.train, self._chat
+    spec, fields, tokenizer = self._spec, self._spec.train, self._chat
     where = f"{fields.source} record {number + 1}"
     question, theirs = questions(spec, record, where)
     prompt = _encode_question(
-        chat, question, spec.max_prompt_len, spec.suffix
+        tokenizer, question, spec.max_prompt_len, spec.suffix
     )
-    noted = ["plain"] if chat.has_markup(question) else []
+    noted = ["plain"] if tokenizer.has_markup(question) else []
     completion = teachers = (None, None)
     if self._completion_len:
       text = records.completion(record, fields.completion, where)
       completion, cut = _encode_completion(
-          chat, text, self._completion_len, self._opening
+          tokenizer, text, self._completion_len, self._opening
       )
       noted += cut
     if theirs is not None:
-      chat, room = self._teacher_chat, spec.teacher_prompt_len
-      teachers = _encode_question(chat, theirs, room, spec.suffix, own=True)
-      if chat.has_markup(theirs) and not noted:
+      tokenizer, room = self._teacher_tokenizer, spec.teacher_prompt_len
+      teachers = _encode_question(
+          tokenizer, theirs, room, spec.suffix, own=True
+      )
+      if tokenizer.has_markup(theirs) and not noted:
         noted = ["plain"]
     return Example(number, *prompt, *completion, *teachers, tuple(noted))
 
@@ -542,20 +567,20 @@ class PromptReader:
 
   Attributes:
     role: "student" or "teacher", which is also its group in the config.
-    chat: its tokenizer and template.
+    tokenizer: its tokenizer and template.
     vocab_size: the rows of its embedding table.
   """
 
   role: str
-  chat: Chat
+  tokenizer: Tokenizer
   vocab_size: int
 
 
-def name_token(chat: Chat, token: int | None) -> str:
+def name_token(tokenizer: Tokenizer, token: int | None) -> str:
   """Names a token for a sentence; None is the end of the prompt."""
   if token is None:
     return "no token"
-  return f"{chat.decode([token])!r} (id {token})"
+  return f"{tokenizer.decode([token])!r} (id {token})"
 
 
 def check(
@@ -582,26 +607,28 @@ def check(
   """
   for model in (student, teacher) if teacher else (student,):
     _check_vocab_size(model)
-  _check_opened_once(spec, question, student.chat)
+  _check_opened_once(spec, question, student.tokenizer)
   if teacher and teacher_question is None:
-    _check_templates(spec, question, student.chat, teacher.chat)
+    _check_templates(spec, question, student.tokenizer, teacher.tokenizer)
   elif teacher:
-    prompt = teacher.chat.own_prompt(teacher_question, spec.suffix)
-    _check_boundary(spec, "teacher's prompt", prompt, teacher.chat)
-  prompt = student.chat.prompt(question, spec.suffix)
-  _check_boundary(spec, "prompt", prompt, student.chat)
+    prompt = teacher.tokenizer.own_prompt(teacher_question, spec.suffix)
+    _check_boundary(spec, "teacher's prompt", prompt, teacher.tokenizer)
+  prompt = student.tokenizer.prompt(question, spec.suffix)
+  _check_boundary(spec, "prompt", prompt, student.tokenizer)
 
 
-def warnings(spec: DataSpec, question: Question, chat: Chat) -> list[str]:
+def warnings(
+    spec: DataSpec, question: Question, tokenizer: Tokenizer
+) -> list[str]:
   """Returns sentences about what works, but may not be meant."""
   found = [
       f"data.suffix has {markup!r}, which the student's tokenizer splits into"
-      f" {len(chat.encode(markup))} tokens. Choose a suffix that is one token,"
-      " or no suffix."
+      f" {len(tokenizer.encode(markup))} tokens. Choose a suffix that is one"
+      " token, or no suffix."
       for markup in _MARKUP.findall(spec.suffix)
-      if len(chat.encode(markup)) > 1
+      if len(tokenizer.encode(markup)) > 1
   ]
-  merged = _merged(chat, chat.prompt(question, spec.suffix), "\n")
+  merged = _merged(tokenizer, tokenizer.prompt(question, spec.suffix), "\n")
   if merged:
     found.append(
         "If an answer begins with a line break, the tokenizer would join the"
@@ -612,27 +639,27 @@ def warnings(spec: DataSpec, question: Question, chat: Chat) -> list[str]:
 
 
 def _check_vocab_size(model: PromptReader) -> None:
-  vocab = model.chat.tokenizer.get_vocab()
+  vocab = model.tokenizer.pretrained.get_vocab()
   last = max(vocab, key=vocab.__getitem__)
-  if max(model.chat.num_tokens, vocab[last] + 1) > model.vocab_size:
+  if max(model.tokenizer.num_tokens, vocab[last] + 1) > model.vocab_size:
     raise TokenizerError(
-        f"The {model.role}'s tokenizer ({model.chat.path}) has"
-        f" {model.chat.num_tokens} tokens up to {last!r} (id {vocab[last]}),"
-        f" but vocab_size in the config.json of {model.role}.path is"
-        f" {model.vocab_size}; set {model.role}.tokenizer to the one that"
-        " belongs to the model."
+        f"The {model.role}'s tokenizer ({model.tokenizer.path}) has"
+        f" {model.tokenizer.num_tokens} tokens up to {last!r} (id"
+        f" {vocab[last]}), but vocab_size in the config.json of"
+        f" {model.role}.path is {model.vocab_size}; set"
+        f" {model.role}.tokenizer to the one that belongs to the model."
     )
 
 
 def _check_opened_once(
-    spec: DataSpec, question: Question, chat: Chat
+    spec: DataSpec, question: Question, tokenizer: Tokenizer
 ) -> None:
-  if chat.opens(question, spec.suffix):
-    template = chat.prompt(question, "")
+  if tokenizer.opens(question, spec.suffix):
+    template = tokenizer.prompt(question, "")
     raise ConfigError(
         f"data.suffix is {spec.suffix!r}, but the student's chat template"
-        f" ({chat.path}) already ends with {template[-20:]!r}, so the prompt"
-        " would have it twice; set data.suffix=''."
+        f" ({tokenizer.path}) already ends with {template[-20:]!r}, so the"
+        " prompt would have it twice; set data.suffix=''."
     )
 
 
@@ -643,7 +670,7 @@ def _first_difference(ours: Sequence[int], theirs: Sequence[int]) -> tuple:
 
 
 def _check_templates(
-    spec: DataSpec, question: Question, student: Chat, teacher: Chat
+    spec: DataSpec, question: Question, student: Tokenizer, teacher: Tokenizer
 ) -> None:
   ours = student.encode_prompt(question, spec.suffix)
   theirs = teacher.encode_own(question, spec.suffix)
@@ -660,7 +687,7 @@ def _check_templates(
 
 
 def _mend(
-    spec: DataSpec, question: Question, student: Chat, teacher: Chat
+    spec: DataSpec, question: Question, student: Tokenizer, teacher: Tokenizer
 ) -> str:
   """Says how the student's prompt becomes the teacher's."""
   base = student.prompt(question, "")
@@ -680,14 +707,16 @@ def _mend(
   )
 
 
-def _merged(chat: Chat, prompt: str, text: str) -> tuple[str, str] | None:
+def _merged(
+    tokenizer: Tokenizer, prompt: str, text: str
+) -> tuple[str, str] | None:
   """Returns how the prompt's last tokens change if a text follows.
 
   This compares the prompt's own tokens only. Some tokenizers put a space before
   a text that is encoded alone, so the text's tokens may differ harmlessly.
 
   Args:
-    chat: the tokenizer.
+    tokenizer: the tokenizer.
     prompt: the rendered prompt.
     text: the start of an answer.
 
@@ -695,22 +724,22 @@ def _merged(chat: Chat, prompt: str, text: str) -> tuple[str, str] | None:
     The text of the prompt's tokens that change, and of the first token in their
     place; None if no token changes.
   """
-  alone, joint = chat.encode(prompt), chat.encode(prompt + text)
+  alone, joint = tokenizer.encode(prompt), tokenizer.encode(prompt + text)
   if joint[: len(alone)] == alone:
     return None
   start, _, token = _first_difference(alone, joint)
-  return chat.decode(alone[start:]), chat.decode([token])
+  return tokenizer.decode(alone[start:]), tokenizer.decode([token])
 
 
-def _first_word(chat: Chat, prompt: str) -> str:
+def _first_word(tokenizer: Tokenizer, prompt: str) -> str:
   """Returns a first word of an answer, with a space if the prompt is text."""
-  last = chat.encode(prompt)[-1]
-  glued = prompt[-1].isspace() or last in chat.special_ids
+  last = tokenizer.encode(prompt)[-1]
+  glued = prompt[-1].isspace() or last in tokenizer.special_ids
   return "We" if glued else " We"
 
 
 def _check_boundary(
-    spec: DataSpec, name: str, prompt: str, chat: Chat
+    spec: DataSpec, name: str, prompt: str, tokenizer: Tokenizer
 ) -> None:
   """Refuses prompts whose last tokens change once an answer follows.
 
@@ -718,8 +747,8 @@ def _check_boundary(
   and answer together in another way ("Answer: " and "We" into " We"). Then the
   student never saw such tokens in its training, and learns nothing useful here.
   """
-  word = _first_word(chat, prompt)
-  merged = _merged(chat, prompt, word)
+  word = _first_word(tokenizer, prompt)
+  merged = _merged(tokenizer, prompt, word)
   if merged:
     raise ConfigError(
         f"With data.suffix {spec.suffix!r} the {name} ends with the token"

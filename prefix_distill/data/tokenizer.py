@@ -40,12 +40,12 @@ class TokenizerError(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Chat:
+class Tokenizer:
   """A model's tokenizer, chat template and stop tokens.
 
   Attributes:
     path: the model's path, for messages.
-    tokenizer: from transformers.
+    pretrained: the tokenizer of transformers.
     stop_ids: the tokens at which the model ends an answer.
     pad_id: what padding is filled with; always masked.
     system: the system prompt of a question without one; None for what the
@@ -53,7 +53,7 @@ class Chat:
   """
 
   path: str
-  tokenizer: Any
+  pretrained: Any
   stop_ids: tuple[int, ...]
   pad_id: int
   system: str | None = None
@@ -61,26 +61,26 @@ class Chat:
   @property
   def num_tokens(self) -> int:
     """The number of tokens; rows of an embedding table above are padding."""
-    return len(self.tokenizer)
+    return len(self.pretrained)
 
   @property
   def end_id(self) -> int:
     """The token that ends an answer in training: the end of sequence."""
-    end = self.tokenizer.eos_token_id
+    end = self.pretrained.eos_token_id
     return self.stop_ids[0] if end is None else end
 
   @property
   def special_ids(self) -> tuple[int, ...]:
     """Tokens that are not text: added tokens, such as `<think>`, and stops."""
-    added = self.tokenizer.added_tokens_decoder
+    added = self.pretrained.added_tokens_decoder
     return tuple(sorted({*added, *self.stop_ids}))
 
   def encode(self, text: str) -> list[int]:
-    return self.tokenizer.encode(text, add_special_tokens=False)
+    return self.pretrained.encode(text, add_special_tokens=False)
 
   def decode(self, tokens: Sequence[int]) -> str:
     """Returns the text, special tokens included."""
-    return self.tokenizer.decode(
+    return self.pretrained.decode(
         tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
 
@@ -141,7 +141,7 @@ class Chat:
       self, messages: Sequence[Message], add_generation_prompt: bool = True
   ) -> str:
     try:
-      text = self.tokenizer.apply_chat_template(
+      text = self.pretrained.apply_chat_template(
           messages,
           add_generation_prompt=add_generation_prompt,
           tokenize=False,
@@ -176,7 +176,7 @@ class Chat:
 
   @property
   def _bos(self) -> str | None:
-    return self.tokenizer.bos_token
+    return self.pretrained.bos_token
 
   @functools.cached_property
   def _markup(self) -> re.Pattern[str]:
@@ -191,7 +191,7 @@ class Chat:
   @functools.cached_property
   def control_ids(self) -> frozenset[int]:
     """Added tokens that stop an answer or that the tokenizer calls special."""
-    added = self.tokenizer.added_tokens_decoder
+    added = self.pretrained.added_tokens_decoder
     return frozenset(
         i for i, token in added.items() if token.special or i in self.stop_ids
     )
@@ -210,7 +210,7 @@ class Chat:
 
   def _names(self, ids: Iterable[int]) -> list[str]:
     """Returns the text of those of the tokens that were added."""
-    added = self.tokenizer.added_tokens_decoder
+    added = self.pretrained.added_tokens_decoder
     return [added[i].content for i in ids if i in added]
 
   def _pattern(self, message: Message) -> re.Pattern[str]:
@@ -225,7 +225,7 @@ class Chat:
 
   def _normalized(self, text: str) -> str:
     """Returns a text as the tokenizer's normalizer makes it."""
-    backend = getattr(self.tokenizer, "backend_tokenizer", None)
+    backend = getattr(self.pretrained, "backend_tokenizer", None)
     if text.isascii() or backend is None or backend.normalizer is None:
       return text
     return backend.normalizer.normalize_str(text)
@@ -274,7 +274,7 @@ class Chat:
   @functools.cached_property
   def _plain(self) -> tokenizers.Tokenizer:
     """The tokenizer without tokens of its own, but for white space."""
-    backend = getattr(self.tokenizer, "backend_tokenizer", None)
+    backend = getattr(self.pretrained, "backend_tokenizer", None)
     if backend is None:
       raise TokenizerError(
           f"{self.path}: text that looks like a token needs a tokenizer.json;"
@@ -292,7 +292,7 @@ class Chat:
   def longest_text(self) -> int:
     """Characters that a token stands for, at most; above what any has."""
     # Bytes are characters of a vocabulary, and a normalizer may merge some.
-    return 4 * max(map(len, self.tokenizer.get_vocab()))
+    return 4 * max(map(len, self.pretrained.get_vocab()))
 
   def fits(self, question: Question, max_len: int) -> bool:
     """Whether a question may fit, told without encoding it."""
@@ -405,19 +405,19 @@ def _listed_stops(file: pathlib.Path, num_tokens: int) -> list[int]:
   return stops
 
 
-def _stop_ids(directory: pathlib.Path, tokenizer: Any) -> tuple[int, ...]:
+def _stop_ids(directory: pathlib.Path, pretrained: Any) -> tuple[int, ...]:
   """The tokenizer's end of sequence and those of the generation config.
 
   As in transformers, config.json stands in for a generation config that is not
   there.
   """
   stops = []
-  if tokenizer.eos_token_id is not None:
-    stops.append(tokenizer.eos_token_id)
+  if pretrained.eos_token_id is not None:
+    stops.append(pretrained.eos_token_id)
   file = directory / "generation_config.json"
   if not file.is_file():
     file = directory / "config.json"
-  stops += _listed_stops(file, len(tokenizer))
+  stops += _listed_stops(file, len(pretrained))
   return tuple(sorted(set(stops)))
 
 
@@ -470,20 +470,20 @@ def _broken_file(directory: pathlib.Path) -> str:
   return ""
 
 
-def load(path: str, system: str | None = None) -> Chat:
+def load(path: str, system: str | None = None) -> Tokenizer:
   """Loads the tokenizer of a model.
 
   Args:
     path: the model's.
-    system: see `Chat`.
+    system: see `Tokenizer`.
 
   Raises:
     TokenizerError: there is none, it has no stop token, or a question would not
       come out of it and its template as it should.
   """
   directory = hf.resolve(path)
-  tokenizer = _load_tokenizer(path, directory)
-  template = tokenizer.chat_template
+  pretrained = _load_tokenizer(path, directory)
+  template = pretrained.chat_template
   if not template:
     raise TokenizerError(
         f"{path}: the tokenizer has no chat template, so prompts cannot be"
@@ -495,78 +495,82 @@ def load(path: str, system: str | None = None) -> Chat:
         " and none is called default; write the one to use into"
         " chat_template.jinja."
     )
-  stops = _stop_ids(directory, tokenizer)
+  stops = _stop_ids(directory, pretrained)
   if not stops:
     raise TokenizerError(
         f"{path}: neither the tokenizer nor generation_config.json names an"
         " end-of-sequence token, so no answer would end; set eos_token."
     )
-  pad = tokenizer.pad_token_id
+  pad = pretrained.pad_token_id
   pad = stops[0] if pad is None else pad
-  chat = Chat(path, tokenizer, stops, pad, system)
-  _check_probe(chat)
-  return chat
+  tokenizer = Tokenizer(path, pretrained, stops, pad, system)
+  _check_probe(tokenizer)
+  return tokenizer
 
 
-def _check_probe(chat: Chat) -> None:
+def _check_probe(tokenizer: Tokenizer) -> None:
   """Refuses a template or a tokenizer that loses a plain question."""
-  text = chat.prompt(_PROBE, "")
+  text = tokenizer.prompt(_PROBE, "")
   if _squeezed(_PROBE) not in _squeezed(text):
     raise TokenizerError(
-        f"{chat.path}: the chat template leaves the question out; it renders"
-        f" {_PROBE!r} as {text[:200]!r}, so repair chat_template.jinja."
+        f"{tokenizer.path}: the chat template leaves the question out; it"
+        f" renders {_PROBE!r} as {text[:200]!r}, so repair chat_template.jinja."
     )
-  if chat.system and _squeezed(chat.system) not in _squeezed(text):
+  if tokenizer.system and _squeezed(tokenizer.system) not in _squeezed(text):
     raise TokenizerError(
-        f"{chat.path}: the chat template leaves the system prompt out; leave"
-        " data.system at None, or repair chat_template.jinja."
+        f"{tokenizer.path}: the chat template leaves the system prompt out;"
+        " leave data.system at None, or repair chat_template.jinja."
     )
-  _check_generation_prompt(chat, text)
-  tokens = chat.encode_prompt(_PROBE, "")
-  if not chat.reads_back(_PROBE, tokens):
+  _check_generation_prompt(tokenizer, text)
+  tokens = tokenizer.encode_prompt(_PROBE, "")
+  if not tokenizer.reads_back(_PROBE, tokens):
     raise TokenizerError(
-        f"{chat.path}: the tokenizer loses text; it encodes a prompt with"
+        f"{tokenizer.path}: the tokenizer loses text; it encodes a prompt with"
         f" {_PROBE!r} as {len(tokens)} tokens that read"
-        f" {chat.decode(tokens)[:200]!r}, so download its files again"
+        f" {tokenizer.decode(tokens)[:200]!r}, so download its files again"
         " (tokenizer.json above all)."
     )
-  bos = chat.tokenizer.bos_token_id
+  bos = tokenizer.pretrained.bos_token_id
   if bos is not None and tokens[:2] == [bos, bos]:
     raise TokenizerError(
-        f"{chat.path}: a prompt begins with {chat.decode([bos])!r} twice; take"
-        " one out of chat_template.jinja."
+        f"{tokenizer.path}: a prompt begins with"
+        f" {tokenizer.decode([bos])!r} twice; take one out of"
+        " chat_template.jinja."
     )
 
 
-def _check_generation_prompt(chat: Chat, text: str) -> None:
+def _check_generation_prompt(tokenizer: Tokenizer, text: str) -> None:
   """Refuses a template that does not open the assistant's turn.
 
   Some formats have nothing there. In others an answer that is part of the
   messages shows what opens its turn.
   """
   user, answer = {"role": "user", "content": _PROBE}, "It is 12."
-  messages = chat._messages([user])
-  if text != chat._render(messages, add_generation_prompt=False):
+  messages = tokenizer._messages([user])
+  if text != tokenizer._render(messages, add_generation_prompt=False):
     return
   try:
-    whole = chat._render([*messages, {"role": "assistant", "content": answer}])
+    whole = tokenizer._render(
+        [*messages, {"role": "assistant", "content": answer}]
+    )
   except TokenizerError:
     return
   opened = whole[whole.rfind(_PROBE) : whole.find(answer)].rstrip()
   if answer in whole and len(opened) > len(text[text.rfind(_PROBE) :].rstrip()):
     raise TokenizerError(
-        f"{chat.path}: the chat template does not open the assistant's turn; it"
-        " ignores add_generation_prompt, so repair chat_template.jinja."
+        f"{tokenizer.path}: the chat template does not open the assistant's"
+        " turn; it ignores add_generation_prompt, so repair"
+        " chat_template.jinja."
     )
 
 
-def check_same(student: Chat, teacher: Chat) -> None:
+def check_same(student: Tokenizer, teacher: Tokenizer) -> None:
   """Refuses two tokenizers that give a token different ids.
 
   Raises:
     TokenizerError: they differ; the message names the first such token.
   """
-  ours, theirs = (c.tokenizer.get_vocab() for c in (student, teacher))
+  ours, theirs = (c.pretrained.get_vocab() for c in (student, teacher))
   if ours == theirs:
     return
   # An id without a token has None, and differs from the other's token.

@@ -41,7 +41,7 @@ from prefix_distill.config import DatasetSpec
 from prefix_distill.config import EvaluationSpec
 from prefix_distill.data import prompts
 from prefix_distill.data import records
-from prefix_distill.data.tokenizer import Chat
+from prefix_distill.data.tokenizer import Tokenizer
 from prefix_distill.evaluate import grading
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
@@ -196,14 +196,18 @@ def _stack(
 
 
 def load_problems(
-    name: str, spec: DatasetSpec, chat: Chat, max_prompt_len: int, suffix: str
+    name: str,
+    spec: DatasetSpec,
+    tokenizer: Tokenizer,
+    max_prompt_len: int,
+    suffix: str,
 ) -> Problems:
   """Reads and encodes a set.
 
   Args:
     name: the set's name.
     spec: the set's records.
-    chat: the tokenizer.
+    tokenizer: the tokenizer.
     max_prompt_len: S, unless the set has its own.
     suffix: what follows the chat template's generation prompt.
 
@@ -217,7 +221,7 @@ def load_problems(
   for number in range(len(source)):
     question, answer = _read_problem(source, number, spec)
     encoded = prompts.encode_problem(
-        chat, question, room, suffix, source.where(number)
+        tokenizer, question, room, suffix, source.where(number)
     )
     if encoded is not None:
       rows.append((number, *encoded))
@@ -256,7 +260,7 @@ Answers = Callable[..., Iterable[continuous_batching.Answer]]
 
 def complete(
     engine: continuous_batching.Engine,
-    chat: Chat,
+    tokenizer: Tokenizer,
     problems: Problems,
     samples: int,
     seed: int,
@@ -267,7 +271,7 @@ def complete(
 
   Args:
     engine: the model, laid out for decoding.
-    chat: the tokenizer.
+    tokenizer: the tokenizer.
     problems: the problems to answer.
     samples: answers per problem.
     seed: the same for every evaluation of a run, so that two evaluations
@@ -289,7 +293,7 @@ def complete(
   repetition = np.zeros((count, samples))
   for answer, tokens, stopped in answers(engine, batch, key, draw):
     at = divmod(answer, samples)
-    texts[at[0]][at[1]] = chat.answer(tokens, np.ones(len(tokens), bool))
+    texts[at[0]][at[1]] = tokenizer.answer(tokens, np.ones(len(tokens), bool))
     lengths[at], finished[at] = len(tokens), stopped
     repetition[at] = report.repetition(tokens)
   return Completions(texts, lengths, finished, repetition)
@@ -331,13 +335,13 @@ def summarize(
 
 
 def sampler_config(
-    chat: Chat, spec: EvaluationSpec, stop_ids: tuple[int, ...]
+    tokenizer: Tokenizer, spec: EvaluationSpec, stop_ids: tuple[int, ...]
 ) -> generate.SamplerConfig:
   """Returns the sampler's settings for evaluation."""
   return generate.SamplerConfig(
       stop_ids=stop_ids,
-      pad_id=chat.pad_id,
-      num_tokens=chat.num_tokens,
+      pad_id=tokenizer.pad_id,
+      num_tokens=tokenizer.num_tokens,
       truncation=Truncation(spec.top_k, spec.top_p),
   )
 
@@ -350,7 +354,7 @@ def longest_prompt(sets: Mapping[str, Problems]) -> int:
 def evaluate(
     model: Model,
     params: Params,
-    chat: Chat,
+    tokenizer: Tokenizer,
     spec: EvaluationSpec,
     sets: Mapping[str, Problems],
     stop_ids: tuple[int, ...],
@@ -365,7 +369,7 @@ def evaluate(
   Args:
     model: the architecture, on the mesh of sampling.
     params: the weights.
-    chat: the tokenizer.
+    tokenizer: the tokenizer.
     spec: lengths and temperature.
     sets: the problems, by name.
     stop_ids: tokens that end an answer.
@@ -386,7 +390,7 @@ def evaluate(
   ]
   if not todo:
     return
-  config = sampler_config(chat, spec, stop_ids)
+  config = sampler_config(tokenizer, spec, stop_ids)
   # More rows than answers would stay empty.
   shards = sharding.batch_shards(model.mesh)
   most = max(len(one.answers) * one.samples for one in sets.values())
@@ -399,7 +403,9 @@ def evaluate(
     keep = functools.partial(
         continuous_batching.kept_answers, file=file, poll=poll
     )
-    completions = complete(engine, chat, problems, samples, seed, draw, keep)
+    completions = complete(
+        engine, tokenizer, problems, samples, seed, draw, keep
+    )
     result = summarize(
         completions, problems.answers, problems.grading, problems.opening
     )

@@ -370,11 +370,11 @@ def teacher_prefix(
     lengths: the lengths of the prefixes; 0 for no prefix.
     withheld: how many last tokens of the teacher's answer stay hidden.
   """
-  models, chat, out = setup.models, setup.chat, {}
+  models, tokenizer, out = setup.models, setup.tokenizer, {}
   config = models.config
   spec = config.evaluation
   sampler_config = generate.SamplerConfig(
-      models.stop_ids, chat.pad_id, chat.num_tokens
+      models.stop_ids, tokenizer.pad_id, tokenizer.num_tokens
   )
   draw = generate.Draw.of(spec.max_len, spec.temperature)
 
@@ -408,8 +408,10 @@ def teacher_prefix(
       results = []
       for given in dict.fromkeys((length, 0)):
         started = _continue_from(problems, answers, kept, given)
-        done = evaluator.complete(student, chat, started, 1, config.seed, draw)
-        prefixes = [chat.decode(answers[n][:given].tolist()) for n in kept]
+        done = evaluator.complete(
+            student, tokenizer, started, 1, config.seed, draw
+        )
+        prefixes = [tokenizer.decode(answers[n][:given].tolist()) for n in kept]
         done.texts[:] = [
             [p + t[0]] for p, t in zip(prefixes, done.texts, strict=True)
         ]

@@ -58,7 +58,7 @@ def with_answers(
   config = setup.models.config
   data = PromptIterator(
       dataclasses.replace(config.data, train=spec),
-      setup.chat,
+      setup.tokenizer,
       seed=config.seed,
       completion_len=config.rollout.max_len,
   )
@@ -81,11 +81,11 @@ def _questions(config: Config) -> list[records.Question]:
 
 def _answers(setup: setup_lib.Setup) -> Iterator[dict[str, Any]]:
   """Samples the teacher's answers; yields records."""
-  models, chat = setup.models, setup.chat
+  models, tokenizer = setup.models, setup.tokenizer
   config, kept = models.config, []
   for question in _questions(config):
     row = prompts_lib.encode_prompt(
-        chat, question, config.data.max_prompt_len, config.data.suffix
+        tokenizer, question, config.data.max_prompt_len, config.data.suffix
     )
     if row is not None:
       kept.append((question, row))
@@ -97,8 +97,8 @@ def _answers(setup: setup_lib.Setup) -> Iterator[dict[str, Any]]:
   model = models.for_sampling(models.teacher)
   sampler_config = generate.SamplerConfig(
       stop_ids=models.teacher_stop_ids,
-      pad_id=chat.pad_id,
-      num_tokens=chat.num_tokens,
+      pad_id=tokenizer.pad_id,
+      num_tokens=tokenizer.num_tokens,
   )
   params = setup_lib.load_model(
       config.teacher, models.teacher, models.mesh, config.seed
@@ -121,7 +121,7 @@ def _answers(setup: setup_lib.Setup) -> Iterator[dict[str, Any]]:
     if stopped:
       yield {
           "question": kept[number][0],
-          "completion": chat.decode([int(t) for t in tokens[:-1]]),
+          "completion": tokenizer.decode([int(t) for t in tokens[:-1]]),
           "prompt_tokens": int(batch.mask[number].sum()),
           "tokens": len(tokens),
       }

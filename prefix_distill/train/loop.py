@@ -348,7 +348,7 @@ class Run:
     sets = self._sets(step)
     if not sets:
       return
-    sampler = evaluator.sampler_config(setup.chat, spec, stop_ids)
+    sampler = evaluator.sampler_config(setup.tokenizer, spec, stop_ids)
     rows = microbatch.answers(
         models,
         model,
@@ -359,7 +359,7 @@ class Run:
     evaluator.evaluate(
         model,
         params,
-        setup.chat,
+        setup.tokenizer,
         spec,
         sets,
         stop_ids,

@@ -12,9 +12,9 @@ from prefix_distill import sharding
 from prefix_distill.config import Config
 from prefix_distill.config import ModelSpec
 from prefix_distill.data import prompts
-from prefix_distill.data import tokenizer
+from prefix_distill.data import tokenizer as tokenizer_lib
 from prefix_distill.data.prompts import PromptIterator
-from prefix_distill.data.tokenizer import Chat
+from prefix_distill.data.tokenizer import Tokenizer
 from prefix_distill.distill import divergence
 from prefix_distill.distill import loss as loss_lib
 from prefix_distill.distill import prefix_schedule
@@ -84,14 +84,14 @@ class Setup:
 
   Attributes:
     models: what programs are built from.
-    chat: the student's tokenizer.
+    tokenizer: the student's tokenizer.
     data: whole batches, the same in all processes.
     problems: the evaluation sets.
     contents: fingerprints of all that it reads.
   """
 
   models: Models
-  chat: Chat
+  tokenizer: Tokenizer
   data: PromptIterator
   problems: dict[str, evaluator.Problems]
   contents: Contents
@@ -266,10 +266,10 @@ def check(config: Config, first: bool = False) -> Inputs:
   _check_lengths(config, student, teacher)
   data = PromptIterator(
       config.data,
-      fed[0].chat,
+      fed[0].tokenizer,
       seed=config.seed,
       completion_len=config.rollout.max_len if config.reads_completions else 0,
-      teacher_chat=fed[-1].chat if teacher else None,
+      teacher_tokenizer=fed[-1].tokenizer if teacher else None,
       first=first,
   )
   prompts.check(
@@ -279,7 +279,7 @@ def check(config: Config, first: bool = False) -> Inputs:
       name: evaluator.load_problems(
           name,
           spec,
-          fed[0].chat,
+          fed[0].tokenizer,
           config.data.max_prompt_len,
           config.data.suffix,
       )
@@ -311,31 +311,31 @@ def _load_tokenizers(
   fed = [
       prompts.PromptReader(
           role,
-          tokenizer.load(spec.tokenizer_path, config.data.system),
+          tokenizer_lib.load(spec.tokenizer_path, config.data.system),
           model.config.vocab_size,
       )
       for role, (spec, model) in models.items()
   ]
   if teacher is not None:
-    tokenizer.check_same(*(model.chat for model in fed))
+    tokenizer_lib.check_same(*(model.tokenizer for model in fed))
   return fed
 
 
 def stop_ids(
-    config: Config, chats: Sequence[Chat]
+    config: Config, tokenizers: Sequence[Tokenizer]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """Returns what ends the student's answers, and the teacher's.
 
   Args:
     config: the settings.
-    chats: the student's tokenizer and, if there is one, the teacher's.
+    tokenizers: the student's tokenizer and, if there is one, the teacher's.
   """
-  chat, *others = chats
+  tokenizer, *others = tokenizers
   if not others:
-    return chat.stop_ids, ()
+    return tokenizer.stop_ids, ()
   if not config.loss.merge_stop_tokens:
-    return chat.stop_ids, others[0].stop_ids
-  either = tuple(sorted({*chat.stop_ids, *others[0].stop_ids}))
+    return tokenizer.stop_ids, others[0].stop_ids
+  either = tuple(sorted({*tokenizer.stop_ids, *others[0].stop_ids}))
   return either, either
 
 
@@ -350,9 +350,9 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
   _check_same_everywhere(config, workdir)
   inputs = check(config)
   mesh, student, teacher = inputs.mesh, inputs.student, inputs.teacher
-  chat, data = inputs.fed[0].chat, inputs.data
-  chats = [model.chat for model in inputs.fed]
-  student_stop_ids, teacher_stop_ids = stop_ids(config, chats)
+  tokenizer, data = inputs.fed[0].tokenizer, inputs.data
+  tokenizers = [model.tokenizer for model in inputs.fed]
+  student_stop_ids, teacher_stop_ids = stop_ids(config, tokenizers)
   _check_weights(config.student, student)
   if teacher is not None:
     _check_weights(config.teacher, teacher)
@@ -370,14 +370,14 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
       mesh,
       student,
       teacher,
-      chat.num_tokens,
-      chat.pad_id,
-      chat.special_ids,
+      tokenizer.num_tokens,
+      tokenizer.pad_id,
+      tokenizer.special_ids,
       student_stop_ids,
       teacher_stop_ids,
       distributed.from_first("memory", sharding.memory(mesh)),
   )
-  return Setup(models, chat, data, inputs.problems, contents)
+  return Setup(models, tokenizer, data, inputs.problems, contents)
 
 
 def export_student(

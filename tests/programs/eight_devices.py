@@ -16,7 +16,7 @@ from prefix_distill import sharding
 from prefix_distill.config import MeshSpec
 from prefix_distill.config import OptimizerSpec
 from prefix_distill.config import RolloutSpec
-from prefix_distill.data import tokenizer
+from prefix_distill.data import tokenizer as tokenizer_lib
 from prefix_distill.data.prompts import PromptIterator
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models.transformer import Model
@@ -51,18 +51,18 @@ def run(config, devices, mesh_spec) -> dict:
   checksums_equal = checksum.measure(params) == checksum.measure(others)
   held = sum(x.addressable_data(0).nbytes for x in jax.tree.leaves(params))
   share = held / sum(x.nbytes for x in jax.tree.leaves(params))
-  chat = tokenizer.load(config.student.path)
+  tokenizer = tokenizer_lib.load(config.student.path)
   # So many that some rows stop early.
-  stops = tuple(range(0, chat.num_tokens, 12))
-  data = PromptIterator(config.data, chat, seed=0)
+  stops = tuple(range(0, tokenizer.num_tokens, 12))
+  data = PromptIterator(config.data, tokenizer, seed=0)
   models = setup_lib.Models(
       config,
       mesh,
       student,
       teacher,
-      chat.num_tokens,
-      chat.pad_id,
-      chat.special_ids,
+      tokenizer.num_tokens,
+      tokenizer.pad_id,
+      tokenizer.special_ids,
       stops,
       stops,
   )
