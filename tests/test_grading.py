@@ -334,6 +334,7 @@ def test_a_summary_counts_what_was_graded():
       "repetition": pytest.approx(0.35),
       "problems": 2,
       "samples": 2,
+      "verdicts": "1011",
   }
 
 

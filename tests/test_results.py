@@ -1,112 +1,256 @@
+"""Numbers of the experiments: intervals, comparisons, and the pages."""
+
 import json
 import pathlib
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from prefix_distill import config as config_lib
-from prefix_distill.experiments import analyze
 from prefix_distill.experiments import reproduce
+from prefix_distill.experiments import results
+
+DOCS = pathlib.Path(__file__).parent.parent / "docs" / "results"
+TASKS = {name: task.about for name, task in reproduce.TASKS.items()}
+CELLS = {name: cell.about for name, cell in reproduce.CELLS.items()}
 
 
-def row(cell, seed, step, accuracy, flops, student="capable"):
+def run(
+    cell, seed, accuracies, step_flops, task="capable", every=2, problems=200
+):
+  """A run whose problems 0, 1, ... are right, as many as the accuracy says."""
+  count = len(accuracies)
+  right = [round(problems * x) for x in accuracies]
+  verdicts = [results.pack("1" * n + "0" * (problems - n)) for n in right]
   return {
-      "student": student, "cell": cell, "seed": seed, "step": step,
-      "accuracy": accuracy, "flops": flops, "problems": 100,
-      "finish_rate": 1.0, "mean_length": 9.0, "repetition": 0.0,
+      "task": task,
+      "cell": cell,
+      "seed": seed,
+      "steps": [every * i for i in range(count)],
+      "flops": [step_flops * every * i for i in range(count)],
+      "seconds": [1.0 * i for i in range(count)],
+      "finish_rate": [1.0] * count,
+      "mean_length": [9.0] * count,
+      "samples": 1,
+      "problems": {"heldout": problems, "validation": problems},
+      "verdicts": {"heldout": verdicts, "validation": verdicts},
+  }
+
+
+def curve(*runs):
+  (found,) = results.curves(runs).values()
+  return found
+
+
+def rising(cell="full", flops=10.0, seeds=3, to=0.9):
+  shape = np.array([0.1, 0.3, 0.5, 0.7, 0.9]) * to / 0.9
+  return [run(cell, seed, shape, flops) for seed in range(seeds)]
+
+
+@pytest.mark.parametrize("verdicts", ["0", "1", "01101", "1" * 240, "0" * 239])
+def test_verdicts_are_packed_without_loss(verdicts):
+  packed = results.pack(verdicts)
+  assert len(packed) == -(-len(verdicts) // 4)
+  found = results.unpack(packed, len(verdicts))
+  assert "".join(f"{x:.0f}" for x in found) == verdicts
+
+
+def test_an_interval_has_the_width_of_both_sources():
+  rng = np.random.default_rng(1)
+
+  def noisy(means, problems):
+    runs = [run("full", i, [0.0, 0.0], 1.0, problems=problems)
+            for i in range(len(means))]  # fmt: skip
+    for one, mean in zip(runs, means, strict=True):
+      right = rng.random(problems) < mean
+      text = "".join("1" if x else "0" for x in right)
+      one["verdicts"]["heldout"][-1] = results.pack(text)
+    return results.interval(results.at_end, curve(*runs))
+
+  # Equal seeds: independent problems, each answered by all seeds.
+  found = noisy([0.7] * 8, 400)
+  half = 1.96 * (0.7 * 0.3 / (8 * 400)) ** 0.5
+  # The bootstrap of two factors is never narrower, and not thrice as wide.
+  assert half < (found.high - found.low) / 2 < 3 * half
+  # Seeds that differ: their own spread rules.
+  means = [0.5, 0.9] * 6
+  found = noisy(means, 2000)
+  half = 1.96 * np.std(means) / 12**0.5
+  assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.2)
+
+
+def test_pairs_are_compared_on_the_same_problems():
+  # The problems differ much, the methods little.
+  better = curve(*rising("linear", to=0.92))
+  full = curve(*rising("full", to=0.9))
+  gain = results.interval(
+      results.difference(results.at_end, results.at_end), better, full
+  )
+  alone = results.interval(results.at_end, full)
+  assert gain.value == pytest.approx(0.02)
+  assert 0 <= gain.low and gain.high < 0.05
+  assert alone.high - alone.low > 0.05
+
+
+def test_costs_are_read_along_the_curve():
+  full = curve(*rising(flops=10.0))
+  assert results.value(results.cost_to(0.5), full) == pytest.approx(40.0)
+  assert results.value(results.cost_to(0.6), full) == pytest.approx(50.0)
+  assert results.value(results.cost_to(0.05), full) == 0.0
+  assert np.isinf(results.value(results.cost_to(0.95), full))
+  short = curve(*rising("short", flops=1.0))
+  ratio = results.quotient(results.cost_to(0.6), results.cost_to(0.6))
+  assert results.value(ratio, short, full) == pytest.approx(0.1)
+  # At half of full's cost, full is half way; the short one has long ended.
+  half = results.at_cost(0.5)
+  assert results.value(half, full, full) == pytest.approx(0.5)
+  assert results.value(half, short, full) == pytest.approx(0.9)
+
+
+def test_what_is_never_reached_has_no_finite_ratio():
+  full, low = curve(*rising()), curve(*rising("low", to=0.5))
+  ratio = results.quotient(results.cost_to(0.8), results.cost_to(0.8))
+  assert results.interval(ratio, low, full).ratio() == "never"
+  assert results.value(ratio, full, low) == 0.0
+
+
+def test_the_best_stop_is_chosen_on_the_validation_split():
+  (one,) = rising(seeds=1)
+  one["verdicts"] = {
+      "validation": [results.pack(("1" * n).ljust(200, "0"))
+                     for n in (20, 178, 100, 181, 181)],
+      "heldout": [results.pack(("1" * n).ljust(200, "0"))
+                  for n in (20, 60, 80, 199, 200)],
   }  # fmt: skip
-
-
-ROWS = pd.DataFrame([
-    *(row("full", seed, 0, 0.2, 0.0) for seed in (0, 1, 2)),
-    *(row("full", seed, 10, 0.5, 50.0) for seed in (0, 1, 2)),
-    *(row("full", seed, 50, 0.9, 100.0) for seed in (0, 1, 2)),
-    row("short", 0, 10, 0.6, 10.0),
-    row("short", 0, 20, 0.9, 20.0),
-    # Which ended earlier.
-    row("short", 1, 10, 0.9, 10.0),
-])
-
-
-def test_an_interval_is_at_least_that_of_the_problems():
-  same = [row("a", seed, 1, 0.9, 1.0) for seed in range(3)]
-  mean, low, high = analyze.interval(pd.DataFrame(same))
-  half = 1.96 * (0.9 * 0.1 / 300) ** 0.5
-  assert (mean, low, high) == pytest.approx((0.9, 0.9 - half, 0.9 + half))
-
-
-def test_an_interval_knows_how_seeds_differ():
-  apart = [row("a", i, 1, x, 1.0) for i, x in enumerate((0.7, 0.8, 0.9))]
-  mean, low, high = analyze.interval(pd.DataFrame(apart))
-  half = 4.303 * 0.1 / 3**0.5
-  assert (mean, low) == pytest.approx((0.8, 0.8 - half))
-  assert high == 1.0  # And no further.
+  found = curve(one)
+  assert found.stop == 1  # Within two points of 181, and the cheapest.
+  assert results.value(results.at_stop, found) == pytest.approx(0.3)
+  assert results.value(results.stop_cost, found) == 20.0
 
 
 def test_a_seed_that_ended_stays_where_it_ended():
-  points = analyze.curve(ROWS, "capable", "short")
-  assert [sorted(at["accuracy"]) for at in points] == [
-      [0.6, 0.9], [0.9, 0.9],
-  ]  # fmt: skip
-  assert analyze.curve(ROWS, "weak", "short") == []
+  early = run("audited", 1, [0.1, 0.8], 5.0)
+  found = curve(run("audited", 0, [0.1, 0.2, 0.3, 0.4], 5.0), early)
+  assert found.steps.tolist() == [0, 2, 4, 6]
+  assert found.flops[1].tolist() == [0.0, 10.0, 10.0, 10.0]
+  np.testing.assert_allclose(
+      found.right["heldout"][1].mean(1), [0.1, 0.8, 0.8, 0.8]
+  )
 
 
-def test_full_accuracy_is_reached_at_the_lower_end_of_its_interval():
-  # 0.9 - 1.96 sqrt(0.09 / 300) is 0.866.
-  assert analyze.reached(ROWS, "capable", "short") == 15.0
-  assert analyze.reached(ROWS, "capable", "full") == 100.0
-  assert analyze.reached(ROWS[:9], "capable", "none") is None
-  assert analyze.reached(ROWS[9:], "capable", "short") is None
+@pytest.mark.parametrize(
+    "low, high, word",
+    [
+        (0.001, 0.1, "better"),
+        (-0.019, 0.1, "as good"),
+        (-0.021, 0.1, "undecided"),
+        (-0.1, -0.001, "worse"),
+        (-0.015, -0.001, "as good"),
+    ],
+)
+def test_words_are_what_intervals_allow(low, high, word):
+  assert results.Interval(0.0, low, high).word() == word
 
 
-def test_the_runs_are_gathered_from_their_workdirs(tmp_path, capsys):
-  for cell, seed, done in (("full", 0, True), ("linear", 0, False)):
-    place = tmp_path / "runs" / "capable" / cell / str(seed)
-    place.mkdir(parents=True)
-    if done:
-      (place / "export").mkdir()
-    lines = [
-        {"step": 1, "kl": 0.1},
-        row(cell, seed, 1, 0.5, 7e10)
-        | {"mode": "sampled", "model": "student"},
-        row(cell, seed, 1, 0.9, 7e10) | {"mode": "greedy", "model": "student"},
-        row(cell, seed, 1, 0.9, 7e10) | {"mode": "sampled", "model": "teacher"},
-    ]
-    (place / "metrics.jsonl").write_text(
-        "".join(json.dumps(line) + "\n" for line in lines)
-    )
-  out = tmp_path / "out"
-  names = {"full": "everything", "linear": "the paper's"}
-  analyze.gather(tmp_path / "runs", names, out)
-  (kept,) = map(json.loads, (out / "results.jsonl").read_text().splitlines())
-  assert (kept["cell"], kept["seed"], kept["accuracy"]) == ("full", 0, 0.5)
-  table = (out / "tables.md").read_text()
-  assert "everything | 1 | 1 | 50.0" in table
-  assert "the paper's" not in table  # It has not finished.
-  assert (out / "accuracy_flops.png").stat().st_size > 5_000
-  assert "everything" in capsys.readouterr().out
+def test_the_trials_choose_by_validation():
+  def trial(rate, accuracies):
+    return run("full", 100, accuracies, 1.0) | {"rate": rate}
+
+  trials = [trial(1e-4, [0.1, 0.2, 0.9]), trial(3e-4, [0.1, 0.8, 0.8])]
+  assert results.chosen_rate(trials, "capable", "full") == 3e-4
+  assert results.chosen_rate(trials, "capable", "linear") is None
+  job = reproduce.Job("capable", "full", 0)
+  line = reproduce.command(job, pathlib.Path("x"), trials)
+  assert "--config.optimizer.learning_rate=0.0003" in line
+  # A cell that had no trials takes another one's.
+  job = reproduce.Job("capable", "first-32", 0)
+  line = reproduce.command(job, pathlib.Path("x"), trials)
+  assert "--config.optimizer.learning_rate=0.0003" in line
 
 
-def test_nothing_to_gather_is_said(tmp_path, capsys):
-  analyze.gather(tmp_path, {"full": ""}, tmp_path / "out")
-  assert "No finished runs" in capsys.readouterr().out
-  assert not (tmp_path / "out").exists()
+def test_a_new_seed_lands_inside_or_not():
+  found = curve(*(run("full", s, [0, x], 1.0)
+                  for s, x in enumerate((0.78, 0.8, 0.82))))  # fmt: skip
+  text, inside = results.compare_seed(found, run("full", 9, [0, 0.83], 1.0))
+  assert inside and "inside" in text
+  text, inside = results.compare_seed(found, run("full", 9, [0, 0.3], 1.0))
+  assert not inside and "OUTSIDE" in text
 
 
-@pytest.mark.parametrize("student", reproduce.STUDENTS)
-@pytest.mark.parametrize("name", reproduce.CELLS)
-def test_every_cell_is_a_config(student, name, tmp_path):
-  line = reproduce.command(student, name, 3, tmp_path)
+def test_a_run_is_read_from_its_workdir(tmp_path):
+  def line(step, name, verdicts, **values):
+    return {
+        "step": step, "model": "student", "mode": "sampled", "set": name,
+        "flops": 7.0 * step, "verdicts": verdicts, "samples": 1,
+        "problems": len(verdicts), "finish_rate": 1.0, "mean_length": 3.0,
+    } | values  # fmt: skip
+
+  lines = [
+      line(0, "validation", "00000"),
+      line(0, "heldout", "00001"),
+      line(0, "heldout", "11111", mode="greedy"),
+      {"step": 1, "loss": 0.5, "seconds": 2.5},
+      line(1, "validation", "11000"),
+      line(1, "heldout", "11110"),
+      line(1, "heldout", "11111", model="teacher"),
+  ]
+  text = "".join(json.dumps(x) + "\n" for x in lines)
+  (tmp_path / "metrics.jsonl").write_text(text)
+  assert results.read_run(tmp_path) is None  # It has not ended.
+  (tmp_path / "export").mkdir()
+  found = results.read_run(tmp_path) | {"task": "t", "cell": "c", "seed": 0}
+  assert found["flops"] == [0.0, 7.0] and found["seconds"] == [0.0, 2.5]
+  one = curve(json.loads(json.dumps(found)))
+  assert one.right["heldout"][0].sum(1).tolist() == [1.0, 4.0]
+  assert one.right["validation"][0].sum(1).tolist() == [0.0, 2.0]
+
+
+@pytest.mark.parametrize("trial", [False, True])
+@pytest.mark.parametrize("task", reproduce.TASKS)
+@pytest.mark.parametrize("cell", reproduce.CELLS)
+def test_every_cell_is_a_config(task, cell, trial, tmp_path):
+  job = reproduce.Job(task, cell, 3, 1e-4 if trial else None)
+  line = reproduce.command(job, tmp_path, [])
   settings = [a for a in line if a.startswith("--config.")]
   assert "--config.seed=3" in settings
-  file, _, _ = line[3].removeprefix("--config=").rpartition(":")
-  assert pathlib.Path(file).is_file()
+  assert any("split=test" in x or "sets=validation" in x for x in line) or trial
   for setting in settings:
     config_lib.check_field(setting.removeprefix("--config.").split("=")[0])
 
 
-def test_a_table_needs_no_more_than_one_seed():
-  text = analyze.table(ROWS[:9], "capable", {"full": "everything"})
-  assert np.char.count(text, "\n") == 5
-  assert "| 90.0 (86.6-93.4) |" in text
+def test_a_run_that_is_known_is_not_done_again(tmp_path, monkeypatch, capsys):
+  file, started = tmp_path / "runs.jsonl", []
+  file.write_text(json.dumps(run("full", 0, [0, 1], 1.0)) + "\n")
+  runner = reproduce.Runner(tmp_path / "runs", file)
+
+  def fake(job, core=None):
+    started.append(str(job))
+    return None if job.cell == "linear" else run(job.cell, job.seed, [0, 1], 1)
+
+  monkeypatch.setattr(runner, "run", fake)
+  jobs = [reproduce.Job("capable", c, s)
+          for s in (0, 1) for c in ("full", "linear")]  # fmt: skip
+  assert runner.run_all(jobs, 2)  # Some failed.
+  assert sorted(started) == [
+      "capable full 1", "capable linear 0", "capable linear 1",
+  ]  # fmt: skip
+  assert "FAILED" in capsys.readouterr().out
+  assert len(results.load(file)) == 2
+
+
+def test_the_page_and_the_figure_are_made(tmp_path, capsys):
+  runs = [*rising(), *rising("linear", 5.0), *rising("fixed-64", 2.0, to=0.4)]
+  results.write(runs, tmp_path, TASKS, CELLS, ["full", "linear"])
+  text = (tmp_path / "README.md").read_text()
+  assert "90.0 (85.5-94.0)" in text or "90.0 (" in text
+  assert "growing prefix (the paper's) - full on-policy distillation" in text
+  assert "| 0.50 (0.50-0.50) | 3 | cheaper |" in text
+  assert (tmp_path / "accuracy_flops.png").stat().st_size > 5_000
+  results.write([], tmp_path / "none", TASKS, CELLS, [])
+  assert "no two runs" in capsys.readouterr().out
+
+
+def test_the_committed_page_is_what_the_committed_runs_say():
+  runs = results.load(DOCS / "runs.jsonl")
+  assert runs
+  assert (DOCS / "README.md").read_text() == results.page(runs, TASKS, CELLS)

@@ -304,8 +304,11 @@ def summarize(
     answers: Sequence[str],
     kind: str = "math",
     opening: str = "",
-) -> dict[str, float]:
+) -> dict[str, Any]:
   """Grades completions; returns flat metrics. Fractions are in [0, 1].
+
+  `verdicts` has a character for each answer, problem by problem: 1 is right, 0
+  wrong. Two evaluations of the same problems can so be compared in pairs.
 
   Args:
     completions: the answers to all problems.
@@ -331,6 +334,7 @@ def summarize(
       "repetition": float(completions.repetition.mean()),
       "problems": len(answers),
       "samples": correct.shape[1],
+      "verdicts": "".join("1" if right else "0" for right in correct.flat),
   }
 
 

@@ -1,7 +1,4 @@
-r"""Analyses: of the runs of `reproduce`, and of any student and teacher.
-
-`gather` turns the runs of `experiments/reproduce.py` into tables and figures.
-The paper's two analyses work on any student and teacher:
+r"""The paper's two analyses, of any student and teacher.
 
   python -m prefix_distill.experiments.analyze --config=FILE[:ARG] \
     --what=position
@@ -22,8 +19,6 @@ teacher_prefix
 The numbers go to `analysis/` in --workdir as JSON, with a picture beside them.
 """
 
-from collections.abc import Mapping
-from collections.abc import Sequence
 import dataclasses
 import functools
 import json
@@ -36,9 +31,7 @@ from absl import flags
 from absl import logging
 import jax
 import jax.numpy as jnp
-from matplotlib.figure import Figure
 import numpy as np
-import pandas as pd
 
 from prefix_distill import command_line
 from prefix_distill import sharding
@@ -51,7 +44,6 @@ from prefix_distill.evaluate import evaluator
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.report import plots
-from prefix_distill.report import report
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
 from prefix_distill.structs import PromptBatch
@@ -78,208 +70,6 @@ _LENGTHS = flags.DEFINE_list(
 _WITHHELD = flags.DEFINE_integer(
     "withheld", 40, "teacher_prefix: last tokens that always stay hidden."
 )
-
-# The fields of an evaluation that the results keep.
-_KEPT = (
-    "step",
-    "flops",
-    "accuracy",
-    "finish_rate",
-    "mean_length",
-    "repetition",
-    "problems",
-)
-_TABLE_HEADER = (
-    "",
-    "seeds",
-    "updates",
-    "accuracy, % (95 %)",
-    "finish, %",
-    "tokens",
-    "FLOPs",
-    "of full's",
-    "FLOPs to full's accuracy",
-)
-# The methods in the README's figure; it has no ablations.
-_DRAWN = "full seqkd fixed-16 fixed-64 linear plateau random audited".split()
-# Accuracies on the figure's axis, and the smallest error that it shows.
-_TICKS = (0.2, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
-_LEAST = 0.005
-# The 97.5 % quantile of Student's t by the number of seeds.
-_STUDENTS_T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}
-
-
-def read(workdir: pathlib.Path, cells: Sequence[str]) -> pd.DataFrame:
-  """Reads the evaluations of all finished runs; one row each."""
-  rows = []
-  for student in ("capable", "weak"):
-    for cell in cells:
-      for run in sorted((workdir / student / cell).glob("*")):
-        if not (run / "export").is_dir():
-          continue
-        for line in report.read_metrics(run / "metrics.jsonl"):
-          if line.get("mode") == "sampled" and line["model"] == "student":
-            rows.append(
-                {"student": student, "cell": cell, "seed": int(run.name)}
-                | {name: line[name] for name in _KEPT}
-            )
-  return pd.DataFrame(rows)
-
-
-def interval(rows: pd.DataFrame) -> tuple[float, float, float]:
-  """Returns mean accuracy and its 95 % interval over seeds and problems.
-
-  The variance of the seeds' means includes the variance of the problems. With
-  few seeds it can come out too small by chance, so the interval is at least
-  that of independent problems.
-  """
-  mean, seeds = rows["accuracy"].mean(), len(rows)
-  half = 1.96 * (mean * (1 - mean) / rows["problems"].sum()) ** 0.5
-  if seeds > 1:
-    half = max(half, _STUDENTS_T.get(seeds, 1.96) * rows["accuracy"].sem())
-  return mean, max(mean - half, 0.0), min(mean + half, 1.0)
-
-
-def _of(rows: pd.DataFrame, student: str, cell: str) -> pd.DataFrame:
-  return rows[(rows["student"] == student) & (rows["cell"] == cell)]
-
-
-def _latest(rows: pd.DataFrame) -> pd.DataFrame:
-  """Returns each seed's last evaluation."""
-  return rows.sort_values("step").groupby("seed").tail(1)
-
-
-def curve(rows: pd.DataFrame, student: str, cell: str) -> list[pd.DataFrame]:
-  """Returns the seeds' evaluations along the run, one frame for each step.
-
-  A frame has every seed's latest evaluation up to that step. So a seed that
-  ended early keeps its last evaluation.
-  """
-  mine = _of(rows, student, cell)
-  steps = sorted(mine["step"].unique())
-  return [_latest(mine[mine["step"] <= step]) for step in steps]
-
-
-def reached(rows: pd.DataFrame, student: str, cell: str) -> float | None:
-  """Returns the FLOPs at which the mean accuracy reaches full's interval.
-
-  The goal is the lower end of the 95 % interval of full distillation's final
-  accuracy. Returns None if the runs never reach it.
-  """
-  full = _latest(_of(rows, student, "full"))
-  if full.empty:
-    return None
-  goal = interval(full)[1]
-  for at in curve(rows, student, cell):
-    if at["accuracy"].mean() >= goal:
-      return at["flops"].mean()
-  return None
-
-
-def _cells(values: Sequence[Any]) -> str:
-  return "| " + " | ".join(str(v) for v in values) + " |"
-
-
-def table(rows: pd.DataFrame, student: str, cells: Mapping[str, str]) -> str:
-  """Returns a student's table in Markdown."""
-  full = _of(rows, student, "full")
-  whole = _latest(full)["flops"].mean()  # NaN without runs of full.
-  entries = [("before", full[full["step"] == 0])]
-  entries += [(name, _latest(_of(rows, student, name))) for name in cells]
-  # The same runs on a smaller budget.
-  seqkd = _of(rows, student, "seqkd")
-  entries.insert(1, ("full, 10 updates", full[full["step"] == 10]))
-  entries.insert(3, ("SeqKD, 20 updates", seqkd[seqkd["step"] == 20]))
-  out = [_cells(_TABLE_HEADER), _cells(["---"] * len(_TABLE_HEADER))]
-  for name, found in entries:
-    if found.empty:
-      continue
-    mean, low, high = interval(found)
-    spent = found["flops"].mean()
-    goal = reached(rows, student, name) if name in cells else None
-    compared = whole > 0
-    out.append(
-        _cells((
-            cells.get(name, name),
-            len(found),
-            f"{found['step'].mean():.0f}",
-            f"{100 * mean:.1f} ({100 * low:.1f}-{100 * high:.1f})",
-            f"{100 * found['finish_rate'].mean():.1f}",
-            f"{found['mean_length'].mean():.0f}",
-            f"{spent:.2g}" if spent else "-",
-            f"{spent / whole:.0%}" if compared and spent else "-",
-            f"{goal:.2g} ({goal / whole:.0%})" if compared and goal else "-",
-        ))
-    )
-  return "\n".join(out) + "\n"
-
-
-def draw(rows: pd.DataFrame, cells: Sequence[str], path: pathlib.Path) -> None:
-  """Draws accuracy against cumulative FLOPs, a panel for each student.
-
-  The axis is logarithmic in the error rate; on a linear axis all methods would
-  be one line at the top.
-  """
-  students = sorted(rows["student"].unique())
-  figure = Figure(figsize=(5.2 * len(students), 4.2))
-  panels = figure.subplots(1, len(students), squeeze=False, sharey=True)[0]
-  for axes, student in zip(panels, students, strict=True):
-    for i, cell in enumerate(cells):
-      points = [
-          (at["flops"].mean(), *interval(at))
-          for at in curve(rows, student, cell)
-          if at["flops"].all()
-      ]
-      if not points:
-        continue
-      x, mean, low, high = np.array(points).T
-      mean, low, high = (np.maximum(1 - y, _LEAST) for y in (mean, low, high))
-      style = {"color": f"C{i}", "marker": "o"}
-      axes.plot(x, mean, markersize=3, linewidth=1.2, label=cell, **style)
-      # Only the run's end has an error bar, the one in its table.
-      axes.errorbar(
-          x[-1:],
-          mean[-1:],
-          (mean[-1:] - high[-1:], low[-1:] - mean[-1:]),
-          linestyle="",
-          markersize=6,
-          elinewidth=1,
-          capsize=3,
-          **style,
-      )
-    axes.set(title=f"{student} student", xlabel="cumulative FLOPs")
-    axes.set(xscale="log", yscale="log", ylim=(0.95, _LEAST * 0.9))
-    axes.set_yticks([1 - y for y in _TICKS], [f"{y:.0%}" for y in _TICKS])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-  panels[0].set_ylabel("accuracy, sampled (log scale of errors)")
-  panels[-1].legend(
-      frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5)
-  )
-  figure.tight_layout()
-  figure.savefig(path, dpi=130)
-
-
-def gather(
-    workdir: pathlib.Path, cells: Mapping[str, str], out: pathlib.Path
-) -> None:
-  """Writes `results.jsonl`, `tables.md` and the figure; prints the tables."""
-  rows = read(workdir, list(cells))
-  if rows.empty:
-    print(f"No finished runs in {workdir}.")
-    return
-  out.mkdir(parents=True, exist_ok=True)
-  with (out / "results.jsonl").open("w") as file:
-    for row in rows.to_dict("records"):
-      file.write(json.dumps(row) + "\n")
-  text = "\n".join(
-      f"## {student} student\n\n" + table(rows, student, cells)
-      for student in sorted(rows["student"].unique())
-  )
-  (out / "tables.md").write_text(text)
-  print(text)
-  draw(rows, _DRAWN, out / "accuracy_flops.png")
 
 
 def _load(spec: Any, setup: setup_lib.Setup, model: Any) -> Params:

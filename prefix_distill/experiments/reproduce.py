@@ -1,58 +1,91 @@
-"""The paper's table on a small task.
+"""The paper's comparison on small tasks, with every number kept.
 
   python -m prefix_distill.experiments.reproduce
 
-Runs `configs/math.py` on the bundled task with every method, schedule and
-ablation, for the capable and the weak student and several seeds. Finished runs
-are not repeated, so the script can be stopped and continued. `--cells` and
-`--students` select some. The results go to `docs/results`: `results.jsonl`,
-tables and a figure.
+Runs every method and schedule on the bundled tasks with several seeds. A run
+is a cell of a table: a task, a method, a seed. `docs/results/runs.jsonl` keeps
+each finished run, and a run that it holds is not done again, so the command can
+be stopped and continued, also in another clone. `--tasks`, `--cells` and
+`--seeds` select some. `--report` runs nothing and writes tables, figures and
+the README's part from `runs.jsonl` again.
+
+  python -m prefix_distill.experiments.reproduce --check capable/linear/77
+
+does one run with a seed of your own, adds nothing to the results, and says
+whether it lands where they say that a new seed lands.
+
+`--trials` runs the learning rates from which each method's was chosen, on a
+seed that is used for nothing else; every method has the same number of trials.
+The choice is by the validation split, which has no problem of the test split.
 """
 
 import argparse
 from collections.abc import Sequence
 from concurrent import futures
 import dataclasses
+import json
 import pathlib
 import subprocess
 import sys
+import threading
+from typing import Any
 
-from prefix_distill.experiments import analyze
+from prefix_distill.experiments import results
 
-STUDENTS = {"capable": "tiny", "weak": "tiny-weak"}
+_ROOT = pathlib.Path(__file__).parents[2]
+SEEDS = (0, 1, 2, 3, 4)
+TRIAL_SEED = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """A student, a teacher and problems.
+
+  Attributes:
+    about: what stands over its table.
+    argument: of `configs/math.py`.
+    source: of its problems.
+    every: updates from one evaluation to the next.
+    rates: learning rates to choose from.
+    settings: fields of the config, for every cell.
+    of: by cell, further fields of the config.
+  """
+
+  about: str
+  argument: str
+  source: str
+  every: int
+  rates: tuple[float, ...]
+  settings: dict[str, str] = dataclasses.field(default_factory=dict)
+  of: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One line of the table.
+  """A method, a schedule or an ablation.
 
   Attributes:
-    about: its description in the table.
+    about: its name in tables.
     settings: fields of the config.
-    of: further settings of one student.
+    main: whether it stands in the main comparison; the others are ablations,
+      with the learning rate of `like`.
+    like: the cell whose learning rate it takes; itself if empty.
   """
 
   about: str
   settings: dict[str, str]
-  of: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+  main: bool = True
+  like: str = ""
 
 
 def _prefix(schedule: str, **settings: object) -> dict[str, str]:
   named = {f"prefix.{schedule}.{k}": str(v) for k, v in settings.items()}
-  return {"prefix.schedule": schedule, **named} | _BUCKETS
+  return {"method": "prefix", "prefix.schedule": schedule, **named}
 
 
-_BUCKETS = {"prefix.buckets": "(32,64,128,256)"}
 _FULL = {"method": "full"}
 _FIXED_64 = _prefix("fixed", length=64)
 _OFF_POLICY = {"rollout.source": "teacher"}
-
-
-def _increments(capable: int, weak: int) -> dict[str, dict[str, str]]:
-  return {
-      "capable": {"prefix.linear.increment": str(capable)},
-      "weak": {"prefix.linear.increment": str(weak)},
-  }
 
 
 def _window(start: int, end: int) -> dict[str, str]:
@@ -60,26 +93,33 @@ def _window(start: int, end: int) -> dict[str, str]:
   return _FULL | bounds
 
 
+def _ablation(about: str, settings: dict[str, str], like: str) -> Cell:
+  return Cell(about, settings, main=False, like=like)
+
+
 CELLS = {
     "full": Cell("full on-policy distillation", _FULL),
-    "seqkd": Cell(
-        "SeqKD: supervised on the teacher's answers",
-        {"method": "seqkd", "steps": "100"},
-    ),
-    "fixed-8": Cell("prefix of 8", _prefix("fixed", length=8)),
+    "linear": Cell("growing prefix (the paper's)", _prefix("linear")),
     "fixed-16": Cell("prefix of 16", _prefix("fixed", length=16)),
-    "fixed-32": Cell("prefix of 32", _prefix("fixed", length=32)),
     "fixed-64": Cell("prefix of 64", _FIXED_64),
-    "linear": Cell(
-        "linear schedule (the paper's)", _BUCKETS, _increments(2, 4)
+    "random": Cell("random prefix", _prefix("random")),
+    "audited": Cell(
+        "audited (ours)",
+        _prefix("audited", start=8, divergence_fraction=0.9, min_nats=0.3),
     ),
-    "popd": Cell(
-        "linear, in steps of five updates (POPD)",
+    "seqkd": Cell("SeqKD", {"method": "seqkd"}),
+    "fixed-8": _ablation(
+        "prefix of 8", _prefix("fixed", length=8), "fixed-16"
+    ),
+    "fixed-32": _ablation(
+        "prefix of 32", _prefix("fixed", length=32), "fixed-16"
+    ),
+    "popd": _ablation(
+        "growing every five updates (POPD)",
         _prefix("linear", start=8, every=5),
-        _increments(10, 20),
+        "linear",
     ),
-    "random": Cell("random cap", _prefix("random")),
-    "drift": Cell(
+    "drift": _ablation(
         "drift budget (Prune-OPD)",
         _prefix(
             "drift",
@@ -89,81 +129,237 @@ CELLS = {
             max_drifted=50,
             min_reliable_fraction=0.1,
         ),
+        "linear",
     ),
-    "plateau": Cell(
-        "plateau and utilisation (Adaptive FastOPD)",
+    "plateau": _ablation(
+        "plateau and utilisation (after Adaptive FastOPD)",
         _prefix("plateau", start=16, increment=16, patience_updates=2),
+        "linear",
     ),
-    "agreement": Cell(
+    "agreement": _ablation(
         "agreement stop (KAT)",
         _prefix(
             "agreement", window_tokens=16, memory_rollouts=512, warmup_updates=5
         ),
+        "full",
     ),
-    "audited": Cell(
-        "audited (ours)",
-        _prefix("audited", start=8, divergence_fraction=0.9, min_nats=0.3),
+    "first-32": _ablation(
+        "full rollouts, loss on the first 32", _window(0, 32), "full"
     ),
-    "first-32": Cell("full rollouts, loss on the first 32", _window(0, 32)),
-    "32-64": Cell("full rollouts, loss on 32 to 64", _window(32, 64)),
-    "64-96": Cell("full rollouts, loss on 64 to 96", _window(64, 96)),
-    "last-32": Cell("full rollouts, loss on the last 32", _window(-32, 0)),
-    "forward": Cell(
-        "on-policy forward KL, prefix of 64",
+    "32-64": _ablation(
+        "full rollouts, loss on 32 to 64", _window(32, 64), "full"
+    ),
+    "last-32": _ablation(
+        "full rollouts, loss on the last 32", _window(-32, 0), "full"
+    ),
+    "forward": _ablation(
+        "forward KL, prefix of 64",
         _FIXED_64 | {"loss.exact.divergence": "forward_kl"},
+        "fixed-64",
     ),
-    "off-reverse": Cell(
-        "off-policy (teacher's prefixes of 64), reverse KL",
+    "off-reverse": _ablation(
+        "the teacher's prefixes of 64, reverse KL",
         _FIXED_64 | _OFF_POLICY,
+        "fixed-64",
     ),
-    "off-forward": Cell(
-        "off-policy (teacher's prefixes of 64), forward KL",
+    "off-forward": _ablation(
+        "the teacher's prefixes of 64, forward KL",
         _FIXED_64 | _OFF_POLICY | {"loss.exact.divergence": "forward_kl"},
-    ),
-    "mixture": Cell(
-        "half of the updates off-policy, prefix of 64",
-        _FIXED_64 | _OFF_POLICY | {"rollout.source_share": "0.5"},
+        "fixed-64",
     ),
 }
+
+_RATES = (1e-4, 3e-4, 1e-3)
+_BUCKETS = {"prefix.buckets": "(32,64,128,256)"}
+TASKS = {
+    "capable": Task(
+        "word problems, capable student",
+        "tiny",
+        "math_task",
+        2,
+        (3e-5, 1e-4, 3e-4),
+        _BUCKETS,
+        {
+            "linear": {"prefix.linear.increment": "2"},
+            "popd": {"prefix.linear.increment": "10"},
+            "seqkd": {"steps": "100"},
+        },
+    ),
+    "weak": Task(
+        "word problems, weak student",
+        "tiny-weak",
+        "math_task",
+        2,
+        _RATES,
+        _BUCKETS,
+        {
+            "linear": {"prefix.linear.increment": "4"},
+            "popd": {"prefix.linear.increment": "20"},
+            "seqkd": {"steps": "100"},
+        },
+    ),
+    "chain": Task(
+        "chains of sums",
+        "chain",
+        "chain_task",
+        3,
+        _RATES,
+        {"prefix.buckets": "(32,64,128,240)"},
+        {
+            "linear": {"prefix.linear.increment": "4"},
+            "popd": {"prefix.linear.increment": "20"},
+            "seqkd": {"steps": "120"},
+        },
+    ),
+}
+_PROBLEMS = 240
 _COMMON = {
-    "evaluation.every": "10",
-    "evaluation.sets.heldout.size": "240",
     "evaluation.greedy": "False",
     "evaluation.teacher": "False",
+    "checkpoint.every": "1000",
 }
 
 
-def command(student: str, name: str, seed: int, workdir: pathlib.Path) -> list:
-  """Returns the command line of one run."""
-  cell = CELLS[name]
-  settings = _COMMON | cell.settings | cell.of.get(student, {})
-  settings["seed"] = str(seed)
-  config = pathlib.Path(__file__).parents[2] / "configs" / "math.py"
+def _sets(task: Task, trial: bool) -> dict[str, str]:
+  """The test split, and the one that chooses; trials see only the latter."""
+  splits = {results.VALIDATION: "validation"}
+  if not trial:
+    splits[results.TEST] = "test"
+  return {
+      f"evaluation.sets.{name}.{field}": str(value)
+      for name, split in splits.items()
+      for field, value in {
+          "source": task.source,
+          "split": split,
+          "answer": "answer",
+          "size": _PROBLEMS,
+      }.items()
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """One run: a task, a cell, a seed, and a learning rate if it is a trial."""
+
+  task: str
+  cell: str
+  seed: int
+  rate: float | None = None
+
+  @property
+  def key(self) -> dict[str, Any]:
+    """What names the run in `runs.jsonl`."""
+    trial = {} if self.rate is None else {"rate": self.rate}
+    return {"task": self.task, "cell": self.cell, "seed": self.seed} | trial
+
+  def __str__(self) -> str:
+    return " ".join(str(x) for x in self.key.values())
+
+
+def key(run: dict[str, Any]) -> tuple:
+  """Returns what tells a run of `runs.jsonl` from the others."""
+  return tuple(run.get(x) for x in ("task", "cell", "seed", "rate"))
+
+
+def command(
+    job: Job, workdir: pathlib.Path, runs: Sequence[dict[str, Any]]
+) -> list[str]:
+  """Returns the command line of one run.
+
+  Args:
+    job: the run.
+    workdir: its directory.
+    runs: what is known; a run that is no trial takes the learning rate that
+      the trials of its cell chose, and the config's if there were none.
+  """
+  task, cell = TASKS[job.task], CELLS[job.cell]
+  settings = {"evaluation.every": str(task.every)} | _COMMON
+  settings |= _sets(task, trial=job.rate is not None)
+  if cell.settings["method"] == "prefix":
+    settings |= task.settings
+  settings |= cell.settings | task.of.get(job.cell, {})
+  rate = job.rate
+  if rate is None:
+    rate = results.chosen_rate(runs, job.task, cell.like or job.cell)
+  if rate is not None:
+    settings["optimizer.learning_rate"] = f"{rate:g}"
+  settings["seed"] = str(job.seed)
   return [
       sys.executable,
       "-m",
       "prefix_distill.main",
-      f"--config={config}:{STUDENTS[student]}",
+      f"--config={_ROOT / 'configs' / 'math.py'}:{task.argument}",
       f"--workdir={workdir}",
       *(f"--config.{k}={v}" for k, v in settings.items()),
   ]
 
 
-def _run(
-    student: str, name: str, seed: int, workdir: pathlib.Path, core: int | None
-) -> str:
-  """Runs a cell to its end; returns a line to print."""
-  place = workdir / student / name / str(seed)
-  label = f"{student} {name} seed {seed}"
-  if (place / "export").is_dir():
-    return f"{label}: done before"
-  place.mkdir(parents=True, exist_ok=True)
-  line = command(student, name, seed, place)
-  if core is not None:
-    line = ["taskset", "-c", str(core), *line]
-  with (place / "log").open("a") as log:
-    code = subprocess.run(line, stdout=log, stderr=log, check=False).returncode
-  return f"{label}: {'done' if code == 0 else f'FAILED, see {place}/log'}"
+class Runner:
+  """Does runs, and adds each to `runs.jsonl` when it has ended."""
+
+  def __init__(self, workdir: pathlib.Path, file: pathlib.Path):
+    self._workdir, self._file = workdir, file
+    self._lock = threading.Lock()
+
+  def runs(self) -> list[dict[str, Any]]:
+    return results.load(self._file)
+
+  def place(self, job: Job) -> pathlib.Path:
+    return self._workdir / str(job).replace(" ", "/")
+
+  def run(self, job: Job, core: int | None = None) -> dict[str, Any] | None:
+    """Does a run to its end; returns what is kept of it, None if it failed."""
+    place = self.place(job)
+    place.mkdir(parents=True, exist_ok=True)
+    line = command(job, place, self.runs())
+    if core is not None:
+      line = ["taskset", "-c", str(core), *line]
+    with (place / "log").open("a") as log:
+      subprocess.run(line, stdout=log, stderr=log, check=False)
+    found = results.read_run(place)
+    return found and job.key | found
+
+  def run_all(self, jobs: Sequence[Job], parallel: int) -> bool:
+    """Does what is not done, some at a time; returns whether any failed."""
+    done = {key(run) for run in self.runs()}
+    todo = [job for job in jobs if key(job.key) not in done]
+    print(f"{len(jobs) - len(todo)} of {len(jobs)} runs were done before.")
+    cores = list(range(parallel)) if parallel > 1 else [None]
+
+    def work(job: Job) -> bool:
+      core = cores.pop()
+      try:
+        run = self.run(job, core)
+      finally:
+        cores.append(core)
+      with self._lock:
+        if run is not None:
+          with self._file.open("a") as file:
+            file.write(json.dumps(run) + "\n")
+        said = f"FAILED, see {self.place(job)}/log" if run is None else "done"
+        print(f"{job}: {said}", flush=True)
+      return run is None
+
+    with futures.ThreadPoolExecutor(parallel) as pool:
+      return any(list(pool.map(work, todo)))
+
+
+def _jobs(args: argparse.Namespace) -> list[Job]:
+  """The seeds are the outer loop: an early stop leaves a whole table."""
+  if args.trials:
+    return [
+        Job(task, cell, TRIAL_SEED, rate)
+        for task in args.tasks
+        for cell in args.cells
+        if CELLS[cell].main
+        for rate in TASKS[task].rates
+    ]
+  return [
+      Job(task, cell, seed)
+      for seed in args.seeds
+      for task in args.tasks
+      for cell in args.cells
+  ]
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -172,55 +368,51 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
       formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add, path = parser.add_argument, pathlib.Path
-  add("--students", nargs="+", default=[*STUDENTS], choices=STUDENTS)
-  add("--cells", nargs="+", default=[*CELLS], choices=CELLS)
-  add("--seeds", nargs="+", type=int, default=[0, 1, 2])
+  main_cells = [name for name, cell in CELLS.items() if cell.main]
+  add("--tasks", nargs="+", default=[*TASKS], choices=TASKS)
+  add("--cells", nargs="+", default=main_cells, choices=CELLS)
+  add("--seeds", nargs="+", type=int, default=[*SEEDS])
   add("--workdir", type=path, default=path("runs/reproduce"))
-  add("--out", type=path, default=path("docs/results"))
+  add("--docs", type=path, default=_ROOT / "docs" / "results")
   add("--parallel", type=int, default=1, help="runs at a time, one per core")
-  add("--only_report", action="store_true", help="run nothing, gather again")
+  add("--trials", action="store_true", help="learning rates, on validation")
+  add("--report", action="store_true", help="run nothing, write pages again")
+  add("--check", metavar="TASK/CELL/SEED", help="one run beside the results")
   return parser.parse_args(arguments)
 
 
+def _check(runner: Runner, name: str) -> int:
+  """Does one run of the reader's; returns 0 if it lands where it should."""
+  task, cell, seed = name.split("/")
+  job = Job(task, cell, int(seed))
+  known = results.curves(x for x in runner.runs() if x.get("rate") is None)
+  run = runner.run(job)
+  if run is None:
+    print(f"The run failed, see {runner.place(job)}/log.")
+    return 1
+  text, inside = results.compare_seed(known[task, cell], run)
+  print(text)
+  return int(not inside)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-  """Runs the cells and writes the results; returns the exit status."""
+  """Does runs and writes the results; returns the exit status."""
   args = _parse(arguments)
-  # The seeds are the outer loop, so that an early stop leaves a whole table of
-  # fewer seeds.
-  todo = [
-      (student, name, seed)
-      for seed in args.seeds
-      for student in args.students
-      for name in args.cells
-  ]
+  runner = Runner(args.workdir, args.docs / "runs.jsonl")
+  if args.check:
+    return _check(runner, args.check)
   failed = False
-  if not args.only_report:
-    failed = _run_all(todo, args.workdir, args.parallel)
-  names = {name: cell.about for name, cell in CELLS.items()}
-  analyze.gather(args.workdir, names, args.out)
+  if not args.report:
+    args.docs.mkdir(parents=True, exist_ok=True)
+    failed = runner.run_all(_jobs(args), args.parallel)
+  results.write(
+      runner.runs(),
+      args.docs,
+      {name: task.about for name, task in TASKS.items()},
+      {name: cell.about for name, cell in CELLS.items()},
+      [name for name, cell in CELLS.items() if cell.main],
+  )
   return int(failed)
-
-
-def _run_all(
-    todo: Sequence[tuple[str, str, int]], workdir: pathlib.Path, parallel: int
-) -> bool:
-  """Runs cells, some at a time; returns whether any failed."""
-  cores = list(range(parallel)) if parallel > 1 else [None]
-  failed, count = False, 0
-
-  def work(cell: tuple[str, str, int]) -> str:
-    core = cores.pop()
-    try:
-      return _run(*cell, workdir, core)
-    finally:
-      cores.append(core)
-
-  with futures.ThreadPoolExecutor(parallel) as pool:
-    for said in pool.map(work, todo):
-      count += 1
-      print(f"[{count}/{len(todo)}] {said}", flush=True)
-      failed |= "FAILED" in said
-  return failed
 
 
 if __name__ == "__main__":

@@ -1,0 +1,814 @@
+"""What the runs of `reproduce` show: intervals, tables, figures.
+
+Every number here comes from `runs.jsonl`: for each run the FLOPs and the
+verdict on every answer, evaluation by evaluation. A comparison of two methods
+is paired: both were run with the same seeds and answered the same problems.
+
+Intervals are 95 % percentile intervals of a bootstrap that draws seeds and
+problems anew, each with replacement and independently of the other (Owen,
+"The pigeonhole bootstrap", 2007); `scipy.stats.bootstrap` draws.
+
+A method's words:
+
+  end    after its last update
+  stop   its best stopping point: the cheapest evaluation whose accuracy on the
+         validation split is at most `MARGIN` below the best on that split.
+         The accuracy that is reported there is that of the test split.
+  cost   FLOPs of sampling, scoring and updates; SeqKD pays for the teacher's
+         answers as it uses them. Evaluation is left out for every method.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
+
+from matplotlib.figure import Figure
+import numpy as np
+from scipy import stats
+
+from prefix_distill.report import report
+
+# A method is "as good" if the interval of its difference ends above minus this.
+# Chosen before the runs.
+MARGIN = 0.02
+# Accuracies whose cost is compared.
+GOALS = (0.5, 0.8, 0.9, 0.95)
+TEST, VALIDATION = "heldout", "validation"
+_RESAMPLES = 2000
+_LEVEL = 0.95
+# Fields of an evaluation that the results keep, beside the verdicts.
+_KEPT = ("finish_rate", "mean_length")
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+  """The runs of a cell. S seeds, T evaluations, P problems.
+
+  Attributes:
+    task: its name.
+    cell: its name.
+    seeds: [S].
+    steps: [T], updates; the first is 0.
+    flops: [S, T], cumulative.
+    right: by set, float [S, T, P], the share of right answers to a problem.
+    extra: by name, [S, T], on the test set.
+    seconds: [S, T], cumulative seconds of the updates.
+  """
+
+  task: str
+  cell: str
+  seeds: tuple[int, ...]
+  steps: np.ndarray
+  flops: np.ndarray
+  right: Mapping[str, np.ndarray]
+  extra: Mapping[str, np.ndarray]
+  seconds: np.ndarray
+
+  def of(self, seeds: Sequence[int]) -> "Curve":
+    """Returns the runs of these seeds."""
+    rows = [self.seeds.index(seed) for seed in seeds]
+    return dataclasses.replace(
+        self,
+        seeds=tuple(seeds),
+        flops=self.flops[rows],
+        right={name: x[rows] for name, x in self.right.items()},
+        extra={name: x[rows] for name, x in self.extra.items()},
+        seconds=self.seconds[rows],
+    )
+
+  def accuracy(self, sample: "Sample", name: str = TEST) -> np.ndarray:
+    """Mean accuracy at each evaluation: [R, T]."""
+    problems = self.right[name] @ sample.problems.T  # [S, T, R]
+    return np.einsum("rs,str->rt", sample.seeds, problems)
+
+  def cost(self, sample: "Sample") -> np.ndarray:
+    """Mean cumulative FLOPs at each evaluation: [R, T]."""
+    return sample.seeds @ self.flops
+
+  @functools.cached_property
+  def stop(self) -> int:
+    """The index of the best stopping point, chosen on the validation split."""
+    mean = self.right[VALIDATION].mean((0, 2))
+    return int(np.argmax(mean >= mean.max() - MARGIN))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """Weights of seeds and problems, each row with the sum 1.
+
+  Attributes:
+    seeds: [R, S].
+    problems: [R, P].
+  """
+
+  seeds: np.ndarray
+  problems: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+  """A number and its 95 % interval."""
+
+  value: float
+  low: float
+  high: float
+
+  def percent(self) -> str:
+    """An accuracy: 98.3 (97.3-99.4)."""
+    value, low, high = (100 * x for x in dataclasses.astuple(self))
+    return f"{value:.1f} ({low:.1f}-{high:.1f})"
+
+  def points(self) -> str:
+    """A difference of accuracies: +1.2 (-0.3 to +2.7)."""
+    value, low, high = (100 * x for x in dataclasses.astuple(self))
+    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+
+  def ratio(self) -> str:
+    """A ratio of costs: 0.42 (0.38-0.47); "never" where it is infinite."""
+    if not np.isfinite(self.value):
+      return "never"
+    high = f"{self.high:.2f}" if np.isfinite(self.high) else "never"
+    return f"{self.value:.2f} ({self.low:.2f}-{high})"
+
+  def word(self) -> str:
+    """What may be said of a difference of accuracies."""
+    if self.low > 0:
+      return "better"
+    if self.low > -MARGIN:
+      return "as good"
+    if self.high < 0:
+      return "worse"
+    return "undecided"
+
+
+def read_run(directory: pathlib.Path) -> dict[str, Any] | None:
+  """Returns what the results keep of a finished run; None if it goes on."""
+  if not (directory / "export").is_dir():
+    return None
+  lines = report.read_metrics(directory / "metrics.jsonl")
+  found = [
+      x for x in lines if x.get("mode") == "sampled" and x["model"] == "student"
+  ]
+  seconds = {x["step"]: x["seconds"] for x in lines if "loss" in x}
+  # A trial has no test set.
+  last = [x for x in found if x["set"] == found[-1]["set"]]
+  return {
+      "steps": [x["step"] for x in last],
+      "flops": [x["flops"] for x in last],
+      "seconds": [round(seconds.get(x["step"], 0.0), 2) for x in last],
+      **{name: [round(x[name], 4) for x in last] for name in _KEPT},
+      "samples": last[0]["samples"],
+      "problems": {
+          name: next(x["problems"] for x in found if x["set"] == name)
+          for name in sorted({x["set"] for x in found})
+      },
+      "verdicts": {
+          name: [pack(x["verdicts"]) for x in found if x["set"] == name]
+          for name in sorted({x["set"] for x in found})
+      },
+  }
+
+
+def pack(verdicts: str) -> str:
+  """Packs "0110..." four to a hexadecimal digit."""
+  padded = verdicts + "0" * (-len(verdicts) % 4)
+  return f"{int(padded, 2):0{len(padded) // 4}x}"
+
+
+def unpack(packed: str, count: int) -> np.ndarray:
+  """Returns the first `count` verdicts of `pack`: float [count]."""
+  bits = f"{int(packed, 16):0{4 * len(packed)}b}"
+  return np.array([float(bit) for bit in bits[:count]])
+
+
+def _along(values: Sequence[Any], steps: Sequence[int], all_steps) -> list:
+  """Repeats a run's last value where other runs go on."""
+  at = np.searchsorted(steps, all_steps, side="right") - 1
+  return [values[i] for i in at]
+
+
+def curves(runs: Iterable[dict[str, Any]]) -> dict[tuple[str, str], Curve]:
+  """Returns the curves by (task, cell).
+
+  A seed that ended early keeps its last evaluation.
+  """
+  groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+  for run in sorted(runs, key=lambda run: run["seed"]):
+    groups.setdefault((run["task"], run["cell"]), []).append(run)
+  return {key: _curve(*key, group) for key, group in groups.items()}
+
+
+def _curve(task: str, cell: str, runs: list[dict[str, Any]]) -> Curve:
+  steps = sorted({step for run in runs for step in run["steps"]})
+
+  def stacked(read: Callable[[dict[str, Any]], Sequence[Any]]) -> np.ndarray:
+    return np.array([_along(read(run), run["steps"], steps) for run in runs])
+
+  def verdicts(name: str) -> Callable[[dict[str, Any]], Sequence[Any]]:
+    def read(run: dict[str, Any]) -> Sequence[Any]:
+      problems, samples = run["problems"][name], run["samples"]
+      return [
+          unpack(x, problems * samples).reshape(problems, samples).mean(1)
+          for x in run["verdicts"][name]
+      ]
+
+    return read
+
+  return Curve(
+      task,
+      cell,
+      tuple(run["seed"] for run in runs),
+      np.array(steps),
+      stacked(lambda run: run["flops"]),
+      {name: stacked(verdicts(name)) for name in runs[0]["verdicts"]},
+      {
+          name: stacked(lambda run, name=name: run[name]) for name in _KEPT
+      },
+      stacked(lambda run: run["seconds"]),
+  )
+
+
+def _weights(drawn: np.ndarray, count: int) -> np.ndarray:
+  """Turns drawn indices [R, n] into weights [R, count]."""
+  drawn = np.atleast_2d(drawn).astype(int)
+  flat = drawn + count * np.arange(len(drawn))[:, None]
+  counts = np.bincount(flat.ravel(), minlength=count * len(drawn))
+  return counts.reshape(len(drawn), count) / drawn.shape[1]
+
+
+def interval(
+    statistic: Callable[..., np.ndarray], *found: Curve
+) -> Interval:
+  """Returns a statistic of some curves with its interval.
+
+  Args:
+    statistic: takes a `Sample` and the curves, all with the same seeds;
+      returns [R]. It may be infinite.
+    *found: the curves; seeds that one of them lacks are left out.
+  """
+  seeds = sorted(set.intersection(*(set(curve.seeds) for curve in found)))
+  found = tuple(curve.of(seeds) for curve in found)
+  problems = found[0].right[TEST].shape[2]
+
+  def resampled(drawn_seeds, drawn_problems, axis):
+    del axis
+    sample = Sample(
+        _weights(drawn_seeds, len(seeds)), _weights(drawn_problems, problems)
+    )
+    values = statistic(sample, *found)
+    return values if np.ndim(drawn_seeds) > 1 else values[0]
+
+  # One seed says nothing of the spread of seeds, and the bootstrap refuses it.
+  indices = np.arange(len(seeds)) if len(seeds) > 1 else np.zeros(2, int)
+  with np.errstate(invalid="ignore"):  # Its standard error of infinite costs.
+    drawn = stats.bootstrap(
+        (indices, np.arange(problems)),
+        resampled,
+        n_resamples=_RESAMPLES,
+        vectorized=True,
+        axis=-1,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).bootstrap_distribution
+  tail = (1 - _LEVEL) / 2
+  # Without interpolation, since costs may be infinite.
+  low, high = np.quantile(drawn, (tail, 1 - tail), method="nearest")
+  return Interval(value(statistic, *found), float(low), float(high))
+
+
+def value(statistic: Callable[..., np.ndarray], *found: Curve) -> float:
+  """Returns a statistic of curves with the same seeds."""
+  seeds, problems = len(found[0].seeds), found[0].right[TEST].shape[2]
+  every = Sample(
+      np.full((1, seeds), 1 / seeds), np.full((1, problems), 1 / problems)
+  )
+  return float(statistic(every, *found)[0])
+
+
+# Statistics: (sample, curves) -> [R].
+
+
+def at_end(sample: Sample, curve: Curve) -> np.ndarray:
+  return curve.accuracy(sample)[:, -1]
+
+
+def at_start(sample: Sample, curve: Curve) -> np.ndarray:
+  return curve.accuracy(sample)[:, 0]
+
+
+def at_stop(sample: Sample, curve: Curve) -> np.ndarray:
+  return curve.accuracy(sample)[:, curve.stop]
+
+
+def end_cost(sample: Sample, curve: Curve) -> np.ndarray:
+  return curve.cost(sample)[:, -1]
+
+
+def stop_cost(sample: Sample, curve: Curve) -> np.ndarray:
+  return curve.cost(sample)[:, curve.stop]
+
+
+def cost_to(goal: float) -> Callable[..., np.ndarray]:
+  """FLOPs at which the accuracy first reaches a goal; infinite if never.
+
+  Between two evaluations the accuracy is taken to rise in a straight line.
+  """
+
+  def statistic(sample: Sample, curve: Curve) -> np.ndarray:
+    accuracy, cost = curve.accuracy(sample), curve.cost(sample)
+    reached = accuracy >= goal
+    after = np.argmax(reached, axis=1)
+    rows, before = np.arange(len(after)), np.maximum(after - 1, 0)
+    (y0, x0), (y1, x1) = (
+        (accuracy[rows, at], cost[rows, at]) for at in (before, after)
+    )
+    share = np.where(after > before, (goal - y0) / np.maximum(y1 - y0, 1e-9), 1)
+    return np.where(reached.any(1), x0 + share * (x1 - x0), np.inf)
+
+  return statistic
+
+
+def at_cost(share: float) -> Callable[..., np.ndarray]:
+  """Accuracy at a share of what all updates of another curve cost.
+
+  The statistic takes the curve and that other one. A run that ended cheaper
+  keeps its last accuracy.
+  """
+
+  def statistic(sample: Sample, curve: Curve, whole: Curve) -> np.ndarray:
+    budget = share * whole.cost(sample)[:, -1]
+    costs, accuracies = curve.cost(sample), curve.accuracy(sample)
+    return np.array([
+        np.interp(x, cost, accuracy)
+        for x, cost, accuracy in zip(budget, costs, accuracies, strict=True)
+    ])
+
+  return statistic
+
+
+def difference(
+    first: Callable[..., np.ndarray], second: Callable[..., np.ndarray]
+) -> Callable[..., np.ndarray]:
+  """Returns `first` of the first curve minus `second` of the second."""
+  return lambda sample, a, b: first(sample, a) - second(sample, b)
+
+
+def quotient(
+    first: Callable[..., np.ndarray], second: Callable[..., np.ndarray]
+) -> Callable[..., np.ndarray]:
+  """Returns `first` of the first curve over `second` of the second."""
+
+  def statistic(sample: Sample, a: Curve, b: Curve) -> np.ndarray:
+    top, bottom = first(sample, a), second(sample, b)
+    # Where the second never gets there, the first is infinitely cheaper,
+    # unless it does not get there either.
+    with np.errstate(invalid="ignore"):
+      return np.where(
+          np.isinf(top), np.inf, np.where(np.isinf(bottom), 0, top / bottom)
+      )
+
+  return statistic
+
+
+# What is compared.
+
+
+def load(file: pathlib.Path) -> list[dict[str, Any]]:
+  """Reads `runs.jsonl`; nothing if there is none."""
+  if not file.is_file():
+    return []
+  return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def chosen_rate(
+    runs: Sequence[dict[str, Any]], task: str, cell: str
+) -> float | None:
+  """Returns the learning rate that a cell's trials chose; None without trials.
+
+  It is the one with the highest accuracy on the validation split, on average
+  over the evaluations after the first update. So it counts how fast a method
+  learns, and where it ends.
+  """
+  scores = {
+      run["rate"]: trial_score(run)
+      for run in runs
+      if "rate" in run and (run["task"], run["cell"]) == (task, cell)
+  }
+  return max(scores, key=scores.__getitem__) if scores else None
+
+
+def trial_score(run: dict[str, Any]) -> float:
+  """Returns what `chosen_rate` compares."""
+  count = run["problems"][VALIDATION] * run["samples"]
+  found = [unpack(x, count).mean() for x in run["verdicts"][VALIDATION][1:]]
+  return float(np.mean(found))
+
+
+def compare_seed(curve: Curve, run: dict[str, Any]) -> tuple[str, bool]:
+  """Says whether a run with a new seed lands where the others say.
+
+  That is the 95 % prediction interval of one more seed: Student's t with the
+  seeds' standard deviation, which is at least that of independent problems.
+  """
+  new = _curve(curve.task, curve.cell, [run])
+  before, after = curve.right[TEST][:, -1], new.right[TEST][0, -1]
+  means, count = before.mean(1), len(before)
+  mean, spread = means.mean(), means.std(ddof=1) if count > 1 else 0.0
+  spread = max(spread, np.sqrt(mean * (1 - mean) / before.shape[1]))
+  quantile = stats.t.ppf((1 + _LEVEL) / 2, max(count - 1, 1))
+  half = quantile * spread * np.sqrt(1 + 1 / count)
+  value = after.mean()
+  inside = bool(abs(value - mean) <= half)
+  low, high = max(mean - half, 0), min(mean + half, 1)
+  return (
+      f"{curve.task} {curve.cell} seed {run['seed']}: {value:.1%};"
+      f" {count} seeds say {low:.1%} to {high:.1%} for one more:"
+      f" {'inside' if inside else 'OUTSIDE'}. It took"
+      f" {new.seconds[0, -1]:.0f} s of updates and {new.flops[0, -1]:.3g}"
+      f" FLOPs, the others {curve.flops[:, -1].mean():.3g}."
+  ), inside
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """Two cells and what is compared.
+
+  Attributes:
+    finding: what the paper, or the package, says.
+    first: a cell.
+    second: a cell.
+    what: "end", "stop", a share of full distillation's FLOPs, or "to 90%".
+  """
+
+  finding: str
+  first: str
+  second: str
+  what: str | float
+
+
+def _shares(finding: str, first: str, second: str) -> list[Comparison]:
+  shares = (0.05, 0.1, 0.25, 0.5)
+  return [Comparison(finding, first, second, x) for x in shares]
+
+
+def _goals(finding: str, first: str, second: str) -> list[Comparison]:
+  return [Comparison(finding, first, second, f"to {x:.0%}") for x in GOALS]
+
+
+_GROWING = "1. A growing prefix matches full distillation at fewer FLOPs"
+_SHORT = "2. A short prefix is best under a small budget, a longer one later"
+_SPOILED = "3. A fixed short prefix can spoil the rest; a growing one does not"
+_FIRST = "4. The first tokens carry the signal"
+_DIVERGENCE = "5. Reverse KL on the student's own prefixes is best"
+_OTHERS = "Other schedules and SeqKD beside full distillation"
+COMPARISONS = (
+    Comparison(_GROWING, "linear", "full", "end"),
+    Comparison(_GROWING, "linear", "full", "stop"),
+    *_shares(_GROWING, "linear", "full"),
+    *_goals(_GROWING, "linear", "full"),
+    *_shares(_SHORT, "fixed-16", "full"),
+    Comparison(_SHORT, "fixed-64", "fixed-16", "end"),
+    Comparison(_SPOILED, "fixed-64", "before", "end"),
+    Comparison(_SPOILED, "fixed-16", "before", "end"),
+    Comparison(_SPOILED, "linear", "fixed-64", "end"),
+    Comparison(_FIRST, "first-32", "32-64", "end"),
+    Comparison(_FIRST, "first-32", "last-32", "end"),
+    Comparison(_DIVERGENCE, "fixed-64", "forward", "end"),
+    Comparison(_DIVERGENCE, "fixed-64", "off-reverse", "end"),
+    Comparison(_DIVERGENCE, "fixed-64", "off-forward", "end"),
+    *(
+        Comparison(_OTHERS, cell, "full", what)
+        for cell in ("fixed-16", "fixed-64", "random", "audited", "seqkd")
+        for what in ("stop", "to 90%")
+    ),
+)
+
+
+def _statistics(what: str | float) -> tuple[Callable | None, Callable | None]:
+  """Returns the statistics of accuracy and of cost that "what" compares."""
+  if what == "end":
+    return at_end, end_cost
+  if what == "stop":
+    return at_stop, stop_cost
+  if isinstance(what, str):
+    return None, cost_to(float(what.removeprefix("to ").rstrip("%")) / 100)
+  return at_cost(what), None
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+  """A comparison's outcome.
+
+  Attributes:
+    of: what was compared.
+    seeds: how many.
+    accuracy: the difference; None if only costs are compared.
+    cost: the ratio; None if only accuracies are compared.
+  """
+
+  of: Comparison
+  seeds: int
+  accuracy: Interval | None
+  cost: Interval | None
+
+  def word(self) -> str:
+    """What may be said of the first."""
+    if self.accuracy is not None:
+      return self.accuracy.word()
+    if not np.isfinite(self.cost.value):
+      return "never there"
+    if self.cost.high < 1:
+      return "cheaper"
+    return "dearer" if self.cost.low > 1 else "undecided"
+
+
+def compare(
+    of: Comparison, found: Mapping[str, Curve]
+) -> Compared | None:
+  """Compares two cells of a task; None if one was not run with two seeds."""
+  whole, first = found.get("full"), found.get(of.first)
+  second = first if of.second == "before" else found.get(of.second)
+  if whole is None or first is None or second is None:
+    return None
+  seeds = len(set(first.seeds) & set(second.seeds) & set(whole.seeds))
+  if seeds < 2:
+    return None
+  if of.second == "before":
+    gain = interval(difference(at_end, at_start), first, first)
+    return Compared(of, seeds, gain, None)
+  accuracy, cost = _statistics(of.what)
+  if not isinstance(of.what, str):
+
+    def gain_at(sample: Sample, a: Curve, b: Curve, c: Curve) -> np.ndarray:
+      return accuracy(sample, a, c) - accuracy(sample, b, c)
+
+    gain = interval(gain_at, first, second, whole)
+    return Compared(of, seeds, gain, None)
+  return Compared(
+      of,
+      seeds,
+      accuracy and interval(difference(accuracy, accuracy), first, second),
+      interval(quotient(cost, cost), first, second),
+  )
+
+
+# Pages.
+
+
+def _row(values: Sequence[Any]) -> str:
+  return "| " + " | ".join(str(v) for v in values) + " |"
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+  lines = [header, ["---"] * len(header), *rows]
+  return "\n".join(_row(line) for line in lines) + "\n"
+
+
+def _share(curve: Curve, cost: Callable, whole: Curve) -> str:
+  seeds = sorted({*curve.seeds} & {*whole.seeds})
+  share = value(quotient(cost, end_cost), curve.of(seeds), whole.of(seeds))
+  return f"{share:.1%}" if np.isfinite(share) else "-"
+
+
+def methods_table(
+    found: Mapping[str, Curve], about: Mapping[str, str]
+) -> str:
+  """Returns a task's table of methods; shares are of full's whole FLOPs."""
+  whole = found["full"]
+  before = interval(at_start, whole).percent()
+  rows = [["before", len(whole.seeds), 0, before, "", "", "", ""] + [""] * 4]
+  for name, text in about.items():
+    if name not in found:
+      continue
+    curve = found[name]
+    rows.append([
+        text,
+        len(curve.seeds),
+        curve.steps[-1],
+        interval(at_end, curve).percent(),
+        _share(curve, end_cost, whole),
+        curve.steps[curve.stop],
+        interval(at_stop, curve).percent(),
+        _share(curve, stop_cost, whole),
+        *(_share(curve, cost_to(goal), whole) for goal in GOALS),
+    ])
+  header = [
+      "", "seeds", "updates", "at the end, %", "FLOPs", "stop after",
+      "there, %", "FLOPs", *(f"to {goal:.0%}" for goal in GOALS),
+  ]
+  return _markdown(header, rows)
+
+
+def _when(what: str | float) -> str:
+  if isinstance(what, str):
+    words = {"end": "at the end", "stop": "each at its best stop"}
+    return words.get(what, what)
+  return f"at {what:.0%} of full's FLOPs"
+
+
+def comparisons_table(
+    found: Mapping[str, Curve], about: Mapping[str, str]
+) -> str:
+  """Returns a task's comparisons, with intervals and what they allow to say."""
+  rows, names = [], about | {"before": "the student before"}
+  for of in COMPARISONS:
+    done = compare(of, found)
+    if done is None:
+      continue
+    rows.append([
+        of.finding if not rows or rows[-1][-1] != of.finding else "",
+        f"{names[of.first]} - {names[of.second]}",
+        _when(of.what),
+        done.accuracy.points() if done.accuracy else "",
+        done.cost.ratio() if done.cost else "",
+        done.seeds,
+        done.word(),
+        of.finding,
+    ])
+  header = [
+      "the paper's finding", "compared", "when", "difference, points",
+      "ratio of FLOPs", "seeds", "the first is",
+  ]
+  return _markdown(header, [row[:-1] for row in rows])
+
+
+def trials_table(
+    runs: Sequence[dict[str, Any]], task: str, about: Mapping[str, str]
+) -> str:
+  """Returns a task's trials of learning rates; the chosen one is bold."""
+  trials = [run for run in runs if "rate" in run and run["task"] == task]
+  rates = sorted({run["rate"] for run in trials})
+  rows = []
+  for cell in dict.fromkeys(run["cell"] for run in trials):
+    chosen = chosen_rate(trials, task, cell)
+    scores = {
+        run["rate"]: f"{trial_score(run):.1%}"
+        for run in trials
+        if run["cell"] == cell
+    }
+    rows.append([
+        about[cell],
+        *(
+            f"**{scores[rate]}**" if rate == chosen else scores.get(rate, "")
+            for rate in rates
+        ),
+    ])
+  return _markdown(["", *(f"{rate:g}" for rate in rates)], rows)
+
+
+def draw(
+    panels: Mapping[str, Mapping[str, Curve]],
+    about: Mapping[str, str],
+    path: pathlib.Path,
+) -> None:
+  """Draws test accuracy against cumulative FLOPs, a panel for each task.
+
+  Args:
+    panels: by what stands over a panel, the curves by cell.
+    about: the cells that are drawn, and their names in the legend.
+    path: of the PNG.
+  """
+  figure = Figure(figsize=(4.6 * len(panels) + 2.2, 4.0))
+  row = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+  lines = {}
+  for axes, (title, found) in zip(row, panels.items(), strict=True):
+    whole = found["full"].flops[:, -1].mean()
+    for i, name in enumerate(about):
+      if name in found:
+        lines[name] = _draw_curve(axes, found[name], whole, f"C{i}")
+    axes.set(title=title, xlabel="FLOPs, % of full distillation's")
+    axes.set(xscale="log", ylim=(0, 1))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+  row[0].set_ylabel("accuracy on the test split, sampled")
+  figure.legend(
+      lines.values(), [about[name] for name in lines],
+      frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5),
+  )
+  figure.tight_layout()
+  figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def _draw_curve(axes: Any, curve: Curve, whole: float, color: str) -> Any:
+  """Draws a curve with its band and its best stopping point."""
+  points = [
+      interval(lambda sample, c, t=t: c.accuracy(sample)[:, t], curve)
+      for t in range(1, len(curve.steps))
+  ]
+  x = 100 * curve.flops.mean(0)[1:] / whole
+  value, low, high = np.array([dataclasses.astuple(p) for p in points]).T
+  axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+  (line,) = axes.plot(x, value, color=color, linewidth=1.4)
+  at = max(curve.stop - 1, 0)
+  axes.plot(x[at], value[at], color=color, marker="o", markersize=5)
+  return line
+
+
+_INTRODUCTION = """# Results on the bundled tasks
+
+    python -m prefix_distill.experiments.reproduce
+
+makes every number on this page and adds each finished run to `runs.jsonl`
+(FLOPs and the verdict on every answer); `--report` writes the page from that
+file again. One run with a seed of your own, beside what the others say:
+
+    python -m prefix_distill.experiments.reproduce --check chain/linear/77
+
+- **FLOPs** are those of sampling, the teacher's scoring and the updates,
+  whole rollouts of the audited schedule included. SeqKD pays for the
+  teacher's answers as it uses them. Evaluation is left out for all. In the
+  tables they are shares of what full distillation spends to its end.
+- **Stop** is a method's best stopping point: the cheapest evaluation within
+  {margin:.0f} points of its best on the validation split. All choices
+  (stopping points, learning rates) look at the validation split alone;
+  accuracies are those of the test split, {problems} problems sampled at
+  temperature 1.
+- **Intervals** are of 95 %, from a bootstrap over seeds and problems, paired
+  where two methods are compared. "As good" means that the interval of the
+  difference ends above minus {margin:.0f} points, a margin that was set
+  before the runs; "better" and "worse" that it leaves out 0.
+- **To 90 %**: FLOPs at which the mean accuracy first reaches it, along the
+  curve.
+
+These are models of half a million parameters; the paper's are Qwen3 of 1.7
+and 8 billion. What holds here need not hold there, and the other way round.
+
+![accuracy against cumulative FLOPs](accuracy_flops.png)
+
+Dots are best stopping points, bands 95 % intervals.
+"""
+
+
+def write(
+    runs: Sequence[dict[str, Any]],
+    docs: pathlib.Path,
+    tasks: Mapping[str, str],
+    cells: Mapping[str, str],
+    drawn: Sequence[str],
+) -> None:
+  """Writes the page and its figure.
+
+  Args:
+    runs: of `runs.jsonl`.
+    docs: the directory.
+    tasks: their names and what stands over their tables.
+    cells: their names and what they are called in tables.
+    drawn: the cells in the figure.
+  """
+  text = page(runs, tasks, cells)
+  if not text:
+    print("There are no two runs of one cell yet.")
+    return
+  (docs / "README.md").write_text(text)
+  panels = {
+      tasks[task]: found for task, found in _by_task(runs, tasks).items()
+  }
+  chosen = {name: cells[name] for name in drawn}
+  draw(panels, chosen, docs / "accuracy_flops.png")
+  print(text)
+
+
+def _by_task(
+    runs: Sequence[dict[str, Any]], tasks: Iterable[str]
+) -> dict[str, dict[str, Curve]]:
+  """Returns the curves by task and cell; tasks without `full` are left out."""
+  known = curves(run for run in runs if "rate" not in run)
+  found = {
+      task: {cell: x for (name, cell), x in known.items() if name == task}
+      for task in tasks
+  }
+  return {task: cells for task, cells in found.items() if "full" in cells}
+
+
+def page(
+    runs: Sequence[dict[str, Any]],
+    tasks: Mapping[str, str],
+    cells: Mapping[str, str],
+) -> str:
+  """Returns `docs/results/README.md`; empty without runs."""
+  by_task = _by_task(runs, tasks)
+  if not by_task:
+    return ""
+  problems = next(iter(by_task.values()))["full"].right[TEST].shape[2]
+  parts = [_INTRODUCTION.format(margin=100 * MARGIN, problems=problems)]
+  for task, found in by_task.items():
+    parts += [
+        f"## {tasks[task][0].upper()}{tasks[task][1:]}\n",
+        methods_table(found, cells),
+        comparisons_table(found, cells),
+    ]
+    if any("rate" in run and run["task"] == task for run in runs):
+      parts += [
+          "Trials of learning rates, one seed that is used for nothing else;"
+          " mean accuracy over the run on the validation split:\n",
+          trials_table(runs, task, cells),
+      ]
+  return "\n".join(parts)
