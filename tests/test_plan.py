@@ -19,7 +19,8 @@ from prefix_distill.config import ModelSpec
 from prefix_distill.config import RolloutSpec
 from prefix_distill.errors import UserError
 from prefix_distill.evaluate import evaluator
-from prefix_distill.models import published
+from prefix_distill.models.config import QWEN3_1_7B
+from prefix_distill.models.config import QWEN3_8B
 from prefix_distill.plan import estimate
 from prefix_distill.plan import machines
 from prefix_distill.plan import planner
@@ -28,7 +29,7 @@ from prefix_distill.plan.estimate import Assumptions
 from prefix_distill.plan.programs import Measured
 
 GPU = machines.parse("h100:1")
-SMALL, LARGE = published.QWEN3_1_7B, published.QWEN3_8B
+SMALL, LARGE = QWEN3_1_7B, QWEN3_8B
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,10 @@ from prefix_distill.config import Config
 from prefix_distill.distill import chunked_head
 from prefix_distill.errors import ConfigError
 from prefix_distill.models import huggingface as hf
-from prefix_distill.models import published
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.config import num_params
+from prefix_distill.models.config import QWEN3_1_7B
+from prefix_distill.models.config import QWEN3_8B
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.plan import count
@@ -57,8 +58,8 @@ ORDER = (*_TRAINING, *EVALUATION.values(), "decode", "gradient")
 _ONCE = ("move", "layout", "apply")
 # The architectures of the paper's models, for a laptop without a network.
 _KNOWN = {
-    "Qwen/Qwen3-1.7B": published.QWEN3_1_7B,
-    "Qwen/Qwen3-8B": published.QWEN3_8B,
+    "Qwen/Qwen3-1.7B": QWEN3_1_7B,
+    "Qwen/Qwen3-8B": QWEN3_8B,
 }
 # A collective needs no plan if a device sends no more than so many bytes, nor
 # than this share of the largest weight. Counters and the like are so small.

@@ -26,7 +26,7 @@ import kernels  # noqa: E402
 import numpy as np  # noqa: E402
 
 from prefix_distill import sharding  # noqa: E402
-from prefix_distill.models import published  # noqa: E402
+from prefix_distill.models.config import QWEN3_1_7B  # noqa: E402
 from prefix_distill.models.transformer import Model  # noqa: E402
 from prefix_distill.plan import hlo  # noqa: E402
 from prefix_distill.rollout import generate  # noqa: E402
@@ -36,7 +36,7 @@ _ROWS, _COLUMNS = 64, 2304
 
 def _compile(mesh: jax.sharding.Mesh, layers: int, dtype: str):
   architecture = dataclasses.replace(
-      published.QWEN3_1_7B, num_layers=layers
+      QWEN3_1_7B, num_layers=layers
   )
   model = Model(architecture, "bfloat16", mesh=mesh)
   config = generate.SamplerConfig(
