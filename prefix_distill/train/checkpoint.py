@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from prefix_distill import distributed
 from prefix_distill import sharding
 from prefix_distill.config import CheckpointSpec
+from prefix_distill.errors import one_line
 from prefix_distill.errors import UserError
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.transformer import Params
@@ -382,10 +383,10 @@ def _sealed(values: dict[str, Any]) -> dict[str, Any]:
 
 def _reason(error: Exception) -> str:
   """Returns what an error says, without TensorStore's details."""
-  text = distributed.first_line(error)
+  text = one_line(error)
   for details in (". See full", " [tensorstore_spec"):
     text = text.partition(details)[0]
-  return text if len(text) <= 200 else f"{text[:200]}..."
+  return text
 
 
 def _read_host(directory: pathlib.Path, step: int) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from prefix_distill import distributed
 from prefix_distill.config import Config
 from prefix_distill.config import DatasetSpec
 from prefix_distill.config import ModelSpec
+from prefix_distill.errors import one_line
 from prefix_distill.errors import UserError
 from prefix_distill.evaluate.evaluator import Problems
 from prefix_distill.models import huggingface as hf
@@ -596,7 +597,7 @@ def _whole(export: pathlib.Path) -> bool:
     if not names & {"tokenizer.json", "tokenizer_config.json"}:
       raise UserError("it has no tokenizer")
   except (UserError, OSError) as error:
-    reason = distributed.first_line(error)
+    reason = one_line(error)
     print(
         f"warning: {export} is not whole ({reason}), so the run goes on from"
         " its last checkpoint and writes it again.",
