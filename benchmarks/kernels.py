@@ -1,6 +1,6 @@
 """Counts the kernels of a compiled program, from its HLO text."""
 
-from prefix_distill.plan.hlo import Module
+from prefix_distill.plan.cost import Module
 
 # Instructions that start no kernel.
 _FREE = (

@@ -44,9 +44,10 @@ from prefix_distill import sharding
 from prefix_distill.compilation import Variant
 from prefix_distill.models import attention
 from prefix_distill.models import huggingface as hf
-from prefix_distill.models import published
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.config import num_params
+from prefix_distill.models.config import QWEN3_1_7B
+from prefix_distill.models.config import QWEN3_8B
 from prefix_distill.models.config import RopeConfig
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
@@ -101,7 +102,7 @@ def _toy(layers: int, dim: int) -> ModelConfig:
 
 _TOY = Size(_toy(2, 32), _toy(2, 64), 16, (8, 24), (4,), 12, (24,))
 _TRUE = Size(
-    published.QWEN3_1_7B, published.QWEN3_8B, 256, (512, 2048), (64, 1),
+    QWEN3_1_7B, QWEN3_8B, 256, (512, 2048), (64, 1),
     1024, (256, 512, 1024, 2048),
 )  # fmt: skip
 

@@ -20,6 +20,7 @@ from jax._src import distributed as jax_distributed
 from prefix_distill import lost_process
 from prefix_distill.errors import check
 from prefix_distill.errors import ConfigError
+from prefix_distill.errors import one_line
 from prefix_distill.errors import shown
 from prefix_distill.errors import UserError
 
@@ -38,11 +39,6 @@ _STATE = jax_distributed.global_state
 
 class DistributedError(UserError):
   """Processes that cannot connect, or lose their connection."""
-
-
-def first_line(error: BaseException) -> str:
-  text = str(error).strip() or type(error).__name__
-  return text.splitlines()[0].rstrip(".")
 
 
 def _is_lost(error: BaseException) -> bool:
@@ -92,18 +88,18 @@ class FailureWatch:
   def fail(self, error: BaseException) -> NoReturn:
     """Ends all processes because of an error in this one."""
     self._lock.acquire()
-    sentence, code, trace = first_line(error) + ".", 1, ""
+    sentence, code, trace = str(error), 1, ""
     if isinstance(error, KeyboardInterrupt):
       sentence, code = "Interrupted.", 130
     elif _is_lost(error):
       sentence = (
-          f"The connection to another process broke ({sentence[:-1]}); see"
+          f"The connection to another process broke ({one_line(error)}); see"
           " which process ended first, and why. The same command goes on from"
           " the last checkpoint."
       )
     elif not isinstance(error, UserError):
       sentence = (
-          f"{type(error).__name__}: {sentence[:-1]}; if nothing has to be"
+          f"{type(error).__name__}: {one_line(error)}; if nothing has to be"
           " mended, the same command goes on from the last checkpoint."
       )
       trace = "".join(traceback.format_exception(error))
@@ -141,7 +137,7 @@ def wait(name: str) -> None:
   except jax.errors.JaxRuntimeError as error:
     raise DistributedError(
         f"Not all {_STATE.num_processes} processes reached {name!r} within"
-        f" {_PATIENCE} s ({first_line(error)}); see what the others do."
+        f" {_PATIENCE} s ({one_line(error)}); see what the others do."
     ) from error
 
 
@@ -166,7 +162,7 @@ def from_first(name: str, value: Any) -> Any:
   except jax.errors.JaxRuntimeError as error:
     raise DistributedError(
         f"Process 0 did not say {name!r} within {_PATIENCE} s"
-        f" ({first_line(error)}); see what it does."
+        f" ({one_line(error)}); see what it does."
     ) from error
 
 
@@ -192,7 +188,7 @@ def from_all(name: str, value: Any) -> list[Any]:
     except jax.errors.JaxRuntimeError as error:
       raise DistributedError(
           f"Process {process} did not say {name!r} within {_PATIENCE} s"
-          f" ({first_line(error)}); see what it does."
+          f" ({one_line(error)}); see what it does."
       ) from error
     found.append(json.loads(text))
   return found
@@ -419,7 +415,7 @@ def _join(spec: Spec) -> None:
         shutdown_timeout_seconds=spec.heartbeat,
     )
   except Exception as error:
-    reason = first_line(error)
+    reason = one_line(error)
     if spec.method == "auto" and "should be defined" in reason:
       raise DistributedError(
           "--distributed=auto found neither a TPU pod's metadata nor SLURM,"

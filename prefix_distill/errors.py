@@ -2,8 +2,9 @@
 
 from typing import Any
 
-# Characters of a value that a sentence shows, and of a path.
-_SHOWN, _PATH = 200, 1000
+# Characters of a value that a sentence shows, of a library's words, and of a
+# path.
+_SHOWN, _LINE, _PATH = 200, 600, 1000
 
 
 class UserError(Exception):
@@ -25,12 +26,15 @@ def shown(value: Any) -> str:
   return text
 
 
-def one_line(error: Exception) -> str:
-  """Returns what a library says: one line, not too long, without its stop."""
-  text = " ".join(str(error).split()).rstrip(".")
+def one_line(error: BaseException) -> str:
+  """Returns what an error says: one line, not too long, without its stop.
+
+  An error that says nothing is named by its kind.
+  """
+  text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
   text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-  if len(text) > 600:
-    text = f"{text[:400]}...{text[-150:]}"
+  if len(text) > _LINE:
+    text = f"{text[: _LINE - 200]}...{text[-150:]}"
   return text
 
 

@@ -36,6 +36,7 @@ RULES = (
 # NVIDIA's Ampere. Turing (T4, 7.5) and Volta (V100, 7.0) lack bfloat16 and
 # cuDNN's flash attention.
 _AMPERE = (8, 0)
+_HOST = "pinned_host"
 
 
 def _compute_capability(device: jax.Device) -> tuple[int, int] | None:
@@ -84,7 +85,6 @@ def describe_device(device: jax.Device) -> str:
     return device.device_kind
   major, minor = capability
   return f"{device.device_kind} (compute capability {major}.{minor})"
-
 
 
 def make_mesh(
@@ -295,7 +295,12 @@ def batch_shards(mesh: jax.sharding.Mesh) -> int:
 
 def on_host(shardings: Any) -> Any:
   """Returns the same shardings in the memory of the devices' hosts."""
-  return jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), shardings)
+  return jax.tree.map(lambda s: s.with_memory_kind(_HOST), shardings)
+
+
+def is_on_host(sharding: jax.sharding.Sharding) -> bool:
+  """Whether an array lies in the memory of the devices' hosts."""
+  return sharding.memory_kind == _HOST
 
 
 def on_device(shardings: Any) -> Any:

@@ -525,13 +525,13 @@ _DATA = (
     ),
     _fault(
         "the teacher is asked the student's question",
-        "_encode_question(tokenizer, theirs, room, spec.suffix, own=True)",
-        "_encode_question(tokenizer, question, room, spec.suffix, own=True)",
+        "tokenizer, theirs, room, spec.suffix, own=True",
+        "tokenizer, question, room, spec.suffix, own=True",
         "teacher_prompt.py::test_the_template_takes_fields_as_they_are",
     ),
     _fault(
         "stop tokens of the generation config are ignored",
-        "stops += _listed_stops(file, len(tokenizer))",
+        "stops += _listed_stops(file, len(pretrained))",
         "pass",
         "data.py::test_stop_tokens_come_from_tokenizer_and_generation_config",
     ),

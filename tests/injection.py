@@ -41,7 +41,6 @@ import toys
 
 from prefix_distill import assets
 from prefix_distill.train import checkpoint
-from prefix_distill.train import checksum
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _WATCHED = _ROOT / "tests" / "programs" / "phases.py"
@@ -649,7 +648,7 @@ def _plant(step: pathlib.Path, group: str, value: float) -> None:
   file = step / "host" / "metadata"
   host = json.loads(file.read_text())
   host.pop("sha256")
-  sums, _ = checksum.measure(state)
+  sums, _ = checkpoint.checksums_of(state)
   host["checksums"] = {k: sums.get(k, v) for k, v in host["checksums"].items()}
   file.write_text(json.dumps(checkpoint._sealed(host)))
 

@@ -19,7 +19,6 @@ from prefix_distill.config import MeshSpec
 from prefix_distill.config import OptimizerSpec
 from prefix_distill.report.flops import StepFlops
 from prefix_distill.train import checkpoint
-from prefix_distill.train import checksum
 from prefix_distill.train import step as step_lib
 from prefix_distill.train.checkpoint import Checkpointer
 from prefix_distill.train.checkpoint import CheckpointError
@@ -304,7 +303,7 @@ def test_the_best_is_chosen_among_those_that_are_there(tmp_path):
 
 
 def _sums(x: np.ndarray) -> list[int]:
-  found, _ = checksum.measure({"x": jnp.asarray(x)})
+  found, _ = checkpoint.checksums_of({"x": jnp.asarray(x)})
   return found["x"]
 
 
@@ -353,7 +352,7 @@ def test_moments_in_the_hosts_memory_are_measured_and_restored(tmp_path):
   places = jax.tree.map(lambda x: x.sharding, ABSTRACT.opt_state)
   moved = sharding.put(state.opt_state, sharding.on_host(places))
   offloaded = dataclasses.replace(state, opt_state=moved)
-  assert checksum.measure(offloaded) == checksum.measure(state)
+  assert checkpoint.checksums_of(offloaded) == checkpoint.checksums_of(state)
   saver = Checkpointer(tmp_path, CheckpointSpec())
   saver.save(offloaded, '{"grain": 3}', _totals(3))
   saver.close()
@@ -372,10 +371,10 @@ def test_what_is_not_finite_is_named():
       "whole": jnp.arange(3),
       "bad": [jnp.ones(2), jnp.array([0.0, jnp.nan], jnp.bfloat16)],
   }
-  assert checksum.measure(tree)[1] == ["bad/1"]
+  assert checkpoint.checksums_of(tree)[1] == ["bad/1"]
 
 
 def test_few_programs_serve_a_state():
   with toys.compilations() as names:
-    checksum.measure(_state(0))
+    checkpoint.checksums_of(_state(0))
   assert len(names) <= 3, names

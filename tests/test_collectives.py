@@ -5,8 +5,8 @@ import json
 import pytest
 import toys
 
-from prefix_distill.plan import hlo
-from prefix_distill.plan.hlo import Allowed
+from prefix_distill.plan import cost
+from prefix_distill.plan.cost import Allowed
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 
@@ -31,7 +31,7 @@ ENTRY %main (x: f32[64], y: bf16[4,8]) -> f32[64] {{
 
 
 def read(entry: str, others: str = "", trips=None):
-  return hlo.read(module(entry, others), MESH, trips)
+  return cost.collectives(module(entry, others), MESH, trips)
 
 
 GROUPS = {
@@ -71,9 +71,9 @@ def test_groups_of_devices_are_axes_of_the_mesh(groups):
 
 def test_an_unreadable_text_is_an_error():
   with pytest.raises(ValueError, match="no HLO"):
-    hlo.read("module @jit_f {}", MESH)
+    cost.collectives("module @jit_f {}", MESH)
   with pytest.raises(ValueError, match="replica groups"):
-    hlo.read_groups("mesh['a'=2]", 2)
+    cost.read_groups("mesh['a'=2]", 2)
 
 
 OVER = "channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}"
@@ -411,18 +411,18 @@ def test_what_is_not_planned_is_said():
   gathers = Allowed("all-gather", axes, 2**10, "the weights of a layer")
   sums = Allowed("all-reduce", axes, 2**20, "gradients")
   exchange = Allowed("all-to-all", ("?",), 2**20, "as it comes")
-  assert not hlo.audit(found, [gathers, sums, exchange], 0)
-  (one,) = hlo.audit(found, [gathers, exchange], 0)
+  assert not cost.audit(found, [gathers, sums, exchange], 0)
+  (one,) = cost.audit(found, [gathers, exchange], 0)
   assert "1x all-reduce" in one and "fsdp x tensor" in one
   assert "jit(f)/loss" in one and one.endswith("which nothing plans.")
-  (one,) = hlo.audit(
+  (one,) = cost.audit(
       found, [Allowed("all-gather", axes, 1000, "a layer"), sums, exchange], 0
   )
   assert "all-gather" in one and "(a layer)" in one
   short = Allowed("all-reduce", ("tensor",), 2**20, "activations")
-  assert len(hlo.audit(found, [short], 0)) == 3
+  assert len(cost.audit(found, [short], 0)) == 3
   # Sent are 384, 768 and 128 bytes, and none in groups of one.
-  assert len(hlo.audit(found, [short], negligible=384)) == 1
+  assert len(cost.audit(found, [short], negligible=384)) == 1
 
 
 def test_known_collectives_of_programs_on_eight_devices():

@@ -17,7 +17,7 @@ from prefix_distill.distill.loss import Loss
 from prefix_distill.distill.loss import SampledLoss
 from prefix_distill.models import attention
 from prefix_distill.models.transformer import Model
-from prefix_distill.plan import count
+from prefix_distill.plan import cost
 from prefix_distill.report import flops
 from prefix_distill.rollout import generate
 from prefix_distill.structs import PromptBatch
@@ -33,7 +33,7 @@ def array(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
 
 
 def counted(function, *args, **settings) -> float:
-  return count.flops(jax.jit(function).trace(*args).jaxpr, **settings)
+  return cost.flops(jax.jit(function).trace(*args).jaxpr, **settings)
 
 
 def test_a_product_is_two_flops_for_each_pair():

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from prefix_distill.config import DatasetSpec
-from prefix_distill.evaluate import cleaning
 from prefix_distill.evaluate import evaluator
 from prefix_distill.evaluate import grading
 from prefix_distill.evaluate import judge
@@ -251,7 +250,7 @@ def test_the_settings_name_a_rule_that_there_is():
 
 def test_boxes_are_cut_out_whole():
   text = "\\boxed{} a \\boxed{\\frac{1}{2}} b \\fbox 7, c \\boxed{d"
-  found = cleaning.boxes(text)
+  found = grading.boxes(text)
   assert [inner for _, _, inner in found] == ["\\frac{1}{2}", "7"]
   assert [text[a:b] for a, b, _ in found][0] == "\\boxed{\\frac{1}{2}}"
 

@@ -6,8 +6,9 @@ import toys
 
 from prefix_distill.experiments import paper_tables
 from prefix_distill.experiments.paper_tables import TABLES
-from prefix_distill.models import published
 from prefix_distill.models.config import num_params
+from prefix_distill.models.config import QWEN3_1_7B
+from prefix_distill.models.config import QWEN3_8B
 from prefix_distill.report import flops
 from prefix_distill.report.flops import Convention
 from prefix_distill.report.flops import Lengths
@@ -58,7 +59,7 @@ def test_a_longer_teacher_prompt_and_a_shorter_update_count():
 
 
 def test_the_papers_models_are_as_large_as_their_cards_say():
-  small, large = published.QWEN3_1_7B, published.QWEN3_8B
+  small, large = QWEN3_1_7B, QWEN3_8B
   assert num_params(small) == pytest.approx(1.72e9, rel=0.002)
   assert num_params(large) == pytest.approx(8.19e9, rel=0.002)
   assert Convention().params(small) == pytest.approx(1.4e9, rel=0.01)

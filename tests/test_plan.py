@@ -19,16 +19,16 @@ from prefix_distill.config import ModelSpec
 from prefix_distill.config import RolloutSpec
 from prefix_distill.errors import UserError
 from prefix_distill.evaluate import evaluator
-from prefix_distill.models import published
-from prefix_distill.plan import estimate
+from prefix_distill.models.config import QWEN3_1_7B
+from prefix_distill.models.config import QWEN3_8B
 from prefix_distill.plan import machines
 from prefix_distill.plan import planner
 from prefix_distill.plan import programs
-from prefix_distill.plan.estimate import Assumptions
+from prefix_distill.plan.planner import Assumptions
 from prefix_distill.plan.programs import Measured
 
 GPU = machines.parse("h100:1")
-SMALL, LARGE = published.QWEN3_1_7B, published.QWEN3_8B
+SMALL, LARGE = QWEN3_1_7B, QWEN3_8B
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def config(**changes):
 def test_sampling_has_as_few_tensor_shards_as_the_memory_allows(
     machine, student, mesh
 ):
-  found = estimate.suggest_mesh(
+  found = planner.suggest_mesh(
       config(), student, LARGE, machines.parse(machine)
   )
   assert found == MeshSpec(*mesh)
@@ -163,7 +163,7 @@ def test_training_has_tensor_shards_where_there_are_more_devices_than_prompts():
   made = config()
   few = dataclasses.replace(made.data, batch_size=8)
   made = dataclasses.replace(made, data=few)
-  found = estimate.suggest_mesh(made, SMALL, LARGE, machines.parse("v5e:4x4"))
+  found = planner.suggest_mesh(made, SMALL, LARGE, machines.parse("v5e:4x4"))
   assert found == MeshSpec(1, 8, 2)
 
 
@@ -178,8 +178,8 @@ def test_long_answers_need_more_shards_to_lie_on():
   )  # fmt: skip
   # Keys and values of one prompt's eight rollouts take 14 GiB.
   tight, ample = map(machines.parse, ("v5e:4x4", "v6e:4x4"))
-  assert estimate.suggest_mesh(made, SMALL, LARGE, tight).sampling_tensor == 2
-  assert estimate.suggest_mesh(made, SMALL, LARGE, ample).sampling_tensor == 0
+  assert planner.suggest_mesh(made, SMALL, LARGE, tight).sampling_tensor == 2
+  assert planner.suggest_mesh(made, SMALL, LARGE, ample).sampling_tensor == 0
 
 
 def measured(**changes) -> Measured:
@@ -192,11 +192,11 @@ def test_a_program_takes_as_long_as_its_slowest_part():
   machine = machines.parse("h100:8")
   half = Assumptions(utilization=0.5, reach=0.5, links=0.5)
   flops = measured(flops=8 * 989e12, moved=3352e9 / 4, times=3)
-  assert estimate.seconds(flops, machine, half) == (6.0, "FLOPs")
+  assert planner.least_seconds(flops, machine, half) == (6.0, "FLOPs")
   memory = measured(flops=989e12, moved=3352e9)
-  assert estimate.seconds(memory, machine, half) == (2.0, "memory")
+  assert planner.least_seconds(memory, machine, half) == (2.0, "memory")
   links = measured(sent={"all-gather over fsdp": 450e9, "x": 450e9})
-  assert estimate.seconds(links, machine, half) == (4.0, "links")
+  assert planner.least_seconds(links, machine, half) == (4.0, "links")
 
 
 def _results(tmp_path, *lines):
@@ -223,7 +223,7 @@ _ROLLOUTS = [
 
 def test_measured_shares_take_the_place_of_assumed_ones(tmp_path):
   file = _results(tmp_path, _DEVICE, *_UPDATES, *_ROLLOUTS)
-  found = estimate.measured(file, price=2.0)
+  found = planner.measured(file, price=2.0)
   assert found.utilization == pytest.approx(18e14 / 4 / 989e12)
   assert found.reach == pytest.approx(2e12 / 3352e9)
   assert found.price == 2.0
@@ -231,20 +231,20 @@ def test_measured_shares_take_the_place_of_assumed_ones(tmp_path):
 
 
 def test_a_share_that_was_not_measured_is_assumed(tmp_path):
-  usual = estimate.Assumptions()
-  found = estimate.measured(_results(tmp_path, _DEVICE, *_ROLLOUTS))
+  usual = planner.Assumptions()
+  found = planner.measured(_results(tmp_path, _DEVICE, *_ROLLOUTS))
   assert found.reach == pytest.approx(2e12 / 3352e9)
   assert found.utilization == usual.utilization
   assert found.missing == "the products"
-  found = estimate.measured(_results(tmp_path, _DEVICE, *_UPDATES))
+  found = planner.measured(_results(tmp_path, _DEVICE, *_UPDATES))
   assert found.utilization == pytest.approx(18e14 / 4 / 989e12)
   assert (found.reach, found.missing) == (usual.reach, "the memory")
 
 
 def test_the_results_that_are_published_can_be_planned_with():
   file = pathlib.Path(__file__).parent.parent / "docs/results/h200.jsonl"
-  found = estimate.measured(file)
-  assert 0.3 < found.reach < estimate.Assumptions().reach
+  found = planner.measured(file)
+  assert 0.3 < found.reach < planner.Assumptions().reach
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_the_results_that_are_published_can_be_planned_with():
 )
 def test_results_that_lack_something_are_refused(lines, text, tmp_path):
   with pytest.raises(UserError, match=text):
-    estimate.measured(_results(tmp_path, *lines))
+    planner.measured(_results(tmp_path, *lines))
 
 
 def test_a_file_that_holds_no_results_is_refused(tmp_path):
@@ -266,7 +266,7 @@ def test_a_file_that_holds_no_results_is_refused(tmp_path):
     if content is not None:
       file.write_text(content)
     with pytest.raises(UserError, match="cannot be read"):
-      estimate.measured(file)
+      planner.measured(file)
 
 
 def test_a_plan_decodes_up_to_the_cap_and_no_further(models):
@@ -295,16 +295,16 @@ def test_evaluations_are_counted_as_the_run_makes_them():
   spec = EvaluationSpec(sets, every=2, between=("own",))
   made = config(steps=7, evaluation=spec)
   # Before the first update, after 2, 4 and 6; after 7 all, and the teacher's.
-  assert list(estimate.evaluations(made)) == [
+  assert list(planner.evaluations(made)) == [
       ("student", ("own",), 4),
       ("student", ("aime24", "own"), 1),
       ("teacher", ("aime24", "own"), 1),
   ]
   # A greedy answer each beside the samples.
-  assert estimate.answers(spec, ("own",)) == 40
-  assert estimate.answers(spec, ("aime24", "own")) == 30 * 17 + 40
+  assert planner.num_answers(spec, ("own",)) == 40
+  assert planner.num_answers(spec, ("aime24", "own")) == 30 * 17 + 40
   quiet = dataclasses.replace(spec, every=0, between=(), teacher=False)
-  assert list(estimate.evaluations(config(steps=7, evaluation=quiet))) == [
+  assert list(planner.evaluations(config(steps=7, evaluation=quiet))) == [
       ("student", ("aime24", "own"), 1),
       ("student", ("aime24", "own"), 1),
   ]

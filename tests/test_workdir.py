@@ -21,7 +21,6 @@ from prefix_distill.config import CheckpointSpec
 from prefix_distill.errors import ConfigError
 from prefix_distill.errors import UserError
 from prefix_distill.report import report
-from prefix_distill.train import contents as contents_lib
 from prefix_distill.train import loop
 from prefix_distill.train import setup as setup_lib
 from prefix_distill.train import workdir as workdir_lib
@@ -274,29 +273,29 @@ def test_other_contents_are_refused(tmp_path):
 def test_a_fingerprint_sees_changes(tmp_path, monkeypatch):
   file = tmp_path / "file"
   file.write_bytes(bytes(1000))
-  seen = {contents_lib.fingerprint(file)}
+  seen = {workdir_lib.fingerprint(file)}
   file.write_bytes(bytes(999) + b"\1")
-  seen.add(contents_lib.fingerprint(file))
+  seen.add(workdir_lib.fingerprint(file))
   file.write_bytes(bytes(1001))
-  seen.add(contents_lib.fingerprint(file))
+  seen.add(workdir_lib.fingerprint(file))
   assert len(seen) == 3
   # Of a large file the size, the ends and some places between.
-  monkeypatch.setattr(contents_lib, "_SMALL", 500)
-  monkeypatch.setattr(contents_lib, "_END", 50)
-  monkeypatch.setattr(contents_lib, "_BLOCK", 2)
+  monkeypatch.setattr(workdir_lib, "_SMALL", 500)
+  monkeypatch.setattr(workdir_lib, "_END", 50)
+  monkeypatch.setattr(workdir_lib, "_BLOCK", 2)
   data = bytearray(1000)
   file.write_bytes(data)
-  seen = {contents_lib.fingerprint(file)}
+  seen = {workdir_lib.fingerprint(file)}
   for place in (0, 49, 50, 948, 950, 999):
     changed = bytearray(data)
     changed[place] = 1
     file.write_bytes(changed)
-    seen.add(contents_lib.fingerprint(file))
+    seen.add(workdir_lib.fingerprint(file))
   file.write_bytes(bytes(1001))
-  seen.add(contents_lib.fingerprint(file))
+  seen.add(workdir_lib.fingerprint(file))
   assert len(seen) == 8
   with pytest.raises(UserError, match="cannot be read"):
-    contents_lib.fingerprint(tmp_path)
+    workdir_lib.fingerprint(tmp_path)
 
 
 # Runs.
@@ -390,10 +389,10 @@ def test_a_changed_file_is_named(models, tmp_path):
     return setup_lib.prepare(config, tmp_path).contents
 
   old = contents()
-  assert contents_lib.difference(old, contents()) == ""
+  assert workdir_lib.contents_difference(old, contents()) == ""
   assert {"student/model.safetensors", "teacher/tokenizer.json"} <= set(old)
   data.write_text(f"{json.dumps(record | {'answer': '8'})}\n" * 10)
-  assert "read data.train with 460 bytes" in contents_lib.difference(
+  assert "read data.train with 460 bytes" in workdir_lib.contents_difference(
       old, contents()
   )
 

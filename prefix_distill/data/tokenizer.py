@@ -26,6 +26,7 @@ import transformers
 
 from prefix_distill.data.records import Message
 from prefix_distill.data.records import Question
+from prefix_distill.errors import one_line
 from prefix_distill.errors import UserError
 from prefix_distill.models import huggingface as hf
 
@@ -150,7 +151,7 @@ class Tokenizer:
       roles = ", ".join(message["role"] for message in messages)
       raise TokenizerError(
           f"{self.path}: the chat template fails on messages of {roles}"
-          f" ({reason(error)}); repair chat_template.jinja, or change the"
+          f" ({one_line(error)}); repair chat_template.jinja, or change the"
           " messages."
       ) from error
     return text
@@ -335,12 +336,6 @@ class Tokenizer:
     return self.decode(kept)
 
 
-def reason(error: Exception) -> str:
-  """Returns an exception's words in one line, for a sentence."""
-  words = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-  return words if len(words) <= 200 else f"{words[:200]}..."
-
-
 def _any_of(names: Sequence[str]) -> re.Pattern[str]:
   """Finds any of the names, the longest first; white space is no name."""
   names = sorted((n for n in names if n.strip()), key=len, reverse=True)
@@ -369,7 +364,7 @@ def _read_json(file: pathlib.Path) -> dict[str, Any]:
     found = json.loads(file.read_text(encoding="utf-8-sig"))
   except (OSError, ValueError, RecursionError) as error:
     raise TokenizerError(
-        f"{file} cannot be read as JSON ({reason(error)}); download it again."
+        f"{file} cannot be read as JSON ({one_line(error)}); download it again."
     ) from error
   if not isinstance(found, dict):
     raise TokenizerError(
@@ -439,7 +434,7 @@ def _load_tokenizer(path: str, directory: pathlib.Path) -> Any:
     _check_config(directory)  # It may be at fault.
     raise TokenizerError(
         f"{path}: the tokenizer cannot be loaded"
-        f" ({_broken_file(directory) or reason(error)}); download the model"
+        f" ({_broken_file(directory) or one_line(error)}); download the model"
         " again."
     ) from error
 
@@ -456,7 +451,7 @@ def _check_config(directory: pathlib.Path) -> None:
     )
   except Exception as error:
     raise TokenizerError(
-        f"{file} cannot be read ({reason(error)}); download it again."
+        f"{file} cannot be read ({one_line(error)}); download it again."
     ) from error
 
 
@@ -466,7 +461,7 @@ def _broken_file(directory: pathlib.Path) -> str:
     try:
       json.loads(file.read_text()) if file.is_file() else None
     except (OSError, ValueError, RecursionError) as error:
-      return f"{file.name} is not JSON: {reason(error)}"
+      return f"{file.name} is not JSON: {one_line(error)}"
   return ""
 
 

@@ -24,8 +24,9 @@ import rich.box
 import rich.console
 import rich.table
 
-from prefix_distill.models import published
 from prefix_distill.models.config import ModelConfig
+from prefix_distill.models.config import QWEN3_1_7B
+from prefix_distill.models.config import QWEN3_8B
 from prefix_distill.report import flops
 from prefix_distill.report.flops import Convention
 from prefix_distill.report.flops import Lengths
@@ -78,12 +79,12 @@ class Table:
 TABLES = (
     Table(
         "Qwen3-1.7B-Base",
-        published.QWEN3_1_7B,
+        QWEN3_1_7B,
         "9.4e17 1.4e18 2.5e18 4.7e18 8.2e18 5.7e19 2.4e19 1.3e19 6.6e19",
     ),
     Table(
         "Qwen3-8B-Base",
-        published.QWEN3_8B,
+        QWEN3_8B,
         "3.4e18 5.2e18 8.9e18 1.7e19 2.7e19 1.8e20 7.5e19 4.4e19 2.2e20",
     ),
 )
@@ -118,7 +119,7 @@ def rollouts(
   """FLOPs of updates; `sampled` has the rollouts' length in each update."""
   lengths = Lengths(np.full(len(sampled), prompt), np.array(sampled))
   return ROLLOUTS * flops.paper_distillation(
-      student, published.QWEN3_8B, lengths, convention=convention
+      student, QWEN3_8B, lengths, convention=convention
   )
 
 

@@ -35,12 +35,11 @@ from prefix_distill.errors import check_path  # noqa: E402
 from prefix_distill.errors import ConfigError  # noqa: E402
 from prefix_distill.errors import shown  # noqa: E402
 from prefix_distill.errors import UserError  # noqa: E402
-from prefix_distill.plan import estimate  # noqa: E402
 from prefix_distill.plan import planner  # noqa: E402
-from prefix_distill.plan.estimate import Assumptions  # noqa: E402
-from prefix_distill.plan.estimate import TooLargeError  # noqa: E402
 from prefix_distill.plan.machines import Machine  # noqa: E402
+from prefix_distill.plan.planner import Assumptions  # noqa: E402
 from prefix_distill.plan.planner import Result  # noqa: E402
+from prefix_distill.plan.planner import TooLargeError  # noqa: E402
 from prefix_distill.plan.programs import Measured  # noqa: E402
 
 _GIB = 2**30
@@ -109,7 +108,7 @@ def _assumptions() -> Assumptions:
     raise ConfigError(
         "--measured and --utilization are both given; leave one out."
     )
-  return estimate.measured(pathlib.Path(_MEASURED.value), _PRICE.value)
+  return planner.measured(pathlib.Path(_MEASURED.value), _PRICE.value)
 
 
 def _check_json() -> None:

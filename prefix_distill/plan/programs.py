@@ -28,14 +28,14 @@ from prefix_distill.config import Config
 from prefix_distill.distill import chunked_head
 from prefix_distill.errors import ConfigError
 from prefix_distill.models import huggingface as hf
-from prefix_distill.models import published
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.config import num_params
+from prefix_distill.models.config import QWEN3_1_7B
+from prefix_distill.models.config import QWEN3_8B
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
-from prefix_distill.plan import count
-from prefix_distill.plan import hlo
-from prefix_distill.plan.hlo import Allowed
+from prefix_distill.plan import cost
+from prefix_distill.plan.cost import Allowed
 from prefix_distill.plan.machines import Machine
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
@@ -57,8 +57,8 @@ ORDER = (*_TRAINING, *EVALUATION.values(), "decode", "gradient")
 _ONCE = ("move", "layout", "apply")
 # The architectures of the paper's models, for a laptop without a network.
 _KNOWN = {
-    "Qwen/Qwen3-1.7B": published.QWEN3_1_7B,
-    "Qwen/Qwen3-8B": published.QWEN3_8B,
+    "Qwen/Qwen3-1.7B": QWEN3_1_7B,
+    "Qwen/Qwen3-8B": QWEN3_8B,
 }
 # A collective needs no plan if a device sends no more than so many bytes, nor
 # than this share of the largest weight. Counters and the like are so small.
@@ -283,11 +283,11 @@ class Plan:
     return max(layers), max(tables)
 
   def unplanned(
-      self, name: str, found: Sequence[hlo.Collective]
+      self, name: str, found: Sequence[cost.Collective]
   ) -> list[str]:
     """Returns sentences on a program's collectives that no plan allows."""
     negligible = min(_NEGLIGIBLE, _SMALL_SHARE * max(self._largest()))
-    return hlo.audit(found, self._allowed(name), negligible)
+    return cost.audit(found, self._allowed(name), negligible)
 
   def _allowed(self, name: str) -> list[Allowed]:
     """Returns the collectives that a program may have.
@@ -302,7 +302,8 @@ class Plan:
     layer, table = self._largest()
     most = max(layer, table)
     if name == "move":
-      axes, why = ("fsdp", "tensor", *hlo.UNKNOWN), "weights to be sampled with"
+      axes = ("fsdp", "tensor", *cost.UNKNOWN)
+      why = "weights to be sampled with"
       kinds = ("all-to-all", "collective-permute")
       return [Allowed(kind, axes, most, why) for kind in kinds]
     every = ("data", "fsdp")
@@ -456,7 +457,7 @@ class Measured:
 
 def reckon(stage: Stage, bucket: int) -> Measured:
   """Returns what follows from a program's trace alone."""
-  flops = count.flops(stage.variant.traced.jaxpr, stage.trips)
+  flops = cost.flops(stage.variant.traced.jaxpr, stage.trips)
   return Measured(
       stage.name, bucket, stage.times, stage.rows, flops, moved(stage)
   )
@@ -551,7 +552,7 @@ def _key(lowered: jax.stages.Lowered, job: Job, machine: Machine) -> str:
     pass
   mesh = dict(job.plan.mesh(job.stage.name).shape)
   text = f"{lowered.as_text()}{machine}{mesh}{job.stage.trips}{versions}"
-  for file in (hlo.__file__, __file__):
+  for file in (cost.__file__, __file__):
     text += pathlib.Path(file).read_text()
   return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -571,7 +572,7 @@ def _compile(lowered: jax.stages.Lowered, job: Job) -> dict[str, Any]:
     memory = sizes.argument_size_in_bytes + sizes.output_size_in_bytes
     memory += sizes.temp_size_in_bytes - sizes.alias_size_in_bytes
   mesh = plan.mesh(stage.name).shape
-  found = hlo.read(compiled.as_text(), mesh, stage.trips)
+  found = cost.collectives(compiled.as_text(), mesh, stage.trips)
   sent = {}
   for one in found:
     if one.total:

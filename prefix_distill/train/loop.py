@@ -33,6 +33,7 @@ from prefix_distill import sharding
 from prefix_distill.config import Config
 from prefix_distill.data import prompts as prompts_lib
 from prefix_distill.distill import prefix_schedule
+from prefix_distill.errors import one_line
 from prefix_distill.errors import UserError
 from prefix_distill.evaluate import evaluator
 from prefix_distill.models.transformer import Params
@@ -249,7 +250,7 @@ class Run:
         raise
       except Exception as error:  # Orbax and TensorStore raise many kinds.
         self.checkpointer.reopen()
-        reason, last = distributed.first_line(error), self.last_saved
+        reason, last = one_line(error), self.last_saved
         good = "there is no checkpoint" if last is None else (
             f"the last good one is that of update {last}"
         )
@@ -501,7 +502,7 @@ class Run:
           file,
       )
     except _DISK_ERRORS as error:
-      kept = f"{file} cannot be written ({distributed.first_line(error)})."
+      kept = f"{file} cannot be written ({one_line(error)})."
     tqdm.tqdm.write(
         f"Update {step} was skipped: numbers of {self.cause} are not finite."
         f" {kept}"
@@ -701,7 +702,7 @@ def _train(
     except _DISK_ERRORS as error:
       raise SaveError(
           f"{workdir / 'export'} could not be written"
-          f" ({distributed.first_line(error)}); make room or make it writable,"
+          f" ({one_line(error)}); make room or make it writable,"
           " and the same command writes it from the last checkpoint."
       ) from error
   if writes:

@@ -261,7 +261,7 @@ def _free(models: Models, model: Model, resting: Any) -> float:
   on_device = [
       x
       for x in jax.tree.leaves(resting)
-      if x.sharding.memory_kind != "pinned_host"
+      if not sharding.is_on_host(x.sharding)
   ]
   taken = sharding.bytes_per_device(on_device)
   taken += sharding.bytes_per_device(layout)

@@ -25,8 +25,8 @@ from prefix_distill.models import huggingface as hf
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
-from prefix_distill.train import contents as contents_lib
-from prefix_distill.train.contents import Contents
+from prefix_distill.train import workdir as workdir_lib
+from prefix_distill.train.workdir import Contents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +238,7 @@ def _check_same_contents(contents: Contents) -> None:
     ConfigError: this one differs from process 0.
   """
   first = distributed.from_first("contents", contents)
-  found = contents_lib.difference(first, contents)
+  found = workdir_lib.contents_difference(first, contents)
   if found:
     raise ConfigError(
         f"Process 0 {found} in this process; give all hosts the same files."
@@ -356,7 +356,7 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
   _check_weights(config.student, student)
   if teacher is not None:
     _check_weights(config.teacher, teacher)
-  contents = contents_lib.of(config, data.records, inputs.problems)
+  contents = workdir_lib.read_contents(config, data.records, inputs.problems)
   _check_same_contents(contents)
   distributed.wait("setup")  # Nothing is written unless all could get so far.
   note = _dtype_note(config, mesh, student, teacher)

@@ -247,7 +247,7 @@ class Programs:
   def on_device(self, params: Params) -> Params:
     """Brings weights that rest on the host, as the teacher's may."""
     places = jax.tree.map(lambda x: x.sharding, params)
-    if all(s.memory_kind != "pinned_host" for s in jax.tree.leaves(places)):
+    if not any(map(sharding.is_on_host, jax.tree.leaves(places))):
       return params
     return sharding.put(params, sharding.on_device(places))
 

@@ -17,9 +17,9 @@ import toys
 from prefix_distill import sharding
 from prefix_distill.config import MeshSpec
 from prefix_distill.models import layers
-from prefix_distill.plan import estimate
-from prefix_distill.plan import hlo
+from prefix_distill.plan import cost
 from prefix_distill.plan import machines
+from prefix_distill.plan import planner
 from prefix_distill.plan import programs
 from prefix_distill.rollout import sampling
 
@@ -38,7 +38,7 @@ def look(config, name: str) -> dict:
       continue
     one = programs.measure(programs.Job(plan, stage, 8), machine)
     found[stage.name] = {"sent": one.sent, "unplanned": one.unplanned}
-  return found | {"least": estimate.least_sent(plan)}
+  return found | {"least": planner.least_sent(plan)}
 
 
 def draw() -> list[str]:
@@ -51,7 +51,7 @@ def draw() -> list[str]:
   compiled = jax.jit(choose, in_shardings=(rows, place)).lower(
       keys, jax.ShapeDtypeStruct((8, 16 * 300), "float32")
   ).compile()  # fmt: skip
-  return [one.kind for one in hlo.read(compiled.as_text(), mesh.shape)]
+  return [one.kind for one in cost.collectives(compiled.as_text(), mesh.shape)]
 
 
 def main() -> None:

@@ -26,9 +26,9 @@ import kernels  # noqa: E402
 import numpy as np  # noqa: E402
 
 from prefix_distill import sharding  # noqa: E402
-from prefix_distill.models import published  # noqa: E402
+from prefix_distill.models.config import QWEN3_1_7B  # noqa: E402
 from prefix_distill.models.transformer import Model  # noqa: E402
-from prefix_distill.plan import hlo  # noqa: E402
+from prefix_distill.plan import cost  # noqa: E402
 from prefix_distill.rollout import generate  # noqa: E402
 
 _ROWS, _COLUMNS = 64, 2304
@@ -36,7 +36,7 @@ _ROWS, _COLUMNS = 64, 2304
 
 def _compile(mesh: jax.sharding.Mesh, layers: int, dtype: str):
   architecture = dataclasses.replace(
-      published.QWEN3_1_7B, num_layers=layers
+      QWEN3_1_7B, num_layers=layers
   )
   model = Model(architecture, "bfloat16", mesh=mesh)
   config = generate.SamplerConfig(
@@ -79,7 +79,7 @@ def main() -> None:
     compiled, cache = _compile(mesh, layers, dtype)
     text = compiled.as_text()
     found[f"kernels_{layers}"] = kernels.kernels_a_token(text)
-  module = hlo.Module(text)
+  module = cost.Module(text)
   (loop, where) = max(
       (
           (op, name)
@@ -98,7 +98,7 @@ def main() -> None:
       "conditionals": sum(op.opcode == "conditional" for op in body.values()),
       # What a scatter writes in place is no copy.
       "copied": max(
-          hlo.num_bytes(op.shape)
+          cost.num_bytes(op.shape)
           for op in body.values()
           if op.opcode in ("copy", "transpose", "convert")
       ),

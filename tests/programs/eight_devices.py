@@ -20,7 +20,7 @@ from prefix_distill.data import tokenizer as tokenizer_lib
 from prefix_distill.data.prompts import PromptIterator
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models.transformer import Model
-from prefix_distill.train import checksum
+from prefix_distill.train import checkpoint
 from prefix_distill.train import setup as setup_lib
 from prefix_distill.train import update
 from prefix_distill.train.update import Programs
@@ -48,7 +48,8 @@ def run(config, devices, mesh_spec) -> dict:
   plain = sharding.make_mesh(MeshSpec(), jax.devices()[-1:])
   others = load(config.student.path, plain)[1]
   loads_equal = same(params, others)
-  checksums_equal = checksum.measure(params) == checksum.measure(others)
+  sums = [checkpoint.checksums_of(x) for x in (params, others)]
+  checksums_equal = sums[0] == sums[1]
   held = sum(x.addressable_data(0).nbytes for x in jax.tree.leaves(params))
   share = held / sum(x.nbytes for x in jax.tree.leaves(params))
   tokenizer = tokenizer_lib.load(config.student.path)

@@ -18,7 +18,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from prefix_distill.plan import hlo  # noqa: E402
+from prefix_distill.plan import cost  # noqa: E402
 
 PLATFORM = sys.argv[1]
 P = jax.sharding.PartitionSpec
@@ -52,7 +52,7 @@ def array(shape, *spec, dtype=jnp.float32):
 
 def found(function, *args, trips=None, **settings):
   compiled = jax.jit(function, **settings).trace(*args).lower().compile()
-  return hlo.read(compiled.as_text(), MESH.shape, trips)
+  return cost.collectives(compiled.as_text(), MESH.shape, trips)
 
 
 def totals(items) -> dict:
@@ -173,7 +173,7 @@ def product_in_a_loop() -> None:
       .lower()
       .compile()
   )
-  items = hlo.read(compiled.as_text(), mesh.shape)
+  items = cost.collectives(compiled.as_text(), mesh.shape)
   assert all(x.exact and x.axes == ("tensor",) for x in items), items
   assert "collective-permute" in {x.kind for x in items}, items
   # To gather the input and to scatter the output takes a ring seven steps; the
@@ -226,8 +226,8 @@ def replication() -> None:
     return jnp.sin(jax.lax.with_sharding_constraint(jnp.sin(x), place))
 
   x = array((8, 8, 8), ("data", "fsdp"))
-  assert hlo.audit(found(function, x, out_shardings=place), [], 0)
-  assert not hlo.audit(found(jnp.sin, x), [], 0)
+  assert cost.audit(found(function, x, out_shardings=place), [], 0)
+  assert not cost.audit(found(jnp.sin, x), [], 0)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,13 @@
 """The model families by the `model_type` of their config.json."""
 
 from prefix_distill.models.families import llama
-from prefix_distill.models.families import qwen2
-from prefix_distill.models.families import qwen3
-from prefix_distill.models.families import smollm3
+from prefix_distill.models.families import qwen
 from prefix_distill.models.families.family import Family
 from prefix_distill.models.families.family import UnsupportedModelError
 
 FAMILIES = {
-    module.FAMILY.model_type: module.FAMILY
-    for module in (qwen3, qwen2, llama, smollm3)
+    family.model_type: family
+    for family in (*qwen.FAMILIES, *llama.FAMILIES)
 }
 
 
