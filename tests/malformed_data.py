@@ -110,11 +110,15 @@ _REFUSED_FILES = {
     "Latin-1": ("a.jsonl", '{"question": "é"}'.encode("latin-1"), "cannot be"),
     "zeros": ("a.jsonl", b"\0" * 99, "line 1 is not JSON"),
     "gzip": ("a.jsonl", b"\x1f\x8b\x08\0\0\0\0\0", "cannot be read as jsonl"),
-    "brackets": ("a.jsonl", b"[" * _DEEP + b"]" * _DEEP, "line 1 has brackets"),
+    "brackets": (
+        "a.jsonl",
+        b"[" * _DEEP + b"]" * _DEEP,
+        "line 1 is not JSON (it has brackets",
+    ),
     "deep fields": (
         "a.jsonl",
         b'{"question": ' + b'{"a": ' * _DEEP + b"1" + b"}" * _DEEP + b"}",
-        "line 1 has brackets",
+        "line 1 is not JSON (it has brackets",
     ),
     "digits": ("a.jsonl", b'{"n": ' + b"9" * 9999 + b"}", "line 1 is"),
     "a bare object": (

@@ -36,6 +36,7 @@ import string
 from typing import Any
 from typing import TypeAlias
 
+from prefix_distill import strict_json
 from prefix_distill.config import DatasetSpec
 from prefix_distill.config import FIELD
 from prefix_distill.data import bundled_tasks
@@ -303,14 +304,8 @@ def _check_fields(
 def _parse(found: str, where: str) -> Any:
   """Parses JSON; one sentence for whatever is wrong with it."""
   try:
-    return json.loads(found)
-  except json.JSONDecodeError as error:
-    raise DataError(f"{where} is not JSON ({error.msg}); repair it.") from error
-  except RecursionError as error:
-    raise DataError(
-        f"{where} has brackets in brackets, too deep to read; repair it."
-    ) from error
-  except ValueError as error:  # An integer of thousands of digits.
+    return strict_json.parse(found, finite=False)
+  except strict_json.JsonError as error:
     raise DataError(f"{where} is not JSON ({error}); repair it.") from error
 
 

@@ -10,6 +10,7 @@ The template alone decides where the first token (BOS) stands. The tokenizer
 adds none.
 """
 
+import codecs
 from collections.abc import Iterable
 from collections.abc import Sequence
 import dataclasses
@@ -24,6 +25,7 @@ import numpy as np
 import tokenizers
 import transformers
 
+from prefix_distill import strict_json
 from prefix_distill.data.records import Message
 from prefix_distill.data.records import Question
 from prefix_distill.errors import one_line
@@ -361,8 +363,9 @@ def _read_json(file: pathlib.Path) -> dict[str, Any]:
     TokenizerError: the file is no JSON object.
   """
   try:
-    found = json.loads(file.read_text(encoding="utf-8-sig"))
-  except (OSError, ValueError, RecursionError) as error:
+    mark, text = codecs.BOM_UTF8, file.read_bytes()
+    found = strict_json.parse(text.removeprefix(mark), finite=False)
+  except (OSError, strict_json.JsonError) as error:
     raise TokenizerError(
         f"{file} cannot be read as JSON ({one_line(error)}); download it again."
     ) from error
@@ -459,8 +462,8 @@ def _broken_file(directory: pathlib.Path) -> str:
   """Says which of the tokenizer's files is no JSON; empty if all are."""
   for file in (directory / name for name in _FILES):
     try:
-      json.loads(file.read_text()) if file.is_file() else None
-    except (OSError, ValueError, RecursionError) as error:
+      strict_json.read(file, finite=False) if file.is_file() else None
+    except strict_json.JsonError as error:
       return f"{file.name} is not JSON: {one_line(error)}"
   return ""
 

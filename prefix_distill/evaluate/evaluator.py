@@ -35,7 +35,6 @@ import zlib
 import jax
 import numpy as np
 
-from prefix_distill import distributed
 from prefix_distill import sharding
 from prefix_distill.config import DatasetSpec
 from prefix_distill.config import EvaluationSpec
@@ -420,6 +419,4 @@ def evaluate(
         "dropped": problems.dropped,
         **result,
     })
-    distributed.wait("evaluation")
-    if jax.process_index() == 0:
-      file.unlink(missing_ok=True)
+    continuous_batching.forget_answers(file)

@@ -26,6 +26,7 @@ import transformers
 
 from prefix_distill import assets
 from prefix_distill import sharding
+from prefix_distill import strict_json
 from prefix_distill.errors import UserError
 from prefix_distill.models import config as model_config
 from prefix_distill.models import families
@@ -134,9 +135,10 @@ def _read_json(file: pathlib.Path) -> dict[str, Any]:
     ModelFilesError: the file is cut, is no JSON, or holds something else.
   """
   try:
-    found = json.loads(file.read_bytes().decode())
-  except (OSError, ValueError, RecursionError) as error:
-    reason = " ".join(str(error).split())
+    # transformers takes numbers that are not finite.
+    found = strict_json.read(file, finite=False)
+  except strict_json.JsonError as error:
+    reason = str(error)
     if "BOM" in reason:
       reason = "it begins with a byte order mark, which transformers refuses"
     raise ModelFilesError(

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 import re
@@ -22,6 +21,7 @@ import re
 import rich.console
 
 from prefix_distill import sharding
+from prefix_distill import strict_json
 from prefix_distill.config import Config
 from prefix_distill.config import EvaluationSpec
 from prefix_distill.config import MeshSpec
@@ -105,7 +105,8 @@ def measured(file: pathlib.Path, price: float = 0.0) -> Assumptions:
     ConfigError: the file cannot be read, or lacks both shares.
   """
   try:
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    texts = file.read_bytes().splitlines()
+    lines = [strict_json.parse(text) for text in texts]
     done = [one for one in lines if one.get("status") == "done"]
   except (OSError, ValueError, AttributeError) as error:
     raise ConfigError(

@@ -23,6 +23,7 @@ import rich.console
 
 from prefix_distill import compilation
 from prefix_distill import sharding
+from prefix_distill import strict_json
 from prefix_distill.compilation import Variant
 from prefix_distill.config import Config
 from prefix_distill.distill import chunked_head
@@ -527,9 +528,8 @@ def measure(job: Job, machine: Machine) -> Measured:
   home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
   directory = home.expanduser() / "prefix_distill" / "plan"
   file = directory / f"{_key(lowered, job, machine)}.json"
-  if file.is_file():
-    found = json.loads(file.read_text())
-  else:
+  found = _recalled(file)
+  if found is None:
     start = time.monotonic()
     found = _compile(lowered, job)
     found["seconds"] = time.monotonic() - start
@@ -540,6 +540,15 @@ def measure(job: Job, machine: Machine) -> Measured:
   if machine.chip.platform == "gpu" and stage.name in _TUNED:
     found["memory"] *= _TUNING
   return dataclasses.replace(known, **found)
+
+
+def _recalled(file: pathlib.Path) -> dict[str, Any] | None:
+  """Returns what was found before; None if nothing, or nothing readable."""
+  try:
+    found = strict_json.read(file)
+  except strict_json.JsonError:
+    return None
+  return found if isinstance(found, dict) and "memory" in found else None
 
 
 def _key(lowered: jax.stages.Lowered, job: Job, machine: Machine) -> str:

@@ -25,6 +25,7 @@ import rich.console
 import rich.table
 import rich.text
 
+from prefix_distill import strict_json
 from prefix_distill.config import Config
 from prefix_distill.config import LossSpec
 from prefix_distill.report import plots
@@ -51,12 +52,13 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
   if not path.is_file():
     return []
   out = []
-  for text in path.read_text(errors="replace").splitlines():
+  for text in path.read_bytes().split(b"\n"):
     try:
-      line = json.loads(text)
-    except ValueError:
+      line = strict_json.parse(text)
+    except strict_json.JsonError:
       continue
-    if isinstance(line, dict) and isinstance(line.get("step"), int):
+    step = line.get("step") if isinstance(line, dict) else None
+    if isinstance(step, int) and 0 <= step < 2**31:
       out.append(line)
   return out
 
@@ -421,7 +423,7 @@ def _print_table(
 def write(workdir: pathlib.Path) -> None:
   """Writes `report/` from `metrics.jsonl`, and prints the closing table."""
   lines = read_metrics(workdir / "metrics.jsonl")
-  config = json.loads((workdir / "config.json").read_text())
+  config = strict_json.read(workdir / "config.json")
   directory = workdir / "report"
   directory.mkdir(exist_ok=True)
   pictures = plots.draw(lines, directory, config["method"])

@@ -21,6 +21,7 @@ import numpy as np
 
 from prefix_distill import distributed
 from prefix_distill import sharding
+from prefix_distill import strict_json
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.rollout import generate
@@ -74,7 +75,7 @@ def kept_answers(
   """Yields what `Engine.answers` does, and keeps each answer in a file.
 
   If the file is there, the answers in it are yielded and not decoded again, so
-  an evaluation that was stopped or killed goes on where it was. An answer
+  what was stopped or killed goes on where it was. An answer
   depends on its prompt, the key and the draw alone.
 
   Args:
@@ -83,10 +84,10 @@ def kept_answers(
     key: see `Engine.answers`.
     draw: see `Engine.answers`.
     file: on a file system that all processes see. Whoever has used all answers
-      deletes it.
+      calls `forget_answers`.
     poll: see `Engine.answers`.
   """
-  found = _read_answers(file)
+  found = _read_answers(file, len(prompts.tokens))
   distributed.wait(f"answers in {file}")  # All have read before one writes.
   for number, (tokens, stopped) in found.items():
     yield number, np.asarray(tokens), stopped
@@ -118,8 +119,9 @@ def _kept(file: pathlib.Path) -> Iterator[Callable[[list[Any]], None]]:
       nonlocal failed
       failed = True
       print(
-          f"Warning: {file} cannot be written ({error.strerror}); if this"
-          " evaluation is stopped, its answers are sampled again.",
+          f"Warning: {file} cannot be written ({error.strerror}); if the"
+          " run is stopped before all answers are there, they are sampled"
+          " again.",
           file=sys.stderr,
           flush=True,
       )
@@ -143,17 +145,44 @@ def _kept(file: pathlib.Path) -> Iterator[Callable[[list[Any]], None]]:
     yield write
 
 
-def _read_answers(file: pathlib.Path) -> dict[int, tuple[list[int], bool]]:
-  """Reads kept answers up to the first line that a kill cut short."""
+def _read_answers(
+    file: pathlib.Path, count: int
+) -> dict[int, tuple[list[int], bool]]:
+  """Reads kept answers up to the first line that is cut short or damaged."""
   found = {}
-  if file.is_file():
-    for line in file.read_text().splitlines():
-      try:
-        number, tokens, stopped = json.loads(line)
-      except ValueError:
+  try:
+    lines = file.read_bytes().splitlines()
+  except OSError:  # There is none, or no file.
+    return found
+  for line in lines:
+    try:
+      number, tokens, stopped = strict_json.parse(line)
+      if not _is_answer(number, tokens, stopped, count):
         break
-      found[number] = tokens, stopped
+    except (strict_json.JsonError, TypeError, ValueError):
+      break
+    found[number] = tokens, stopped
   return found
+
+
+def _is_answer(number: Any, tokens: Any, stopped: Any, count: int) -> bool:
+  """Whether a line's values can be an answer to one of the prompts."""
+  return (
+      type(number) is int
+      and 0 <= number < count
+      and isinstance(tokens, list)
+      and all(type(t) is int and 0 <= t < 2**31 for t in tokens)
+      and len(tokens) > 0
+      and isinstance(stopped, bool)
+  )
+
+
+def forget_answers(file: pathlib.Path) -> None:
+  """Deletes the file of `kept_answers` once all answers have been used."""
+  distributed.wait(f"the end of {file}")
+  if jax.process_index() == 0:
+    with contextlib.suppress(OSError):  # It could never be written.
+      file.unlink()
 
 
 # Jitted once for a model, however often it is evaluated.

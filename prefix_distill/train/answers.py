@@ -1,5 +1,6 @@
 """SeqKD's data: the teacher answers each prompt once; answers are kept."""
 
+from collections.abc import Callable
 from collections.abc import Iterator
 import dataclasses
 import pathlib
@@ -17,6 +18,7 @@ from prefix_distill.config import DatasetSpec
 from prefix_distill.data import prompts as prompts_lib
 from prefix_distill.data import records
 from prefix_distill.data.prompts import PromptIterator
+from prefix_distill.errors import UserError
 from prefix_distill.report import flops
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
@@ -25,10 +27,15 @@ from prefix_distill.train import microbatch
 from prefix_distill.train import setup as setup_lib
 
 FILE = "answers.parquet"
+_UNFINISHED = "unfinished/teacher-answers.jsonl"
+
+
+class AnswersError(UserError):
+  """Answers that cannot be written."""
 
 
 def with_answers(
-    setup: setup_lib.Setup, workdir: pathlib.Path
+    setup: setup_lib.Setup, workdir: pathlib.Path, poll: Callable[[], None]
 ) -> tuple[setup_lib.Setup, flops.StepFlops]:
   """Returns the supervised part's setup; makes the answers if need be.
 
@@ -36,22 +43,28 @@ def with_answers(
   answered, each once: `steps * data.batch_size`, or as many as there are.
   With it comes what the answers cost, in FLOPs.
 
+  Args:
+    setup: of the run, with the teacher.
+    workdir: keeps the answers so far, so that a run that was stopped or killed
+      goes on with them.
+    poll: called every few seconds; it may raise to stop.
+
   Raises:
     DataError: no answer ended within `rollout.max_len` tokens.
+    AnswersError: the disk fails.
   """
-  path = workdir / FILE
+  path, unfinished = workdir / FILE, workdir / _UNFINISHED
   if not distributed.from_first("answers", path.is_file()):
-    rows = list(_answers(setup))
+    rows = list(_answers(setup, unfinished, poll))
     if not rows:
       raise records.DataError(
           f"None of the teacher's answers ended within rollout.max_len"
           f" {setup.models.config.rollout.max_len} tokens; raise it."
       )
     if jax.process_index() == 0:
-      partial = path.with_suffix(".partial")
-      pq.write_table(pa.Table.from_pylist(rows), partial)
-      partial.rename(path)
+      _write(rows, path)
   distributed.wait("answers")
+  continuous_batching.forget_answers(unfinished)
   spec = DatasetSpec(
       str(path), question="question", completion="completion"
   )
@@ -69,6 +82,20 @@ def with_answers(
   return dataclasses.replace(setup, data=data, models=models), spent
 
 
+def _write(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+  """Writes the answers, whole or not at all."""
+  partial = path.with_suffix(".partial")
+  try:
+    pq.write_table(pa.Table.from_pylist(rows), partial)
+    partial.rename(path)
+  except OSError as error:
+    raise AnswersError(
+        f"{path} could not be written ({distributed.first_line(error)}); make"
+        " room or make it writable, and the same command goes on with the"
+        " answers."
+    ) from error
+
+
 def _questions(config: Config) -> list[records.Question]:
   source = records.read(config.data.train)
   count = min(config.steps * config.data.batch_size, len(source))
@@ -79,8 +106,10 @@ def _questions(config: Config) -> list[records.Question]:
   ]
 
 
-def _answers(setup: setup_lib.Setup) -> Iterator[dict[str, Any]]:
-  """Samples the teacher's answers; yields records."""
+def _answers(
+    setup: setup_lib.Setup, file: pathlib.Path, poll: Callable[[], None]
+) -> Iterator[dict[str, Any]]:
+  """Samples the teacher's answers; yields records in the prompts' order."""
   models, tokenizer = setup.models, setup.tokenizer
   config, kept = models.config, []
   for question in _questions(config):
@@ -111,13 +140,16 @@ def _answers(setup: setup_lib.Setup) -> Iterator[dict[str, Any]]:
       config.rollout.max_len, config.rollout.temperature
   )
   answers = tqdm.tqdm(
-      engine.answers(batch, jax.random.key(config.seed), draw),
+      continuous_batching.kept_answers(
+          engine, batch, jax.random.key(config.seed), draw, file, poll
+      ),
       total=len(kept),
       desc="teacher's answers",
       disable=jax.process_index() > 0,
       mininterval=1,
   )
-  for number, tokens, stopped in answers:
+  # The order in which answers end depends on where a run was stopped.
+  for number, tokens, stopped in sorted(answers, key=lambda found: found[0]):
     if stopped:
       yield {
           "question": kept[number][0],

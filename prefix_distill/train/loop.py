@@ -297,10 +297,7 @@ class Run:
       raise Abandoned
 
   def _poll_evaluation(self) -> None:
-    if self.stops():
-      raise Stopped(
-          "Stopped during an evaluation; the same command goes on with it."
-      )
+    _poll(self.stop, "during an evaluation")
 
   def _tell_of_notice(self) -> None:
     """Says once that an update and a save take longer than the notice."""
@@ -549,6 +546,12 @@ def _any_process(wanted: bool) -> bool:
   return bool(np.any(multihost_utils.process_allgather(np.array(wanted))))
 
 
+def _poll(stop: Stop, when: str) -> None:
+  """Raises Stopped if any process wants to stop; every process must ask."""
+  if _any_process(stop.wanted):
+    raise Stopped(f"Stopped {when}; the same command goes on with it.")
+
+
 @contextlib.contextmanager
 def _trace(directory: pathlib.Path, step: int) -> Iterator[None]:
   """Writes what the host and the devices do inside, for xprof and Perfetto."""
@@ -680,9 +683,10 @@ def _train(
       shape = setup.models.mesh.shape
       print(report.headline(config, shape, workdir), flush=True)
     spent = _NOTHING
-    if config.method == "seqkd":
-      setup, spent = answers.with_answers(setup, workdir)
     with stop_on_signal(notice) as stop:
+      if config.method == "seqkd":
+        poll = functools.partial(_poll, stop, "while the teacher answers")
+        setup, spent = answers.with_answers(setup, workdir, poll)
       run = Run(setup, workdir, spent, stop, lock)
       try:
         _steps(run, traced)

@@ -28,6 +28,7 @@ import socket
 import sys
 import threading
 import time
+import typing
 from typing import Any
 import uuid
 
@@ -36,6 +37,7 @@ import numpy as np
 
 from prefix_distill import config as config_lib
 from prefix_distill import distributed
+from prefix_distill import strict_json
 from prefix_distill.config import Config
 from prefix_distill.config import DatasetSpec
 from prefix_distill.config import ModelSpec
@@ -151,10 +153,17 @@ class Holder:
   def read(cls, path: pathlib.Path) -> "Holder | None":
     """Returns who holds a lock; None if nobody, or nothing readable."""
     try:
-      holder = cls(**json.loads(path.read_text()))
-      return holder if isinstance(holder.pid, int) else None
-    except (OSError, ValueError, TypeError):
+      holder = cls(**strict_json.read(path))
+    except (strict_json.JsonError, TypeError):
       return None
+    return holder if holder._is_sound else None
+
+  @property
+  def _is_sound(self) -> bool:
+    """Whether each field is of its kind, and the process id can be one."""
+    kinds = typing.get_type_hints(type(self)) | {"beat": (int, float)}
+    sound = all(isinstance(getattr(self, n), k) for n, k in kinds.items())
+    return sound and 0 < self.pid < 2**31
 
   @property
   def is_dead(self) -> bool | None:
@@ -492,14 +501,10 @@ def _read(file: pathlib.Path) -> dict[str, Any]:
     WorkdirError: it is none.
   """
   try:
-    found = json.loads(file.read_text())
+    found = strict_json.read(file)
     reason = "" if isinstance(found, dict) else "it has no fields"
-  except OSError as error:
-    reason = str(error.strerror)
-  except json.JSONDecodeError as error:
-    reason = error.msg
-  except UnicodeDecodeError as error:
-    reason = error.reason
+  except strict_json.JsonError as error:
+    reason = str(error)
   if reason:
     raise WorkdirError(
         f"{file} is not JSON of a run ({reason}); put a copy back, or choose"
