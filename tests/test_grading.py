@@ -144,9 +144,9 @@ def test_words_of_one_letter_are_no_answer(word):
 )
 def test_answers_that_repeat_for_pages_are_graded_at_once(piece):
   text = "\\boxed{" + piece * (60_000 // len(piece))
-  begin = time.perf_counter()
+  begin = time.process_time()  # The machine may be busy with others.
   assert not grading.is_letter(text, "C")
-  assert time.perf_counter() - begin < 2
+  assert time.process_time() - begin < 2
 
 
 @pytest.mark.parametrize(
@@ -154,13 +154,13 @@ def test_answers_that_repeat_for_pages_are_graded_at_once(piece):
 )
 def test_long_answers_are_cleaned_at_once(piece, monkeypatch):
   monkeypatch.setattr(judge.Judge, "equal", lambda *_: False)
-  begin = time.perf_counter()
+  begin = time.process_time()  # The machine may be busy with others.
   for length in (990, 60_000):
     text = piece * (length // len(piece))
     for grade in grading.GRADERS.values():
       grade("\\boxed{" + text, "7 cm")
       grade("\\boxed{" + text + "}", "7 cm")
-  assert time.perf_counter() - begin < 2
+  assert time.process_time() - begin < 2
 
 
 def test_no_text_ends_in_an_error(monkeypatch):

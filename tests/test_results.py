@@ -159,12 +159,12 @@ def test_the_trials_choose_by_validation():
   trials = [trial(1e-4, [0.1, 0.2, 0.9]), trial(3e-4, [0.1, 0.8, 0.8])]
   assert results.chosen_rate(trials, "capable", "full") == 3e-4
   assert results.chosen_rate(trials, "capable", "linear") is None
-  job = reproduce.Job("capable", "full", 0)
-  line = reproduce.command(job, pathlib.Path("x"), trials)
+  todo = reproduce.Experiment("capable", "full", 0)
+  line = reproduce.command(todo, pathlib.Path("x"), trials)
   assert "--config.optimizer.learning_rate=0.0003" in line
   # A cell that had no trials takes another one's.
-  job = reproduce.Job("capable", "first-32", 0)
-  line = reproduce.command(job, pathlib.Path("x"), trials)
+  todo = reproduce.Experiment("capable", "first-32", 0)
+  line = reproduce.command(todo, pathlib.Path("x"), trials)
   assert "--config.optimizer.learning_rate=0.0003" in line
 
 
@@ -209,8 +209,8 @@ def test_a_run_is_read_from_its_workdir(tmp_path):
 @pytest.mark.parametrize("task", reproduce.TASKS)
 @pytest.mark.parametrize("cell", reproduce.CELLS)
 def test_every_cell_is_a_config(task, cell, trial, tmp_path):
-  job = reproduce.Job(task, cell, 3, 1e-4 if trial else None)
-  line = reproduce.command(job, tmp_path, [])
+  todo = reproduce.Experiment(task, cell, 3, 1e-4 if trial else None)
+  line = reproduce.command(todo, tmp_path, [])
   settings = [a for a in line if a.startswith("--config.")]
   assert "--config.seed=3" in settings
   assert any("split=test" in x or "sets=validation" in x for x in line) or trial
@@ -223,14 +223,19 @@ def test_a_run_that_is_known_is_not_done_again(tmp_path, monkeypatch, capsys):
   file.write_text(json.dumps(run("full", 0, [0, 1], 1.0)) + "\n")
   runner = reproduce.Runner(tmp_path / "runs", file)
 
-  def fake(job, core=None):
-    started.append(str(job))
-    return None if job.cell == "linear" else run(job.cell, job.seed, [0, 1], 1)
+  def fake(todo, core=None):
+    started.append(str(todo))
+    if todo.cell == "linear":
+      return None
+    return run(todo.cell, todo.seed, [0, 1], 1)
 
   monkeypatch.setattr(runner, "run", fake)
-  jobs = [reproduce.Job("capable", c, s)
-          for s in (0, 1) for c in ("full", "linear")]  # fmt: skip
-  assert runner.run_all(jobs, 2)  # Some failed.
+  todo = [
+      reproduce.Experiment("capable", cell, seed)
+      for seed in (0, 1)
+      for cell in ("full", "linear")
+  ]
+  assert runner.run_all(todo, 2)  # Some failed.
   assert sorted(started) == [
       "capable full 1", "capable linear 0", "capable linear 1",
   ]  # fmt: skip

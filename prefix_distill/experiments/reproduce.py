@@ -238,7 +238,7 @@ def _sets(task: Task, trial: bool) -> dict[str, str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class Experiment:
   """One run: a task, a cell, a seed, and a learning rate if it is a trial."""
 
   task: str
@@ -262,28 +262,28 @@ def key(run: dict[str, Any]) -> tuple:
 
 
 def command(
-    job: Job, workdir: pathlib.Path, runs: Sequence[dict[str, Any]]
+    todo: Experiment, workdir: pathlib.Path, runs: Sequence[dict[str, Any]]
 ) -> list[str]:
   """Returns the command line of one run.
 
   Args:
-    job: the run.
+    todo: the run.
     workdir: its directory.
     runs: what is known; a run that is no trial takes the learning rate that
       the trials of its cell chose, and the config's if there were none.
   """
-  task, cell = TASKS[job.task], CELLS[job.cell]
+  task, cell = TASKS[todo.task], CELLS[todo.cell]
   settings = {"evaluation.every": str(task.every)} | _COMMON
-  settings |= _sets(task, trial=job.rate is not None)
+  settings |= _sets(task, trial=todo.rate is not None)
   if cell.settings["method"] == "prefix":
     settings |= task.settings
-  settings |= cell.settings | task.of.get(job.cell, {})
-  rate = job.rate
+  settings |= cell.settings | task.of.get(todo.cell, {})
+  rate = todo.rate
   if rate is None:
-    rate = results.chosen_rate(runs, job.task, cell.like or job.cell)
+    rate = results.chosen_rate(runs, todo.task, cell.like or todo.cell)
   if rate is not None:
     settings["optimizer.learning_rate"] = f"{rate:g}"
-  settings["seed"] = str(job.seed)
+  settings["seed"] = str(todo.seed)
   return [
       sys.executable,
       "-m",
@@ -304,58 +304,60 @@ class Runner:
   def runs(self) -> list[dict[str, Any]]:
     return results.load(self._file)
 
-  def place(self, job: Job) -> pathlib.Path:
-    return self._workdir / str(job).replace(" ", "/")
+  def place(self, todo: Experiment) -> pathlib.Path:
+    return self._workdir / str(todo).replace(" ", "/")
 
-  def run(self, job: Job, core: int | None = None) -> dict[str, Any] | None:
+  def run(
+      self, todo: Experiment, core: int | None = None
+  ) -> dict[str, Any] | None:
     """Does a run to its end; returns what is kept of it, None if it failed."""
-    place = self.place(job)
+    place = self.place(todo)
     place.mkdir(parents=True, exist_ok=True)
-    line = command(job, place, self.runs())
+    line = command(todo, place, self.runs())
     if core is not None:
       line = ["taskset", "-c", str(core), *line]
     with (place / "log").open("a") as log:
       subprocess.run(line, stdout=log, stderr=log, check=False)
     found = results.read_run(place)
-    return found and job.key | found
+    return found and todo.key | found
 
-  def run_all(self, jobs: Sequence[Job], parallel: int) -> bool:
+  def run_all(self, all_runs: Sequence[Experiment], parallel: int) -> bool:
     """Does what is not done, some at a time; returns whether any failed."""
     done = {key(run) for run in self.runs()}
-    todo = [job for job in jobs if key(job.key) not in done]
-    print(f"{len(jobs) - len(todo)} of {len(jobs)} runs were done before.")
+    left = [x for x in all_runs if key(x.key) not in done]
+    print(f"{len(all_runs) - len(left)} of {len(all_runs)} were done before.")
     cores = list(range(parallel)) if parallel > 1 else [None]
 
-    def work(job: Job) -> bool:
+    def work(todo: Experiment) -> bool:
       core = cores.pop()
       try:
-        run = self.run(job, core)
+        run = self.run(todo, core)
       finally:
         cores.append(core)
       with self._lock:
         if run is not None:
           with self._file.open("a") as file:
             file.write(json.dumps(run) + "\n")
-        said = f"FAILED, see {self.place(job)}/log" if run is None else "done"
-        print(f"{job}: {said}", flush=True)
+        failed = f"FAILED, see {self.place(todo)}/log"
+        print(f"{todo}: {failed if run is None else 'done'}", flush=True)
       return run is None
 
     with futures.ThreadPoolExecutor(parallel) as pool:
-      return any(list(pool.map(work, todo)))
+      return any(list(pool.map(work, left)))
 
 
-def _jobs(args: argparse.Namespace) -> list[Job]:
+def _experiments(args: argparse.Namespace) -> list[Experiment]:
   """The seeds are the outer loop: an early stop leaves a whole table."""
   if args.trials:
     return [
-        Job(task, cell, TRIAL_SEED, rate)
+        Experiment(task, cell, TRIAL_SEED, rate)
         for task in args.tasks
         for cell in args.cells
         if CELLS[cell].main
         for rate in TASKS[task].rates
     ]
   return [
-      Job(task, cell, seed)
+      Experiment(task, cell, seed)
       for seed in args.seeds
       for task in args.tasks
       for cell in args.cells
@@ -384,11 +386,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _check(runner: Runner, name: str) -> int:
   """Does one run of the reader's; returns 0 if it lands where it should."""
   task, cell, seed = name.split("/")
-  job = Job(task, cell, int(seed))
+  todo = Experiment(task, cell, int(seed))
   known = results.curves(x for x in runner.runs() if x.get("rate") is None)
-  run = runner.run(job)
+  run = runner.run(todo)
   if run is None:
-    print(f"The run failed, see {runner.place(job)}/log.")
+    print(f"The run failed, see {runner.place(todo)}/log.")
     return 1
   text, inside = results.compare_seed(known[task, cell], run)
   print(text)
@@ -404,7 +406,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   failed = False
   if not args.report:
     args.docs.mkdir(parents=True, exist_ok=True)
-    failed = runner.run_all(_jobs(args), args.parallel)
+    failed = runner.run_all(_experiments(args), args.parallel)
   results.write(
       runner.runs(),
       args.docs,
