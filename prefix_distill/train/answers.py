@@ -18,6 +18,7 @@ from prefix_distill.config import DatasetSpec
 from prefix_distill.data import prompts as prompts_lib
 from prefix_distill.data import records
 from prefix_distill.data.prompts import PromptIterator
+from prefix_distill.errors import one_line
 from prefix_distill.errors import UserError
 from prefix_distill.report import flops
 from prefix_distill.rollout import continuous_batching
@@ -90,7 +91,7 @@ def _write(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     partial.rename(path)
   except OSError as error:
     raise AnswersError(
-        f"{path} could not be written ({distributed.first_line(error)}); make"
+        f"{path} could not be written ({one_line(error)}); make"
         " room or make it writable, and the same command goes on with the"
         " answers."
     ) from error
