@@ -1,9 +1,11 @@
-r"""The paper's two analyses, of any student and teacher.
+r"""Analyses of any student and teacher: the paper's two, and the gradient.
 
   python -m prefix_distill.experiments.analyze --config=FILE[:ARG] \
     --what=position
   python -m prefix_distill.experiments.analyze --config=FILE[:ARG] \
     --what=teacher_prefix
+  python -m prefix_distill.experiments.analyze --config=FILE[:ARG] \
+    --what=gradient
 
 position
   Where the divergence is (figure 2). The student samples whole rollouts. For
@@ -15,10 +17,17 @@ teacher_prefix
   What a prefix is worth (figure 3). The student continues the first tokens of
   the teacher's answer, without any training. At least the last `--withheld`
   tokens stay hidden, so that no answer leaks.
+gradient
+  Where the gradient points. The student samples whole rollouts; the loss on the
+  first P tokens of each has a gradient, and its cosine with the gradient of the
+  whole loss says how far training on the prefix is training on the whole.
+  `halves` is the cosine of the whole gradients of two halves of the rollouts:
+  what noise leaves of 1.
 
 The numbers go to `analysis/` in --workdir as JSON, with a picture beside them.
 """
 
+from collections.abc import Iterator
 import dataclasses
 import functools
 import json
@@ -30,6 +39,7 @@ from absl import app
 from absl import flags
 from absl import logging
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 
@@ -50,22 +60,28 @@ from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 from prefix_distill.train import microbatch
 from prefix_distill.train import setup as setup_lib
+from prefix_distill.train import step as step_lib
 from prefix_distill.train import update
 from prefix_distill.train import workdir as workdir_lib
 
 _WHAT = flags.DEFINE_enum(
-    "what", "position", ["position", "teacher_prefix"], "Which analysis."
+    "what",
+    "position",
+    ["position", "teacher_prefix", "gradient"],
+    "Which analysis.",
 )
 _STUDENTS = flags.DEFINE_list(
-    "students", [], "position: other students to compare with the config's."
+    "students",
+    [],
+    "position, gradient: other students to compare with the config's.",
 )
 _BATCHES = flags.DEFINE_integer(
-    "batches", 4, "position: batches of data.batch_size prompts."
+    "batches", 4, "position, gradient: batches of data.batch_size prompts."
 )
 _LENGTHS = flags.DEFINE_list(
     "lengths",
     ["0", "16", "32", "64", "96"],
-    "teacher_prefix: tokens of the teacher's answer.",
+    "teacher_prefix: tokens of the teacher's answer; gradient: P.",
 )
 _WITHHELD = flags.DEFINE_integer(
     "withheld", 40, "teacher_prefix: last tokens that always stay hidden."
@@ -75,6 +91,41 @@ _WITHHELD = flags.DEFINE_integer(
 def _load(spec: Any, setup: setup_lib.Setup, model: Any) -> Params:
   models = setup.models
   return setup_lib.load_model(spec, model, models.mesh, models.config.seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scored:
+  """Whole rollouts of one student.
+
+  Attributes:
+    params: the student's weights.
+    parts: (prompts, rollouts), one for each batch.
+  """
+
+  params: Params
+  parts: Iterator[tuple[PromptBatch, Rollout]]
+
+
+def _rollouts(
+    setup: setup_lib.Setup, students: list[str], batches: int
+) -> Iterator[tuple[str, _Scored]]:
+  """Samples whole rollouts of each student, all to the same prompts."""
+  models, config = setup.models, setup.models.config
+  data = [next(setup.data)[0] for _ in range(batches)]
+  length = config.rollout.max_len
+  sampler = update.sampler(models, models.student, (length,))
+
+  def parts(params: Params) -> Iterator[tuple[PromptBatch, Rollout]]:
+    for number, prompts in enumerate(data):
+      batch = sharding.global_batch(prompts, models.sampling_mesh)
+      rollout = sampler.sample(params, batch, jax.random.key(number), length)
+      batch = generate.repeat_prompts(config.rollout.per_prompt, prompts)
+      yield sharding.global_batch(batch, models.mesh), rollout
+
+  for path in students:
+    spec = dataclasses.replace(config.student, path=path)
+    params = _load(spec, setup, models.student)
+    yield path, _Scored(params, parts(params))
 
 
 def position(
@@ -87,9 +138,8 @@ def position(
     students: the students' paths.
     batches: batches of prompts; all students get the same prompts.
   """
-  models, config = setup.models, setup.models.config
-  teacher_params = _load(config.teacher, setup, models.teacher)
-  data = [next(setup.data)[0] for _ in range(batches)]
+  models, out = setup.models, {}
+  teacher_params = _load(models.config.teacher, setup, models.teacher)
   exact = loss_lib.ExactLoss(models.loss.dist, score_tokens=True)
   sums_of = functools.partial(
       jax.jit(_position_sums, static_argnums=(0, 1, 2)),
@@ -97,20 +147,11 @@ def position(
       models.teacher,
       exact,
   )
-  out = {}
-  for path in students:
-    spec = dataclasses.replace(config.student, path=path)
-    params = _load(spec, setup, models.student)
-    length = config.rollout.max_len
-    sampler = update.sampler(models, models.student, (length,))
-    sums = np.zeros((3, length))
-    for number, prompts in enumerate(data):
-      batch = sharding.global_batch(prompts, models.sampling_mesh)
-      key = jax.random.key(number)
-      rollout = sampler.sample(params, batch, key, length)
-      batch = generate.repeat_prompts(config.rollout.per_prompt, prompts)
-      batch = sharding.global_batch(batch, models.mesh)
-      sums += np.asarray(sums_of(params, teacher_params, batch, rollout))
+  for path, scored in _rollouts(setup, students, batches):
+    sums = sum(
+        np.asarray(sums_of(scored.params, teacher_params, batch, rollout))
+        for batch, rollout in scored.parts
+    )
     count = np.maximum(sums[2], 1)
     out[path] = {
         "log_ratio": (sums[0] / count).tolist(),
@@ -118,6 +159,93 @@ def position(
         "rollouts": sums[2].tolist(),
     }
   return out
+
+
+def gradient(
+    setup: setup_lib.Setup,
+    students: list[str],
+    batches: int,
+    lengths: list[int],
+) -> dict[str, Any]:
+  """Returns cosines of prefixes' gradients with the whole one, by student.
+
+  Args:
+    setup: the setup of a run with a teacher.
+    students: the students' paths.
+    batches: batches of prompts, at least 2; all students get the same prompts.
+    lengths: P of the prefixes, above 0.
+  """
+  check(batches > 1, f"--batches is {batches}; set it to 2 or more.")
+  check(
+      all(length > 0 for length in lengths) and lengths,
+      f"--lengths is {lengths}; a prefix has 1 token or more.",
+  )
+  models, out = setup.models, {}
+  teacher_params = _load(models.config.teacher, setup, models.teacher)
+  score = jax.jit(loss_lib.score, static_argnums=(0, 1))
+  grads_of = jax.jit(
+      functools.partial(
+          _window_gradient,
+          models.student,
+          models.teacher,
+          models.loss,
+          step_lib.Watch(models.config.rollout.max_len, ()),
+      ),
+      static_argnums=0,
+  )
+  for path, scored in _rollouts(setup, students, batches):
+    totals = {length: [0.0, 0.0] for length in (*lengths, 0)}
+    for number, (batch, rollout) in enumerate(scored.parts):
+      scores = score(
+          models.teacher, models.loss, teacher_params, batch, rollout
+      )
+      for length, halves in totals.items():
+        window = step_lib.Window(0, length)
+        inputs = (batch, rollout, scores)
+        found = grads_of(window, scored.params, teacher_params, inputs)
+        halves[number % 2] = halves[number % 2] + found
+    whole = sum(totals[0])
+    out[path] = {
+        "halves": _cosine(*totals[0]),
+        "prefixes": [
+            {
+                "length": length,
+                "cosine": _cosine(sum(totals[length]), whole),
+                "norm": float(
+                    jnp.linalg.norm(sum(totals[length]))
+                    / jnp.linalg.norm(whole)
+                ),
+            }
+            for length in lengths
+        ],
+    }
+  return out
+
+
+def _window_gradient(
+    student: Model,
+    teacher: Model,
+    loss: loss_lib.Loss,
+    watch: step_lib.Watch,
+    window: step_lib.Window,
+    params: Params,
+    teacher_params: Params,
+    inputs: step_lib.Inputs,
+) -> jax.Array:
+  """Returns the gradient of the loss on a window, as one vector."""
+  head = None if inputs[2].hidden is None else teacher.head(teacher_params)
+
+  def summed(params: Params) -> jax.Array:
+    return step_lib.distillation_loss(
+        student, loss, watch, window, params, head, inputs
+    )[0]
+
+  return jax.flatten_util.ravel_pytree(jax.grad(summed)(params))[0]
+
+
+def _cosine(first: jax.Array, second: jax.Array) -> float:
+  norms = jnp.linalg.norm(first) * jnp.linalg.norm(second)
+  return float(jnp.vdot(first, second) / norms)
 
 
 def _position_sums(
@@ -252,8 +380,12 @@ def _analyze(config: Config, workdir: pathlib.Path) -> None:
 def _write(setup: setup_lib.Setup, directory: pathlib.Path) -> None:
   config = setup.models.config
   directory.mkdir(exist_ok=True)
-  if _WHAT.value == "position":
-    students = [config.student.path, *_STUDENTS.value]
+  students = [config.student.path, *_STUDENTS.value]
+  if _WHAT.value == "gradient":
+    lengths = sorted({int(n) for n in _LENGTHS.value} - {0})
+    found = gradient(setup, students, _BATCHES.value, lengths)
+    plots.cosine_against_prefix(found, directory / "gradient.png")
+  elif _WHAT.value == "position":
     found = position(setup, students, _BATCHES.value)
     plots.signal_against_position(found, directory / "position.png")
   else:

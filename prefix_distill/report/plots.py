@@ -349,3 +349,21 @@ def shade(tokens: Sequence[str], values: Sequence[float], top: float) -> str:
       '<div style="font-family:monospace;white-space:pre-wrap;line-height:1.6;'
       f'background:#fff;padding:8px">{"".join(spans)}</div>'
   )
+
+
+@_styled
+def cosine_against_prefix(found: dict[str, Any], path: pathlib.Path) -> str:
+  """Draws how a prefix's gradient points beside that of the whole rollout."""
+  figure, axes = _axes(
+      "Gradient of the loss on a prefix",
+      "tokens of the prefix",
+      "cosine with the whole gradient",
+  )
+  for i, (name, values) in enumerate(found.items()):
+    rows = values["prefixes"]
+    x, y = ([row[key] for row in rows] for key in ("length", "cosine"))
+    axes.plot(x, y, "o-", color=f"C{i}", label=name)
+    axes.axhline(values["halves"], color=f"C{i}", linestyle=":", linewidth=1)
+  axes.set_ylim(top=1.02)
+  axes.legend(title="dotted: two halves of the whole", title_fontsize=8)
+  return _save(figure, path)
