@@ -20,6 +20,7 @@ from jax._src import distributed as jax_distributed
 from prefix_distill import lost_process
 from prefix_distill.errors import check
 from prefix_distill.errors import ConfigError
+from prefix_distill.errors import redacted
 from prefix_distill.errors import shown
 from prefix_distill.errors import UserError
 
@@ -108,7 +109,9 @@ class FailureWatch:
       )
       trace = "".join(traceback.format_exception(error))
     where = f"process {_STATE.process_id} on {socket.gethostname()}"
-    self._leave(f"{trace}error: {sentence}", code, f"{where}: {sentence}")
+    sentence = redacted(sentence)
+    text = f"{redacted(trace)}error: {sentence}"
+    self._leave(text, code, f"{where}: {sentence}")
 
   def close(self) -> None:
     self._done.set()

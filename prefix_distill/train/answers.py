@@ -130,7 +130,7 @@ def _answers(
       num_tokens=tokenizer.num_tokens,
   )
   params = setup_lib.load_model(
-      config.teacher, models.teacher, models.mesh, config.seed
+      config.teacher, models.teacher, models.mesh, config.seed, poll
   )
   rows = microbatch.answers(
       models, model, sampler_config, params, batch.tokens.shape[1]
