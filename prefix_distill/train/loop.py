@@ -448,7 +448,7 @@ class Run:
         totals, seconds=totals.seconds + passed
     )
     return line | {
-        "dropped": self.setup.data.dropped,
+        **self.setup.data.counts(),
         **self.programs.compilations(),
         "seconds": self.totals.seconds,
         **clock.seconds,
