@@ -16,7 +16,7 @@ _PARAMETER = re.compile(
     r"[^&\s'\")]+",
     re.IGNORECASE,
 )
-_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
+_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 # Names of environment variables whose values are secret, and not paths.
 _VARIABLE = re.compile(r"(TOKEN|SECRET|PASSWORD|KEY)$", re.IGNORECASE)
 _SHORTEST = 8
