@@ -17,6 +17,7 @@ from prefix_distill.config import Config
 from prefix_distill.errors import check
 from prefix_distill.errors import check_path
 from prefix_distill.errors import one_line
+from prefix_distill.errors import redacted
 from prefix_distill.errors import shown
 from prefix_distill.errors import UserError
 
@@ -100,9 +101,10 @@ def parse(argv: list[str]) -> list[str]:
   except UserError as error:
     sys.exit(f"error: {error}")
   except flags.Error as error:
-    sys.exit(f"error: {flag_sentence(error)}")
+    sys.exit(f"error: {redacted(flag_sentence(error))}")
   except OSError as error:
-    sys.exit(f"error: --config: {one_line(error)}; give a file that is there.")
+    reason = redacted(one_line(error))
+    sys.exit(f"error: --config: {reason}; give a file that is there.")
   except (MemoryError, RecursionError):  # Thousands of brackets, say.
     name = max(argv, key=len).partition("=")[0]
     sys.exit(

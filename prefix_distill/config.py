@@ -29,6 +29,7 @@ import pydantic.dataclasses
 import pydantic_core
 
 from prefix_distill.errors import ConfigError
+from prefix_distill.errors import redacted
 from prefix_distill.errors import shown
 
 # A field's name in a template.
@@ -62,6 +63,11 @@ _MENDS = {
     "int_from_float": " ({kind}); give an int.",
     "float_type": " ({kind}); give a float.",
     "bool_type": " ({kind}); give a bool, True or False.",
+    "secret": (
+        ", which has a password or a token in it, and settings are written to"
+        " config.json; take it out, and log in with HF_TOKEN or `hf auth"
+        " login`."
+    ),
     "string_type": " ({kind}); give a str.",
     "tuple_type": " ({kind}); give a list.",
     "dict_type": ", but it is a group of names; set NAME.FIELD.",
@@ -103,6 +109,17 @@ _Text = Annotated[
 _LINE = r"^[^\p{Cc}\p{Cf}\p{Zl}\p{Zp}]*$"
 _Str = Annotated[str, Field(strict=True, max_length=1000, pattern=_LINE)]
 _Name = Annotated[_Str, Field(min_length=1)]
+
+
+def _without_secret(value: str) -> str:
+  """Refuses a password or a token, which `config.json` would show."""
+  if redacted(value) != value:
+    raise pydantic_core.PydanticCustomError("secret", "secret")
+  return value
+
+
+# Of a model or a data set.
+_Place = Annotated[_Str, pydantic.AfterValidator(_without_secret)]
 # A part of files' names, whose bytes are bounded.
 _SetName = Annotated[
     str, Field(strict=True, min_length=1, max_length=50, pattern=_LINE)
@@ -211,13 +228,13 @@ class ModelSpec:
       those of `path`.
   """
 
-  path: _Name
+  path: Annotated[_Place, Field(min_length=1)]
   compute_dtype: _Dtype = "float32"
   param_dtype: _Dtype = "float32"
   remat: Literal["none", "full", "dots", "offload"] = "none"
   offload: _Bool = False
   random_init: _Bool = False
-  tokenizer: _Str = ""
+  tokenizer: _Place = ""
 
   @property
   def tokenizer_path(self) -> str:
@@ -251,7 +268,7 @@ class DatasetSpec:
       that begins with "Answer:", and one of them must be right.
   """
 
-  source: _Name
+  source: Annotated[_Place, Field(min_length=1)]
   split: _Str = "train"
   subset: _Str = ""
   question: _Str = "question"

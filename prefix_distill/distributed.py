@@ -21,6 +21,7 @@ from prefix_distill import lost_process
 from prefix_distill.errors import check
 from prefix_distill.errors import ConfigError
 from prefix_distill.errors import one_line
+from prefix_distill.errors import redacted
 from prefix_distill.errors import shown
 from prefix_distill.errors import UserError
 
@@ -104,7 +105,9 @@ class FailureWatch:
       )
       trace = "".join(traceback.format_exception(error))
     where = f"process {_STATE.process_id} on {socket.gethostname()}"
-    self._leave(f"{trace}error: {sentence}", code, f"{where}: {sentence}")
+    sentence = redacted(sentence)
+    text = f"{redacted(trace)}error: {sentence}"
+    self._leave(text, code, f"{where}: {sentence}")
 
   def close(self) -> None:
     self._done.set()

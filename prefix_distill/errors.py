@@ -1,14 +1,59 @@
-"""Errors that only the user can fix."""
+"""Errors that only the user can fix, and what no message may show."""
 
+import os
+import re
+import sys
+import traceback
 from typing import Any
 
 # Characters of a value that a sentence shows, of a library's words, and of a
 # path.
 _SHOWN, _LINE, _PATH = 200, 600, 1000
+# The user and password of a URL; `pathlib` makes one slash of two.
+_LOGIN = re.compile(r"(?<=\w:)(//?)[^/\s@'\"]+@")
+# A parameter of a URL that gives access; and a token of the hub's.
+_PARAMETER = re.compile(
+    r"([?&][^=&\s]*(?:token|key|secret|passw|pwd|auth|sig)[^=&\s]*=)"
+    r"[^&\s'\")]+",
+    re.IGNORECASE,
+)
+_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
+# Names of environment variables whose values are secret, and not paths.
+_VARIABLE = re.compile(r"(TOKEN|SECRET|PASSWORD|KEY)$", re.IGNORECASE)
+_SHORTEST = 8
+
+
+def redacted(text: str) -> str:
+  """Returns a text without passwords and tokens.
+
+  They are those of URLs (`https://USER:PASSWORD@HOST`, `?token=TOKEN`), tokens
+  of the hub, and values of environment variables such as HF_TOKEN.
+  """
+  text = _LOGIN.sub(r"\1***@", text)
+  text = _PARAMETER.sub(r"\1***", text)
+  text = _HUB_TOKEN.sub("hf_***", text)
+  for name, value in os.environ.items():
+    secret = _VARIABLE.search(name) and not value.startswith("/")
+    if secret and len(value) >= _SHORTEST:
+      text = text.replace(value, "***")
+  return text
+
+
+def hide_secrets() -> None:
+  """Lets no traceback that ends the program show a password or a token."""
+
+  def hook(kind: type, error: BaseException, trace: Any) -> None:
+    lines = traceback.format_exception(kind, error, trace)
+    print(redacted("".join(lines)), end="", file=sys.stderr, flush=True)
+
+  sys.excepthook = hook
 
 
 class UserError(Exception):
   """A mistake of the user; the message says in one sentence how to fix it."""
+
+  def __init__(self, message: str = ""):
+    super().__init__(redacted(message))
 
 
 class ConfigError(UserError):

@@ -11,6 +11,7 @@ import rich.console
 
 from prefix_distill import command_line
 from prefix_distill import distributed
+from prefix_distill.errors import hide_secrets
 from prefix_distill.errors import UserError
 
 
@@ -45,6 +46,7 @@ def _train() -> str:
 def main(argv: list[str]) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)
+  hide_secrets()
   stopped = ""
   try:
     if command_line.PREFLIGHT.value:

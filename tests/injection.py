@@ -815,7 +815,9 @@ room is made once the run says that it waits, or has ended.
 
 One of two processes that dies or freezes ends the other within
 `--distributed_heartbeat` ({heartbeat} s here) and {spare} s; before they have
-met, within `--distributed_timeout` ({timeout} s here) more.
+met, within `--distributed_timeout` ({timeout} s here) more. The other one says
+in one sentence what it lost. Its exit status is 1 if it finds out itself, and
+134 if JAX does first: JAX then aborts the process from a thread of C++.
 
 Measured {day} on {machine}, {cores} cores, with {versions}.
 

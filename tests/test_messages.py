@@ -271,6 +271,11 @@ def test_records_are_dropped_and_counted_by_their_reasons(tokenizer, tmp_path):
     assert next(iterator)[0].index[0] in (3, 4)
   assert set(iterator.reasons) == {"empty", "broken", "long"}
   assert iterator.reasons.total() == iterator.dropped
+  counts = iterator.counts()
+  assert list(counts) == [
+      "dropped", "dropped_broken", "dropped_empty", "dropped_long",
+  ]  # fmt: skip
+  assert counts.pop("dropped") == sum(counts.values()) >= 3
   assert set(iterator.noted) == {"plain"}
   notes = "\n".join(iterator.notes)
   for words in ("Dropped 1 of the first 5 records", "empty in a field",

@@ -4,6 +4,7 @@ import pathlib
 
 import pytest
 
+from prefix_distill.errors import UserError
 from prefix_distill.report import report
 
 
@@ -52,7 +53,22 @@ def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", [b"\xff\xfe\n", b"[1]\n", b"{}\n", b'{"step": "two"}\n', b"\0\n"]
+    "damage",
+    [
+        b"\xff\xfe\n",
+        b"[1]\n",
+        b"{}\n",
+        b'{"step": "two"}\n',
+        b"\0\n",
+        b"[" * 100_000 + b"\n",
+        b'{"step": 2, "kl": ' + b"[" * 900 + b"]" * 900 + b"}\n",
+        b'{"step": ' + b"9" * 5000 + b"}\n",
+        b'{"step": ' + b"9" * 99 + b"}\n",
+        b'{"step": -2}\n',
+        b'{"step": 2, "prefix_len": NaN}\n',
+        b'{"step": 2, "prefix_len": 1e999}\n',
+    ],
+    ids=range(12),
 )
 def test_a_damaged_line_takes_no_other_with_it(tmp_path, damage, capsys):
   path = tmp_path / "metrics.jsonl"
@@ -66,6 +82,14 @@ def test_a_damaged_line_takes_no_other_with_it(tmp_path, damage, capsys):
   path.unlink()
   write(path, [], resume_step=3)
   assert "lacks the lines of 3 of the first 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.partial"])
+def test_a_directory_in_its_place_is_named(tmp_path, name):
+  path = tmp_path / "metrics.jsonl"
+  (tmp_path / name).mkdir()
+  with pytest.raises(UserError, match="metrics.jsonl cannot be written"):
+    report.MetricsWriter(path, None)
 
 
 def test_a_disk_that_is_full_for_a_while_loses_no_line(

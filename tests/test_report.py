@@ -80,6 +80,14 @@ def test_what_was_spent_is_told_by_both_accountings():
   assert "formula" not in report.spent(RUN)
 
 
+def test_the_reasons_of_what_was_dropped_are_told(tmp_path):
+  assert "dropped" not in write([update(1, dropped=0)], tmp_path)
+  some = {"dropped": 1, "dropped_long": 1}
+  more = {"dropped": 5, "dropped_empty": 2, "dropped_long": 3}
+  text = write([update(1, **some), update(2, **more)], tmp_path)
+  assert "5 training records were dropped (2 empty, 3 long)." in text
+
+
 def test_the_table_holds_accuracy_and_how_answers_end(tmp_path):
   text = write(RUN, tmp_path)
   rows = [line for line in text.splitlines() if line.startswith("|")]

@@ -412,6 +412,38 @@ def test_answers_that_cannot_be_kept_are_said_once(capsys):
   assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff\xfe",
+        b"5",
+        b"[1, [2]]",
+        b"[" * 100_000,
+        b"[1, [2, " + b"9" * 5000 + b"], true]",
+        b"[1, [2, 1e3], true]",
+        b"[1, [-2], true]",
+        b"[1, [], true]",
+        b"[1, [2], NaN]",
+        b"[7, [2], true]",
+        b"[true, [2], true]",
+    ],
+    ids=range(11),
+)
+def test_kept_answers_end_at_a_line_that_is_none(line, tmp_path):
+  good = (b"[2, [3, 4], true]", b"[0, [5], false]")
+  file = tmp_path / "answers"
+  file.write_bytes(b"\n".join((*good, line, b"[3, [6], true]")))
+  found = continuous_batching._read_answers(file, 4)
+  assert found == {2: ([3, 4], True), 0: ([5], False)}
+
+
+def test_kept_answers_that_are_no_file_are_none(tmp_path):
+  for place in (tmp_path, tmp_path / "none", tmp_path / "none" / "answers"):
+    assert continuous_batching._read_answers(place, 4) == {}
+    continuous_batching.forget_answers(place)
+  assert tmp_path.is_dir()
+
+
 def test_answers_whose_directory_cannot_be_made_are_not_kept(capsys, tmp_path):
   (tmp_path / "file").write_text("no directory")
   with continuous_batching._kept(tmp_path / "file" / "answers") as keep:

@@ -13,6 +13,9 @@ from damage import DAMAGES
 import pytest
 import toys
 
+from prefix_distill.train import loop
+from prefix_distill.train import setup as setup_lib
+
 _ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -181,16 +184,37 @@ def test_a_preemption_that_leaves_no_time_ends_within_the_update(
   assert _metrics(workdir) == _metrics(whole[0])
 
 
+# Flags, the file that keeps the answers, and what is said.
+_EVALUATES = (
+    ("--config.evaluation.sets.heldout.size=120", "--config.steps=2"),
+    "step-2-student-heldout-sampled.jsonl",
+    "Stopped during an evaluation",
+)
+_TEACHER_ANSWERS = (
+    (
+        "--config.method=seqkd",
+        "--config.rollout.per_prompt=1",
+        "--config.steps=15",
+        "--config.data.batch_size=8",
+        "--config.rollout.max_len=250",
+        "--config.evaluation.every=0",
+    ),
+    "teacher-answers.jsonl",
+    "Stopped while the teacher answers",
+)
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_an_evaluation_goes_on_with_the_answers_that_it_has(
-    cache, tmp_path, how
+@pytest.mark.parametrize("phase", [_EVALUATES, _TEACHER_ANSWERS])
+def test_a_phase_goes_on_with_the_answers_that_it_has(
+    cache, tmp_path, phase, how
 ):
-  many = ("--config.evaluation.sets.heldout.size=120", "--config.steps=2")
-  code, _, err = _finish(_start(tmp_path / "whole", cache, *many))
+  flags, name, said = phase
+  code, _, err = _finish(_start(tmp_path / "whole", cache, *flags))
   assert code == 0, err
   workdir = tmp_path / "run"
-  process, deadline = _start(workdir, cache, *many), time.time() + 240
-  file = workdir / "unfinished/step-2-student-heldout-sampled.jsonl"
+  process, deadline = _start(workdir, cache, *flags), time.time() + 240
+  file = workdir / "unfinished" / name
   while not file.is_file() or file.read_text().count("\n") < 30:
     assert time.time() < deadline and process.poll() is None
     time.sleep(0.01)
@@ -200,13 +224,31 @@ def test_an_evaluation_goes_on_with_the_answers_that_it_has(
   assert time.time() - start < 20
   if how == signal.SIGTERM:
     assert code == 130
-    assert "Stopped during an evaluation" in err.splitlines()[-1]
+    assert said in err.splitlines()[-1]
   kept = file.read_text()
   assert 30 <= kept.count("\n") < 120
-  code, _, err = _finish(_start(workdir, cache, *many))
+  process, began = _start(workdir, cache, *flags), ""
+  while file.is_file():  # Answers are added to those that were there.
+    began = file.read_text() or began
+  code, _, err = _finish(process)
   assert code == 0, err
+  assert began.startswith(kept[: kept.rindex("\n") + 1])
   assert _metrics(workdir) == _metrics(tmp_path / "whole")
+  for path in ("answers.parquet", "export/model.safetensors"):
+    if (tmp_path / "whole" / path).exists():
+      whole = (tmp_path / "whole" / path).read_bytes()
+      assert (workdir / path).read_bytes() == whole
   assert not file.parent.exists()
+
+
+def test_a_signal_is_heard_between_the_tensors_of_a_model(tmp_path):
+  config = toys.run_config("bundled:capable", "bundled:teacher")
+  setup = setup_lib.prepare(config, tmp_path)
+  stop = loop.Stop()
+  stop.wanted = True
+  with pytest.raises(loop.Stopped, match="while weights were read"):
+    loop.Run(setup, tmp_path, stop=stop)
+  assert not list(tmp_path.glob("checkpoints/*"))
 
 
 def test_a_finished_run_reports_again_and_changes_nothing(whole, cache):

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -125,9 +126,32 @@ def test_a_holder_elsewhere_is_dead_once_it_counts_no_more(
   Lock(tmp_path).release()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"pid": 1}', "\0"])
+_DEEP, _DIGITS = b"[" * 100_000, b"9" * 5_000
+_HOLDER = json.dumps(dataclasses.asdict(Holder.here())).encode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'{"pid": 1}',
+        b"\0",
+        b"\xff\xfe",
+        _DEEP,
+        b'{"pid": ' + _DIGITS + b"}",
+        re.sub(rb'"beat": [^,}]*', b'"beat": NaN', _HOLDER),
+        re.sub(rb'"beat": [^,}]*', b'"beat": "now"', _HOLDER),
+        re.sub(rb'"pid": \d+', b'"pid": ' + b"9" * 30, _HOLDER),
+        re.sub(rb'"pid": \d+', b'"pid": 0', _HOLDER),
+        re.sub(rb'"token": "\w+"', b'"token": []', _HOLDER),
+    ],
+    ids=range(14),
+)
 def test_a_lock_that_says_nothing_is_nobodys(text, tmp_path):
-  (tmp_path / "lock").write_text(text)
+  (tmp_path / "lock").write_bytes(text)
   Lock(tmp_path).release()
 
 
@@ -246,7 +270,25 @@ def test_steps_that_decided_the_past_are_not_raised(method, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "contents.json"])
-@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"7", b"\xff\xfe", None])
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"7",
+        b"\xff\xfe",
+        None,
+        _DEEP,
+        b"[" * 900 + b"]" * 900,
+        b'{"seed": ' + b"[" * 900 + b"]" * 900 + b"}",
+        b'{"seed": ' + _DIGITS + b"}",
+        b'{"seed": 1e999}',
+        b'{"seed": -Infinity}',
+        b'{"data.train": NaN}',
+    ],
+    ids=range(13),
+)
 def test_damaged_files_of_a_workdir_are_named(name, text, tmp_path):
   assert not _claim(tmp_path, _config())
   (tmp_path / name).unlink()

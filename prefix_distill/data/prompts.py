@@ -522,6 +522,11 @@ class PromptIterator:
       return batch, None
     return batch, Rollout(stack("completion"), stack("completion_mask"))
 
+  def counts(self) -> dict[str, int]:
+    """Returns how many records were dropped so far, and for which reasons."""
+    reasons = {f"dropped_{name}": n for name, n in self.reasons.items()}
+    return {"dropped": self.dropped, **dict(sorted(reasons.items()))}
+
   def get_state(self) -> str:
     """Returns the stream's position as JSON."""
     return json.dumps(

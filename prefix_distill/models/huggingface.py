@@ -5,6 +5,7 @@ a config means is what transformers computes from it. Files that say two things,
 or nothing that can be computed, are refused in one sentence.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 import dataclasses
@@ -442,7 +443,11 @@ def check_weights(path: str, config: ModelConfig) -> None:
 
 
 def load_params(
-    path: str, model: Model, shardings: Any, dtype: str = "float32"
+    path: str,
+    model: Model,
+    shardings: Any,
+    dtype: str = "float32",
+    poll: Callable[[], None] = lambda: None,
 ) -> Params:
   """Reads weights straight into their shards.
 
@@ -454,6 +459,7 @@ def load_params(
     model: the architecture that `read_config` gave.
     shardings: a tree like the parameters'.
     dtype: what to convert to.
+    poll: called before each parameter; it may raise to stop.
 
   Raises:
     ModelFilesError: the files are incomplete or do not fit the config.
@@ -464,6 +470,7 @@ def load_params(
   tensors = families.FAMILIES[config.family].tensors
 
   def load(tree_path, leaf, placement):
+    poll()
     ours = sharding.path_name(tree_path)
     tensor = tensors[ours]
     names = tensor.names(config.num_layers)

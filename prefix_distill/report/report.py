@@ -28,6 +28,7 @@ import rich.text
 from prefix_distill import strict_json
 from prefix_distill.config import Config
 from prefix_distill.config import LossSpec
+from prefix_distill.errors import UserError
 from prefix_distill.report import plots
 
 Line = dict[str, Any]
@@ -77,6 +78,9 @@ class MetricsWriter:
       path: the file.
       resume_step: keeps lines up to this step; the run writes later lines
         again. None starts with an empty file.
+
+    Raises:
+      UserError: it cannot be written.
     """
     kept = []
     if resume_step is not None:
@@ -91,8 +95,14 @@ class MetricsWriter:
             flush=True,
         )
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(_json_line(values) for values in kept))
-    partial.rename(path)
+    try:
+      partial.write_text("".join(_json_line(values) for values in kept))
+      partial.rename(path)
+    except OSError as error:
+      raise UserError(
+          f"{path} cannot be written ({error.strerror}); make room, or remove"
+          " what is in its place."
+      ) from error
     self._path, self.kept = path, kept
     self._waiting: list[str] = []
     self._failed = False
@@ -386,8 +396,23 @@ def spent(lines: Sequence[Line]) -> str:
   )
 
 
+def dropped(lines: Sequence[Line]) -> str:
+  """Says how many records were dropped, for which reasons; "" if none."""
+  last = next((x for x in reversed(lines) if x.get("dropped")), None)
+  if last is None:
+    return ""
+  counts = ", ".join(
+      f"{count} {name.removeprefix('dropped_')}"
+      for name, count in last.items()
+      if name.startswith("dropped_")
+  )
+  return f"{last['dropped']} training records were dropped ({counts})."
+
+
 def _markdown(lines: Sequence[Line], pictures: Sequence[str]) -> str:
   parts = ["# Report\n", spent(lines) + "\n"]
+  updates = [line for line in lines if "prefix_len" in line]
+  parts += [f"{text}\n" for text in [dropped(updates)] if text]
   parts += [f"> **{text}**\n" for text in alarms(lines).values()]
   for dataset in sorted({line["set"] for line in lines if "set" in line}):
     parts.append(f"## {dataset}\n")

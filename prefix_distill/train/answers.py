@@ -52,9 +52,14 @@ def with_answers(
 
   Raises:
     DataError: no answer ended within `rollout.max_len` tokens.
-    AnswersError: the disk fails.
+    AnswersError: the answers cannot be written.
   """
   path, unfinished = workdir / FILE, workdir / _UNFINISHED
+  if path.is_dir():
+    raise AnswersError(
+        f"{path} is a directory, and the teacher's answers would be there;"
+        " remove it."
+    )
   if not distributed.from_first("answers", path.is_file()):
     rows = list(_answers(setup, unfinished, poll))
     if not rows:
@@ -131,7 +136,7 @@ def _answers(
       num_tokens=tokenizer.num_tokens,
   )
   params = setup_lib.load_model(
-      config.teacher, models.teacher, models.mesh, config.seed
+      config.teacher, models.teacher, models.mesh, config.seed, poll
   )
   rows = microbatch.answers(
       models, model, sampler_config, params, batch.tokens.shape[1]

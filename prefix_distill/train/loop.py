@@ -31,11 +31,13 @@ import tqdm
 from prefix_distill import distributed
 from prefix_distill import sharding
 from prefix_distill.config import Config
+from prefix_distill.config import ModelSpec
 from prefix_distill.data import prompts as prompts_lib
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.errors import one_line
 from prefix_distill.errors import UserError
 from prefix_distill.evaluate import evaluator
+from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.report import flops
 from prefix_distill.report import report
@@ -194,9 +196,7 @@ class Run:
     self.last_saved = step = found and found.step
     if found is None:
       workdir_lib.check_not_lost(self.workdir)
-      params = setup_lib.load_model(
-          self.config.student, models.student, models.mesh, self.config.seed
-      )
+      params = self._load(self.config.student, models.student)
       state = self.programs.init(params)
     else:
       state, self.totals = found.state, found.totals
@@ -211,10 +211,14 @@ class Run:
         "evaluations", _evaluations(lines, step)
     )
     if models.teacher is not None:
-      self.teacher_params = setup_lib.load_model(
-          self.config.teacher, models.teacher, models.mesh, self.config.seed
-      )
+      self.teacher_params = self._load(self.config.teacher, models.teacher)
     return state
+
+  def _load(self, spec: ModelSpec, model: Model) -> Params:
+    poll = functools.partial(_poll, self.stop, "while weights were read")
+    return setup_lib.load_model(
+        spec, model, self.models.mesh, self.config.seed, poll
+    )
 
   @property
   def cap(self) -> int:
@@ -445,7 +449,7 @@ class Run:
         totals, seconds=totals.seconds + passed
     )
     return line | {
-        "dropped": self.setup.data.dropped,
+        **self.setup.data.counts(),
         **self.programs.compilations(),
         "seconds": self.totals.seconds,
         **clock.seconds,
@@ -549,7 +553,7 @@ def _any_process(wanted: bool) -> bool:
 def _poll(stop: Stop, when: str) -> None:
   """Raises Stopped if any process wants to stop; every process must ask."""
   if _any_process(stop.wanted):
-    raise Stopped(f"Stopped {when}; the same command goes on with it.")
+    raise Stopped(f"Stopped {when}; the same command goes on from there.")
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Everything that can fail, before anything expensive."""
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
 import pathlib
@@ -406,13 +407,27 @@ def export_student(
 
 
 def load_model(
-    spec: ModelSpec, model: Model, mesh: jax.sharding.Mesh, seed: int
+    spec: ModelSpec,
+    model: Model,
+    mesh: jax.sharding.Mesh,
+    seed: int,
+    poll: Callable[[], None] = lambda: None,
 ) -> Params:
-  """Loads weights into their shards, or draws random ones there."""
+  """Loads weights into their shards, or draws random ones there.
+
+  Args:
+    spec: where they are, and where they go.
+    model: the architecture.
+    mesh: the device mesh.
+    seed: of random weights.
+    poll: see `hf.load_params`.
+  """
   shardings = sharding.param_shardings(model.abstract_params(), mesh)
   if spec.offload:
     shardings = sharding.on_host(shardings)
   if spec.random_init:
     init = jax.jit(model.init, out_shardings=shardings)
     return init(jax.random.key(seed))
-  return hf.load_params(spec.path, model, shardings, spec.param_dtype)
+  return hf.load_params(
+      spec.path, model, shardings, spec.param_dtype, poll
+  )

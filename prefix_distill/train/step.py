@@ -277,6 +277,13 @@ def gradient(
   return total if before is None else jax.tree.map(jnp.add, before, total)
 
 
+def guarded(finite: jax.Array, new: Any, old: Any) -> Any:
+  """Returns the new arrays of a tree if all is finite, and else the old."""
+  return jax.tree.map(
+      lambda new, old: jnp.where(finite, new, old), new, old
+  )
+
+
 def apply(
     tx: optax.GradientTransformation,
     normalize: str,
@@ -313,10 +320,8 @@ def apply(
   finite = jnp.isfinite(total.sums["loss"][0])
   for norm in norms.values():
     finite &= jnp.isfinite(norm)
-  params, opt_state = jax.tree.map(
-      lambda new, old: jnp.where(finite, new, old),
-      (params, opt_state),
-      (state.params, state.opt_state),
+  params, opt_state = guarded(
+      finite, (params, opt_state), (state.params, state.opt_state)
   )
   metrics = {
       name: summed / number  # NaN in a bin without tokens.
