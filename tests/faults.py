@@ -173,8 +173,8 @@ _DISTILL = (
     ),
     _fault(
         "the teacher scores each position's next token",
-        "mask, mask,\n      tokens, mesh=model.mesh",
-        "mask, mask,\n      jnp.roll(tokens, -1, 1), mesh=model.mesh",
+        "TokenInputs(mask, mask, tokens),",
+        "TokenInputs(mask, mask, jnp.roll(tokens, -1, 1)),",
         "chunked_head.py::test_token_scores_are_those_of_the_softmax",
     ),
     _fault(
