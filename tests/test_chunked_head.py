@@ -206,8 +206,11 @@ def test_positions_that_are_padding_in_all_rows_are_left_out():
 
   memory = ROWS * 4 * 4 * VOCABULARY  # one position of all rows
   seen = chunked_head.per_token(
-      count, HIDDEN, HEAD, ROLLOUT.mask, ROLLOUT.mask, ROLLOUT.tokens,
-      memory=memory,
+      count,
+      chunked_head.HeadInputs(HIDDEN, HEAD),
+      chunked_head.TokenInputs(ROLLOUT.mask, ROLLOUT.mask, ROLLOUT.tokens),
+      None,
+      memory,
   )["seen"]
   assert (seen[:, : max(LENGTHS)] == 1).all()
   assert (seen[:, max(LENGTHS) :] == 0).all()

@@ -10,7 +10,6 @@ The template alone decides where the first token (BOS) stands. The tokenizer
 adds none.
 """
 
-import codecs
 from collections.abc import Iterable
 from collections.abc import Sequence
 import dataclasses
@@ -356,69 +355,6 @@ def _squeezed(text: str) -> str:
   return "".join(unicodedata.normalize("NFKC", text).split())
 
 
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
-  """Reads a JSON object, with a byte order mark or without.
-
-  Raises:
-    TokenizerError: the file is no JSON object.
-  """
-  try:
-    mark, text = codecs.BOM_UTF8, file.read_bytes()
-    found = strict_json.parse(text.removeprefix(mark), finite=False)
-  except (OSError, strict_json.JsonError) as error:
-    raise TokenizerError(
-        f"{file} cannot be read as JSON ({one_line(error)}); download it again."
-    ) from error
-  if not isinstance(found, dict):
-    raise TokenizerError(
-        f"{file} is a {type(found).__name__}, not a JSON object; download it"
-        " again."
-    )
-  return found
-
-
-def _listed_stops(file: pathlib.Path, num_tokens: int) -> list[int]:
-  """Returns the stop tokens that a file names.
-
-  Raises:
-    TokenizerError: one of them is no token.
-  """
-  if not file.is_file():
-    return []
-  found = _read_json(file).get("eos_token_id")
-  found = found if isinstance(found, list) else [found]
-  stops = [token for token in found if token is not None]
-  for token in stops:
-    if not isinstance(token, int) or isinstance(token, bool):
-      raise TokenizerError(
-          f"{file} has {token!r} in eos_token_id, which is no token id; write"
-          " an integer or a list of integers."
-      )
-    if not 0 <= token < num_tokens:
-      raise TokenizerError(
-          f"{file} has {token} in eos_token_id, but the tokenizer's ids are 0"
-          f" to {num_tokens - 1}, so that no answer would end there; correct"
-          " it."
-      )
-  return stops
-
-
-def _stop_ids(directory: pathlib.Path, pretrained: Any) -> tuple[int, ...]:
-  """The tokenizer's end of sequence and those of the generation config.
-
-  As in transformers, config.json stands in for a generation config that is not
-  there.
-  """
-  stops = []
-  if pretrained.eos_token_id is not None:
-    stops.append(pretrained.eos_token_id)
-  file = directory / "generation_config.json"
-  if not file.is_file():
-    file = directory / "config.json"
-  stops += _listed_stops(file, len(pretrained))
-  return tuple(sorted(set(stops)))
-
-
 # What a tokenizer is made of.
 _FILES = (
     "tokenizer.json",
@@ -447,7 +383,7 @@ def _check_config(directory: pathlib.Path) -> None:
   file = directory / "config.json"
   if not file.is_file():
     return
-  _read_json(file)
+  hf.read_json(file)
   try:
     transformers.AutoConfig.from_pretrained(
         directory, trust_remote_code=False
@@ -493,7 +429,9 @@ def load(path: str, system: str | None = None) -> Tokenizer:
         " and none is called default; write the one to use into"
         " chat_template.jinja."
     )
-  stops = _stop_ids(directory, pretrained)
+  end = pretrained.eos_token_id
+  stops = {*hf.stop_ids(directory, len(pretrained)), end} - {None}
+  stops = tuple(sorted(stops))
   if not stops:
     raise TokenizerError(
         f"{path}: neither the tokenizer nor generation_config.json names an"

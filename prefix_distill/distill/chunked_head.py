@@ -12,9 +12,11 @@ sums over it travel; its gradient is summed over devices once, at the end,
 instead of once a chunk.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
+from typing import NamedTuple
 from typing import Protocol
 
 import jax
@@ -56,33 +58,58 @@ class TokenLoss(Protocol):
     """
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 8, 9))
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HeadInputs:
+  """What the logits of one model or two are formed of.
+
+  Attributes:
+    hidden: [B, P, D], the student's final hidden states.
+    head: [V, D], its output head.
+    other_hidden: [B, P, D'], the teacher's, of any width; None if there is no
+      teacher.
+    other_head: [V', D'], its head; rows beyond the student's are padding.
+  """
+
+  hidden: jax.Array
+  head: jax.Array
+  other_hidden: jax.Array | None = None
+  other_head: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenInputs:
+  """What else a loss knows of each token.
+
+  Attributes:
+    weights: [B, P], of each token in the sum.
+    mask: bool [B, P], true on tokens that metrics are wanted of; those after
+      the last one, in all rows, may be left out altogether.
+    extras: a tree of [B, P], cut into chunks along with the states.
+  """
+
+  weights: jax.Array
+  mask: jax.Array
+  extras: Any = None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
 def weighted_sum(
     loss: TokenLoss,
-    hidden: jax.Array,
-    head: jax.Array,
-    weights: jax.Array,
-    mask: jax.Array,
-    extras: Any,
-    other_hidden: jax.Array | None = None,
-    other_head: jax.Array | None = None,
+    inputs: HeadInputs,
+    tokens: TokenInputs,
     mesh: jax.sharding.Mesh | None = None,
     memory: int = 2**28,
 ) -> tuple[jax.Array, PerToken]:
   """Sums a loss over tokens, straight from hidden states.
 
-  Differentiable in `hidden` and `head` alone.
+  Differentiable in the student's states and head alone.
 
   Args:
     loss: of a chunk of tokens.
-    hidden: [B, P, D], the student's final hidden states.
-    head: [V, D], its output head.
-    weights: [B, P], of each token in the sum.
-    mask: bool [B, P], true on tokens that metrics are wanted of; those after
-      the last one, in all rows, may be left out altogether.
-    extras: a tree of [B, P], cut into chunks along with the states.
-    other_hidden: [B, P, D'], the teacher's, of any width.
-    other_head: [V', D'], its head; rows beyond the student's are padding.
+    inputs: states and heads.
+    tokens: weights and the like.
     mesh: the device mesh; None for one device.
     memory: bytes of logits, roughly, that may exist at a time on a device.
 
@@ -90,15 +117,12 @@ def weighted_sum(
     The sum, float32 []; and the metrics, each [B, P], 0 where they were left
     out.
   """
-  return _run(
-      loss, hidden, head, weights, mask, extras, other_hidden, other_head,
-      mesh, memory, with_gradient=False,
-  )[0]
+  return _run(loss, inputs, tokens, mesh, memory, with_gradient=False)[0]
 
 
-def per_token(loss: TokenLoss, *args: Any, **options: Any) -> PerToken:
+def per_token(*args: Any) -> PerToken:
   """Returns the metrics of `weighted_sum` alone, without gradients."""
-  return jax.lax.stop_gradient(weighted_sum(loss, *args, **options)[1])
+  return jax.lax.stop_gradient(weighted_sum(*args)[1])
 
 
 def chunks(tokens: int, vocabulary: int, memory: int) -> tuple[int, int]:
@@ -118,59 +142,64 @@ def chunks(tokens: int, vocabulary: int, memory: int) -> tuple[int, int]:
 @jax.named_scope("loss")
 def _run(
     loss: TokenLoss,
-    hidden: jax.Array,
-    head: jax.Array,
-    weights: jax.Array,
-    mask: jax.Array,
-    extras: Any,
-    other_hidden: jax.Array | None,
-    other_head: jax.Array | None,
+    inputs: HeadInputs,
+    tokens: TokenInputs,
     mesh: jax.sharding.Mesh | None,
     memory: int,
     with_gradient: bool = True,
 ) -> tuple[tuple[jax.Array, PerToken], tuple[jax.Array, jax.Array] | None]:
   """Runs `_local` on every device; returns the sum, metrics and gradients."""
-  rows, width = head.shape
+  (rows, width), other_head = inputs.head.shape, inputs.other_head
   if other_head is not None and len(other_head) != rows:
     # What the smaller vocabulary lacks is padding in the other one.
     padding = ((0, max(rows - len(other_head), 0)), (0, 0))
     other_head = jnp.pad(other_head[:rows], padding)
-  weights = weights.astype(jnp.float32)
-  arrays = (hidden, head, weights, mask, extras, other_hidden, other_head)
+    inputs = dataclasses.replace(inputs, other_head=other_head)
+  weights = tokens.weights.astype(jnp.float32)
+  tokens = dataclasses.replace(tokens, weights=weights)
+  local = functools.partial(_local, loss, memory, with_gradient)
   if mesh is None or mesh.size == 1:
-    return _local(loss, memory, with_gradient, None, None, None, *arrays)
-  tensor = "tensor" if rows % mesh.shape["tensor"] == 0 else None
-  fsdp = "fsdp" if width % mesh.shape["fsdp"] == 0 else None
-  batch = _PartitionSpec(sharding.BATCH_AXES)
-  whole_head = _PartitionSpec(tensor)
-  gradients = (batch, _PartitionSpec(tensor, fsdp)) if with_gradient else None
+    return local(_Axes(), inputs, tokens)
+  axes = _Axes(
+      sharding.BATCH_AXES,
+      "tensor" if rows % mesh.shape["tensor"] == 0 else None,
+      "fsdp" if width % mesh.shape["fsdp"] == 0 else None,
+  )
+  batch, head = _PartitionSpec(axes.batch), _PartitionSpec(axes.tensor)
+  gradients = (batch, _PartitionSpec(axes.tensor, axes.fsdp))
   return jax.shard_map(
-      functools.partial(
-          _local, loss, memory, with_gradient, sharding.BATCH_AXES, tensor,
-          fsdp,
-      ),
+      functools.partial(local, axes),
       mesh=mesh,
-      in_specs=(batch, whole_head, batch, batch, batch, batch, whole_head),
-      out_specs=((_PartitionSpec(), batch), gradients),
+      in_specs=(HeadInputs(batch, head, batch, head), batch),
+      out_specs=(
+          (_PartitionSpec(), batch), gradients if with_gradient else None
+      ),
       # Sums over a mesh axis are equal on it, which is not seen through loops.
       check_vma=False,
-  )(*arrays)
+  )(inputs, tokens)
+
+
+class _Axes(NamedTuple):
+  """The axes of a mesh; all are None on one device.
+
+  Attributes:
+    batch: those that rollouts are split over.
+    tensor: the axis that the vocabulary is split over, if it is.
+    fsdp: the axis that the gradient of the head is split over, if it is.
+  """
+
+  batch: tuple[str, ...] | None = None
+  tensor: str | None = None
+  fsdp: str | None = None
 
 
 def _local(
     loss: TokenLoss,
     memory: int,
     with_gradient: bool,
-    axes: tuple[str, ...] | None,
-    tensor: str | None,
-    fsdp: str | None,
-    hidden: jax.Array,
-    head: jax.Array,
-    weights: jax.Array,
-    mask: jax.Array,
-    extras: Any,
-    other_hidden: jax.Array | None,
-    other_head: jax.Array | None,
+    axes: _Axes,
+    inputs: HeadInputs,
+    tokens: TokenInputs,
 ) -> tuple[tuple[jax.Array, PerToken], tuple[jax.Array, jax.Array] | None]:
   """One device's part: its rows, and its rows of the heads.
 
@@ -178,19 +207,13 @@ def _local(
     loss: of a chunk of tokens.
     memory: bytes of logits.
     with_gradient: whether to return gradients.
-    axes: the mesh axes that rollouts are split over; None on one device.
-    tensor: the axis that the vocabulary is split over, if it is.
-    fsdp: the axis that the gradient of the head is split over, if it is.
-    hidden: see `weighted_sum`, as all that follow.
-    head: the part of the vocabulary that the device holds.
-    weights: [B, P].
-    mask: [B, P].
-    extras: a tree of [B, P].
-    other_hidden: the teacher's.
-    other_head: as `head`.
+    axes: what is split.
+    inputs: with the part of the vocabulary that the device holds.
+    tokens: see `weighted_sum`.
   """
+  head, weights = inputs.head, tokens.weights
   rows, length = weights.shape
-  shard, dtype = Shard(tensor), hidden.dtype
+  shard, dtype = Shard(axes.tensor), inputs.hidden.dtype
   count, size = chunks(rows * length, head.shape[0], memory)
 
   def split(x: jax.Array) -> jax.Array:
@@ -203,7 +226,9 @@ def _local(
     x = x.reshape(count * size, *x.shape[2:])[: rows * length]
     return jnp.swapaxes(x.reshape(length, rows, *x.shape[1:]), 0, 1)
 
-  parts = jax.tree.map(split, (hidden, other_hidden, weights, extras))
+  parts = jax.tree.map(
+      split, (inputs.hidden, inputs.other_hidden, weights, tokens.extras)
+  )
 
   def chunk(i: Any, before: tuple[Any, Any] | None = None) -> tuple[Any, Any]:
     """Returns sums and rows of chunk i, added to those of the chunks before."""
@@ -212,7 +237,7 @@ def _local(
     )
     other = None
     if other_hidden is not None:
-      other = head_logits(other_hidden, other_head)
+      other = head_logits(other_hidden, inputs.other_head)
     values, d_logits, metrics = loss(
         head_logits(hidden, head), other, extras, shard
     )
@@ -235,7 +260,7 @@ def _local(
     sums, found = chunk(0)
     found = jax.tree.map(lambda x: x[None], found)
   else:
-    used = jnp.any(split(mask), axis=1)
+    used = jnp.any(split(tokens.mask), axis=1)
     needed = jnp.max(jnp.where(used, jnp.arange(count) + 1, 0))
     sums, found = jax.eval_shape(chunk, 0)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums), (
@@ -243,20 +268,20 @@ def _local(
     )
     sums, found = jax.lax.fori_loop(0, needed, chunk, zeros)
   (value, d_head), (metrics, d_hidden) = sums, jax.tree.map(join, found)
-  if axes:
-    value = jax.lax.psum(value, axes)
+  if axes.batch:
+    value = jax.lax.psum(value, axes.batch)
   if not with_gradient:
     return (value, metrics), None
   d_head = d_head.astype(head.dtype)
   # Each part of the vocabulary has its own share in the states' gradient.
-  if tensor:
-    d_hidden = jax.lax.psum(d_hidden, tensor)
-  if fsdp:  # First, so that the replicas add a part up and not the whole.
+  if axes.tensor:
+    d_hidden = jax.lax.psum(d_hidden, axes.tensor)
+  if axes.fsdp:  # First, so that the replicas add a part up and not the whole.
     d_head = jax.lax.psum_scatter(
-        d_head, fsdp, scatter_dimension=1, tiled=True
+        d_head, axes.fsdp, scatter_dimension=1, tiled=True
     )
-  if axes:
-    d_head = jax.lax.psum(d_head, "data" if fsdp else axes)
+  if axes.batch:
+    d_head = jax.lax.psum(d_head, "data" if axes.fsdp else axes.batch)
   return (value, metrics), (d_hidden, d_head)
 
 
@@ -266,12 +291,12 @@ def _scaled(
     memory: int,
     gradients: tuple[jax.Array, jax.Array],
     cotangents: tuple[jax.Array, PerToken],
-) -> tuple[jax.Array | None, ...]:
+) -> tuple[HeadInputs, None]:
   """Returns the gradients of `weighted_sum`: those of states and head."""
   del loss, mesh, memory
   scaled = (g * cotangents[0] for g in gradients)
   scaled = (s.astype(g.dtype) for s, g in zip(scaled, gradients, strict=True))
-  return (*scaled, None, None, None, None, None)
+  return HeadInputs(*scaled), None
 
 
 weighted_sum.defvjp(_run, _scaled)

@@ -34,7 +34,9 @@ from prefix_distill.config import Config
 from prefix_distill.distill import chunked_head
 from prefix_distill.distill import divergence
 from prefix_distill.distill import prefix_schedule
+from prefix_distill.distill.chunked_head import HeadInputs
 from prefix_distill.distill.chunked_head import PerToken
+from prefix_distill.distill.chunked_head import TokenInputs
 from prefix_distill.distill.divergence import Distribution
 from prefix_distill.distill.divergence import Shard
 from prefix_distill.models.transformer import Model
@@ -82,11 +84,9 @@ class Loss:
       scores: the teacher's.
       weights: [B, P], of each token; 0 where the mask is false.
     """
-    return (
-        self, hidden, model.head(params), weights, rollout.mask,
-        self.extras(rollout, scores), scores.hidden, teacher_head, model.mesh,
-        self.memory,
-    )
+    inputs = HeadInputs(hidden, model.head(params), scores.hidden, teacher_head)
+    tokens = TokenInputs(weights, rollout.mask, self.extras(rollout, scores))
+    return self, inputs, tokens, model.mesh, self.memory
 
   def extras(self, rollout: Rollout, scores: TeacherScores) -> Any:
     """Returns what the loss needs of each token, besides logits."""
@@ -377,8 +377,11 @@ def token_scores(
     at temperature 1, and `top1`, the most probable token.
   """
   return chunked_head.per_token(
-      functools.partial(_look, dist), hidden, model.head(params), mask, mask,
-      tokens, mesh=model.mesh, memory=memory,
+      functools.partial(_look, dist),
+      HeadInputs(hidden, model.head(params)),
+      TokenInputs(mask, mask, tokens),
+      model.mesh,
+      memory,
   )
 
 
@@ -392,9 +395,11 @@ def cross_entropy(
 ) -> jax.Array:
   """Sums -log p(token) over given answers: the supervised loss."""
   value, _ = chunked_head.weighted_sum(
-      functools.partial(_supervised, dist), hidden, model.head(params),
-      rollout.mask, rollout.mask, rollout.tokens, mesh=model.mesh,
-      memory=memory,
+      functools.partial(_supervised, dist),
+      HeadInputs(hidden, model.head(params)),
+      TokenInputs(rollout.mask, rollout.mask, rollout.tokens),
+      model.mesh,
+      memory,
   )
   return value
 

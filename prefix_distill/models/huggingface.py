@@ -129,7 +129,7 @@ def resolve(path: str, weights: bool = False) -> pathlib.Path:
     ) from error
 
 
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
+def read_json(file: pathlib.Path) -> dict[str, Any]:
   """Reads a JSON object.
 
   Raises:
@@ -148,8 +148,8 @@ def _read_json(file: pathlib.Path) -> dict[str, Any]:
     ) from error
   if not isinstance(found, dict):
     raise ModelFilesError(
-        f"{file} holds a {type(found).__name__}, where transformers expects an"
-        " object; download it again."
+        f"{file} is a {type(found).__name__}, not a JSON object; download it"
+        " again."
     )
   return found
 
@@ -169,7 +169,7 @@ def read_config(path: str) -> ModelConfig:
         f"{directory} has no config.json; give the directory of a Hugging Face"
         " model."
     )
-  settings = _read_json(file)
+  settings = read_json(file)
   try:
     # Before transformers sees a model type that it may know and we do not.
     families.find(settings.get("model_type"), path)
@@ -187,6 +187,7 @@ def read_config(path: str) -> ModelConfig:
     raise ModelFilesError(
         f"{file} cannot be read ({reason}); download it again."
     ) from error
+  _token_ids(settings, file, config.vocab_size)
   stop_ids(directory, config.vocab_size)
   return config
 
@@ -230,8 +231,8 @@ def _token_ids(
     if not (real and 0 <= token < rows):
       raise ModelFilesError(
           f"{file} has eos_token_id {value!r}, of which {token!r} is no id of"
-          f" the vocabulary, 0 to {rows - 1}; give the ids of the tokens that"
-          " end an answer."
+          f" a token, 0 to {rows - 1}; give the ids of the tokenizer's tokens"
+          " that end an answer."
       )
   return tuple(sorted({*listed}))
 
@@ -250,14 +251,9 @@ def stop_ids(directory: pathlib.Path, rows: int) -> tuple[int, ...]:
   Raises:
     ModelFilesError: a file that cannot be read, or an id that cannot be.
   """
-  generation, config = directory / _GENERATION, directory / "config.json"
-  if config.is_file():
-    ids = _token_ids(_read_json(config), config, rows)
-  else:
-    ids = ()
-  if generation.is_file():
-    ids = _token_ids(_read_json(generation), generation, rows)
-  return ids
+  names = (_GENERATION, "config.json")
+  files = [directory / name for name in names if (directory / name).is_file()]
+  return _token_ids(read_json(files[0]), files[0], rows) if files else ()
 
 
 def _stacked(ours: str) -> bool:
@@ -312,7 +308,7 @@ class _Weights:
           f"{directory} has neither {SINGLE} nor {INDEX}; only safetensors are"
           " read, so convert the weights or finish the download."
       )
-    places = _read_json(index).get("weight_map")
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
       raise ModelFilesError(
           f"{index} is not a whole index: its weight_map names no files; fetch"
@@ -579,7 +575,7 @@ def export_dtype(asked: str, path: str) -> str:
   """
   if asked != "auto":
     return asked
-  settings = _read_json(resolve(path) / "config.json")
+  settings = read_json(resolve(path) / "config.json")
   stored = settings.get("dtype") or settings.get("torch_dtype")
   return "bfloat16" if stored == "bfloat16" else "float32"
 
@@ -587,7 +583,7 @@ def export_dtype(asked: str, path: str) -> str:
 def _served(companion: pathlib.Path, serving: Serving) -> dict[str, Any]:
   """Returns an export's generation config: how the run sampled, no length."""
   file = companion / _GENERATION
-  old = _read_json(file) if file.is_file() else {}
+  old = read_json(file) if file.is_file() else {}
   kept = {k: old[k] for k in ("bos_token_id", "pad_token_id") if k in old}
   return kept | {
       "do_sample": True,
@@ -620,7 +616,7 @@ def _old_rope(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tokenizer_settings(file: pathlib.Path) -> dict[str, Any]:
   """Returns a tokenizer's settings in words that transformers 4 knows too."""
-  settings = _read_json(file)
+  settings = read_json(file)
   if settings.get("tokenizer_class") in _NEW_TOKENIZERS:
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings.pop("backend", None)
@@ -655,7 +651,7 @@ def export(
     ModelFilesError: there is no such model.
   """
   origin, companion = resolve(source), resolve(tokenizer)
-  settings = _read_json(origin / "config.json")
+  settings = read_json(origin / "config.json")
   family = families.find(settings["model_type"], source)
   partial = directory.with_name(directory.name + ".partial")
   writes = jax.process_index() == 0
@@ -663,7 +659,7 @@ def export(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     settings.pop("torch_dtype", None)
-    ids = _read_json(companion / "config.json")
+    ids = read_json(companion / "config.json")
     settings |= {name: ids[name] for name in _TOKEN_IDS if name in ids}
     settings["dtype"] = dtype
     settings |= _old_rope(settings)

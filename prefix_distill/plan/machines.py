@@ -50,7 +50,6 @@ class Chip:
     link: bytes a second that a device sends, one way, over all links.
     accelerator: a TPU's accelerator type, without the size.
     host: devices of a host.
-    network: bytes a second between hosts for each GPU.
   """
 
   platform: str
@@ -60,7 +59,6 @@ class Chip:
   link: float
   accelerator: str = ""
   host: int = 4
-  network: float = 0.0
 
 
 _GIB = 2**30
@@ -68,9 +66,9 @@ CHIPS: Mapping[str, Chip] = {
     "v5e": Chip("tpu", 197e12, 15.75 * _GIB, 819e9, 180e9, "v5litepod"),
     "v5p": Chip("tpu", 459e12, 95.73 * _GIB, 2765e9, 540e9, "v5p"),
     "v6e": Chip("tpu", 918e12, 31.24 * _GIB, 1640e9, 360e9, "v6e"),
-    "a100": Chip("gpu", 312e12, 0.9 * 79.15 * _GIB, 2039e9, 300e9, "", 8, 25e9),
-    "h100": Chip("gpu", 989e12, 0.9 * 79.1 * _GIB, 3352e9, 450e9, "", 8, 50e9),
-    "h200": Chip("gpu", 989e12, 0.9 * 139.8 * _GIB, 4800e9, 450e9, "", 8, 50e9),
+    "a100": Chip("gpu", 312e12, 0.9 * 79.15 * _GIB, 2039e9, 300e9, "", 8),
+    "h100": Chip("gpu", 989e12, 0.9 * 79.1 * _GIB, 3352e9, 450e9, "", 8),
+    "h200": Chip("gpu", 989e12, 0.9 * 139.8 * _GIB, 4800e9, 450e9, "", 8),
 }
 
 
