@@ -264,17 +264,6 @@ def check(config: Config, first: bool = False) -> Inputs:
   student, teacher = _read_models(config, mesh)
   fed = _load_tokenizers(config, student, teacher)
   _check_lengths(config, student, teacher)
-  data = PromptIterator(
-      config.data,
-      fed[0].tokenizer,
-      seed=config.seed,
-      completion_len=config.rollout.max_len if config.reads_completions else 0,
-      teacher_tokenizer=fed[-1].tokenizer if teacher else None,
-      first=first,
-  )
-  prompts.check(
-      config.data, data.question, *fed, teacher_question=data.teacher_question
-  )
   problems = {
       name: evaluator.load_problems(
           name,
@@ -285,6 +274,18 @@ def check(config: Config, first: bool = False) -> Inputs:
       )
       for name, spec in config.evaluation.sets.items()
   }
+  data = PromptIterator(
+      config.data,
+      fed[0].tokenizer,
+      seed=config.seed,
+      completion_len=config.rollout.max_len if config.reads_completions else 0,
+      teacher_tokenizer=fed[-1].tokenizer if teacher else None,
+      first=first,
+      asked=[found.batch for found in problems.values()],
+  )
+  prompts.check(
+      config.data, data.question, *fed, teacher_question=data.teacher_question
+  )
   _check_problems(config, student, problems)
   return Inputs(mesh, fed, student, teacher, data, problems)
 
