@@ -125,8 +125,9 @@ class Entries(Sequence):
     entry = _WORKER.ask(question, _MAKING)
     if entry is None:
       raise NotMade(
-          f"{self._source} record {index + 1} is not made by reasoning-gym"
-          f" within {_MAKING:g} seconds; choose other options or another seed."
+          f"{self._source} record {index + 1} is not made by reasoning-gym: it"
+          f" fails, or takes more than {_MAKING:g} seconds; choose other"
+          " options or another seed."
       )
     return entry | {"reference": json.dumps(question)}
 
@@ -148,7 +149,7 @@ def score(reference: str, answer: str) -> float:
   if _WORKER.ask(question, _MAKING) is None:  # Or the limit would be for both.
     return 0.0
   found = _WORKER.ask(question | {"answer": answer}, _VERIFYING)
-  return min(max(found or 0.0, 0.0), 1.0)
+  return min(max(0.0, found or 0.0), 1.0)  # In this order NaN is 0.
 
 
 class _Refused(Exception):
