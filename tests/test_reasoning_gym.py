@@ -340,9 +340,9 @@ def test_scores_are_partial_and_only_1_is_right():
 def _config(models, **changes):
   config = toys.run_config(*models)
   train = DatasetSpec("reasoning_gym:chain_sum?max_terms=3", size=300)
-  tested = DatasetSpec("reasoning_gym:graph_color", "test", size=4)
-  sets = dataclasses.replace(config.evaluation, sets={"colors": tested})
-  data = dataclasses.replace(config.data, train=train, max_prompt_len=700)
+  tested = DatasetSpec("reasoning_gym:gcd", "test", size=4)
+  sets = dataclasses.replace(config.evaluation, sets={"other": tested})
+  data = dataclasses.replace(config.data, train=train, max_prompt_len=300)
   return dataclasses.replace(config, data=data, evaluation=sets, **changes)
 
 
@@ -358,7 +358,7 @@ def test_the_fingerprint_names_the_version(models, monkeypatch):
 _RUN = (
     "--config.steps=2",
     "--config.data.batch_size=4",
-    "--config.data.max_prompt_len=700",
+    "--config.data.max_prompt_len=300",
     "--config.rollout.max_len=16",
     "--config.prefix.buckets=(16,)",
     "--config.data.train.source=reasoning_gym:chain_sum?max_terms=3",
@@ -367,7 +367,7 @@ _RUN = (
     "--config.evaluation.max_len=16",
     "--config.evaluation.every=0",
     "--config.evaluation.batch_size=4",
-    "--config.evaluation.sets.heldout.source=reasoning_gym:graph_color",
+    "--config.evaluation.sets.heldout.source=reasoning_gym:gcd",
     "--config.evaluation.sets.heldout.size=4",
 )
 
@@ -383,7 +383,7 @@ def test_a_run_trains_on_one_task_and_is_graded_by_another(
       f"--config.teacher.path={teacher}", f"--workdir={tmp_path}",
   )  # fmt: skip
   if method == "seqkd":  # Random models end their answers by chance alone.
-    flags += ("--config.steps=20", "--config.rollout.max_len=64")
+    flags += ("--config.steps=10", "--config.rollout.max_len=64")
   toys.finish(toys.start_run(*flags, devices=1), 300)
   lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
   found = [json.loads(line) for line in lines]

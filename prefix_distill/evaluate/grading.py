@@ -62,7 +62,6 @@ _LETTER = re.compile(
     """,
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _WHOLE_TEXT = re.compile(r"\\text(?:bf|it|normal|rm|tt)?\{([^{}]*)\}")
 _LINE = re.compile(
     r"^[ \t>#*_-]*(?:the\s+)?(?:final\s+)?answer[ \t*_]*[:\uff1a][ \t*_]*"
@@ -257,8 +256,10 @@ def final_answer(completion: str) -> str:
   last <answer> and </answer> enclose, or else all; and of that what the last
   \boxed{} holds, without \text{}, or else all.
   """
-  final = cleaning.final(completion)
-  text = (_TAGGED.findall(final) or [final])[-1]
+  text = cleaning.final(completion)
+  before, closed, _ = text.rpartition("</answer>")
+  if closed and "<answer>" in before:
+    text = before.rpartition("<answer>")[2]
   found = cleaning.boxes(text)
   text = found[-1][2] if found else text
   plain = _WHOLE_TEXT.fullmatch(text.strip())

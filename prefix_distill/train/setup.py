@@ -264,16 +264,9 @@ def check(config: Config, first: bool = False) -> Inputs:
   student, teacher = _read_models(config, mesh)
   fed = _load_tokenizers(config, student, teacher)
   _check_lengths(config, student, teacher)
-  problems = {
-      name: evaluator.load_problems(
-          name,
-          spec,
-          fed[0].tokenizer,
-          config.data.max_prompt_len,
-          config.data.suffix,
-      )
-      for name, spec in config.evaluation.sets.items()
-  }
+  problems = {}
+  if config.data.train.is_gym:  # Training leaves out what they ask.
+    problems = _load_problems(config, fed[0].tokenizer)
   data = PromptIterator(
       config.data,
       fed[0].tokenizer,
@@ -286,8 +279,24 @@ def check(config: Config, first: bool = False) -> Inputs:
   prompts.check(
       config.data, data.question, *fed, teacher_question=data.teacher_question
   )
+  problems = problems or _load_problems(config, fed[0].tokenizer)
   _check_problems(config, student, problems)
   return Inputs(mesh, fed, student, teacher, data, problems)
+
+
+def _load_problems(
+    config: Config, tokenizer: Tokenizer
+) -> dict[str, evaluator.Problems]:
+  return {
+      name: evaluator.load_problems(
+          name,
+          spec,
+          tokenizer,
+          config.data.max_prompt_len,
+          config.data.suffix,
+      )
+      for name, spec in config.evaluation.sets.items()
+  }
 
 
 def _read_models(
