@@ -3,6 +3,7 @@
 import setuptools
 
 _CUDA13 = ["jax[cuda13]>=0.10.2"]
+_GYM = ["reasoning-gym>=0.1.25"]
 
 setuptools.setup(
     name="prefix_distill",
@@ -39,8 +40,10 @@ setuptools.setup(
         "cuda": _CUDA13,
         "cuda12": ["jax[cuda12]>=0.10.2"],  # Older GPUs and drivers.
         "cuda13": _CUDA13,
+        "gym": _GYM,
         "tpu": ["jax[tpu]>=0.10.2"],
         "test": [
+            *_GYM,
             "ipykernel>=6.29",
             "nbclient>=0.10",
             "nbformat>=5.10",

@@ -32,6 +32,9 @@ from prefix_distill.errors import ConfigError
 from prefix_distill.errors import redacted
 from prefix_distill.errors import shown
 
+# What the source of a task of reasoning-gym begins with, and its splits.
+GYM = "reasoning_gym:"
+GYM_SPLITS = ("train", "validation", "test")
 # A field's name in a template.
 FIELD = re.compile(r"\{([^{}]+)\}")
 # Stands in a check's sentence for the dotted name of the group.
@@ -247,20 +250,23 @@ class DatasetSpec:
 
   Attributes:
     source: names "math_task", a .jsonl, .json or .parquet file, a local data
-      set directory, or a hub id.
-    split: names the data set's split; files have none.
+      set directory, a hub id, or a task of reasoning-gym with its options, as
+      "reasoning_gym:NAME?OPTION=VALUE".
+    split: names the data set's split; files have none, and tasks of
+      reasoning-gym "train", "validation" and "test".
     subset: names a hub data set's configuration, or the math task's style.
     question: names the field of the question.
     answer: names the field of the right answer; empty if none is needed.
     completion: names the field of a whole answer; empty if none is needed.
     size: is how many records to take; 0 takes all, but the math task has no
-      end.
+      end, and of a task of reasoning-gym 100,000 for training and else 500.
     samples: is how many answers an evaluation samples for each problem.
     random: takes `size` records at random instead of the first ones.
     choices: names the field that lists a question's options, or one field for
       each option; `answer` then holds the right one's letter, or is one of
       these fields, and the options come in a random order.
-    seed: seeds `random` and the order of the options.
+    seed: seeds `random`, the order of the options, and a task of
+      reasoning-gym.
     max_prompt_len: drops and counts longer prompts of an evaluation; 0 stands
       for `data.max_prompt_len`.
     rule: says where an evaluation looks for the answer: "plain" in the last
@@ -284,6 +290,7 @@ class DatasetSpec:
 
   def __post_init__(self):
     endless = self.source == "math_task"
+    self._check_gym()
     _check(
         not endless or self.size > 0,
         f"{_HERE}size is 0 but {_HERE}source is 'math_task', which has no end;"
@@ -307,9 +314,37 @@ class DatasetSpec:
         " the right option's letter.",
     )
 
+  def _check_gym(self) -> None:
+    if not self.is_gym:
+      return
+    _check(
+        self.split in GYM_SPLITS,
+        f"{_HERE}split is {self.split!r} and {_HERE}source is"
+        f" {self.source!r}; use one of {', '.join(GYM_SPLITS)}.",
+    )
+    for name in ("subset", "random", "choices", "rule"):
+      value, default = getattr(self, name), getattr(DatasetSpec, name)
+      _check(
+          value == default,
+          f"{_HERE}{name} is {value!r} but {_HERE}source is {self.source!r},"
+          " which makes and grades its questions by itself; leave"
+          f" {_HERE}{name} at {default!r}.",
+      )
+
+  @property
+  def is_gym(self) -> bool:
+    """Whether it is a task of reasoning-gym."""
+    return self.source.startswith(GYM)
+
   @property
   def grading(self) -> str:
-    """A key of `grading.GRADERS`: "letter" for multiple choice, or "math"."""
+    """A key of `grading.GRADERS`.
+
+    That is "letter" for multiple choice, "gym" for a task of reasoning-gym, and
+    else "math".
+    """
+    if self.is_gym:
+      return "gym"
     kind = "letter" if self.choices else "math"
     return kind if self.rule == "plain" else f"dual_{kind}"
 
@@ -843,7 +878,7 @@ class EvaluationSpec:
       )
     for name, spec in self.sets.items():
       _check(
-          bool(spec.answer),
+          bool(spec.answer) or spec.is_gym,
           f"evaluation.sets.{name}.answer is empty, so nothing can be graded;"
           " name the field of the right answer.",
       )

@@ -568,6 +568,40 @@ _DATA = (
     ),
 )
 
+_GYM = (
+    _fault(
+        "splits of reasoning-gym share their entries",
+        "number = len(GYM_SPLITS) * index + self._split",
+        "number = len(GYM_SPLITS) * index",
+        "reasoning_gym.py::test_every_split_takes_seeds_of_its_own_whatever_the"
+        "_seed_is",
+    ),
+    _fault(
+        "the order of sets differs from process to process",
+        '"PYTHONHASHSEED": "0", ',
+        "",
+        "reasoning_gym.py::test_a_record_depends_on_its_number_alone",
+    ),
+    _fault(
+        "a question of reasoning-gym depends on those before it",
+        "  random.seed(seed + number)\n",
+        "",
+        "reasoning_gym.py::test_a_record_depends_on_its_number_alone",
+    ),
+    _fault(
+        "training asks what an evaluation asks",
+        'raise Dropped("asked")',
+        "pass",
+        "reasoning_gym.py::test_training_does_not_ask_what_an_evaluation_asks",
+    ),
+    _fault(
+        "an answer that is partly right is right",
+        "correct = scores >= 1 - 1e-9",
+        "correct = scores > 0",
+        "reasoning_gym.py::test_scores_are_partial_and_only_1_is_right",
+    ),
+)
+
 _KEEPING = (
     _fault(
         "checksums are saved and not compared",
@@ -637,4 +671,4 @@ _KEEPING = (
     ),
 )
 
-FAULTS = (*_DISTILL, *_ROLLOUT, *_TRAIN, *_DATA, *_KEEPING)
+FAULTS = (*_DISTILL, *_ROLLOUT, *_TRAIN, *_DATA, *_GYM, *_KEEPING)

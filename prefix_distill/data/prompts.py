@@ -18,6 +18,8 @@ A record that is no use is left out of training, and counted in `dropped`:
   template  the chat template refuses the record's messages
   markup    the completion has a token that ends or opens a turn, or opens
             again what the prompt has opened
+  asked     an evaluation set asks the same, in a task of reasoning-gym
+  unmade    reasoning-gym fails to make it
 
 A completion is made to follow its prompt. If it begins with what the prompt
 ends with (`<think>`), or ends with a stop token's text, that is cut off: the
@@ -32,6 +34,7 @@ step fail: the run only learns less, or learns something else.
 """
 
 import collections
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -46,6 +49,7 @@ import numpy as np
 
 from prefix_distill.config import DataSpec
 from prefix_distill.config import FIELD
+from prefix_distill.data import gym
 from prefix_distill.data import records
 from prefix_distill.data.records import Question
 from prefix_distill.data.tokenizer import Tokenizer
@@ -93,6 +97,8 @@ _DROPPED = {
     "lost": "the encoded prompt does not read as the question",
     "template": "the chat template refuses its messages",
     "markup": "the completion has a token that ends or opens a turn",
+    "asked": "an evaluation set asks the same",
+    "unmade": "reasoning-gym fails to make it",
 }
 _NOTED = {
     "plain": "text in a prompt looks like a token and is read as plain text",
@@ -300,6 +306,12 @@ def check_teacher_room(
     )
 
 
+def _rows(tokens: np.ndarray, mask: np.ndarray) -> Iterator[bytes]:
+  """Yields the bytes of each prompt [B, S], without its padding."""
+  for row, kept in zip(tokens, mask, strict=True):
+    yield row[kept].tobytes()
+
+
 class PromptIterator:
   """An endless, seeded stream of whole batches, the same in all processes.
 
@@ -323,6 +335,7 @@ class PromptIterator:
       completion_len: int = 0,
       teacher_tokenizer: Tokenizer | None = None,
       first: bool = False,
+      asked: Iterable[PromptBatch] = (),
   ):
     """Opens the records.
 
@@ -333,9 +346,11 @@ class PromptIterator:
       completion_len: with completions of up to this length; 0 for none.
       teacher_tokenizer: the teacher's; needed for a prompt of its own.
       first: see `records.read`.
+      asked: the problems of evaluation sets, which a task of reasoning-gym is
+        not to ask in training.
 
     Raises:
-      DataError: see `records.read`.
+      UserError: see `records.read`.
       ConfigError: the prompt length leaves no room for a question, or no record
         can be used.
     """
@@ -347,6 +362,11 @@ class PromptIterator:
     )
     self._completion_len = completion_len
     self._opening = tokenizer.opening(spec.suffix) if completion_len else ""
+    self._asked = frozenset(
+        row
+        for batch in (asked if spec.train.is_gym else ())
+        for row in _rows(batch.tokens, batch.mask)
+    )
     self._epoch = len(self.records)
     self._whole = not first or self.records.is_whole
     self.notes = self._survey()
@@ -443,6 +463,8 @@ class PromptIterator:
       return self._example(number, self.records[number])
     except Dropped as dropped:
       return str(dropped)
+    except gym.NotMade:
+      return "unmade"
 
   def _example(self, number: int, record: Mapping[str, Any]) -> Example:
     spec, fields, tokenizer = self._spec, self._spec.train, self._chat
@@ -451,6 +473,8 @@ class PromptIterator:
     prompt = _encode_question(
         tokenizer, question, spec.max_prompt_len, spec.suffix
     )
+    if self.is_asked(*prompt):
+      raise Dropped("asked")
     noted = ["plain"] if tokenizer.has_markup(question) else []
     completion = teachers = (None, None)
     if self._completion_len:
@@ -467,6 +491,10 @@ class PromptIterator:
       if tokenizer.has_markup(theirs) and not noted:
         noted = ["plain"]
     return Example(number, *prompt, *completion, *teachers, tuple(noted))
+
+  def is_asked(self, tokens: np.ndarray, mask: np.ndarray) -> bool:
+    """Whether an evaluation set has the prompt [S], see `asked`."""
+    return bool(self._asked) and tokens[mask].tobytes() in self._asked
 
   def _take(self) -> list[Example]:
     examples, missed = [], collections.Counter()

@@ -1,4 +1,4 @@
-r"""Records from JSONL, JSON, Parquet, a Hugging Face data set or the math task.
+r"""Records from a file, a Hugging Face data set, or a task that makes them.
 
 What a field may hold:
 
@@ -27,6 +27,7 @@ prompt; this one is:
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -40,6 +41,7 @@ from prefix_distill import strict_json
 from prefix_distill.config import DatasetSpec
 from prefix_distill.config import FIELD
 from prefix_distill.data import bundled_tasks
+from prefix_distill.data import gym
 from prefix_distill.errors import UserError
 
 # What a user asks: a text, or messages that end with the user's.
@@ -442,10 +444,11 @@ def _check_nulls(loaded: Any, source: str, names: Sequence[str]) -> None:
 
 
 def _is_data_set(spec: DatasetSpec) -> bool:
-  """Whether `datasets` reads it: neither the math task nor a single file."""
+  """Whether `datasets` reads it: no task, nor a single file."""
   path = pathlib.Path(spec.source)
   named = path.suffix.lower() in _READERS or os.path.isfile(path)
-  return spec.source != "math_task" and (os.path.isdir(path) or not named)
+  made = spec.is_gym or spec.source == "math_task"
+  return not made and (os.path.isdir(path) or not named)
 
 
 def _read(
@@ -459,6 +462,8 @@ def _read(
       return bundled_tasks.MathTask(spec.split, spec.size, style)
     except ValueError as error:
       raise DataError(str(error)) from error
+  if spec.is_gym:
+    return gym.Entries(spec)
   path = pathlib.Path(spec.source)
   kind = path.suffix.lower()
   if _is_data_set(spec):
@@ -554,7 +559,10 @@ def read(
   Raises:
     DataError: the source is missing, unreadable or empty, or a record lacks a
       field; the message names a file's line.
+    GymError: see `gym.Entries`.
   """
+  if spec.is_gym:  # Not all of its tasks have one right answer.
+    spec = dataclasses.replace(spec, answer="")
   own = (spec.question, spec.answer, spec.completion)
   names = [name for name in dict.fromkeys((*own, *spec.choices, *more)) if name]
   records = _read(spec, names, first)

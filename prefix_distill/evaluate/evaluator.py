@@ -38,6 +38,7 @@ import numpy as np
 from prefix_distill import sharding
 from prefix_distill.config import DatasetSpec
 from prefix_distill.config import EvaluationSpec
+from prefix_distill.data import gym
 from prefix_distill.data import prompts
 from prefix_distill.data import records
 from prefix_distill.data.tokenizer import Tokenizer
@@ -132,9 +133,10 @@ class Problems:
   Attributes:
     name: the set's name.
     batch: NumPy prompts of all problems.
-    answers: the right answers.
+    answers: the right answers, or what the verifiers of reasoning-gym need.
     samples: how many answers to sample per problem.
-    dropped: how many problems were longer than the static prompt length.
+    dropped: how many problems were longer than the static prompt length, or
+      could not be made by reasoning-gym.
     grading: the grader, a key of `grading.GRADERS`.
     opening: what the prompts end with, such as `<think>`: the grader has to see
       that it was opened.
@@ -176,7 +178,7 @@ def _read_problem(
     return records.multiple_choice(record, spec, where)
   return (
       records.question(record, spec.question, where),
-      records.gold(record, spec.answer, where),
+      records.gold(record, "reference" if spec.is_gym else spec.answer, where),
   )
 
 
@@ -218,7 +220,10 @@ def load_problems(
   source = records.read(spec)
   room = spec.max_prompt_len or max_prompt_len
   for number in range(len(source)):
-    question, answer = _read_problem(source, number, spec)
+    try:
+      question, answer = _read_problem(source, number, spec)
+    except gym.NotMade:
+      continue
     encoded = prompts.encode_problem(
         tokenizer, question, room, suffix, source.where(number)
     )
@@ -315,11 +320,12 @@ def summarize(
     kind: the grader, a key of `grading.GRADERS`.
     opening: see `Problems`.
   """
-  finished, is_right = completions.finished, grading.GRADERS[kind]
-  correct = np.array([
-      [is_right(opening + text, answer) for text in row]
+  finished, grade = completions.finished, grading.GRADERS[kind]
+  scores = np.array([
+      [float(grade(opening + text, answer)) for text in row]
       for row, answer in zip(completions.texts, answers, strict=True)
   ])
+  correct = scores >= 1 - 1e-9
   low, high = grading.interval(correct)
   right_if_finished = correct[finished].mean() if finished.any() else 0.0
   return {
@@ -327,6 +333,7 @@ def summarize(
       "accuracy_low": low,
       "accuracy_high": high,
       "accuracy_finished": float(right_if_finished),
+      **({"score": float(scores.mean())} if kind == "gym" else {}),
       **report.finish_shares(finished),
       "mean_length": float(completions.lengths.mean()),
       "length_p95": report.length_p95(completions.lengths),

@@ -16,6 +16,7 @@ import re
 
 import numpy as np
 
+from prefix_distill.data import gym
 from prefix_distill.evaluate import judge
 
 _JUDGE = judge.Judge()
@@ -254,6 +255,7 @@ _LETTER = re.compile(
     """,
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )
+_WHOLE_TEXT = re.compile(r"\\text(?:bf|it|normal|rm|tt)?\{([^{}]*)\}")
 _LINE = re.compile(
     r"^[ \t>#*_-]*(?:the\s+)?(?:final\s+)?answer[ \t*_]*[:\uff1a][ \t*_]*"
     r"(\S.*)$",
@@ -731,12 +733,41 @@ def is_letter_either(completion: str, answer: str) -> bool:
   return bool(answer) and answer in found
 
 
-# The rule of a set, by what it asks for.
-GRADERS: Mapping[str, Callable[[str, str], bool]] = {
+def final_answer(completion: str) -> str:
+  r"""Returns the answer that a verifier of reasoning-gym is to read.
+
+  Only what follows the last `</think>` counts, where there is one: what the
+  last <answer> and </answer> enclose, or else all; and of that what the last
+  \boxed{} holds, without \text{}, or else all.
+  """
+  text = _after_thinking(completion)
+  before, closed, _ = text.rpartition("</answer>")
+  if closed and "<answer>" in before:
+    text = before.rpartition("<answer>")[2]
+  found = boxes(text)
+  text = found[-1][2] if found else text
+  plain = _WHOLE_TEXT.fullmatch(text.strip())
+  return (plain[1] if plain else text).strip()
+
+
+def verified(completion: str, reference: str) -> float:
+  """Returns what the verifier of a task of reasoning-gym gives, from 0 to 1.
+
+  Args:
+    completion: the answer of a model.
+    reference: a record's, see `gym`.
+  """
+  answer = final_answer(completion)
+  return gym.score(reference, answer) if answer else 0.0
+
+
+# The rule of a set, by what it asks for; below 1 is wrong.
+GRADERS: Mapping[str, Callable[[str, str], float]] = {
     "math": is_correct,
     "letter": is_letter,
     "dual_math": is_correct_either,
     "dual_letter": is_letter_either,
+    "gym": verified,
 }
 
 
@@ -749,6 +780,8 @@ def unreadable_golds(answers: Sequence[str], kind: str) -> list[int]:
     answers: the right ones of a set.
     kind: how they are graded, one of `GRADERS`.
   """
+  if kind == "gym":
+    return []  # Its verifiers say what is right.
   if kind.endswith("letter"):
     return [
         i for i, x in enumerate(answers) if not GRADERS[kind](_boxed(x), x)

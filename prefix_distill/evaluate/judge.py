@@ -1,42 +1,28 @@
 """Asks math-verify in a process of its own, which is ended if it takes long.
 
-math-verify's own time limits are signals, which work in the main thread alone
-and wait for a long product of whole numbers. A process can be killed from any
-thread, whatever it computes.
-
-This file is also the program of that process: it reads a JSON line for each
-question and writes one for each verdict. So it imports nothing of the package.
+math-verify's own time limits are signals, which work in the main thread alone.
+This file is also the program of that process, see `worker`.
 """
 
-import atexit
-import contextlib
+from collections.abc import Callable
 import functools
-import json
-import os
 import re
-import select
-import subprocess
-import sys
-import threading
 from typing import Any
 
-# Seconds for one question, and for the process to start.
+from prefix_distill import worker
+
+# Seconds for one question.
 LIMIT = 5.0
-_START = 120.0
-# Bytes of memory that the process may take; powers of powers want more.
-_MEMORY = 4 * 2**30
 # Text in which a number below 0.001 may be.
 _TINY = re.compile(r"\^|0\.000")
 
 
-class Judge:
+class Judge(worker.Worker):
   """Says whether a text has the right answer, in any thread."""
 
   def __init__(self, limit: float = LIMIT):
+    super().__init__(__file__)
     self._limit = limit
-    self._lock = threading.Lock()
-    self._process: subprocess.Popen | None = None
-    atexit.register(self.close)
 
   def equal(self, gold: str, found: str) -> bool:
     """Returns whether math-verify finds the right answer in a text.
@@ -45,67 +31,7 @@ class Judge:
       gold: the right answer, as LaTeX in a box.
       found: the text; what takes longer than the limit is wrong.
     """
-    with self._lock:
-      for _ in range(2):
-        if self._process is None:
-          self._process = self._start()
-        try:
-          self._write({"gold": gold, "found": found})
-        except OSError:  # It ended since the last question.
-          self._stop()
-          continue
-        answer = self._read(self._limit)
-        if answer is None:
-          self._stop()
-        return answer == "1"
-    return False
-
-  def close(self) -> None:
-    """Ends the process; another question starts it again."""
-    with self._lock:
-      self._stop()
-
-  def _start(self) -> subprocess.Popen:
-    paths = os.pathsep.join(path for path in sys.path if path)
-    process = subprocess.Popen(
-        [sys.executable, "-P", os.path.abspath(__file__)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"PYTHONPATH": paths},
-        # Ctrl-C is for the run, which ends this process when it ends.
-        start_new_session=True,
-    )
-    self._process = process
-    if self._read(_START) is None:
-      self._stop()
-      raise RuntimeError("the process that runs math-verify did not start")
-    return process
-
-  def _write(self, question: dict[str, Any]) -> None:
-    line = json.dumps(question).encode() + b"\n"
-    self._process.stdin.write(line)
-    self._process.stdin.flush()
-
-  def _read(self, seconds: float) -> str | None:
-    """Returns the process's next line; None if it is late or has ended."""
-    out = self._process.stdout
-    if not select.select([out], [], [], seconds)[0]:
-      return None
-    line = out.readline()
-    return line.decode().strip() if line.endswith(b"\n") else None
-
-  def _stop(self) -> None:
-    process, self._process = self._process, None
-    if process is None:
-      return
-    process.kill()
-    process.wait()
-    for stream in (process.stdin, process.stdout):
-      try:
-        stream.close()
-      except OSError:  # What was not written is lost with the process.
-        pass
+    return self.ask({"gold": gold, "found": found}, self._limit) is True
 
 
 def digits(size: float) -> int:
@@ -149,16 +75,11 @@ def _verify(math_verify: Any, parse: Any, gold: str, found: str) -> bool:
   return not right or not given or _same_size(right[0], given[0])
 
 
-def _main() -> None:
+def _make() -> Callable[[Any], bool]:
   import logging
-  import resource
 
   import math_verify
 
-  hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-  soft = _MEMORY if hard == resource.RLIM_INFINITY else min(_MEMORY, hard)
-  with contextlib.suppress(ValueError):  # Not every system has this limit.
-    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
   # It warns when its time limits are off.
   logging.getLogger("math_verify").setLevel(logging.ERROR)
 
@@ -166,17 +87,10 @@ def _main() -> None:
   def parse(text):
     return math_verify.parse(text, parsing_timeout=None)
 
-  replies = os.fdopen(os.dup(1), "w")
-  os.dup2(2, 1)  # Nothing but verdicts may be printed.
-  print("ready", file=replies, flush=True)
-  for line in sys.stdin:
-    question = json.loads(line)
-    try:
-      right = _verify(math_verify, parse, question["gold"], question["found"])
-    except (Exception, RecursionError, MemoryError):
-      right = False
-    print(int(bool(right)), file=replies, flush=True)
+  return lambda asked: bool(
+      _verify(math_verify, parse, asked["gold"], asked["found"])
+  )
 
 
 if __name__ == "__main__":
-  _main()
+  worker.serve(_make)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Iterator
+import contextlib
 import dataclasses
 import pathlib
 from typing import Any
@@ -15,6 +16,7 @@ import tqdm
 from prefix_distill import distributed
 from prefix_distill.config import Config
 from prefix_distill.config import DatasetSpec
+from prefix_distill.data import gym
 from prefix_distill.data import prompts as prompts_lib
 from prefix_distill.data import records
 from prefix_distill.data.prompts import PromptIterator
@@ -106,10 +108,11 @@ def _questions(config: Config) -> list[records.Question]:
   source = records.read(config.data.train)
   count = min(config.steps * config.data.batch_size, len(source))
   order = np.random.default_rng(config.seed).permutation(len(source))[:count]
-  name = config.data.train.question
-  return [
-      records.question(source[int(i)], name, f"record {i + 1}") for i in order
-  ]
+  name, found = config.data.train.question, []
+  for i in order:
+    with contextlib.suppress(gym.NotMade):
+      found.append(records.question(source[int(i)], name, f"record {i + 1}"))
+  return found
 
 
 def _answers(
@@ -122,7 +125,7 @@ def _answers(
     row = prompts_lib.encode_prompt(
         tokenizer, question, config.data.max_prompt_len, config.data.suffix
     )
-    if row is not None:
+    if row is not None and not setup.data.is_asked(*row):
       kept.append((question, row))
   batch = PromptBatch(
       np.stack([tokens for _, (tokens, _) in kept]),

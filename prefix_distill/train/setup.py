@@ -265,6 +265,9 @@ def check(config: Config, first: bool = False) -> Inputs:
   student, teacher = _read_models(config, mesh)
   fed = _load_tokenizers(config, student, teacher)
   _check_lengths(config, student, teacher)
+  problems = {}
+  if config.data.train.is_gym:  # Training leaves out what they ask.
+    problems = _load_problems(config, fed[0].tokenizer)
   data = PromptIterator(
       config.data,
       fed[0].tokenizer,
@@ -272,22 +275,29 @@ def check(config: Config, first: bool = False) -> Inputs:
       completion_len=config.rollout.max_len if config.reads_completions else 0,
       teacher_tokenizer=fed[-1].tokenizer if teacher else None,
       first=first,
+      asked=[found.batch for found in problems.values()],
   )
   prompts.check(
       config.data, data.question, *fed, teacher_question=data.teacher_question
   )
-  problems = {
+  problems = problems or _load_problems(config, fed[0].tokenizer)
+  _check_problems(config, student, problems)
+  return Inputs(mesh, fed, student, teacher, data, problems)
+
+
+def _load_problems(
+    config: Config, tokenizer: Tokenizer
+) -> dict[str, evaluator.Problems]:
+  return {
       name: evaluator.load_problems(
           name,
           spec,
-          fed[0].tokenizer,
+          tokenizer,
           config.data.max_prompt_len,
           config.data.suffix,
       )
       for name, spec in config.evaluation.sets.items()
   }
-  _check_problems(config, student, problems)
-  return Inputs(mesh, fed, student, teacher, data, problems)
 
 
 def _read_models(

@@ -41,6 +41,7 @@ from prefix_distill import strict_json
 from prefix_distill.config import Config
 from prefix_distill.config import DatasetSpec
 from prefix_distill.config import ModelSpec
+from prefix_distill.data import gym
 from prefix_distill.errors import one_line
 from prefix_distill.errors import UserError
 from prefix_distill.evaluate.evaluator import Problems
@@ -370,11 +371,18 @@ def _hash(values: Any) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def _record(records: Any, number: int) -> dict[str, Any]:
+  try:
+    return dict(records[number])
+  except gym.NotMade:
+    return {}
+
+
 def _sampled(records: Any) -> str:
   """Returns the number of records, and a hash of some of them."""
   count = len(records)
   numbers = np.unique(np.linspace(0, count - 1, _RECORDS).astype(int))
-  found = [dict(records[int(number)]) for number in numbers]
+  found = [_record(records, int(number)) for number in numbers]
   return f"{count} records, sha256 {_hash(found)} of {len(found)}"
 
 
@@ -418,6 +426,9 @@ def read_contents(
   out |= _data_files("data.train", config.data.train, records)
   for name, found in problems.items():
     out[f"evaluation.sets.{name}"] = _problems(found)
+  specs = (config.data.train, *config.evaluation.sets.values())
+  if any(spec.is_gym for spec in specs):
+    out["reasoning-gym"] = f"version {gym.version()}"
   return out
 
 
