@@ -121,8 +121,9 @@ def _without_secret(value: str) -> str:
   return value
 
 
-# Of a model or a data set.
+# Of a model or a data set; the limits of a text come before the validator.
 _Place = Annotated[_Str, pydantic.AfterValidator(_without_secret)]
+_NamedPlace = Annotated[_Name, pydantic.AfterValidator(_without_secret)]
 # A part of files' names, whose bytes are bounded.
 _SetName = Annotated[
     str, Field(strict=True, min_length=1, max_length=50, pattern=_LINE)
@@ -231,7 +232,7 @@ class ModelSpec:
       those of `path`.
   """
 
-  path: Annotated[_Place, Field(min_length=1)]
+  path: _NamedPlace
   compute_dtype: _Dtype = "float32"
   param_dtype: _Dtype = "float32"
   remat: Literal["none", "full", "dots", "offload"] = "none"
@@ -274,7 +275,7 @@ class DatasetSpec:
       that begins with "Answer:", and one of them must be right.
   """
 
-  source: Annotated[_Place, Field(min_length=1)]
+  source: _NamedPlace
   split: _Str = "train"
   subset: _Str = ""
   question: _Str = "question"
