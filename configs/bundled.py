@@ -48,6 +48,16 @@ class _Stage:
   warmup_steps: int = 20
   tokenizer: str = ""
   max_prompt_len: int = 52
+  task: str = "math_task"
+  max_len: int = 232
+
+
+def _chain(path: str, steps: int, learning_rate: float) -> _Stage:
+  """Returns a stage that learns whole chains from random weights."""
+  return _Stage(
+      path, True, "", steps, learning_rate, 100, max_prompt_len=21,
+      task="chain_task", max_len=237,
+  )  # fmt: skip
 
 
 _STAGES = {
@@ -63,12 +73,14 @@ _STAGES = {
     "guided": _Stage(
         "runs/guided-start", False, "guided", 1400, 7e-4, max_prompt_len=100
     ),
+    "chain-teacher": _chain("bundled:chain-teacher", 2000, 2.5e-3),
+    "chain-student": _chain("bundled:chain-student", 1000, 2.5e-3),
 }
 
 
 def _problems(stage: _Stage) -> config_lib.DatasetSpec:
   return config_lib.DatasetSpec(
-      source="math_task",
+      source=stage.task,
       subset=stage.style,
       question="prompt" if stage.style == "guided" else "question",
       answer="answer",
@@ -105,7 +117,7 @@ def get_config(name: str) -> ml_collections.ConfigDict:
       data=config_lib.DataSpec(
           _problems(stage), batch_size=16, max_prompt_len=stage.max_prompt_len
       ),
-      rollout=config_lib.RolloutSpec(per_prompt=1, max_len=232),
+      rollout=config_lib.RolloutSpec(per_prompt=1, max_len=stage.max_len),
       optimizer=config_lib.OptimizerSpec(
           learning_rate=stage.learning_rate,
           warmup_steps=stage.warmup_steps,

@@ -3,9 +3,9 @@
   python -m prefix_distill.main --config=configs/math.py:MODEL,method=METHOD
 
 MODEL is `tiny` (default), `tiny-weak`, `tiny-privileged`, `tiny-concise`,
-`tiny-crosslingual`, `qwen3-1.7b` or `qwen3-8b`; METHOD is `prefix` (default:
-the paper's growing cap), `full` or `seqkd`. `qwen3-1.7b,sets=math500+aime24`
-evaluates on those sets only.
+`tiny-crosslingual`, `chain`, `qwen3-1.7b` or `qwen3-8b`; METHOD is `prefix`
+(default: the paper's growing cap), `full` or `seqkd`.
+`qwen3-1.7b,sets=math500+aime24` evaluates on those sets only.
 
 tiny, tiny-weak
   The bundled models on the bundled task: nothing is downloaded.
@@ -67,7 +67,7 @@ from prefix_distill.evaluate import evaluator
 
 _MODELS = (
     "tiny", "tiny-weak", "tiny-privileged", "tiny-concise", "tiny-crosslingual",
-    "qwen3-1.7b", "qwen3-8b",
+    "chain", "qwen3-1.7b", "qwen3-8b",
 )  # fmt: skip
 _METHODS = ("prefix", "full", "seqkd")
 # The student's context, the teacher's, what the teacher reads, and its length.
@@ -136,6 +136,30 @@ def _guided(name: str) -> config_lib.Config:
           every=0, teacher=False,
       ),
   )  # fmt: skip
+
+
+def _chain() -> config_lib.Config:
+  """Long chains of sums; validation problems while settings are chosen."""
+  task = DatasetSpec(source="chain_task", answer="answer", size=100_000)
+  sets = {"validation": dataclasses.replace(task, split="validation", size=240)}
+  return config_lib.Config(
+      method="prefix",
+      steps=60,
+      student=config_lib.ModelSpec("bundled:chain-student"),
+      teacher=config_lib.ModelSpec("bundled:chain-teacher"),
+      data=config_lib.DataSpec(task, batch_size=32, max_prompt_len=21),
+      rollout=config_lib.RolloutSpec(per_prompt=1, max_len=240),
+      prefix=config_lib.PrefixSpec(
+          buckets=(60, 120, 180, 240),
+          linear=config_lib.LinearSpec(increment=4),
+      ),
+      optimizer=config_lib.OptimizerSpec(learning_rate=3e-4, warmup_steps=2),
+      evaluation=config_lib.EvaluationSpec(
+          sets=sets, every=5, max_len=240, batch_size=240, greedy=False,
+          teacher=False,
+      ),
+      checkpoint=config_lib.CheckpointSpec(every=10),
+  )
 
 
 def _qwen3(size: str) -> config_lib.Config:
@@ -224,6 +248,8 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config = _guided(model)
   elif model.startswith("tiny"):
     config = _tiny("weak" if model == "tiny-weak" else "capable")
+  elif model == "chain":
+    config = _chain()
   else:
     config = _qwen3(model.removeprefix("qwen3-").upper())
   if sets:

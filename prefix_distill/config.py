@@ -31,6 +31,8 @@ import pydantic_core
 from prefix_distill.errors import ConfigError
 from prefix_distill.errors import shown
 
+# The sources of records that ship with the package.
+BUNDLED_TASKS = ("math_task", "chain_task")
 # A field's name in a template.
 FIELD = re.compile(r"\{([^{}]+)\}")
 # Stands in a check's sentence for the dotted name of the group.
@@ -229,15 +231,15 @@ class DatasetSpec:
   """Where records come from.
 
   Attributes:
-    source: names "math_task", a .jsonl, .json or .parquet file, a local data
-      set directory, or a hub id.
+    source: names "math_task" or "chain_task", a .jsonl, .json or .parquet
+      file, a local data set directory, or a hub id.
     split: names the data set's split; files have none.
     subset: names a hub data set's configuration, or the math task's style.
     question: names the field of the question.
     answer: names the field of the right answer; empty if none is needed.
     completion: names the field of a whole answer; empty if none is needed.
-    size: is how many records to take; 0 takes all, but the math task has no
-      end.
+    size: is how many records to take; 0 takes all, but a bundled task
+      has no end.
     samples: is how many answers an evaluation samples for each problem.
     random: takes `size` records at random instead of the first ones.
     choices: names the field that lists a question's options, or one field for
@@ -266,11 +268,11 @@ class DatasetSpec:
   rule: Literal["plain", "dual"] = "plain"
 
   def __post_init__(self):
-    endless = self.source == "math_task"
+    endless = self.source in BUNDLED_TASKS
     _check(
         not endless or self.size > 0,
-        f"{_HERE}size is 0 but {_HERE}source is 'math_task', which has no end;"
-        f" set {_HERE}size above 0.",
+        f"{_HERE}size is 0 but {_HERE}source is {self.source!r}, which has no"
+        f" end; set {_HERE}size above 0.",
     )
     _check(
         not self.random or (self.size > 0 and not endless),

@@ -1,10 +1,10 @@
-r"""The tasks that ship with the package: grade-school word problems.
+r"""The tasks that ship with the package.
 
-A story tells, in order, what somebody has and what happens to it. It also has
-distractors: facts with numbers that the question does not need. The solution
-starts with a plan, which goes through the story and says which sentences to
-use. It then works out one needed quantity a line, and ends with the boxed
-answer:
+`MathTask` has grade-school word problems. A story tells, in order, what
+somebody has and what happens to it. It also has distractors: facts with numbers
+that the question does not need. The solution starts with a plan, which goes
+through the story and says which sentences to use. It then works out one needed
+quantity a line, and ends with the boxed answer:
 
   Ann has 7 pens. Bob is 9 years old. Ann finds 4 pens. Ann gives Bob 2 pens.
   How many pens does Ann have now?
@@ -23,7 +23,7 @@ answer:
 Everything is a pure function of `(split, index)`. A problem belongs to the
 test split if the hash of its text says so, hence no problem is in both.
 
-`MathTask` has solutions in three styles. The teacher learns the `clean` style.
+The solutions have three styles. The teacher learns the `clean` style.
 The two others stand for what a base model saw on the web. `capable` goes wrong
 with its first words (it guesses, or skips the plan), and makes no mistake after
 a good start. `weak` also plans carelessly, and makes mistakes in every later
@@ -49,6 +49,22 @@ behave so; a real model does so by itself. The short lines are
   Ann has 7 pens.
   Ann finds 4 pens: 7 + 4 = 11.
   Ann gives Bob 2 pens: 11 - 2 = 9.
+
+`ChainTask` has short prompts and long answers. Two numbers and a rule of five
+signs start a chain of sums. Each sum is of the two numbers before it, with the
+signs of the rule in turn. The numbers go round: after 22 comes 0. An error in
+one sum spoils all that follow, and only the last number is graded:
+
+  We use + - + + - for 7, 21.
+
+  1: 7 + 21 = 5.
+  2: 21 - 5 = 16.
+  3: 5 + 16 = 21.
+  ...
+  28: 4 - 9 = 18.
+  </think>
+
+  The end is \boxed{18}.
 """
 
 from collections.abc import Sequence
@@ -474,4 +490,95 @@ class GuidedTask(MathTask):
         "solution": short_lines(prob),
         "prompt": texts[context],
         "completion": completion(prob, context, rng),
+    }
+
+
+MODULUS = 23
+_RULE_LEN = 5
+_NUM_SUMS = 28
+CHAIN_SPLITS = ("train", "validation", "test")
+# These percentages of all chains, chosen by hash, are the held-out splits.
+_CHAIN_PERCENT = {"validation": 10, "test": 10}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+  """Two numbers to start with, and the signs (1 or -1) that go round."""
+
+  first: int
+  second: int
+  rule: tuple[int, ...]
+
+  @property
+  def question(self) -> str:
+    signs = " ".join(_sign(sign) for sign in self.rule)
+    return f"We use {signs} for {self.first}, {self.second}."
+
+
+def _sign(sign: int) -> str:
+  return "+" if sign > 0 else "-"
+
+
+def _chain_split(question: str) -> str:
+  digest = hashlib.blake2b(question.encode(), digest_size=4).digest()
+  percent = int.from_bytes(digest, "little") % 100
+  for split, share in _CHAIN_PERCENT.items():
+    if percent < share:
+      return split
+    percent -= share
+  return "train"
+
+
+def chain(split: str, index: int) -> Chain:
+  """Returns chain `index` of a split ("train", "validation" or "test")."""
+  if split not in CHAIN_SPLITS:
+    raise ValueError(
+        f"The chain task has no split {split!r}; it has {CHAIN_SPLITS}."
+    )
+  rng = random.Random(f"chain {split} {index}")
+  while True:
+    first, second = (rng.randrange(MODULUS) for _ in range(2))
+    rule = tuple(rng.choice((1, -1)) for _ in range(_RULE_LEN))
+    drawn = Chain(first, second, rule)
+    # From two zeros the chain never leaves zero.
+    if (first or second) and _chain_split(drawn.question) == split:
+      return drawn
+
+
+def chain_solution(drawn: Chain) -> tuple[str, int]:
+  """Writes the text after `<think>`, without a stop token; and the answer."""
+  before, last = drawn.first, drawn.second
+  lines = ["\n"]
+  for i in range(_NUM_SUMS):
+    sign = drawn.rule[i % _RULE_LEN]
+    new = (before + sign * last) % MODULUS
+    lines.append(f"{i + 1}: {before} {_sign(sign)} {last} = {new}.\n")
+    before, last = last, new
+  lines.append(f"</think>\n\nThe end is \\boxed{{{last}}}.")
+  return "".join(lines), last
+
+
+class ChainTask(Sequence):
+  """The records of a split: `question`, `answer` and `completion`."""
+
+  def __init__(self, split: str, size: int, style: str = ""):
+    if style:
+      raise ValueError(
+          f"The chain task has no style {style!r}; leave `subset` empty."
+      )
+    chain(split, 0)  # Refuses an unknown split now rather than later.
+    self._split, self._size = split, size
+
+  def __len__(self) -> int:
+    return self._size
+
+  def __getitem__(self, index: int) -> dict[str, str]:
+    if not 0 <= index < self._size:
+      raise IndexError(index)
+    drawn = chain(self._split, index)
+    completion, answer = chain_solution(drawn)
+    return {
+        "question": drawn.question,
+        "answer": str(answer),
+        "completion": completion,
     }

@@ -36,6 +36,7 @@ import string
 from typing import Any
 from typing import TypeAlias
 
+from prefix_distill.config import BUNDLED_TASKS
 from prefix_distill.config import DatasetSpec
 from prefix_distill.config import FIELD
 from prefix_distill.data import bundled_tasks
@@ -447,17 +448,20 @@ def _check_nulls(loaded: Any, source: str, names: Sequence[str]) -> None:
 
 
 def _is_data_set(spec: DatasetSpec) -> bool:
-  """Whether `datasets` reads it: neither the math task nor a single file."""
+  """Whether `datasets` reads it: neither a bundled task nor a single file."""
   path = pathlib.Path(spec.source)
   named = path.suffix.lower() in _READERS or os.path.isfile(path)
-  return spec.source != "math_task" and (os.path.isdir(path) or not named)
+  bundled = spec.source in BUNDLED_TASKS
+  return not bundled and (os.path.isdir(path) or not named)
 
 
 def _read(
     spec: DatasetSpec, names: Sequence[str], first: bool
 ) -> Sequence[dict[str, Any]]:
-  if spec.source == "math_task":
+  if spec.source in BUNDLED_TASKS:
     try:
+      if spec.source == "chain_task":
+        return bundled_tasks.ChainTask(spec.split, spec.size, spec.subset)
       if spec.subset == "guided":
         return bundled_tasks.GuidedTask(spec.split, spec.size)
       style = spec.subset or "clean"
