@@ -29,7 +29,7 @@ def _matrix_answer(question: str) -> int:
   return (last[0] * numbers[0] + last[1] * numbers[1]) % 23
 
 
-@pytest.mark.parametrize("split", bundled_tasks.CHAIN_SPLITS)
+@pytest.mark.parametrize("split", bundled_tasks.SPLITS)
 def test_answers_agree_with_a_product_of_matrices(split):
   for record in bundled_tasks.ChainTask(split, 500):
     assert record["answer"] == str(_matrix_answer(record["question"]))
@@ -74,7 +74,7 @@ def test_an_early_error_changes_the_answer():
 def test_splits_are_disjoint_and_all_chains_are_in_one():
   found = {
       split: {bundled_tasks.chain(split, i).question for i in range(3000)}
-      for split in bundled_tasks.CHAIN_SPLITS
+      for split in bundled_tasks.SPLITS
   }
   train, validation, test = found.values()
   assert not train & validation
@@ -85,19 +85,19 @@ def test_splits_are_disjoint_and_all_chains_are_in_one():
 
 
 def test_a_record_depends_on_its_split_and_index_alone():
-  for split in bundled_tasks.CHAIN_SPLITS:
+  for split in bundled_tasks.SPLITS:
     task = bundled_tasks.ChainTask(split, 10)
     assert list(task) == [
         bundled_tasks.ChainTask(split, 10_000)[i] for i in range(10)
     ]
     with pytest.raises(IndexError):
       task[10]
-  first = [bundled_tasks.ChainTask(s, 1)[0] for s in bundled_tasks.CHAIN_SPLITS]
+  first = [bundled_tasks.ChainTask(s, 1)[0] for s in bundled_tasks.SPLITS]
   assert len({record["question"] for record in first}) == 3
 
 
 def test_a_completion_is_ten_times_its_prompt(tokenizer):
-  for split in bundled_tasks.CHAIN_SPLITS:
+  for split in bundled_tasks.SPLITS:
     for record in bundled_tasks.ChainTask(split, 200):
       prompt = tokenizer.encode(tokenizer.prompt(record["question"], "<think>"))
       completion = tokenizer.encode(record["completion"])

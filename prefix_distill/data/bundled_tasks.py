@@ -20,8 +20,9 @@ quantity a line, and ends with the boxed answer:
 
   Ann has \boxed{9} pens.
 
-Everything is a pure function of `(split, index)`. A problem belongs to the
-test split if the hash of its text says so, hence no problem is in both.
+Everything is a pure function of `(split, index)`. The hash of a problem's text
+says which split it belongs to, hence no problem is in two. Settings are chosen
+on the validation split; the test split is for what is reported.
 
 The solutions have three styles. The teacher learns the `clean` style.
 The two others stand for what a base model saw on the web. `capable` goes wrong
@@ -84,10 +85,11 @@ LOSSES = ("sells", "loses", "breaks", "uses")
 MAX_TOTAL = 30
 # The largest total of a sloppy solution, and the largest number token.
 _MAX_NUMBER = 60
-SPLITS = ("train", "test")
+SPLITS = ("train", "validation", "test")
 STYLES = ("clean", "capable", "weak")
-# This percentage of all problem texts, chosen by hash, is the test split.
-_TEST_PERCENT = 10
+# These percentages of all problem texts, chosen by hash, are held out.
+_MATH_PERCENT = {"validation": 2, "test": 8}
+_CHAIN_PERCENT = {"validation": 10, "test": 10}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,19 +170,25 @@ def _draw(rng: random.Random) -> Problem:
   return Problem(tuple(story), person, item, text, total)
 
 
-def _is_test(question: str) -> bool:
+def _split(question: str, percent: dict[str, int]) -> str:
+  """Returns the split of a question; what is not held out is for training."""
   digest = hashlib.blake2b(question.encode(), digest_size=4).digest()
-  return int.from_bytes(digest, "little") % 100 < _TEST_PERCENT
+  number = int.from_bytes(digest, "little") % 100
+  for split, share in percent.items():
+    if number < share:
+      return split
+    number -= share
+  return "train"
 
 
 def problem(split: str, index: int) -> Problem:
-  """Returns problem `index` of a split ("train" or "test")."""
+  """Returns problem `index` of a split ("train", "validation" or "test")."""
   if split not in SPLITS:
     raise ValueError(f"The math task has no split {split!r}; it has {SPLITS}.")
   rng = random.Random(f"problem {split} {index}")
   while True:
     drawn = _draw(rng)
-    if _is_test(drawn.question) == (split == "test"):
+    if _split(drawn.question, _MATH_PERCENT) == split:
       return drawn
 
 
@@ -496,9 +504,6 @@ class GuidedTask(MathTask):
 MODULUS = 23
 _RULE_LEN = 5
 _NUM_SUMS = 28
-CHAIN_SPLITS = ("train", "validation", "test")
-# These percentages of all chains, chosen by hash, are the held-out splits.
-_CHAIN_PERCENT = {"validation": 10, "test": 10}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -519,29 +524,18 @@ def _sign(sign: int) -> str:
   return "+" if sign > 0 else "-"
 
 
-def _chain_split(question: str) -> str:
-  digest = hashlib.blake2b(question.encode(), digest_size=4).digest()
-  percent = int.from_bytes(digest, "little") % 100
-  for split, share in _CHAIN_PERCENT.items():
-    if percent < share:
-      return split
-    percent -= share
-  return "train"
-
-
 def chain(split: str, index: int) -> Chain:
   """Returns chain `index` of a split ("train", "validation" or "test")."""
-  if split not in CHAIN_SPLITS:
-    raise ValueError(
-        f"The chain task has no split {split!r}; it has {CHAIN_SPLITS}."
-    )
+  if split not in SPLITS:
+    raise ValueError(f"The chain task has no split {split!r}; it has {SPLITS}.")
   rng = random.Random(f"chain {split} {index}")
   while True:
     first, second = (rng.randrange(MODULUS) for _ in range(2))
     rule = tuple(rng.choice((1, -1)) for _ in range(_RULE_LEN))
     drawn = Chain(first, second, rule)
-    # From two zeros the chain never leaves zero.
-    if (first or second) and _chain_split(drawn.question) == split:
+    if not first and not second:
+      continue  # From two zeros the chain never leaves zero.
+    if _split(drawn.question, _CHAIN_PERCENT) == split:
       return drawn
 
 
