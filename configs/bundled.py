@@ -52,14 +52,6 @@ class _Stage:
   max_len: int = 232
 
 
-def _chain(path: str, steps: int, learning_rate: float) -> _Stage:
-  """Returns a stage that learns whole chains from random weights."""
-  return _Stage(
-      path, True, "", steps, learning_rate, 100, max_prompt_len=21,
-      task="chain_task", max_len=237,
-  )  # fmt: skip
-
-
 _STAGES = {
     "teacher": _Stage("bundled:teacher", True, "clean", 2000, 2.5e-3, 100),
     "capable": _Stage(
@@ -73,8 +65,15 @@ _STAGES = {
     "guided": _Stage(
         "runs/guided-start", False, "guided", 1400, 7e-4, max_prompt_len=100
     ),
-    "chain-teacher": _chain("bundled:chain-teacher", 2000, 2.5e-3),
-    "chain-student": _chain("bundled:chain-student", 1000, 2.5e-3),
+    "chain-teacher": _Stage(
+        "bundled:chain-teacher", True, "clean", 1400, 2.5e-3, 100,
+        max_prompt_len=21, task="chain_task", max_len=237,
+    ),  # fmt: skip
+    "chain-weak": _Stage(
+        "runs/bundled-chain-teacher/export", False, "weak", 300, 7e-4,
+        tokenizer="bundled:chain-weak", max_prompt_len=21, task="chain_task",
+        max_len=237,
+    ),  # fmt: skip
 }
 
 

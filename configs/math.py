@@ -145,7 +145,7 @@ def _chain() -> config_lib.Config:
   return config_lib.Config(
       method="prefix",
       steps=60,
-      student=config_lib.ModelSpec("bundled:chain-student"),
+      student=config_lib.ModelSpec("bundled:chain-weak"),
       teacher=config_lib.ModelSpec("bundled:chain-teacher"),
       data=config_lib.DataSpec(task, batch_size=32, max_prompt_len=21),
       rollout=config_lib.RolloutSpec(per_prompt=1, max_len=240),

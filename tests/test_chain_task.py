@@ -123,9 +123,34 @@ def test_unknown_split_is_refused():
     records.read(DatasetSpec("chain_task", "dev", size=3))
 
 
-def test_a_style_is_refused():
-  with pytest.raises(records.DataError, match="no style 'clean'; leave"):
-    records.read(DatasetSpec("chain_task", subset="clean", size=3))
+def test_a_weak_solver_errs_in_the_same_few_sums():
+  """Each sum has one result, right or wrong; answers are the clean ones."""
+  results, right = {}, 0
+  task = bundled_tasks.ChainTask("train", 1500, "weak")
+  for record, clean in zip(
+      task, bundled_tasks.ChainTask("train", 1500), strict=True
+  ):
+    assert record["question"] == clean["question"]
+    assert record["answer"] == clean["answer"]
+    right += f"boxed{{{clean['answer']}}}" in record["completion"]
+    for text, new in re.findall(
+        r": (\d+ [+-] \d+) = (\d+)\.", record["completion"]
+    ):
+      results.setdefault(text, set()).add(int(new))
+  assert len(results) == 2 * (23**2 - 1)  # No chain has two zeros.
+  assert all(len(found) == 1 for found in results.values())
+  wrong = 0
+  for text, found in results.items():
+    a, sign, b = text.split()
+    result = int(a) + int(b) if sign == "+" else int(a) - int(b)
+    wrong += found != {result % 23}
+  assert 0.04 < wrong / len(results) < 0.08
+  assert 0.10 < right / 1500 < 0.35
+
+
+def test_unknown_style_is_refused():
+  with pytest.raises(records.DataError, match="no style 'tidy'.*'weak'"):
+    records.read(DatasetSpec("chain_task", subset="tidy", size=3))
 
 
 def test_a_size_is_required():

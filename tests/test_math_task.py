@@ -18,6 +18,8 @@ _STOPS = {
     "teacher": "<|im_end|>",
     "capable": "<|endoftext|>",
     "weak": "<|endoftext|>",
+    "chain-teacher": "<|im_end|>",
+    "chain-weak": "<|endoftext|>",
 }
 _TEXTS = (
     "",

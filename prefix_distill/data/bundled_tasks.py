@@ -66,6 +66,10 @@ one sum spoils all that follow, and only the last number is graded:
   </think>
 
   The end is \boxed{18}.
+
+The teacher learns the `clean` style. In the `weak` style 6 % of all sums have a
+wrong result, always the same one, so what the student lacks lies everywhere in
+an answer, and is many facts rather than one habit.
 """
 
 from collections.abc import Sequence
@@ -504,6 +508,9 @@ class GuidedTask(MathTask):
 MODULUS = 23
 _RULE_LEN = 5
 _NUM_SUMS = 28
+# A weak solver errs in this percentage of all sums.
+_WRONG_PERCENT = 6
+CHAIN_STYLES = ("clean", "weak")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -539,13 +546,30 @@ def chain(split: str, index: int) -> Chain:
       return drawn
 
 
-def chain_solution(drawn: Chain) -> tuple[str, int]:
-  """Writes the text after `<think>`, without a stop token; and the answer."""
+def _sum(before: int, sign: int, last: int, weak: bool) -> int:
+  """Returns a sum; a weak solver always errs in the same few sums."""
+  new = before + sign * last
+  if weak:
+    text = f"{before} {_sign(sign)} {last}"
+    digest = hashlib.blake2b(text.encode(), digest_size=4).digest()
+    number = int.from_bytes(digest, "little")
+    if number % 100 < _WRONG_PERCENT:
+      new += 1 + number // 100 % (MODULUS - 1)
+  return new % MODULUS
+
+
+def chain_solution(drawn: Chain, style: str = "clean") -> tuple[str, int]:
+  """Writes the text after `<think>`, without a stop token; and its answer.
+
+  Args:
+    drawn: the problem.
+    style: one of CHAIN_STYLES, see the module's docstring.
+  """
   before, last = drawn.first, drawn.second
   lines = ["\n"]
   for i in range(_NUM_SUMS):
     sign = drawn.rule[i % _RULE_LEN]
-    new = (before + sign * last) % MODULUS
+    new = _sum(before, sign, last, style == "weak")
     lines.append(f"{i + 1}: {before} {_sign(sign)} {last} = {new}.\n")
     before, last = last, new
   lines.append(f"</think>\n\nThe end is \\boxed{{{last}}}.")
@@ -553,15 +577,19 @@ def chain_solution(drawn: Chain) -> tuple[str, int]:
 
 
 class ChainTask(Sequence):
-  """The records of a split: `question`, `answer` and `completion`."""
+  """The records of a split; a record is made when it is read.
 
-  def __init__(self, split: str, size: int, style: str = ""):
-    if style:
+  A record has `question`, `answer` and `completion` (the text after `<think>`,
+  in the given style).
+  """
+
+  def __init__(self, split: str, size: int, style: str = "clean"):
+    if style not in CHAIN_STYLES:
       raise ValueError(
-          f"The chain task has no style {style!r}; leave `subset` empty."
+          f"The chain task has no style {style!r}; it has {CHAIN_STYLES}."
       )
     chain(split, 0)  # Refuses an unknown split now rather than later.
-    self._split, self._size = split, size
+    self._split, self._size, self._style = split, size, style
 
   def __len__(self) -> int:
     return self._size
@@ -570,9 +598,8 @@ class ChainTask(Sequence):
     if not 0 <= index < self._size:
       raise IndexError(index)
     drawn = chain(self._split, index)
-    completion, answer = chain_solution(drawn)
     return {
         "question": drawn.question,
-        "answer": str(answer),
-        "completion": completion,
+        "answer": str(chain_solution(drawn)[1]),
+        "completion": chain_solution(drawn, self._style)[0],
     }

@@ -460,11 +460,11 @@ def _read(
 ) -> Sequence[dict[str, Any]]:
   if spec.source in BUNDLED_TASKS:
     try:
-      if spec.source == "chain_task":
-        return bundled_tasks.ChainTask(spec.split, spec.size, spec.subset)
-      if spec.subset == "guided":
-        return bundled_tasks.GuidedTask(spec.split, spec.size)
       style = spec.subset or "clean"
+      if spec.source == "chain_task":
+        return bundled_tasks.ChainTask(spec.split, spec.size, style)
+      if style == "guided":
+        return bundled_tasks.GuidedTask(spec.split, spec.size)
       return bundled_tasks.MathTask(spec.split, spec.size, style)
     except ValueError as error:
       raise DataError(str(error)) from error
