@@ -48,6 +48,8 @@ class _Stage:
   warmup_steps: int = 20
   tokenizer: str = ""
   max_prompt_len: int = 52
+  task: str = "math_task"
+  max_len: int = 232
 
 
 _STAGES = {
@@ -63,12 +65,21 @@ _STAGES = {
     "guided": _Stage(
         "runs/guided-start", False, "guided", 1400, 7e-4, max_prompt_len=100
     ),
+    "chain-teacher": _Stage(
+        "bundled:chain-teacher", True, "clean", 1400, 2.5e-3, 100,
+        max_prompt_len=21, task="chain_task", max_len=237,
+    ),  # fmt: skip
+    "chain-weak": _Stage(
+        "runs/bundled-chain-teacher/export", False, "weak", 300, 7e-4,
+        tokenizer="bundled:chain-weak", max_prompt_len=21, task="chain_task",
+        max_len=237,
+    ),  # fmt: skip
 }
 
 
 def _problems(stage: _Stage) -> config_lib.DatasetSpec:
   return config_lib.DatasetSpec(
-      source="math_task",
+      source=stage.task,
       subset=stage.style,
       question="prompt" if stage.style == "guided" else "question",
       answer="answer",
@@ -105,7 +116,7 @@ def get_config(name: str) -> ml_collections.ConfigDict:
       data=config_lib.DataSpec(
           _problems(stage), batch_size=16, max_prompt_len=stage.max_prompt_len
       ),
-      rollout=config_lib.RolloutSpec(per_prompt=1, max_len=232),
+      rollout=config_lib.RolloutSpec(per_prompt=1, max_len=stage.max_len),
       optimizer=config_lib.OptimizerSpec(
           learning_rate=stage.learning_rate,
           warmup_steps=stage.warmup_steps,

@@ -3,9 +3,9 @@
   python -m prefix_distill.main --config=configs/math.py:MODEL,method=METHOD
 
 MODEL is `tiny` (default), `tiny-weak`, `tiny-privileged`, `tiny-concise`,
-`tiny-crosslingual`, `qwen3-1.7b` or `qwen3-8b`; METHOD is `prefix` (default:
-the paper's growing cap), `full` or `seqkd`. `qwen3-1.7b,sets=math500+aime24`
-evaluates on those sets only.
+`tiny-crosslingual`, `chain`, `qwen3-1.7b` or `qwen3-8b`; METHOD is `prefix`
+(default: the paper's growing cap), `full` or `seqkd`.
+`qwen3-1.7b,sets=math500+aime24` evaluates on those sets only.
 
 tiny, tiny-weak
   The bundled models on the bundled task: nothing is downloaded.
@@ -67,7 +67,7 @@ from prefix_distill.evaluate import evaluator
 
 _MODELS = (
     "tiny", "tiny-weak", "tiny-privileged", "tiny-concise", "tiny-crosslingual",
-    "qwen3-1.7b", "qwen3-8b",
+    "chain", "qwen3-1.7b", "qwen3-8b",
 )  # fmt: skip
 _METHODS = ("prefix", "full", "seqkd")
 # The student's context, the teacher's, what the teacher reads, and its length.
@@ -80,9 +80,18 @@ _CONTEXTS = {
 }  # fmt: skip
 
 
+def _splits(task: DatasetSpec, size: int) -> dict[str, DatasetSpec]:
+  """Returns problems to report on, and others to choose settings by."""
+  splits = {"heldout": "test", "validation": "validation"}
+  return {
+      name: dataclasses.replace(task, split=split, size=size)
+      for name, split in splits.items()
+  }
+
+
 def _tiny(student: str) -> config_lib.Config:
   task = DatasetSpec(source="math_task", answer="answer", size=100_000)
-  heldout = dataclasses.replace(task, split="test", size=480)
+  sets = _splits(task, 480)
   # Half of the answers for the student that goes wrong in the opening; all of
   # them for the one that goes wrong everywhere.
   prefix = {
@@ -103,7 +112,7 @@ def _tiny(student: str) -> config_lib.Config:
       prefix=prefix,
       optimizer=config_lib.OptimizerSpec(learning_rate=3e-4, warmup_steps=2),
       evaluation=config_lib.EvaluationSpec(
-          sets={"heldout": heldout}, every=25, max_len=256, batch_size=240
+          sets=sets, every=25, max_len=256, batch_size=240
       ),
       checkpoint=config_lib.CheckpointSpec(every=10),
   )
@@ -136,6 +145,27 @@ def _guided(name: str) -> config_lib.Config:
           every=0, teacher=False,
       ),
   )  # fmt: skip
+
+
+def _chain() -> config_lib.Config:
+  task = DatasetSpec(source="chain_task", answer="answer", size=100_000)
+  return config_lib.Config(
+      method="prefix",
+      steps=60,
+      student=config_lib.ModelSpec("bundled:chain-weak"),
+      teacher=config_lib.ModelSpec("bundled:chain-teacher"),
+      data=config_lib.DataSpec(task, batch_size=32, max_prompt_len=21),
+      rollout=config_lib.RolloutSpec(per_prompt=1, max_len=240),
+      prefix=config_lib.PrefixSpec(
+          buckets=(60, 120, 180, 240),
+          linear=config_lib.LinearSpec(increment=4),
+      ),
+      optimizer=config_lib.OptimizerSpec(learning_rate=1e-3, warmup_steps=2),
+      evaluation=config_lib.EvaluationSpec(
+          sets=_splits(task, 240), every=20, max_len=240, batch_size=240
+      ),
+      checkpoint=config_lib.CheckpointSpec(every=10),
+  )
 
 
 def _qwen3(size: str) -> config_lib.Config:
@@ -224,8 +254,13 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config = _guided(model)
   elif model.startswith("tiny"):
     config = _tiny("weak" if model == "tiny-weak" else "capable")
+  elif model == "chain":
+    config = _chain()
   else:
     config = _qwen3(model.removeprefix("qwen3-").upper())
+  if not sets and not model.startswith("qwen3"):
+    # The validation split is there to be asked for.
+    sets = [name for name in config.evaluation.sets if name != "validation"]
   if sets:
     config = _choose(config, sets)
   if method == "seqkd":

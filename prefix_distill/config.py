@@ -35,6 +35,8 @@ from prefix_distill.errors import shown
 # What the source of a task of reasoning-gym begins with, and its splits.
 GYM = "reasoning_gym:"
 GYM_SPLITS = ("train", "validation", "test")
+# The sources of records that ship with the package.
+BUNDLED_TASKS = ("math_task", "chain_task")
 # A field's name in a template.
 FIELD = re.compile(r"\{([^{}]+)\}")
 # Stands in a check's sentence for the dotted name of the group.
@@ -250,16 +252,16 @@ class DatasetSpec:
   """Where records come from.
 
   Attributes:
-    source: names "math_task", a .jsonl, .json or .parquet file, a local data
-      set directory, a hub id, or a task of reasoning-gym with its options, as
-      "reasoning_gym:NAME?OPTION=VALUE".
+    source: names "math_task" or "chain_task", a .jsonl, .json or .parquet
+      file, a local data set directory, a hub id, or a task of reasoning-gym
+      with its options, as "reasoning_gym:NAME?OPTION=VALUE".
     split: names the data set's split; files have none, and tasks of
       reasoning-gym "train", "validation" and "test".
     subset: names a hub data set's configuration, or the math task's style.
     question: names the field of the question.
     answer: names the field of the right answer; empty if none is needed.
     completion: names the field of a whole answer; empty if none is needed.
-    size: is how many records to take; 0 takes all, but the math task has no
+    size: is how many records to take; 0 takes all, but a bundled task has no
       end, and of a task of reasoning-gym 100,000 for training and else 500.
     samples: is how many answers an evaluation samples for each problem.
     random: takes `size` records at random instead of the first ones.
@@ -290,12 +292,12 @@ class DatasetSpec:
   rule: Literal["plain", "dual"] = "plain"
 
   def __post_init__(self):
-    endless = self.source == "math_task"
+    endless = self.source in BUNDLED_TASKS
     self._check_gym()
     _check(
         not endless or self.size > 0,
-        f"{_HERE}size is 0 but {_HERE}source is 'math_task', which has no end;"
-        f" set {_HERE}size above 0.",
+        f"{_HERE}size is 0 but {_HERE}source is {self.source!r}, which has no"
+        f" end; set {_HERE}size above 0.",
     )
     _check(
         not self.random or (self.size > 0 and not endless),

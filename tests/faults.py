@@ -562,7 +562,7 @@ _DATA = (
     ),
     _fault(
         "problems of the test split are trained on",
-        'if _is_test(drawn.question) == (split == "test"):',
+        'if _split(drawn.question, _MATH_PERCENT) == split:',
         "if drawn.question:",
         "math_task.py::test_the_hash_of_the_text_decides_the_split",
     ),

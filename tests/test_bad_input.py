@@ -60,7 +60,7 @@ def test_good_settings_pass(tmp_path):
     ("field", "path", "words"),
     [
         ("student__path", "/no/such/model", "/no/such/model is not a directo"),
-        ("teacher__path", "bundled:gemma", "capable, guided, teacher, weak"),
+        ("teacher__path", "bundled:gemma", "chain-teacher, chain-weak"),
     ],
 )
 def test_missing_model(tmp_path, field, path, words):

@@ -18,6 +18,8 @@ _STOPS = {
     "teacher": "<|im_end|>",
     "capable": "<|endoftext|>",
     "weak": "<|endoftext|>",
+    "chain-teacher": "<|im_end|>",
+    "chain-weak": "<|endoftext|>",
 }
 _TEXTS = (
     "",
@@ -85,13 +87,13 @@ def test_a_record_depends_on_its_split_style_and_index_alone():
   assert len(set(here)) == len(here)
 
 
-def test_train_and_test_never_overlap():
-  train, test = (
+def test_splits_never_overlap():
+  splits = [
       {bundled_tasks.problem(split, i).question for i in range(3000)}
-      for split in ("train", "test")
-  )
-  assert not train & test
-  assert min(len(train), len(test)) > 2950
+      for split in ("train", "validation", "test")
+  ]
+  assert len(set.union(*splits)) == sum(map(len, splits))
+  assert min(map(len, splits)) > 2900
 
 
 @pytest.mark.parametrize("split", bundled_tasks.SPLITS)
@@ -99,8 +101,9 @@ def test_the_hash_of_the_text_decides_the_split(split):
   for i in range(500):
     text = bundled_tasks.problem(split, i).question
     digest = hashlib.blake2b(text.encode(), digest_size=4).digest()
-    is_test = int.from_bytes(digest, "little") % 100 < 10
-    assert is_test == (split == "test")
+    number = int.from_bytes(digest, "little") % 100
+    held_out = "validation" if number < 2 else "test"
+    assert split == (held_out if number < 10 else "train")
 
 
 def test_the_answer_follows_from_the_text():
@@ -183,7 +186,7 @@ def test_sequence_ends_at_its_size():
     task[3]
 
 
-@pytest.mark.parametrize("split", ("validation", "", "Train"))
+@pytest.mark.parametrize("split", ("valid", "", "Train"))
 def test_unknown_split_is_refused(split):
   with pytest.raises(ValueError, match=f"no split '{split}'.*'test'"):
     bundled_tasks.MathTask(split, 3)

@@ -213,7 +213,8 @@ def test_every_cell_is_a_config(task, cell, trial, tmp_path):
   line = reproduce.command(todo, tmp_path, [])
   settings = [a for a in line if a.startswith("--config.")]
   assert "--config.seed=3" in settings
-  assert any("split=test" in x or "sets=validation" in x for x in line) or trial
+  sets = line[3].rpartition("sets=")[2]
+  assert sets == ("validation" if trial else "heldout+validation")
   for setting in settings:
     config_lib.check_field(setting.removeprefix("--config.").split("=")[0])
 

@@ -1,10 +1,10 @@
-r"""The tasks that ship with the package: grade-school word problems.
+r"""The tasks that ship with the package.
 
-A story tells, in order, what somebody has and what happens to it. It also has
-distractors: facts with numbers that the question does not need. The solution
-starts with a plan, which goes through the story and says which sentences to
-use. It then works out one needed quantity a line, and ends with the boxed
-answer:
+`MathTask` has grade-school word problems. A story tells, in order, what
+somebody has and what happens to it. It also has distractors: facts with numbers
+that the question does not need. The solution starts with a plan, which goes
+through the story and says which sentences to use. It then works out one needed
+quantity a line, and ends with the boxed answer:
 
   Ann has 7 pens. Bob is 9 years old. Ann finds 4 pens. Ann gives Bob 2 pens.
   How many pens does Ann have now?
@@ -20,10 +20,11 @@ answer:
 
   Ann has \boxed{9} pens.
 
-Everything is a pure function of `(split, index)`. A problem belongs to the
-test split if the hash of its text says so, hence no problem is in both.
+Everything is a pure function of `(split, index)`. The hash of a problem's text
+says which split it belongs to, hence no problem is in two. Settings are chosen
+on the validation split; the test split is for what is reported.
 
-`MathTask` has solutions in three styles. The teacher learns the `clean` style.
+The solutions have three styles. The teacher learns the `clean` style.
 The two others stand for what a base model saw on the web. `capable` goes wrong
 with its first words (it guesses, or skips the plan), and makes no mistake after
 a good start. `weak` also plans carelessly, and makes mistakes in every later
@@ -49,6 +50,26 @@ behave so; a real model does so by itself. The short lines are
   Ann has 7 pens.
   Ann finds 4 pens: 7 + 4 = 11.
   Ann gives Bob 2 pens: 11 - 2 = 9.
+
+`ChainTask` has short prompts and long answers. Two numbers and a rule of five
+signs start a chain of sums. Each sum is of the two numbers before it, with the
+signs of the rule in turn. The numbers go round: after 22 comes 0. An error in
+one sum spoils all that follow, and only the last number is graded:
+
+  We use + - + + - for 7, 21.
+
+  1: 7 + 21 = 5.
+  2: 21 - 5 = 16.
+  3: 5 + 16 = 21.
+  ...
+  28: 4 - 9 = 18.
+  </think>
+
+  The end is \boxed{18}.
+
+The teacher learns the `clean` style. In the `weak` style 6 % of all sums have a
+wrong result, always the same one, so what the student lacks lies everywhere in
+an answer, and is many facts rather than one habit.
 """
 
 from collections.abc import Sequence
@@ -68,10 +89,11 @@ LOSSES = ("sells", "loses", "breaks", "uses")
 MAX_TOTAL = 30
 # The largest total of a sloppy solution, and the largest number token.
 _MAX_NUMBER = 60
-SPLITS = ("train", "test")
+SPLITS = ("train", "validation", "test")
 STYLES = ("clean", "capable", "weak")
-# This percentage of all problem texts, chosen by hash, is the test split.
-_TEST_PERCENT = 10
+# These percentages of all problem texts, chosen by hash, are held out.
+_MATH_PERCENT = {"validation": 2, "test": 8}
+_CHAIN_PERCENT = {"validation": 10, "test": 10}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,19 +174,25 @@ def _draw(rng: random.Random) -> Problem:
   return Problem(tuple(story), person, item, text, total)
 
 
-def _is_test(question: str) -> bool:
+def _split(question: str, percent: dict[str, int]) -> str:
+  """Returns the split of a question; what is not held out is for training."""
   digest = hashlib.blake2b(question.encode(), digest_size=4).digest()
-  return int.from_bytes(digest, "little") % 100 < _TEST_PERCENT
+  number = int.from_bytes(digest, "little") % 100
+  for split, share in percent.items():
+    if number < share:
+      return split
+    number -= share
+  return "train"
 
 
 def problem(split: str, index: int) -> Problem:
-  """Returns problem `index` of a split ("train" or "test")."""
+  """Returns problem `index` of a split ("train", "validation" or "test")."""
   if split not in SPLITS:
     raise ValueError(f"The math task has no split {split!r}; it has {SPLITS}.")
   rng = random.Random(f"problem {split} {index}")
   while True:
     drawn = _draw(rng)
-    if _is_test(drawn.question) == (split == "test"):
+    if _split(drawn.question, _MATH_PERCENT) == split:
       return drawn
 
 
@@ -474,4 +502,104 @@ class GuidedTask(MathTask):
         "solution": short_lines(prob),
         "prompt": texts[context],
         "completion": completion(prob, context, rng),
+    }
+
+
+MODULUS = 23
+_RULE_LEN = 5
+_NUM_SUMS = 28
+# A weak solver errs in this percentage of all sums.
+_WRONG_PERCENT = 6
+CHAIN_STYLES = ("clean", "weak")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+  """Two numbers to start with, and the signs (1 or -1) that go round."""
+
+  first: int
+  second: int
+  rule: tuple[int, ...]
+
+  @property
+  def question(self) -> str:
+    signs = " ".join(_sign(sign) for sign in self.rule)
+    return f"We use {signs} for {self.first}, {self.second}."
+
+
+def _sign(sign: int) -> str:
+  return "+" if sign > 0 else "-"
+
+
+def chain(split: str, index: int) -> Chain:
+  """Returns chain `index` of a split ("train", "validation" or "test")."""
+  if split not in SPLITS:
+    raise ValueError(f"The chain task has no split {split!r}; it has {SPLITS}.")
+  rng = random.Random(f"chain {split} {index}")
+  while True:
+    first, second = (rng.randrange(MODULUS) for _ in range(2))
+    rule = tuple(rng.choice((1, -1)) for _ in range(_RULE_LEN))
+    drawn = Chain(first, second, rule)
+    if not first and not second:
+      continue  # From two zeros the chain never leaves zero.
+    if _split(drawn.question, _CHAIN_PERCENT) == split:
+      return drawn
+
+
+def _sum(before: int, sign: int, last: int, weak: bool) -> int:
+  """Returns a sum; a weak solver always errs in the same few sums."""
+  new = before + sign * last
+  if weak:
+    text = f"{before} {_sign(sign)} {last}"
+    digest = hashlib.blake2b(text.encode(), digest_size=4).digest()
+    number = int.from_bytes(digest, "little")
+    if number % 100 < _WRONG_PERCENT:
+      new += 1 + number // 100 % (MODULUS - 1)
+  return new % MODULUS
+
+
+def chain_solution(drawn: Chain, style: str = "clean") -> tuple[str, int]:
+  """Writes the text after `<think>`, without a stop token; and its answer.
+
+  Args:
+    drawn: the problem.
+    style: one of CHAIN_STYLES, see the module's docstring.
+  """
+  before, last = drawn.first, drawn.second
+  lines = ["\n"]
+  for i in range(_NUM_SUMS):
+    sign = drawn.rule[i % _RULE_LEN]
+    new = _sum(before, sign, last, style == "weak")
+    lines.append(f"{i + 1}: {before} {_sign(sign)} {last} = {new}.\n")
+    before, last = last, new
+  lines.append(f"</think>\n\nThe end is \\boxed{{{last}}}.")
+  return "".join(lines), last
+
+
+class ChainTask(Sequence):
+  """The records of a split; a record is made when it is read.
+
+  A record has `question`, `answer` and `completion` (the text after `<think>`,
+  in the given style).
+  """
+
+  def __init__(self, split: str, size: int, style: str = "clean"):
+    if style not in CHAIN_STYLES:
+      raise ValueError(
+          f"The chain task has no style {style!r}; it has {CHAIN_STYLES}."
+      )
+    chain(split, 0)  # Refuses an unknown split now rather than later.
+    self._split, self._size, self._style = split, size, style
+
+  def __len__(self) -> int:
+    return self._size
+
+  def __getitem__(self, index: int) -> dict[str, str]:
+    if not 0 <= index < self._size:
+      raise IndexError(index)
+    drawn = chain(self._split, index)
+    return {
+        "question": drawn.question,
+        "answer": str(chain_solution(drawn)[1]),
+        "completion": chain_solution(drawn, self._style)[0],
     }

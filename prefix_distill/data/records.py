@@ -38,6 +38,7 @@ from typing import Any
 from typing import TypeAlias
 
 from prefix_distill import strict_json
+from prefix_distill.config import BUNDLED_TASKS
 from prefix_distill.config import DatasetSpec
 from prefix_distill.config import FIELD
 from prefix_distill.data import bundled_tasks
@@ -447,18 +448,20 @@ def _is_data_set(spec: DatasetSpec) -> bool:
   """Whether `datasets` reads it: no task, nor a single file."""
   path = pathlib.Path(spec.source)
   named = path.suffix.lower() in _READERS or os.path.isfile(path)
-  made = spec.is_gym or spec.source == "math_task"
+  made = spec.is_gym or spec.source in BUNDLED_TASKS
   return not made and (os.path.isdir(path) or not named)
 
 
 def _read(
     spec: DatasetSpec, names: Sequence[str], first: bool
 ) -> Sequence[dict[str, Any]]:
-  if spec.source == "math_task":
+  if spec.source in BUNDLED_TASKS:
     try:
-      if spec.subset == "guided":
-        return bundled_tasks.GuidedTask(spec.split, spec.size)
       style = spec.subset or "clean"
+      if spec.source == "chain_task":
+        return bundled_tasks.ChainTask(spec.split, spec.size, style)
+      if style == "guided":
+        return bundled_tasks.GuidedTask(spec.split, spec.size)
       return bundled_tasks.MathTask(spec.split, spec.size, style)
     except ValueError as error:
       raise DataError(str(error)) from error

@@ -33,6 +33,7 @@ from typing import Any
 from prefix_distill.experiments import results
 
 _ROOT = pathlib.Path(__file__).parents[2]
+_CONFIG = _ROOT / "configs" / "math.py"
 SEEDS = (0, 1, 2, 3, 4)
 TRIAL_SEED = 100
 
@@ -44,7 +45,6 @@ class Task:
   Attributes:
     about: what stands over its table.
     argument: of `configs/math.py`.
-    source: of its problems.
     every: updates from one evaluation to the next.
     rates: learning rates to choose from.
     settings: fields of the config, for every cell.
@@ -53,7 +53,6 @@ class Task:
 
   about: str
   argument: str
-  source: str
   every: int
   rates: tuple[float, ...]
   settings: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -175,7 +174,6 @@ TASKS = {
     "capable": Task(
         "word problems, capable student",
         "tiny",
-        "math_task",
         2,
         (3e-5, 1e-4, 3e-4),
         _BUCKETS,
@@ -188,7 +186,6 @@ TASKS = {
     "weak": Task(
         "word problems, weak student",
         "tiny-weak",
-        "math_task",
         2,
         _RATES,
         _BUCKETS,
@@ -201,9 +198,8 @@ TASKS = {
     "chain": Task(
         "chains of sums",
         "chain",
-        "chain_task",
-        3,
-        _RATES,
+        5,
+        (3e-4, 1e-3),
         {"prefix.buckets": "(32,64,128,240)"},
         {
             "linear": {"prefix.linear.increment": "4"},
@@ -218,23 +214,6 @@ _COMMON = {
     "evaluation.teacher": "False",
     "checkpoint.every": "1000",
 }
-
-
-def _sets(task: Task, trial: bool) -> dict[str, str]:
-  """The test split, and the one that chooses; trials see only the latter."""
-  splits = {results.VALIDATION: "validation"}
-  if not trial:
-    splits[results.TEST] = "test"
-  return {
-      f"evaluation.sets.{name}.{field}": str(value)
-      for name, split in splits.items()
-      for field, value in {
-          "source": task.source,
-          "split": split,
-          "answer": "answer",
-          "size": _PROBLEMS,
-      }.items()
-  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,8 +252,12 @@ def command(
       the trials of its cell chose, and the config's if there were none.
   """
   task, cell = TASKS[todo.task], CELLS[todo.cell]
+  # Trials do not see the test split.
+  sets = [results.VALIDATION]
+  if todo.rate is None:
+    sets.insert(0, results.TEST)
   settings = {"evaluation.every": str(task.every)} | _COMMON
-  settings |= _sets(task, trial=todo.rate is not None)
+  settings |= {f"evaluation.sets.{x}.size": str(_PROBLEMS) for x in sets}
   if cell.settings["method"] == "prefix":
     settings |= task.settings
   settings |= cell.settings | task.of.get(todo.cell, {})
@@ -288,7 +271,7 @@ def command(
       sys.executable,
       "-m",
       "prefix_distill.main",
-      f"--config={_ROOT / 'configs' / 'math.py'}:{task.argument}",
+      f"--config={_CONFIG}:{task.argument},sets={'+'.join(sets)}",
       f"--workdir={workdir}",
       *(f"--config.{k}={v}" for k, v in settings.items()),
   ]
