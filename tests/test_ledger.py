@@ -7,6 +7,7 @@ import toys
 
 from prefix_distill.report import flops
 from prefix_distill.report.flops import Lengths
+from prefix_distill.train.checkpoint import Bought
 from prefix_distill.train.checkpoint import Prices
 from prefix_distill.train.checkpoint import Totals
 
@@ -51,18 +52,29 @@ def test_full_distillation_is_estimated_from_whole_answers():
 
 
 def test_sums_go_on_from_a_checkpoint():
-  spent = flops.answers(TEACHER, THESE.prompts, THESE.sampled)
   prices = Prices(STUDENT, None)
-  start = Totals({}, flops=spent.total, phases=spent)
-  before = prices.charge(start, THESE)
+  before = prices.charge(START, THESE)
   restored = Totals.from_json(json.loads(json.dumps(before.to_json())))
   assert restored == before
   after = prices.charge(restored, THESE)
   step = flops.supervised(STUDENT, THESE).total
-  assert before.flops == spent.total + step
-  assert after.flops == spent.total + 2 * step
-  assert after.phases.decode == spent.decode
+  assert (before.flops, after.flops) == (step, 2 * step)
   assert after.flops_paper == 2 * flops.paper_supervised(STUDENT, THESE)
+
+
+def test_answers_are_paid_for_as_they_are_used():
+  cost = flops.answers(TEACHER, THESE.prompts, THESE.sampled)
+  # Two updates and a half use each answer once; the fourth pays nothing.
+  prices = Prices(STUDENT, None, bought=Bought(cost, 2.5))
+  step, totals, paid = flops.supervised(STUDENT, THESE), START, []
+  for number in range(4):
+    totals = prices.charge(totals, THESE, step=number)
+    paid.append(totals.flops - (number + 1) * step.total)
+  np.testing.assert_allclose(
+      paid, np.array([0.4, 0.8, 1.0, 1.0]) * cost.total
+  )
+  assert totals.phases.decode == pytest.approx(cost.decode)
+  assert totals.phases.total == pytest.approx(totals.flops)
 
 
 def test_what_is_computed_again_is_counted():

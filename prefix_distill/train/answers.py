@@ -4,6 +4,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
 import dataclasses
+import json
 import pathlib
 from typing import Any
 
@@ -28,9 +29,14 @@ from prefix_distill.rollout import generate
 from prefix_distill.structs import PromptBatch
 from prefix_distill.train import microbatch
 from prefix_distill.train import setup as setup_lib
+from prefix_distill.train.checkpoint import Bought
 
 FILE = "answers.parquet"
 _UNFINISHED = "unfinished/teacher-answers.jsonl"
+
+
+# Columns of lengths, and where those of answers are that did not end.
+_LENGTHS, _UNENDED = ["prompt_tokens", "tokens"], b"unended"
 
 
 class AnswersError(UserError):
@@ -39,12 +45,12 @@ class AnswersError(UserError):
 
 def with_answers(
     setup: setup_lib.Setup, workdir: pathlib.Path, poll: Callable[[], None]
-) -> tuple[setup_lib.Setup, flops.StepFlops]:
+) -> tuple[setup_lib.Setup, Bought]:
   """Returns the supervised part's setup; makes the answers if need be.
 
   Only answers that end by themselves are kept. All of the run's prompts are
   answered, each once: `steps * data.batch_size`, or as many as there are.
-  With it comes what the answers cost, in FLOPs.
+  With it comes what the answers cost, those that did not end included.
 
   Args:
     setup: of the run, with the teacher.
@@ -64,7 +70,7 @@ def with_answers(
     )
   if not distributed.from_first("answers", path.is_file()):
     rows = list(_answers(setup, unfinished, poll))
-    if not rows:
+    if not any(row["ended"] for row in rows):
       raise records.DataError(
           f"None of the teacher's answers ended within rollout.max_len"
           f" {setup.models.config.rollout.max_len} tokens; raise it."
@@ -83,18 +89,25 @@ def with_answers(
       seed=config.seed,
       completion_len=config.rollout.max_len,
   )
-  table = pq.read_table(path, columns=["prompt_tokens", "tokens"])
-  prompts, answers = (np.asarray(table[n]) for n in table.column_names)
-  spent = flops.answers(setup.models.teacher.config, prompts, answers)
+  table = pq.read_table(path, columns=_LENGTHS)
+  lengths = np.stack([np.asarray(table[name]) for name in _LENGTHS], axis=1)
+  others = json.loads(table.schema.metadata[_UNENDED])
+  lengths = np.concatenate([lengths, np.reshape(others, (-1, 2))])
+  spent = flops.answers(setup.models.teacher.config, *lengths.T)
   models = dataclasses.replace(setup.models, teacher=None)
-  return dataclasses.replace(setup, data=data, models=models), spent
+  bought = Bought(spent, table.num_rows / config.data.batch_size)
+  return dataclasses.replace(setup, data=data, models=models), bought
 
 
 def _write(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
-  """Writes the answers, whole or not at all."""
+  """Writes the answers, whole or not at all; of the unended only lengths."""
   partial = path.with_suffix(".partial")
+  unended = [[row[x] for x in _LENGTHS] for row in rows if not row["ended"]]
+  table = pa.Table.from_pylist([row for row in rows if row["ended"]])
+  table = table.drop_columns("ended")
+  table = table.replace_schema_metadata({_UNENDED: json.dumps(unended)})
   try:
-    pq.write_table(pa.Table.from_pylist(rows), partial)
+    pq.write_table(table, partial)
     partial.rename(path)
   except OSError as error:
     raise AnswersError(
@@ -159,10 +172,10 @@ def _answers(
   )
   # The order in which answers end depends on where a run was stopped.
   for number, tokens, stopped in sorted(answers, key=lambda found: found[0]):
-    if stopped:
-      yield {
-          "question": kept[number][0],
-          "completion": tokenizer.decode([int(t) for t in tokens[:-1]]),
-          "prompt_tokens": int(batch.mask[number].sum()),
-          "tokens": len(tokens),
-      }
+    yield {
+        "question": kept[number][0],
+        "completion": tokenizer.decode([int(t) for t in tokens[:-1]]),
+        "prompt_tokens": int(batch.mask[number].sum()),
+        "tokens": len(tokens),
+        "ended": stopped,
+    }

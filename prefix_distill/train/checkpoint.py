@@ -52,7 +52,7 @@ class Totals:
     schedule: the state of the prefix schedule, JSON.
     seconds: time of the updates.
     tokens: sampled tokens.
-    flops: all FLOPs, those before the first update included.
+    flops: all FLOPs.
     phases: the same by phase.
     flops_paper: FLOPs by the paper's formula, of the updates alone.
     flops_full: an estimate of what the same updates would have cost with whole
@@ -93,6 +93,27 @@ class Totals:
 
 
 @dataclasses.dataclass(frozen=True)
+class Bought:
+  """Answers that were made before the first update.
+
+  An update pays for the answers that it is the first to use. So a run that is
+  stopped early does not pay for those that it did not need.
+
+  Attributes:
+    cost: of all of them.
+    updates: how many updates use each once; after those they are free.
+  """
+
+  cost: StepFlops = StepFlops()
+  updates: float = 1.0
+
+  def share(self, step: int) -> float:
+    """Returns the share that update `step`, from 0, is the first to use."""
+    before, after = (min(x / self.updates, 1.0) for x in (step, step + 1))
+    return after - before
+
+
+@dataclasses.dataclass(frozen=True)
 class Prices:
   """What an update of certain models costs.
 
@@ -101,12 +122,14 @@ class Prices:
     teacher: the teacher's; None for supervised training.
     remat: what the student computes again, see `ModelSpec`.
     compares: whether full distillation's cost is estimated too.
+    bought: answers that the updates use.
   """
 
   student: ModelConfig
   teacher: ModelConfig | None
   remat: str = "none"
   compares: bool = False
+  bought: Bought = Bought()
 
   def charge(
       self,
@@ -114,6 +137,7 @@ class Prices:
       lengths: Lengths,
       source: str = "student",
       whole: float = 0.0,
+      step: int = 0,
   ) -> Totals:
     """Adds an update to the sums.
 
@@ -123,10 +147,14 @@ class Prices:
       source: who sampled the answers, as `flops.distillation` takes it.
       whole: mean length of whole answers, for the estimate of full
         distillation's cost.
+      step: the update's number, from 0.
     """
     cost, before = self._cost(lengths, source), totals.phases
+    share = self.bought.share(step)
     phases = StepFlops(**{
-        phase: getattr(before, phase) + getattr(cost, phase)
+        phase: getattr(before, phase)
+        + getattr(cost, phase)
+        + share * getattr(self.bought.cost, phase)
         for phase in flops.PHASES
     })
     full = 0.0
@@ -137,7 +165,7 @@ class Prices:
     return dataclasses.replace(
         totals,
         tokens=totals.tokens + int(lengths.sampled.sum()),
-        flops=totals.flops + cost.total,
+        flops=totals.flops + cost.total + share * self.bought.cost.total,
         phases=phases,
         flops_paper=totals.flops_paper + self._paper(lengths, source),
         flops_full=totals.flops_full + full,

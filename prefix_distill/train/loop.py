@@ -39,7 +39,6 @@ from prefix_distill.errors import UserError
 from prefix_distill.evaluate import evaluator
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
-from prefix_distill.report import flops
 from prefix_distill.report import report
 from prefix_distill.report.flops import Lengths
 from prefix_distill.structs import PromptBatch
@@ -49,6 +48,7 @@ from prefix_distill.train import setup as setup_lib
 from prefix_distill.train import step as step_lib
 from prefix_distill.train import update as update_lib
 from prefix_distill.train import workdir as workdir_lib
+from prefix_distill.train.checkpoint import Bought
 from prefix_distill.train.checkpoint import Checkpointer
 from prefix_distill.train.checkpoint import Prices
 from prefix_distill.train.checkpoint import Totals
@@ -109,7 +109,7 @@ def stop_on_signal(notice: float = math.inf) -> Iterator[Stop]:
       signal.signal(number, handler)
 
 
-_NOTHING = flops.StepFlops()
+_NOTHING = Bought()
 # Seconds that are kept free before a deadline, besides twice a save.
 _MARGIN = 3.0
 # Seconds between two tries to save a state after which nothing comes.
@@ -147,7 +147,7 @@ class Run:
       self,
       setup: setup_lib.Setup,
       workdir: pathlib.Path,
-      spent: flops.StepFlops = _NOTHING,
+      bought: Bought = _NOTHING,
       stop: Stop | None = None,
       lock: workdir_lib.Lock | None = None,
   ):
@@ -156,7 +156,7 @@ class Run:
     Args:
       setup: what the run needs besides weights.
       workdir: of the run.
-      spent: FLOPs that were spent before the first update.
+      bought: answers that were made before the first update.
       stop: says when the user or the machine wants the run to stop.
       lock: the workdir's lock, in the process that holds it.
     """
@@ -171,10 +171,9 @@ class Run:
         models.teacher and models.teacher.config,
         models.student.remat,
         compares=config.method == "prefix",
+        bought=bought,
     )
-    self.totals = Totals(
-        self.schedule.start(), flops=spent.total, phases=spent
-    )
+    self.totals = Totals(self.schedule.start())
     self.key = jax.random.key(config.seed)
     self.teacher_params: Params | None = None
     self.stop = stop or Stop()
@@ -416,7 +415,7 @@ class Run:
         trained.sum(1),
     )
     totals = self.prices.charge(
-        self.totals, lengths, source, self.answer_len
+        self.totals, lengths, source, self.answer_len, step
     )
     if done.metrics["finite"]:
       state = self.schedule.next(totals.schedule, stats)
@@ -686,12 +685,12 @@ def _train(
     if writes:
       shape = setup.models.mesh.shape
       print(report.headline(config, shape, workdir), flush=True)
-    spent = _NOTHING
+    bought = _NOTHING
     with stop_on_signal(notice) as stop:
       if config.method == "seqkd":
         poll = functools.partial(_poll, stop, "while the teacher answers")
-        setup, spent = answers.with_answers(setup, workdir, poll)
-      run = Run(setup, workdir, spent, stop, lock)
+        setup, bought = answers.with_answers(setup, workdir, poll)
+      run = Run(setup, workdir, bought, stop, lock)
       try:
         _steps(run, traced)
         if setup.models.teacher is not None and config.evaluation.teacher:
