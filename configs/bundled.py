@@ -25,8 +25,9 @@ problems, sampled and greedy, and the sampled answers' mean length:
   german     18.0 %     2.5 %   108
 
 `chain-teacher` and `chain-weak` are of the chain task. The student goes on from
-its teacher with sums of which 6 % are wrong, always the same ones. They took 7
-and 2 minutes of one CPU core.
+its teacher with sums of which 5 % are wrong, always the same ones. On one core
+of a busy machine they took 35 minutes (10 of them its own) and 4. Sampled
+accuracy on 480 problems of the validation split: 98.8 and 26.9 %.
 """
 
 import dataclasses
