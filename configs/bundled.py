@@ -1,10 +1,12 @@
-"""How the bundled models were made: supervised training on the math task.
+"""How the bundled models were made: supervised training.
 
   python -m prefix_distill.main --config=configs/bundled.py:teacher
   python -m prefix_distill.main --config=configs/bundled.py:capable
   python -m prefix_distill.main --config=configs/bundled.py:weak
   python -m prefix_distill.experiments.bundled_models guided runs/guided-start
   python -m prefix_distill.main --config=configs/bundled.py:guided
+  python -m prefix_distill.main --config=configs/bundled.py:chain-teacher
+  python -m prefix_distill.main --config=configs/bundled.py:chain-weak
 
 The teacher learns from clean solutions. The students stand for base models:
 they go on from the teacher with the sloppy solutions that stand for the web.
@@ -21,6 +23,11 @@ problems, sampled and greedy, and the sampled answers' mean length:
   brief      96.0 %    99.5 %    46
   shown      95.0 %   100.0 %   188
   german     18.0 %     2.5 %   108
+
+`chain-teacher` and `chain-weak` are of the chain task. The student goes on from
+its teacher with sums of which 5 % are wrong, always the same ones. On one core
+of a busy machine they took 35 minutes (10 of them its own) and 4. Sampled
+accuracy on 480 problems of the validation split: 98.8 and 26.9 %.
 """
 
 import dataclasses

@@ -144,7 +144,7 @@ def test_a_weak_solver_errs_in_the_same_few_sums():
     a, sign, b = text.split()
     result = int(a) + int(b) if sign == "+" else int(a) - int(b)
     wrong += found != {result % 23}
-  assert 0.04 < wrong / len(results) < 0.08
+  assert wrong == 50
   assert 0.10 < right / 1500 < 0.35
 
 

@@ -18,7 +18,9 @@ from prefix_distill.models.transformer import Model
 from prefix_distill.train import loop
 
 _GUIDED = ("tiny-privileged", "tiny-concise", "tiny-crosslingual")
-_MODELS = ("", "tiny", "tiny-weak", *_GUIDED, "qwen3-1.7b", "qwen3-8b")
+_MODELS = (
+    "", "tiny", "tiny-weak", *_GUIDED, "chain", "qwen3-1.7b", "qwen3-8b"
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("model", _MODELS)
@@ -44,7 +46,10 @@ def test_evaluation_sets_can_be_chosen():
     experiment.get_config("qwen3-8b,sets=gsm8k")
 
 
-@pytest.mark.parametrize("name", ["teacher", "capable", "weak", "guided"])
+@pytest.mark.parametrize(
+    "name",
+    ["teacher", "capable", "weak", "guided", "chain-teacher", "chain-weak"],
+)
 def test_bundled_configs_are_valid(name):
   settings = bundled.get_config(name)
   assert config_lib.from_dict(settings.to_dict()).method == "sft"

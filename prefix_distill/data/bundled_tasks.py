@@ -67,9 +67,9 @@ one sum spoils all that follow, and only the last number is graded:
 
   The end is \boxed{18}.
 
-The teacher learns the `clean` style. In the `weak` style 6 % of all sums have a
-wrong result, always the same one, so what the student lacks lies everywhere in
-an answer, and is many facts rather than one habit.
+The teacher learns the `clean` style. In the `weak` style 50 of the 1058 sums
+have a wrong result, always the same one, so what the student lacks lies
+everywhere in an answer, and is many facts rather than one habit.
 """
 
 from collections.abc import Sequence
@@ -508,7 +508,8 @@ class GuidedTask(MathTask):
 MODULUS = 23
 _RULE_LEN = 5
 _NUM_SUMS = 28
-# A weak solver errs in this percentage of all sums.
+# A weak solver errs in the sums whose hash modulo 100 is below this: 50 of
+# the 1058 sums.
 _WRONG_PERCENT = 6
 CHAIN_STYLES = ("clean", "weak")
 
