@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import toys
@@ -24,6 +25,8 @@ from prefix_distill.config import RandomSpec
 from prefix_distill.config import RolloutSpec
 from prefix_distill.data import records
 from prefix_distill.experiments import reproduce
+from prefix_distill.models import huggingface as hf
+from prefix_distill.report import flops
 from prefix_distill.train import loop
 from prefix_distill.train import setup
 
@@ -153,7 +156,13 @@ def test_seqkd_asks_the_teacher_once_and_charges_it(
   assert len({row["question"] for row in table}) == 16
   assert len(lines) == 2
   assert "kl" not in lines[0]
-  assert lines[0]["flops_decode"] == lines[1]["flops_decode"] > 0
+  # Each update pays for the eight answers that it is the first to use.
+  half = lines[0]["flops_decode"]
+  assert lines[1]["flops_decode"] == pytest.approx(2 * half) and half > 0
+  teacher = hf.read_config("bundled:teacher")
+  lengths = np.array([[x["prompt_tokens"], x["tokens"]] for x in table])
+  whole = flops.answers(teacher, *lengths.T)
+  assert 2 * half == pytest.approx(whole.decode)
   assert lines[0]["flops_score"] == 0
 
 
@@ -204,11 +213,13 @@ def _literal(text: str):
     return text
 
 
-@pytest.mark.parametrize("student", reproduce.STUDENTS)
-def test_every_cell_of_the_reproduction_is_a_valid_config(student, tmp_path):
+@pytest.mark.parametrize("task", reproduce.TASKS)
+def test_every_cell_of_the_reproduction_is_a_valid_config(task, tmp_path):
   seen = []
   for name in reproduce.CELLS:
-    line = reproduce.command(student, name, 3, tmp_path)
+    line = reproduce.command(
+        reproduce.Experiment(task, name, 3), tmp_path, []
+    )
     (argument,) = [x for x in line if x.startswith("--config=")]
     settings = experiment.get_config(argument.rpartition(":")[2])
     given = []
