@@ -155,12 +155,15 @@ def test_the_trials_choose_by_validation():
   def trial(rate, accuracies):
     return run("full", 100, accuracies, 1.0) | {"rate": rate}
 
-  trials = [trial(1e-4, [0.1, 0.2, 0.9]), trial(3e-4, [0.1, 0.8, 0.8])]
+  trials = [trial(1e-4, [0.1, 0.8, 0.8]), trial(3e-4, [0.1, 0.9, 0.2])]
   assert results.chosen_rate(trials, "capable", "full") == 3e-4
   assert results.chosen_rate(trials, "capable", "linear") is None
   todo = reproduce.Experiment("capable", "full", 0)
   line = reproduce.command(todo, pathlib.Path("x"), trials)
   assert "--config.optimizer.learning_rate=0.0003" in line
+  job = reproduce.Experiment("capable", "full-fast", 0)
+  line = reproduce.command(job, pathlib.Path("x"), trials)
+  assert "--config.optimizer.learning_rate=1e-3" in line
   # A cell that had no trials takes another one's.
   todo = reproduce.Experiment("capable", "first-32", 0)
   line = reproduce.command(todo, pathlib.Path("x"), trials)
