@@ -14,6 +14,10 @@ the README's part from `runs.jsonl` again.
 does one run with a seed of your own, adds nothing to the results, and says
 whether it lands where they say that a new seed lands.
 
+`--mechanism` analyses the students that the runs of this clone left: where the
+divergence to the teacher is after training, and where the gradient of whole
+rollouts points before it. It adds to `docs/results/mechanism.jsonl`.
+
 `--trials` runs the learning rates from which each method's was chosen, on a
 seed that is used for nothing else; every method has the same number of trials.
 The choice is by the validation split, which has no problem of the test split.
@@ -219,6 +223,9 @@ TASKS = {
         },
     ),
 }
+# The students of these cells are analysed, and these prefixes' gradients.
+_ANALYSED = ("full", "linear", "fixed-16", "fixed-64", "random", "audited")
+_GRADIENTS = "8,16,32,64,128"
 _PROBLEMS = 240
 _COMMON = {
     "evaluation.greedy": "False",
@@ -340,6 +347,48 @@ class Runner:
       return any(list(pool.map(work, left)))
 
 
+  def analyse(self, task: str) -> list[dict[str, Any]]:
+    """Analyses the students of a task; returns lines for the results."""
+    runs = [
+        run
+        for run in self.runs()
+        if run["task"] == task and run["cell"] in _ANALYSED
+        if "rate" not in run
+    ]
+    places = {
+        str(self.place(Experiment(task, run["cell"], run["seed"])) / "export"):
+            {"cell": run["cell"], "seed": run["seed"]}
+        for run in runs
+    }
+    there = [path for path in places if pathlib.Path(path).is_dir()]
+    found = self._analysis(task, "position", f"--students={','.join(there)}")
+    before = {"cell": "before", "seed": 0}
+    lines = [
+        {"task": task, "what": "position"}
+        | places.get(path, before)
+        | results.binned(values)
+        for path, values in found.items()
+    ]
+    flags = (f"--lengths={_GRADIENTS}", "--batches=8")
+    (values,) = self._analysis(task, "gradient", *flags).values()
+    return [*lines, {"task": task, "what": "gradient"} | values]
+
+  def _analysis(self, task: str, what: str, *flags: str) -> dict[str, Any]:
+    place = self._workdir / task / f"analysis-{what}"
+    place.mkdir(parents=True, exist_ok=True)
+    line = [
+        sys.executable,
+        "-m",
+        "prefix_distill.experiments.analyze",
+        f"--config={_CONFIG}:{TASKS[task].argument}",
+        f"--what={what}",
+        f"--workdir={place}",
+        *flags,
+    ]
+    subprocess.run(line, check=True)
+    return json.loads((place / "analysis" / f"{what}.json").read_text())
+
+
 def _experiments(args: argparse.Namespace) -> list[Experiment]:
   """The seeds are the outer loop: an early stop leaves a whole table."""
   if args.trials:
@@ -372,6 +421,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
   add("--docs", type=path, default=_ROOT / "docs" / "results")
   add("--parallel", type=int, default=1, help="runs at a time, one per core")
   add("--trials", action="store_true", help="learning rates, on validation")
+  add("--mechanism", action="store_true", help="analyse the trained students")
   add("--report", action="store_true", help="run nothing, write pages again")
   add("--check", metavar="TASK/CELL/SEED", help="one run beside the results")
   return parser.parse_args(arguments)
@@ -398,7 +448,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
   if args.check:
     return _check(runner, args.check)
   failed = False
-  if not args.report:
+  if args.mechanism:
+    with (args.docs / "mechanism.jsonl").open("a") as file:
+      for task in args.tasks:
+        lines = [json.dumps(x) + "\n" for x in runner.analyse(task)]
+        file.writelines(lines)
+  elif not args.report:
     args.docs.mkdir(parents=True, exist_ok=True)
     failed = runner.run_all(_experiments(args), args.parallel)
   results.write(
@@ -407,6 +462,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       {name: task.about for name, task in TASKS.items()},
       {name: cell.about for name, cell in CELLS.items()},
       [name for name, cell in CELLS.items() if cell.main],
+      results.load(args.docs / "mechanism.jsonl"),
   )
   return int(failed)
 

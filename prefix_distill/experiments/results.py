@@ -661,6 +661,70 @@ def trials_table(
   return _markdown(["", *(f"{rate:g}" for rate in rates)], rows)
 
 
+# Positions are told apart at these borders, in tokens.
+_BORDERS = (0, 16, 64)
+
+
+def binned(values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+  """Returns nats per rollout between the borders, of `analyze`'s positions."""
+  count, kl = (np.array(values[name]) for name in ("rollouts", "kl"))
+  total = np.add.reduceat(count * kl, _BORDERS) / count[0]
+  return {"nats": [round(float(x), 5) for x in total]}
+
+
+def _seeds_interval(values: Sequence[float]) -> str:
+  """A mean over seeds, with its interval by Student's t."""
+  mean, count = np.mean(values), len(values)
+  if count < 2:
+    return f"{mean:.2f}"
+  half = stats.sem(values) * stats.t.ppf((1 + _LEVEL) / 2, count - 1)
+  return f"{mean:.2f} ({max(mean - half, 0):.2f}-{mean + half:.2f})"
+
+
+def mechanism_tables(
+    lines: Sequence[dict[str, Any]], task: str, about: Mapping[str, str]
+) -> str:
+  """Returns where a task's divergence is and where its gradient points."""
+  mine = [x for x in lines if x["task"] == task]
+  cells: dict[str, list[dict[str, Any]]] = {}
+  for line in mine:
+    if line["what"] == "position":
+      cells.setdefault(line["cell"], []).append(line)
+  if not cells:
+    return ""
+  names = {"before": "the student before"} | about
+  rows = [
+      [
+          names[cell],
+          len(found),
+          *(
+              _seeds_interval([x["nats"][i] for x in found])
+              for i in range(len(_BORDERS))
+          ),
+      ]
+      for cell, found in cells.items()
+  ]
+  header = ["reverse KL, nats a rollout", "seeds", "tokens 0 to 16",
+            "16 to 64", "behind"]  # fmt: skip
+  (gradient,) = [x for x in mine if x["what"] == "gradient"]
+  prefixes = gradient["prefixes"]
+  return "\n".join([
+      "Where the divergence to the teacher is, on whole rollouts of the student"
+      " after training (to 128 prompts of the training set):\n",
+      _markdown(header, rows),
+      "Before training, the cosine of the gradient of the loss on a prefix with"
+      " that on whole rollouts, from 256 rollouts. (That of two halves of the"
+      f" rollouts, whole, is {gradient['halves']:.2f}.)\n",
+      _markdown(
+          ["prefix", *(x["length"] for x in prefixes)],
+          [
+              ["cosine", *(f"{x['cosine']:.2f}" for x in prefixes)],
+              ["norm, of the whole", *(f"{x['norm']:.2f}" for x in prefixes)],
+          ],
+      ),
+  ])
+
+
 def draw(
     panels: Mapping[str, Mapping[str, Curve]],
     about: Mapping[str, str],
@@ -752,6 +816,7 @@ def write(
     tasks: Mapping[str, str],
     cells: Mapping[str, str],
     drawn: Sequence[str],
+    mechanism: Sequence[dict[str, Any]] = (),
 ) -> None:
   """Writes the page and its figure.
 
@@ -761,8 +826,9 @@ def write(
     tasks: their names and what stands over their tables.
     cells: their names and what they are called in tables.
     drawn: the cells in the figure.
+    mechanism: of `mechanism.jsonl`.
   """
-  text = page(runs, tasks, cells)
+  text = page(runs, tasks, cells, mechanism)
   if not text:
     print("There are no two runs of one cell yet.")
     return
@@ -791,6 +857,7 @@ def page(
     runs: Sequence[dict[str, Any]],
     tasks: Mapping[str, str],
     cells: Mapping[str, str],
+    mechanism: Sequence[dict[str, Any]] = (),
 ) -> str:
   """Returns `docs/results/README.md`; empty without runs."""
   by_task = _by_task(runs, tasks)
@@ -810,4 +877,5 @@ def page(
           " highest accuracy on the validation split:\n",
           trials_table(runs, task, cells),
       ]
-  return "\n".join(parts)
+    parts.append(mechanism_tables(mechanism, task, cells))
+  return "\n".join(filter(None, parts))
