@@ -41,7 +41,6 @@ from prefix_distill import main as main_lib
 from prefix_distill import sharding
 from prefix_distill.report import report
 from prefix_distill.train import checkpoint
-from prefix_distill.train import checksum
 from prefix_distill.train import setup as setup_lib
 from prefix_distill.train import step as step_lib
 from prefix_distill.train import workdir as workdir_lib
@@ -55,7 +54,7 @@ def _unsafe() -> None:
   """Takes new arrays whatever they are, and sums nothing."""
   with (
       mock.patch.object(step_lib, "guarded", lambda finite, new, old: new),
-      mock.patch.object(checksum, "measure", lambda tree: ({}, [])),
+      mock.patch.object(checkpoint, "checksums_of", lambda tree: ({}, [])),
   ):
     yield
 
@@ -184,7 +183,7 @@ def checksums(
   state, _, _ = _state(config)
 
   def measure() -> None:
-    sums, _ = checksum.measure(state)
+    sums, _ = checkpoint.checksums_of(state)
     checkpoint._sealed({"checksums": sums})
 
   measure()  # Compiles.

@@ -1,6 +1,7 @@
 """Tasks of reasoning-gym: questions, splits, verifiers, and a run on them."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -24,8 +25,8 @@ from prefix_distill.evaluate import evaluator
 from prefix_distill.evaluate import grading
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models.transformer import Model
-from prefix_distill.train import contents
 from prefix_distill.train import setup as setup_lib
+from prefix_distill.train import workdir as workdir_lib
 
 factory = pytest.importorskip(
     "reasoning_gym.factory", reason="needs pip install -e '.[gym]'"
@@ -301,7 +302,7 @@ def test_an_entry_that_is_not_made_is_left_out(monkeypatch, tokenizer):
   assert set(next(stream)[0].index) <= {0, 2, 3, 5, 6, 8}
   assert stream.reasons["unmade"] == stream.dropped
   assert any("reasoning-gym fails" in note for note in stream.notes)
-  assert contents._sampled(stream.records)
+  assert workdir_lib._sampled(stream.records)
 
 
 def test_training_does_not_ask_what_an_evaluation_asks(tokenizer):
@@ -353,11 +354,17 @@ def _config(models, **changes):
 
 def test_the_fingerprint_names_the_version(models, monkeypatch):
   inputs = setup_lib.check(_config(models))
-  found = contents.of(_config(models), inputs.data.records, inputs.problems)
+  read = functools.partial(
+      workdir_lib.read_contents,
+      _config(models),
+      inputs.data.records,
+      inputs.problems,
+  )
+  found = read()
   assert found["reasoning-gym"] == f"version {gym.version()}"
   monkeypatch.setattr(gym, "version", lambda: "9.9")
-  other = contents.of(_config(models), inputs.data.records, inputs.problems)
-  assert "reasoning-gym with version 9.9" in contents.difference(other, found)
+  said = workdir_lib.contents_difference(read(), found)
+  assert "reasoning-gym with version 9.9" in said
 
 
 _RUN = (

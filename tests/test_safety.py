@@ -64,11 +64,11 @@ def test_whole_runs_are_compared_in_pairs(tmp_path):
 def test_both_are_off_in_the_run_without():
   shown = {}
   with safety._unsafe():
-    shown["sums"] = safety.checksum.measure({"a": 1})
+    shown["sums"] = safety.checkpoint.checksums_of({"a": 1})
     shown["kept"] = safety.step_lib.guarded(False, "new", "old")
   assert shown == {"sums": ({}, []), "kept": "new"}
   assert safety.step_lib.guarded(False, 1.0, 2.0) == 2
-  assert safety.checksum.measure({"a": safety.jnp.ones(3)})[0]
+  assert safety.checkpoint.checksums_of({"a": safety.jnp.ones(3)})[0]
 
 
 def test_saves_are_counted():
