@@ -106,6 +106,13 @@ def test_costs_are_read_along_the_curve():
   assert results.value(half, short, full) == pytest.approx(0.9)
 
 
+def test_at_equal_cost_the_dearer_one_is_read_on_its_way():
+  full, short = curve(*rising()), curve(*rising("short", flops=5.0, to=0.6))
+  # The short one costs half, and there full has half of its way.
+  gain = results.value(results.at_equal_cost, short, full)
+  assert gain == pytest.approx(0.6 - 0.5)
+
+
 def test_what_is_never_reached_has_no_finite_ratio():
   full, low = curve(*rising()), curve(*rising("low", to=0.5))
   ratio = results.quotient(results.cost_to(0.8), results.cost_to(0.8))
@@ -252,7 +259,21 @@ def test_the_page_and_the_figure_are_made(tmp_path, capsys):
   assert "no two runs" in capsys.readouterr().out
 
 
-def test_the_committed_page_is_what_the_committed_runs_say():
+def test_tables_stand_between_their_marks():
+  runs = [*rising(), *rising("linear", 5.0)]
+  text = "a\n<!-- results: capable -->\nold\n<!-- end -->\nb\n"
+  made = results.with_summaries(text, runs, TASKS, CELLS)
+  assert made.startswith("a\n<!-- results: capable -->\n|")
+  assert made.endswith("|\n<!-- end -->\nb\n") and "old" not in made
+  assert results.with_summaries(made, runs, TASKS, CELLS) == made
+
+
+def test_the_committed_pages_are_what_the_committed_runs_say():
   runs = results.load(DOCS / "runs.jsonl")
-  assert runs
-  assert (DOCS / "README.md").read_text() == results.page(runs, TASKS, CELLS)
+  mechanism = results.load(DOCS / "mechanism.jsonl")
+  assert runs and mechanism
+  page = results.page(runs, TASKS, CELLS, mechanism)
+  assert (DOCS / "README.md").read_text() == page
+  readme = (DOCS.parents[1] / "README.md").read_text()
+  assert "<!-- results: chain -->\n|" in readme
+  assert results.with_summaries(readme, runs, TASKS, CELLS) == readme

@@ -342,14 +342,20 @@ def at_cost(share: float) -> Callable[..., np.ndarray]:
   """
 
   def statistic(sample: Sample, curve: Curve, whole: Curve) -> np.ndarray:
-    budget = share * whole.cost(sample)[:, -1]
-    costs, accuracies = curve.cost(sample), curve.accuracy(sample)
-    return np.array([
-        np.interp(x, cost, accuracy)
-        for x, cost, accuracy in zip(budget, costs, accuracies, strict=True)
-    ])
+    return _read(sample, curve, share * whole.cost(sample)[:, -1])
 
   return statistic
+
+
+def at_equal_cost(sample: Sample, a: Curve, b: Curve) -> np.ndarray:
+  """Accuracy of `a` at its end minus that of `b` at the same FLOPs."""
+  return a.accuracy(sample)[:, -1] - _read(sample, b, a.cost(sample)[:, -1])
+
+
+def _read(sample: Sample, curve: Curve, budget: np.ndarray) -> np.ndarray:
+  """Reads accuracies at FLOPs [R] along a curve."""
+  along = zip(budget, curve.cost(sample), curve.accuracy(sample), strict=True)
+  return np.array([np.interp(*point) for point in along])
 
 
 def difference(
@@ -442,7 +448,8 @@ class Comparison:
     finding: what the paper, or the package, says.
     first: a cell.
     second: a cell.
-    what: "end", "stop", a share of full distillation's FLOPs, or "to 90%".
+    what: "end", "stop", "equal" (the end of the first, and the second at the
+      same FLOPs), a share of full distillation's FLOPs, or "to 90%".
   """
 
   finding: str
@@ -469,9 +476,13 @@ _OTHERS = "Other schedules and SeqKD beside full distillation"
 COMPARISONS = (
     Comparison(_GROWING, "linear", "full", "end"),
     Comparison(_GROWING, "linear", "full", "stop"),
+    Comparison(_GROWING, "linear", "full", "equal"),
+    Comparison(_GROWING, "linear", "full-fast", "equal"),
     *_shares(_GROWING, "linear", "full"),
     *_goals(_GROWING, "linear", "full"),
-    *_shares(_SHORT, "fixed-16", "full"),
+    *_shares(_SHORT, "fixed-64", "full"),
+    *_shares(_SHORT, "fixed-64-fast", "full-fast"),
+    Comparison(_SHORT, "fixed-16", "full", "equal"),
     Comparison(_SHORT, "fixed-64", "fixed-16", "end"),
     Comparison(_SPOILED, "fixed-64", "before", "end"),
     Comparison(_SPOILED, "fixed-16", "before", "end"),
@@ -483,8 +494,12 @@ COMPARISONS = (
     Comparison(_DIVERGENCE, "fixed-64", "off-forward", "end"),
     *(
         Comparison(_OTHERS, cell, "full", what)
-        for cell in ("fixed-16", "fixed-64", "random", "audited", "seqkd")
-        for what in ("stop", "to 90%")
+        for cell in ("fixed-64", "random", "audited", "seqkd")
+        for what in ("stop", "equal")
+    ),
+    *(
+        Comparison(_OTHERS, cell, "full-fast", "equal")
+        for cell in ("fixed-64", "random", "audited", "seqkd")
     ),
 )
 
@@ -541,6 +556,8 @@ def compare(
   if of.second == "before":
     gain = interval(difference(at_end, at_start), first, first)
     return Compared(of, seeds, gain, None)
+  if of.what == "equal":
+    return Compared(of, seeds, interval(at_equal_cost, first, second), None)
   accuracy, cost = _statistics(of.what)
   if not isinstance(of.what, str):
 
@@ -606,7 +623,11 @@ def methods_table(
 
 def _when(what: str | float) -> str:
   if isinstance(what, str):
-    words = {"end": "at the end", "stop": "each at its best stop"}
+    words = {
+        "end": "at the end",
+        "stop": "each at its best stop",
+        "equal": "at the first one's whole FLOPs",
+    }
     return words.get(what, what)
   return f"at {what:.0%} of full's FLOPs"
 
@@ -659,6 +680,38 @@ def trials_table(
         ),
     ])
   return _markdown(["", *(f"{rate:g}" for rate in rates)], rows)
+
+
+def summary(
+    found: Mapping[str, Curve], about: Mapping[str, str]
+) -> str:
+  """Returns a task's table for the README: each method beside full at its cost.
+
+  "full" stands for full distillation with the learning rate that is best in the
+  end, and "full-fast" for one that learns sooner.
+  """
+  whole = found["full"]
+  rows = [["before", interval(at_start, whole).percent(), "", "", ""]]
+  for name, text in about.items():
+    if name not in found:
+      continue
+    beside = ["", ""]
+    if not name.startswith("full"):
+      beside = [
+          interval(at_equal_cost, found[name], found[other]).points()
+          if other in found
+          else ""
+          for other in ("full", "full-fast")
+      ]
+    rows.append([
+        text,
+        interval(at_end, found[name]).percent(),
+        _share(found[name], end_cost, whole),
+        *beside,
+    ])
+  header = ["", "accuracy, %", "FLOPs", "minus full's at the same FLOPs",
+            "minus full's at 1e-3"]  # fmt: skip
+  return _markdown(header, rows)
 
 
 # Positions are told apart at these borders, in tokens.
@@ -810,6 +863,25 @@ Dots are best stopping points, bands 95 % intervals.
 """
 
 
+def with_summaries(
+    text: str,
+    runs: Sequence[dict[str, Any]],
+    tasks: Iterable[str],
+    cells: Mapping[str, str],
+) -> str:
+  """Returns a page with its tables made anew.
+
+  A task's table stands between `<!-- results: TASK -->` and `<!-- end -->`.
+  """
+  for task, found in _by_task(runs, tasks).items():
+    begin, end = f"<!-- results: {task} -->\n", "<!-- end -->"
+    before, opened, rest = text.partition(begin)
+    if opened:
+      after = rest.partition(end)[2]
+      text = before + begin + summary(found, cells) + end + after
+  return text
+
+
 def write(
     runs: Sequence[dict[str, Any]],
     docs: pathlib.Path,
@@ -818,7 +890,7 @@ def write(
     drawn: Sequence[str],
     mechanism: Sequence[dict[str, Any]] = (),
 ) -> None:
-  """Writes the page and its figure.
+  """Writes the page and its figure, and the tables of the README above them.
 
   Args:
     runs: of `runs.jsonl`.
@@ -833,6 +905,10 @@ def write(
     print("There are no two runs of one cell yet.")
     return
   (docs / "README.md").write_text(text)
+  readme = docs.parents[1] / "README.md"
+  if readme.is_file():
+    old = readme.read_text()
+    readme.write_text(with_summaries(old, runs, tasks, cells))
   panels = {
       tasks[task]: found for task, found in _by_task(runs, tasks).items()
   }
