@@ -51,7 +51,7 @@ chain
     full, 1e-3     72   4.2    78   8.4    87  12.6    92  16.8    89  25.3
     prefix, 3e-4   21   0.5    49   1.7    64   3.5    73   6.0    92  13.1
     prefix, 1e-3   38   0.5    61   1.7    73   3.5    78   6.0    93  13.1
-  For the test split: --config.evaluation.sets.validation.split=test.
+  docs/results has the test split, more seeds and other methods.
 
 qwen3-1.7b, qwen3-8b
   The paper's recipe (arXiv 2602.15260, section 4): Qwen3-*-Base learns from
@@ -178,7 +178,7 @@ def _chain() -> config_lib.Config:
           buckets=(60, 120, 180, 240),
           linear=config_lib.LinearSpec(increment=4),
       ),
-      optimizer=config_lib.OptimizerSpec(learning_rate=1e-3, warmup_steps=2),
+      optimizer=config_lib.OptimizerSpec(learning_rate=3e-4, warmup_steps=2),
       evaluation=config_lib.EvaluationSpec(
           sets=_splits(task, 240), every=20, max_len=240, batch_size=240
       ),

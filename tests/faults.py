@@ -454,8 +454,8 @@ _TRAIN = (
     ),
     _fault(
         "the ledger forgets the updates before",
-        "flops=totals.flops + cost.total,",
-        "flops=cost.total,",
+        "flops=totals.flops + cost.total + share",
+        "flops=cost.total + share",
         "ledger.py::test_lines_hold_sums_of_both_accountings_by_phase",
     ),
     _fault(

@@ -659,7 +659,7 @@ def test_unknown_bundled_names_are_refused():
   with pytest.raises(hf.ModelFilesError) as error:
     hf.resolve("bundled:giant")
   assert str(error.value).startswith("bundled:giant: ")
-  assert "capable, guided, teacher, weak" in str(error.value)
+  assert f"there are {', '.join(assets.names())}." in str(error.value)
   assert hf.resolve("bundled:weak") == assets.path("weak")
 
 
