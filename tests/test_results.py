@@ -277,3 +277,34 @@ def test_the_committed_pages_are_what_the_committed_runs_say():
   readme = (DOCS.parents[1] / "README.md").read_text()
   assert "<!-- results: chain -->\n|" in readme
   assert results.with_summaries(readme, runs, TASKS, CELLS) == readme
+
+
+def _word(first, second, what):
+  runs = results.load(DOCS / "runs.jsonl")
+  found = {
+      cell: found
+      for (task, cell), found in results.curves(
+          run for run in runs if "rate" not in run
+      ).items()
+      if task == "chain"
+  }
+  return results.compare(results.Comparison("", first, second, what), found)
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [("fixed-64", "full"), ("fixed-64-fast", "full-fast")],
+)
+def test_a_prefix_wins_under_a_small_budget_as_the_readme_says(first, second):
+  for share in (0.05, 0.1):
+    assert _word(first, second, share).word() == "better"
+
+
+def test_what_the_readme_says_of_equal_flops():
+  for cell in ("linear", "fixed-16", "fixed-64", "random"):
+    assert _word(cell, "full", "equal").word() == "better"
+  assert _word("fixed-64", "full-fast", "equal").word() == "better"
+  for cell in ("linear", "fixed-16", "random", "audited"):
+    assert _word(cell, "full-fast", "equal").word() == "undecided"
+  assert _word("linear", "full", "end").word() == "worse"
+  assert _word("random", "linear", "end").word() == "undecided"

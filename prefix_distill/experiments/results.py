@@ -687,8 +687,8 @@ def summary(
 ) -> str:
   """Returns a task's table for the README: each method beside full at its cost.
 
-  "full" stands for full distillation with the learning rate that is best in the
-  end, and "full-fast" for one that learns sooner.
+  "full" has the learning rate that was best in the trials, and "full-fast" one
+  that learns sooner.
   """
   whole = found["full"]
   rows = [["before", interval(at_start, whole).percent(), "", "", ""]]
