@@ -300,6 +300,19 @@ def test_a_prefix_wins_under_a_small_budget_as_the_readme_says(first, second):
     assert _word(first, second, share).word() == "better"
 
 
+def test_the_differences_in_the_readmes_sentences():
+  text = " ".join((DOCS.parents[1] / "README.md").read_text().split())
+  for first, second, what in (
+      ("fixed-64", "full", 0.05),
+      ("fixed-64", "full", 0.1),
+      ("fixed-64-fast", "full-fast", 0.05),
+      ("fixed-64-fast", "full-fast", 0.1),
+      ("linear", "full", "end"),
+      ("random", "linear", "end"),
+  ):
+    assert _word(first, second, what).accuracy.points() in text
+
+
 def test_what_the_readme_says_of_equal_flops():
   for cell in ("linear", "fixed-16", "fixed-64", "random"):
     assert _word(cell, "full", "equal").word() == "better"

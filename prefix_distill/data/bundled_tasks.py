@@ -339,8 +339,23 @@ def solution(prob: Problem, style: str, rng: random.Random) -> str:
   return _work(prob, rng, habits)
 
 
-class MathTask(Sequence):
-  """The records of a split; a record is made when it is read.
+class _Task(Sequence):
+  """The records of a split; a record is made when it is read."""
+
+  def __init__(self, split: str, size: int):
+    self._split, self._size = split, size
+
+  def __len__(self) -> int:
+    return self._size
+
+  def __getitem__(self, index: int) -> dict[str, str]:
+    if not 0 <= index < self._size:
+      raise IndexError(index)
+    return self._record(index)
+
+
+class MathTask(_Task):
+  """Word problems.
 
   A record has `question`, `answer` and `completion` (the text after `<think>`,
   in the given style).
@@ -352,15 +367,8 @@ class MathTask(Sequence):
           f"The math task has no style {style!r}; it has {STYLES}."
       )
     problem(split, 0)  # Refuses an unknown split now rather than later.
-    self._split, self._size, self._style = split, size, style
-
-  def __len__(self) -> int:
-    return self._size
-
-  def __getitem__(self, index: int) -> dict[str, str]:
-    if not 0 <= index < self._size:
-      raise IndexError(index)
-    return self._record(index)
+    super().__init__(split, size)
+    self._style = style
 
   def _record(self, index: int) -> dict[str, str]:
     prob = problem(self._split, index)
@@ -577,8 +585,8 @@ def chain_solution(drawn: Chain, style: str = "clean") -> tuple[str, int]:
   return "".join(lines), last
 
 
-class ChainTask(Sequence):
-  """The records of a split; a record is made when it is read.
+class ChainTask(_Task):
+  """Chains of sums.
 
   A record has `question`, `answer` and `completion` (the text after `<think>`,
   in the given style).
@@ -590,14 +598,10 @@ class ChainTask(Sequence):
           f"The chain task has no style {style!r}; it has {CHAIN_STYLES}."
       )
     chain(split, 0)  # Refuses an unknown split now rather than later.
-    self._split, self._size, self._style = split, size, style
+    super().__init__(split, size)
+    self._style = style
 
-  def __len__(self) -> int:
-    return self._size
-
-  def __getitem__(self, index: int) -> dict[str, str]:
-    if not 0 <= index < self._size:
-      raise IndexError(index)
+  def _record(self, index: int) -> dict[str, str]:
     drawn = chain(self._split, index)
     return {
         "question": drawn.question,

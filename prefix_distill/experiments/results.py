@@ -57,7 +57,6 @@ class Curve:
     steps: [T], updates; the first is 0.
     flops: [S, T], cumulative.
     right: by set, float [S, T, P], the share of right answers to a problem.
-    extra: by name, [S, T], on the test set.
     seconds: [S, T], cumulative seconds of the updates.
   """
 
@@ -67,7 +66,6 @@ class Curve:
   steps: np.ndarray
   flops: np.ndarray
   right: Mapping[str, np.ndarray]
-  extra: Mapping[str, np.ndarray]
   seconds: np.ndarray
 
   def of(self, seeds: Sequence[int]) -> "Curve":
@@ -78,7 +76,6 @@ class Curve:
         seeds=tuple(seeds),
         flops=self.flops[rows],
         right={name: x[rows] for name, x in self.right.items()},
-        extra={name: x[rows] for name, x in self.extra.items()},
         seconds=self.seconds[rows],
     )
 
@@ -227,9 +224,6 @@ def _curve(task: str, cell: str, runs: list[dict[str, Any]]) -> Curve:
       np.array(steps),
       stacked(lambda run: run["flops"]),
       {name: stacked(verdicts(name)) for name in runs[0]["verdicts"]},
-      {
-          name: stacked(lambda run, name=name: run[name]) for name in _KEPT
-      },
       stacked(lambda run: run["seconds"]),
   )
 
