@@ -61,7 +61,7 @@ class TokenLoss(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class HeadInputs:
-  """What the logits of one model or two are formed of.
+  """Hidden states and output heads: the logits are their products.
 
   Attributes:
     hidden: [B, P, D], the student's final hidden states.
@@ -80,7 +80,7 @@ class HeadInputs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenInputs:
-  """What else a loss knows of each token.
+  """Per-token inputs of the loss besides the hidden states.
 
   Attributes:
     weights: [B, P], of each token in the sum.

@@ -8,7 +8,7 @@ Intervals are 95 % percentile intervals of a bootstrap that draws seeds and
 problems anew, each with replacement and independently of the other (Owen,
 "The pigeonhole bootstrap", 2007); `scipy.stats.bootstrap` draws.
 
-A method's words:
+Terms:
 
   end    after its last update
   stop   its best stopping point: the cheapest evaluation whose accuracy on the

@@ -65,8 +65,8 @@ def with_answers(
   path, unfinished = workdir / FILE, workdir / _UNFINISHED
   if path.is_dir():
     raise AnswersError(
-        f"{path} is a directory, and the teacher's answers would be there;"
-        " remove it."
+        f"{path} is a directory, but the run writes the teacher's answers to a"
+        " file of that name; remove the directory."
     )
   if not distributed.from_first("answers", path.is_file()):
     rows = list(_answers(setup, unfinished, poll))
