@@ -383,7 +383,7 @@ _TRAIN = (
     ),
     _fault(
         "the loss is a mean over tokens instead of rollouts",
-        'total.rows if normalize == "rollouts" else total.sums["loss"][1]',
+        'total.sums["loss"][1] if normalize == "tokens" else total.rows',
         'total.sums["loss"][1]',
         "step.py::test_parts_do_not_change_the_update[rollouts-counts0]",
     ),
