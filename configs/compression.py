@@ -3,9 +3,9 @@ r"""Reasoning compression by self-distillation: a model learns to be brief.
   python -m prefix_distill.main --config=configs/compression.py:MODEL
 
 The student reads the problem. The teacher is the same model, and reads an
-instruction to be concise before the problem. Every M updates (`teacher.refresh`)
-the teacher's weights become the student's, so that what was learned is asked to
-be brief once more. The loss is the exact reverse KL on the student's own
+instruction to be concise before the problem. Every M updates
+(`teacher.refresh`) the teacher's weights become the student's, so that what was
+learned is asked to be brief once more. The loss is the exact reverse KL on the student's own
 answers, the mean over answers of each answer's mean over its tokens
 (`loss.normalize` "length"). Source: OPSDC, later CRISP (Sang et al., March
 2026).

@@ -31,9 +31,9 @@ from prefix_distill.errors import ConfigError
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.config import num_params
-from prefix_distill.models.config import QWEN3_14B
 from prefix_distill.models.config import QWEN3_1_7B
 from prefix_distill.models.config import QWEN3_8B
+from prefix_distill.models.config import QWEN3_14B
 from prefix_distill.models.config import R1_DISTILL_LLAMA_8B
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params

@@ -6,6 +6,7 @@ and how many programs the second refresh and the update after it compiled. The
 loss is divided by each rollout's length, and rollouts end early.
 """
 
+import dataclasses
 import json
 
 import jax
@@ -29,8 +30,9 @@ def run(devices: list, spec: MeshSpec) -> dict:
       "teacher",
       loss=LossSpec(normalize="length"),
       optimizer=OptimizerSpec(learning_rate=1e-2, batch_tokens=104),
-      teacher=ModelSpec("teacher", refresh=2),
   )
+  teacher = ModelSpec("teacher", refresh=2)
+  config = dataclasses.replace(config, teacher=teacher)
   models = toys.models(config, mesh, stop_ids=toys.STOPS)
   programs = Programs(models)
   shardings = sharding.param_shardings(models.student.abstract_params(), mesh)
