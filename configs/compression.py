@@ -5,10 +5,10 @@ r"""Reasoning compression by self-distillation: a model learns to be brief.
 The student reads the problem. The teacher is the same model, and reads an
 instruction to be concise before the problem. Every M updates
 (`teacher.refresh`) the teacher's weights become the student's, so that what was
-learned is asked to be brief once more. The loss is the exact reverse KL on the student's own
-answers, the mean over answers of each answer's mean over its tokens
-(`loss.normalize` "length"). Source: OPSDC, later CRISP (Sang et al., March
-2026).
+learned is asked to be brief once more. The loss is the exact reverse KL on the
+student's own answers, the mean over answers of each answer's mean over its
+tokens (`loss.normalize` "length"). Source: OPSDC, later CRISP (Sang et al.,
+March 2026).
 
 MODEL is `tiny` (default), `qwen3-8b`, `qwen3-14b` or `r1-llama-8b`. More
 arguments follow it, separated by commas:
@@ -95,9 +95,9 @@ def _tiny(cap: int) -> config_lib.Config:
       source="math_task", subset="guided", question="careful", answer="answer",
       size=100_000,
   )  # fmt: skip
-  heldout = dataclasses.replace(task, split="test", size=480)
-  # How the model answers what the teacher is asked.
-  context = dataclasses.replace(heldout, question="brief", size=240)
+  heldout = dataclasses.replace(task, split="test", size=240)
+  # How the student answers what the teacher is asked.
+  context = dataclasses.replace(heldout, question="brief")
   return config_lib.Config(
       method="prefix",
       steps=50,
@@ -116,6 +116,7 @@ def _tiny(cap: int) -> config_lib.Config:
       evaluation=config_lib.EvaluationSpec(
           sets={"heldout": heldout, "context": context},
           max_len=256,
+          greedy=False,
           batch_size=240,
           # It would be evaluated on the student's prompts.
           teacher=False,
@@ -192,11 +193,13 @@ def _parse(argument: str) -> tuple[str, str, int, list[str]]:
   model, instruction, cap, sets = "tiny", "", 0, []
   for part in filter(None, argument.split(",")):
     name, equals, value = part.partition("=")
-    is_number = value.isascii() and value.isdecimal() and 0 < len(value) < 10
+    tokens = _CAPS.get(value, 0)
+    if value.isascii() and value.isdecimal() and len(value) < 10:
+      tokens = int(value)
     if equals and name == "instruction" and value in _INSTRUCTIONS:
       instruction = value
-    elif equals and name == "cap" and (value in _CAPS or is_number):
-      cap = _CAPS.get(value) or int(value)
+    elif equals and name == "cap" and tokens:
+      cap = tokens
     elif equals and name == "sets":
       sets = value.split("+")
     elif not equals and part in ("tiny", *_MODELS):

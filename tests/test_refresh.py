@@ -241,6 +241,7 @@ def test_eight_devices_refresh_as_one():
   assert one["same"] == eight["same"] == [False, False, True, False, True]
   np.testing.assert_allclose(one["losses"], eight["losses"], rtol=1e-4)
   np.testing.assert_allclose(one["norms"], eight["norms"], rtol=1e-3)
+  assert min(one["norms"]) > 1e-2
   assert one["tokens"] == eight["tokens"]
   # A device holds its part of the copy alone.
   assert one["share"] == 1 and eight["share"] < 0.3

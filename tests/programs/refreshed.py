@@ -41,7 +41,12 @@ def run(devices: list, spec: MeshSpec) -> dict:
       for seed in (0, 1)
   )
   state = programs.init(params)
-  prompts = jax.tree.map(np.asarray, toys.prompts(8))
+  # The teacher reads prompts of its own, or a copy of the student would agree.
+  prompts, theirs = toys.prompts(8), toys.prompts(8, 7, seed=1)
+  prompts = dataclasses.replace(
+      prompts, teacher_tokens=theirs.tokens, teacher_mask=theirs.mask
+  )
+  prompts = jax.tree.map(np.asarray, prompts)
   prompts = sharding.global_batch(prompts, mesh)
   losses, norms, tokens, same, compiled = [], [], [], [], []
   for step in range(5):
