@@ -20,8 +20,8 @@ arguments follow it, separated by commas:
                            learned from; 1k, 8k (default) or a number
   sets=math500+aime24      evaluates on these sets only
 
-`tiny` has an instruction of its own, "Be brief.", and whole answers unless a
-cap is given. `--config.teacher.refresh=0` freezes the teacher.
+`tiny` has an instruction of its own, "Be brief.", and a cap of 64 tokens, more
+than a brief answer has. `--config.teacher.refresh=0` freezes the teacher.
 
 tiny
   `bundled:guided` on the bundled task: nothing is downloaded. It is trained to
@@ -110,7 +110,7 @@ def _tiny(cap: int) -> config_lib.Config:
           teacher_prompt="Be brief. {question}",
       ),
       rollout=config_lib.RolloutSpec(per_prompt=1, max_len=256),
-      prefix=_prefix(cap or 256),
+      prefix=_prefix(cap or 64),
       loss=config_lib.LossSpec(normalize="length"),
       optimizer=config_lib.OptimizerSpec(learning_rate=3e-4, warmup_steps=2),
       evaluation=config_lib.EvaluationSpec(
