@@ -31,9 +31,7 @@ def models(tmp_path_factory):
 
 def _config(models, offload=False, dtype="float32", **changes):
   student, teacher = models
-  spec = ModelSpec(
-      teacher, param_dtype=dtype, offload=offload, refresh=_EVERY
-  )
+  spec = ModelSpec(teacher, param_dtype=dtype, offload=offload, refresh=_EVERY)
   values = {"steps": _STEPS, "checkpoint": CheckpointSpec(1, keep=10)}
   config = toys.run_config(student, teacher, **values | changes)
   return dataclasses.replace(config, teacher=spec)
