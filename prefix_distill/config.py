@@ -258,12 +258,17 @@ class DatasetSpec:
     split: names the data set's split; files have none, and tasks of
       reasoning-gym "train", "validation" and "test".
     subset: names a hub data set's configuration, or the math task's style.
-    question: names the field of the question.
+    question: names the field of the question, or is a template over the
+      record's fields, such as "{problem} Think aloud.".
     answer: names the field of the right answer; empty if none is needed.
     completion: names the field of a whole answer; empty if none is needed.
     size: is how many records to take; 0 takes all, but a bundled task has no
       end, and of a task of reasoning-gym 100,000 for training and else 500.
     samples: is how many answers an evaluation samples for each problem.
+    where: takes only records whose fields hold these texts, such as
+      ("domain=math",); `size`, `random` and `distinct` choose among them.
+    distinct: takes each question once, in its first record; white space does
+      not tell two questions apart.
     random: takes `size` records at random instead of the first ones.
     choices: names the field that lists a question's options, or one field for
       each option; `answer` then holds the right one's letter, or is one of
@@ -285,6 +290,8 @@ class DatasetSpec:
   completion: _Str = ""
   size: _NotNegative = 0
   samples: _Positive = 1
+  where: Annotated[tuple[_Str, ...], Field(max_length=26)] = ()
+  distinct: _Bool = False
   random: _Bool = False
   choices: Annotated[tuple[_Str, ...], Field(max_length=26)] = ()
   seed: _Seed = 0
@@ -305,6 +312,26 @@ class DatasetSpec:
         f" {_HERE}size is {self.size}; set {_HERE}size to how many records to"
         f" draw from a file or data set, or {_HERE}random to False.",
     )
+    wrong = [text for text in self.where if not text.partition("=")[0]]
+    wrong += [text for text in self.where if "=" not in text]
+    _check(
+        not wrong,
+        f"{_HERE}where is {self.where}, of which {wrong[:1]} names no field"
+        " and text; write each as 'FIELD=TEXT', such as 'domain=math'.",
+    )
+    names = [text.partition("=")[0] for text in self.where]
+    _check(
+        len(set(names)) == len(names),
+        f"{_HERE}where is {self.where}, which names a field twice, and no"
+        f" record holds two texts there; name each field once.",
+    )
+    for name in ("where", "distinct"):
+      _check(
+          not endless or not getattr(self, name),
+          f"{_HERE}{name} is {getattr(self, name)!r} but {_HERE}source is"
+          f" {self.source!r}, which makes its records and has none to choose"
+          f" from; leave {_HERE}{name} out.",
+      )
     _check(
         all(self.choices) and len(set(self.choices)) == len(self.choices),
         f"{_HERE}choices is {self.choices}; name each field with options"
@@ -325,7 +352,7 @@ class DatasetSpec:
         f"{_HERE}split is {self.split!r} and {_HERE}source is"
         f" {self.source!r}; use one of {', '.join(GYM_SPLITS)}.",
     )
-    for name in ("subset", "random", "choices", "rule"):
+    for name in ("subset", "where", "distinct", "random", "choices", "rule"):
       value, default = getattr(self, name), getattr(DatasetSpec, name)
       _check(
           value == default,
@@ -333,6 +360,12 @@ class DatasetSpec:
           " which makes and grades its questions by itself; leave"
           f" {_HERE}{name} at {default!r}.",
       )
+
+  @property
+  def wanted(self) -> dict[str, str]:
+    """What `where` wants, by the name of the field."""
+    pairs = (text.partition("=") for text in self.where)
+    return {name: text for name, _, text in pairs}
 
   @property
   def is_gym(self) -> bool:
@@ -362,8 +395,10 @@ class DataSpec:
     max_prompt_len: is S, in tokens; longer prompts are dropped and counted.
     prompt_buckets: are shorter static lengths; a batch takes the smallest one
       that holds its prompts, and each compiles programs of its own.
-    suffix: follows the chat template's generation prompt; the paper appends
-      `<think>`, since the loss hardly teaches a base model a special token.
+    suffix: follows the chat template's generation prompt, for both models and
+      in evaluation; the paper appends `<think>`, since the loss hardly teaches
+      a base model a special token. It may be a template over the record's
+      fields, such as "<think>{first_words}", also of evaluation sets.
     system: is the system prompt of questions that have none of their own, for
       both models and in evaluation; None stands for what the chat template
       adds by itself, and empty for none.
@@ -411,6 +446,11 @@ class DataSpec:
   def teacher_fields(self) -> tuple[str, ...]:
     """The fields of the record that the teacher's prompt is made of."""
     return tuple(dict.fromkeys(FIELD.findall(self.teacher_prompt)))
+
+  @property
+  def suffix_fields(self) -> tuple[str, ...]:
+    """The fields of the record that the suffix is made of."""
+    return tuple(dict.fromkeys(FIELD.findall(self.suffix)))
 
   @property
   def teacher_prompt_len(self) -> int:
@@ -1024,6 +1064,12 @@ class Config:
         f"method is {self.method!r} but data.teacher_prompt is"
         f" {self.data.teacher_prompt!r}, and no teacher scores anything; leave"
         " data.teacher_prompt empty.",
+    )
+    _check(
+        self.method != "seqkd" or not self.data.suffix_fields,
+        f"method is 'seqkd' but data.suffix is {shown(self.data.suffix)}, and"
+        " the teacher's answers are kept without the record's other fields;"
+        " set data.suffix to a text without names in braces.",
     )
 
   def _check_prefix(self) -> None:

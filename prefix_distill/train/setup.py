@@ -277,9 +277,13 @@ def check(config: Config, first: bool = False) -> Inputs:
       first=first,
       asked=[found.batch for found in problems.values()],
   )
-  prompts.check(
-      config.data, data.question, *fed, teacher_question=data.teacher_question
-  )
+  for suffix in data.suffixes:
+    prompts.check(
+        dataclasses.replace(config.data, suffix=suffix),
+        data.question,
+        *fed,
+        teacher_question=data.teacher_question,
+    )
   problems = problems or _load_problems(config, fed[0].tokenizer)
   _check_problems(config, student, problems)
   return Inputs(mesh, fed, student, teacher, data, problems)
