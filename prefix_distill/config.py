@@ -396,9 +396,9 @@ class DataSpec:
     prompt_buckets: are shorter static lengths; a batch takes the smallest one
       that holds its prompts, and each compiles programs of its own.
     suffix: follows the chat template's generation prompt, for both models and
-      in evaluation; the paper appends `<think>`, since the loss hardly teaches
-      a base model a special token. It may be a template over the record's
-      fields, such as "<think>{first_words}", also of evaluation sets.
+      in evaluation, and may be a template over the record's fields, such as
+      "<think>{first_words}"; the paper appends `<think>`, since the loss hardly
+      teaches a base model a special token.
     system: is the system prompt of questions that have none of their own, for
       both models and in evaluation; None stands for what the chat template
       adds by itself, and empty for none.
@@ -812,8 +812,8 @@ class OptimizerSpec:
     b1: is the decay of the first moment.
     b2: is the decay of the second moment.
     batch_tokens: bounds the tokens of prompts and prefixes that are scored and
-      differentiated at a time, over all devices; 0 takes all at a time, and
-      `python -m prefix_distill.plan` finds what fits.
+      differentiated at a time, over all devices; 0 takes what an accelerator's
+      memory holds, and all on a CPU.
     offload: keeps the moments in the host's memory between updates.
     max_skipped: ends the run when this many updates in a row were skipped
       because their numbers were not finite.
@@ -854,7 +854,8 @@ class MeshSpec:
   Attributes:
     data: is the number of replicas of the weights; -1 takes the devices that
       are left.
-    fsdp: is the number of shards of the weights and of the batch.
+    fsdp: is the number of shards of the weights and of the batch; -1 takes the
+      devices that are left.
     tensor: is the number of shards of heads, MLP columns and vocabulary.
     sampling_tensor: is `tensor` while answers are sampled, in training and in
       evaluation, where weights are not split over fsdp and as many times fewer
@@ -862,7 +863,7 @@ class MeshSpec:
   """
 
   data: Annotated[_Int, Field(ge=-1)] = -1
-  fsdp: _Positive = 1
+  fsdp: Annotated[_Int, Field(ge=-1)] = 1
   tensor: _Positive = 1
   sampling_tensor: _NotNegative = 0
 
@@ -872,13 +873,42 @@ class MeshSpec:
         "mesh.data is 0; set it to 1 or more, or to -1 for the devices that are"
         " left.",
     )
+    _check(
+        self.fsdp != 0,
+        "mesh.fsdp is 0; set it to 1 or more, or to -1 for the devices that are"
+        " left.",
+    )
+    _check(
+        self.data != -1 or self.fsdp != -1,
+        "mesh.data is -1 and mesh.fsdp is -1, but one axis takes the devices"
+        " that are left; set mesh.data to 1.",
+    )
     shards = self.fsdp * self.tensor
     _check(
-        not self.sampling_tensor or shards % self.sampling_tensor == 0,
+        not self.sampling_tensor
+        or self.fsdp == -1
+        or shards % self.sampling_tensor == 0,
         f"mesh.sampling_tensor is {self.sampling_tensor}, which does not divide"
         f" mesh.fsdp x mesh.tensor = {shards}; set it to a divisor of that, or"
         " to 0 for mesh.tensor.",
     )
+
+
+  def filled(self, devices: int) -> "MeshSpec":
+    """Returns the sizes with no axis left open, for so many devices.
+
+    Their product is the number of devices, if that can be.
+
+    Raises:
+      ConfigError: `sampling_tensor` does not divide what fsdp becomes.
+    """
+    if self.fsdp == -1:
+      fsdp = max(devices // (self.data * self.tensor), 1)
+      return dataclasses.replace(self, fsdp=fsdp)
+    if self.data == -1:
+      data = max(devices // (self.fsdp * self.tensor), 1)
+      return dataclasses.replace(self, data=data)
+    return self
 
 
 @_settings("evaluation")

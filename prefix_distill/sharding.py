@@ -100,9 +100,9 @@ def make_mesh(
       data axis does not split over the slices.
   """
   devices = jax.devices() if devices is None else devices
-  count, rest = len(devices), spec.fsdp * spec.tensor
-  data = count // rest if spec.data == -1 else spec.data
-  if data * rest != count:
+  count, full = len(devices), spec.filled(len(devices))
+  shape = (full.data, full.fsdp, full.tensor)
+  if math.prod(shape) != count:
     raise ConfigError(
         f"mesh data x fsdp x tensor is {spec.data} x {spec.fsdp} x"
         f" {spec.tensor}, which does not fill the {count} devices here; change"
@@ -114,11 +114,9 @@ def make_mesh(
       getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"
   }
   if len(slices) > 1:
-    grid = _over_slices((data, spec.fsdp, spec.tensor), len(slices), devices)
+    grid = _over_slices(shape, len(slices), devices)
     return jax.sharding.Mesh(grid, names, axis_types=kinds)
-  return jax.make_mesh(
-      (data, spec.fsdp, spec.tensor), names, axis_types=kinds, devices=devices
-  )
+  return jax.make_mesh(shape, names, axis_types=kinds, devices=devices)
 
 
 def _over_slices(

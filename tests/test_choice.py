@@ -15,8 +15,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from prefix_distill.config import DataSpec
 from prefix_distill.config import DatasetSpec
+from prefix_distill.config import DataSpec
 from prefix_distill.data import prompts
 from prefix_distill.data import records
 from prefix_distill.data import tokenizer as tokenizer_lib

@@ -19,7 +19,8 @@ from prefix_distill.train import loop
 
 _GUIDED = ("tiny-privileged", "tiny-concise", "tiny-crosslingual")
 _MODELS = (
-    "", "tiny", "tiny-weak", *_GUIDED, "chain", "qwen3-1.7b", "qwen3-8b"
+    "", "tiny", "tiny-weak", *_GUIDED, "chain",
+    "qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b",
 )  # fmt: skip
 
 
@@ -39,9 +40,23 @@ def test_seqkd_takes_one_answer_a_prompt(model):
   assert (config.method, config.rollout.per_prompt) == ("seqkd", 1)
 
 
+@pytest.mark.parametrize("size", ["0.6b", "1.7b", "4b", "8b"])
+@pytest.mark.parametrize("budget, steps", [("", 1500), (",steps=300", 300)])
+def test_seqkd_has_the_papers_own_recipe(size, budget, steps):
+  settings = experiment.get_config(f"qwen3-{size},method=seqkd{budget}")
+  config = config_lib.from_dict(settings.to_dict())
+  assert config.steps == steps and config.data.batch_size == 128
+  assert config.optimizer.learning_rate == 1e-4
+  assert config.checkpoint.best == "aime24" and config.evaluation.every == 10
+
+
 def test_evaluation_sets_can_be_chosen():
   settings = experiment.get_config("qwen3-8b,sets=aime24+math500")
   assert [*settings.evaluation.sets] == ["aime24", "math500"]
+  assert settings.checkpoint.best == "aime24"
+  # Without the set that chooses, the last checkpoints are all there is.
+  settings = experiment.get_config("qwen3-8b,sets=math500")
+  assert config_lib.from_dict(settings.to_dict()).checkpoint.best == ""
   with pytest.raises(errors.ConfigError, match="sets=gsm8k is not one of"):
     experiment.get_config("qwen3-8b,sets=gsm8k")
 
@@ -62,6 +77,12 @@ def test_the_papers_recipe():
   assert config.student.path == "Qwen/Qwen3-8B-Base"
   assert config.teacher.path == "Qwen/Qwen3-8B"
   assert (config.data.batch_size, config.rollout.per_prompt) == (512, 4)
+  train = config.data.train
+  assert train.wanted == {"domain": "math"} and train.size == 30_700
+  assert train.distinct and train.random
+  assert config.checkpoint.best == "aime24"
+  assert config.mesh.filled(8) == config_lib.MeshSpec(1, 8)
+  assert config.mesh.filled(1) == config_lib.MeshSpec(1, 1)
   assert config.steps == 60 and config.optimizer.learning_rate == 5e-5
   assert config.evaluation.max_len == config.rollout.max_len == 16_384
   assert config.evaluation.sets == evaluator.SETS
@@ -92,10 +113,14 @@ def test_the_qwen3_config_updates_toy_directories(tmp_path):
   prompts.write_text(
       "".join(
           json.dumps({
-              "conversations": [{"from": "human", "value": f"What is {i}?"}],
+              "conversations": [
+                  {"from": "human", "value": f"What is {i % 8}?"},
+                  {"from": "gpt", "value": f"Answer {i}."},
+              ],
+              "domain": "code" if i % 9 == 8 else "math",
           })
           + "\n"
-          for i in range(8)
+          for i in range(40)
       )
   )
   settings = experiment.get_config("qwen3-1.7b")
@@ -103,14 +128,14 @@ def test_the_qwen3_config_updates_toy_directories(tmp_path):
   settings.student.path = _toy_directory(tmp_path / "student", 0)
   settings.teacher.path = _toy_directory(tmp_path / "teacher", 1)
   settings.data.train.source = str(prompts)
-  settings.data.batch_size = 4
+  settings.data.train.size = 6
+  settings.data.batch_size = 8
   settings.data.max_prompt_len = 64
   settings.rollout.max_len = settings.evaluation.max_len = 24
   settings.prefix.linear.increment = 16
   settings.prefix.buckets = (24,)
   settings.optimizer.batch_tokens = 1024
   settings.rollout.batch_tokens = 1024
-  settings.mesh.fsdp = 1
   settings.evaluation.batch_size = 16
   for name, spec in settings.evaluation.sets.items():
     rows = schemas.rows(name, 2)

@@ -461,7 +461,8 @@ class PromptIterator:
     spec = self._spec
     if not spec.suffix_fields:
       return
-    for number in np.unique(np.linspace(0, self._epoch - 1, _LOOKED, dtype=int)):
+    last = self._epoch - 1
+    for number in np.unique(np.linspace(0, last, _LOOKED, dtype=int)):
       where = f"{spec.train.source} record {number + 1}"
       yield suffix_of(spec.suffix, self.records[int(number)], where)
 

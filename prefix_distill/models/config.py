@@ -291,5 +291,7 @@ def _qwen3(layers: int, dim: int, mlp: int, heads: int) -> ModelConfig:
 
 
 # Published architectures, for what needs no weights: plans and tables.
+QWEN3_0_6B = _qwen3(28, 1024, 3072, 16)
 QWEN3_1_7B = _qwen3(28, 2048, 6144, 16)
+QWEN3_4B = _qwen3(36, 2560, 9728, 32)
 QWEN3_8B = _qwen3(36, 4096, 12288, 32)

@@ -353,6 +353,9 @@ def read_lengths(given: Sequence[str]) -> tuple[int, ...]:
 def _choose_mesh(question: Question) -> tuple[Config, str]:
   """Returns the config with a mesh that fills the machine, and a note.
 
+  An fsdp axis that takes all devices is kept inside one host; of a larger
+  machine the mesh is chosen.
+
   Raises:
     ConfigError: the mesh that was asked for is none.
   """
@@ -368,17 +371,17 @@ def _choose_mesh(question: Question) -> tuple[Config, str]:
         *map(int, text.split("x")), sampling_tensor=given.sampling_tensor
     )
     return dataclasses.replace(config, mesh=mesh), "Mesh: as asked for."
-  rest = given.fsdp * given.tensor
-  data = machine.size // rest if given.data == -1 else given.data
-  if data * rest == machine.size:
-    return config, "Mesh: the config's."
+  if given.fsdp != -1 or machine.size <= machine.chip.host:
+    full = given.filled(machine.size)
+    if full.data * full.fsdp * full.tensor == machine.size:
+      return dataclasses.replace(config, mesh=full), "Mesh: the config's."
   student, teacher = (
       programs.architecture(spec.path)[0]
       for spec in (config.student, config.teacher)
   )
   mesh = suggest_mesh(config, student, teacher, machine)
   note = (
-      "Mesh: chosen; that of the config does not fill the machine. Use"
+      "Mesh: chosen; that of the config is for other machines. Use"
       f" --config.mesh.data={mesh.data} --config.mesh.fsdp={mesh.fsdp}"
       f" --config.mesh.tensor={mesh.tensor}"
       f" --config.mesh.sampling_tensor={mesh.sampling_tensor}."
@@ -595,7 +598,7 @@ def plan(question: Question, console: rich.console.Console) -> Result:
       hours,
       reckoner.evaluation(),
       least_sent(built),
-      advice(question.config, found),
+      advice(dataclasses.replace(question.config, mesh=config.mesh), found),
       question.assumptions,
   )
 
