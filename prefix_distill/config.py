@@ -285,7 +285,7 @@ class DatasetSpec:
   source: _NamedPlace
   split: _Str = "train"
   subset: _Str = ""
-  question: _Str = "question"
+  question: _Text = "question"
   answer: _Str = ""
   completion: _Str = ""
   size: _NotNegative = 0

@@ -7,6 +7,7 @@ import pytest
 import schemas
 
 from configs import bundled
+from configs import crosslingual
 from configs import math as experiment
 from prefix_distill import assets
 from prefix_distill import config as config_lib
@@ -156,3 +157,80 @@ def test_the_qwen3_config_updates_toy_directories(tmp_path):
       "gpqa": ("letter", 0), "mmlu_pro": ("letter", 0), "hmmt": ("math", 0),
       "amc": ("math", 0),
   }  # fmt: skip
+
+
+_LANGUAGES = ("swa", "ewe", "deu", "zho", "tha")
+
+
+@pytest.mark.parametrize("size", ["1.7b", "4b", "8b"])
+@pytest.mark.parametrize("language", _LANGUAGES)
+def test_the_crosslingual_recipe(size, language):
+  settings = crosslingual.get_config(f"qwen3-{size},language={language}")
+  config = config_lib.from_dict(settings.to_dict())
+  assert config.student.path == config.teacher.path
+  assert config.student.path == f"Qwen/Qwen3-{size.upper()}"
+  rollout = config.rollout
+  assert (rollout.temperature, rollout.top_p, rollout.top_k) == (1.1, 0.95, 20)
+  assert rollout.max_len == 2048 and config.loss.normalize == "tokens"
+  assert config.loss.exact.divergence == "forward_kl"
+  assert (config.steps, config.data.batch_size) == (100, 32)
+  assert config.optimizer.clip_norm == 0.1
+  assert set(config.data.teacher_fields) == {
+      "problem_translated", "problem", "solution",
+  }  # fmt: skip
+  ((name, spec),) = config.evaluation.sets.items()
+  assert name == ("afrimgsm" if language in ("swa", "ewe") else "polymath")
+  assert spec.source in ("masakhane/afrimgsm", "Qwen/PolyMath")
+
+
+def test_the_crosslingual_recipes_arguments():
+  config = config_lib.from_dict(crosslingual.get_config("").to_dict())
+  assert config.student.path == "bundled:guided"
+  for wrong in ("qwen3-2b", "language=xx", "swa"):
+    with pytest.raises(errors.ConfigError, match="has no argument"):
+      crosslingual.get_config(wrong)
+
+
+def test_the_crosslingual_config_updates_toy_directories(tmp_path):
+  """The full-size recipe's own code on small random models and records."""
+  settings = crosslingual.get_config("qwen3-1.7b,language=swa")
+  train = tmp_path / "train.jsonl"
+  train.write_text(
+      "".join(
+          json.dumps({
+              "problem": f"Ann has {i} pens.", "solution": f"It is {i}.",
+              "problem_translated": f"Ann ana kalamu {i}.", "language": "swa",
+          })
+          + "\n"
+          for i in range(8)
+      )
+  )  # fmt: skip
+  heldout = tmp_path / "test.jsonl"
+  heldout.write_text(
+      "".join(
+          json.dumps({"question": f"Ann ana kalamu {i}.", "answer_number": i})
+          + "\n"
+          for i in range(2)
+      )
+  )
+  path = _toy_directory(tmp_path / "model", 0)
+  settings.student.path = settings.teacher.path = path
+  settings.steps, settings.data.batch_size = 2, 4
+  settings.data.train.source = str(train)
+  settings.rollout.max_len = 16
+  settings.data.max_prompt_len = 128
+  settings.data.max_teacher_prompt_len = 512
+  settings.evaluation.max_len = 16
+  settings.evaluation.batch_size = 8
+  settings.evaluation.sets.afrimgsm.source = str(heldout)
+  settings.evaluation.sets.afrimgsm.max_prompt_len = 128
+  settings.evaluation.sets.afrimgsm.samples = 2
+  workdir = tmp_path / "run"
+  loop.train(config_lib.from_dict(settings.to_dict()), workdir)
+  lines = [
+      json.loads(x)
+      for x in (workdir / "metrics.jsonl").read_text().splitlines()
+  ]
+  assert [x["kl"] > 0 for x in lines if "kl" in x] == [True, True]
+  assert {x["set"] for x in lines if "set" in x} == {"afrimgsm"}
+  assert all(not x["dropped"] for x in lines if "dropped" in x)

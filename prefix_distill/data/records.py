@@ -578,6 +578,14 @@ def _fits(
     others: gets some of what the fields of other records hold.
   """
   for name, wanted in spec.wanted.items():
+    try:
+      field(record, name)
+    except KeyError as error:
+      raise DataError(
+          f"{where} has no field {name!r}, which `where` {spec.where} wants; it"
+          f" has {', '.join(record)}, so name one of these there, or set `where`"
+          " to () for all records."
+      ) from error
     found = answer(record, name, where)
     if found != wanted:
       seen = others.setdefault(name, set())

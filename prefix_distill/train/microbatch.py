@@ -4,10 +4,10 @@ A batch that is too large for the memory is sampled in microbatches, and each of
 those is scored and differentiated in microbatches. How many there are depends
 on the prefix: early in a schedule thousands of rollouts fit, at its end a few.
 
-Where the settings name no limit, sampling, evaluation, scoring and training take
-as many rows as the memory holds. Weights are read once a token for all rows
-together, so a token of more rows costs less. What a row takes is computed, not
-tried; `python -m prefix_distill.plan` compiles the result.
+Where the settings name no limit, sampling, evaluation, scoring and training
+take as many rows as the memory holds. Weights are read once a token for all
+rows together, so a token of more rows costs less. What a row takes is computed,
+not tried; `python -m prefix_distill.plan` compiles the result.
 """
 
 from collections.abc import Iterable
@@ -36,9 +36,13 @@ from prefix_distill.train.setup import Models
 _SPARE = 0.04
 # Arrays of [B, V] in float32 that exist while a token is drawn.
 _LOGITS = 4
-# Copies of what a layer's products make that exist in its backward pass.
-_WORK = 4
+# Copies of what a layer's products make that exist in its backward pass: for
+# Qwen3-8B as many as its compiled gradient takes (docs/scale.md), for 1.7B more.
+_WORK = 2
 _FLOAT32 = 4
+# More of the memory is left to scoring and training, whose products XLA tunes
+# where there is a device; on an H200 they took 5 and 7 % more.
+_TUNED = 0.08
 # Answers at a time where no memory is known, as on a CPU.
 _DEFAULT_ROWS = 64
 
@@ -411,7 +415,8 @@ def trained(models: Models, resting: Any, prompt: int, length: int) -> int:
     prompt: S, the longer one of the student's and the teacher's.
     length: P.
   """
-  free = (1 - _SPARE) * models.memory - _beside_training(models, resting)
+  room = (1 - _SPARE - _TUNED) * models.memory
+  free = room - _beside_training(models, resting)
   return max(int(free // _trained_bytes(models, prompt, length)), 1)
 
 
