@@ -489,8 +489,8 @@ def test_the_exact_loss_has_settings_of_its_own(changes, named):
     (
         (
             lambda: config_lib.MeshSpec(fsdp=0),
-            "mesh.fsdp is 0; set it to 1 or more, or to -1 for the devices that are"
-            " left.",
+            "mesh.fsdp is 0; set it to 1 or more, or to -1 for the devices that"
+            " are left.",
         ),
         (
             lambda: config_lib.MeshSpec(-1, True),

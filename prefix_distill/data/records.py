@@ -582,9 +582,9 @@ def _fits(
       field(record, name)
     except KeyError as error:
       raise DataError(
-          f"{where} has no field {name!r}, which `where` {spec.where} wants; it"
-          f" has {', '.join(record)}, so name one of these there, or set `where`"
-          " to () for all records."
+          f"{where} has no field {name!r}, which `where` {spec.where} wants;"
+          f" it has {', '.join(record)}, so name one of these there, or set"
+          " `where` to () for all records."
       ) from error
     found = answer(record, name, where)
     if found != wanted:

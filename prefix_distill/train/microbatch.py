@@ -36,8 +36,8 @@ from prefix_distill.train.setup import Models
 _SPARE = 0.04
 # Arrays of [B, V] in float32 that exist while a token is drawn.
 _LOGITS = 4
-# Copies of what a layer's products make that exist in its backward pass: for
-# Qwen3-8B as many as its compiled gradient takes (docs/scale.md), for 1.7B more.
+# Copies of what a layer's products make that exist in its backward pass. That
+# is what the compiled gradient of Qwen3-8B takes; of 1.7B it takes less.
 _WORK = 2
 _FLOAT32 = 4
 # More of the memory is left to scoring and training, whose products XLA tunes
