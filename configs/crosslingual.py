@@ -41,10 +41,11 @@ qwen3-1.7b, qwen3-4b, qwen3-8b
 tiny
   The bundled model `guided` on its two-language task (`GuidedTask` in
   `prefix_distill/data/bundled_tasks.py`): the student reads German, the teacher
-  the German problem, the English one and a solution. The model answers in
-  English, so the first words are the same for all, `<think>`. It was trained to
-  answer in either language, and with a solution, but never saw the three
-  together.
+  the English problem and a solution. The German problem is left out of the
+  teacher's prompt, since this model was never trained to read the three
+  together: with all three it answers 22.1 % (17.3-27.7) of 240 problems
+  (2026-11-30), and so has nothing to teach. Its answers are in English, so the
+  first words are the same for all, `<think>`.
 """
 
 import dataclasses
@@ -196,7 +197,7 @@ def _tiny() -> config_lib.Config:
       "math_task", subset="guided", question="german", answer="answer",
       size=100_000,
   )  # fmt: skip
-  template = "{german}\n{question}\nSolution:\n{solution}"
+  template = "{question}\nSolution:\n{solution}"
   heldout = dataclasses.replace(task, split="test", size=240)
   return config_lib.Config(
       method="full",
@@ -205,7 +206,7 @@ def _tiny() -> config_lib.Config:
       teacher=config_lib.ModelSpec("bundled:guided"),
       data=config_lib.DataSpec(
           task, batch_size=32, max_prompt_len=56, teacher_prompt=template,
-          max_teacher_prompt_len=144,
+          max_teacher_prompt_len=100,
       ),
       rollout=config_lib.RolloutSpec(
           per_prompt=1, max_len=200, temperature=1.1, top_k=20, top_p=0.95
@@ -224,10 +225,10 @@ def _tiny() -> config_lib.Config:
           sets={
               "heldout": heldout,
               "context": dataclasses.replace(
-                  heldout, question=template, max_prompt_len=144
+                  heldout, question=template, max_prompt_len=100, size=120
               ),
           },
-          every=25, max_len=256, batch_size=240, teacher=False,
+          max_len=256, greedy=False, batch_size=120, teacher=False,
       ),
       checkpoint=config_lib.CheckpointSpec(every=10),
   )  # fmt: skip
