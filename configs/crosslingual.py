@@ -201,7 +201,7 @@ def _tiny() -> config_lib.Config:
   heldout = dataclasses.replace(task, split="test", size=240)
   return config_lib.Config(
       method="full",
-      steps=50,
+      steps=25,
       student=config_lib.ModelSpec("bundled:guided"),
       teacher=config_lib.ModelSpec("bundled:guided"),
       data=config_lib.DataSpec(

@@ -316,19 +316,20 @@ class DatasetSpec:
     wrong += [text for text in self.where if "=" not in text]
     _check(
         not wrong,
-        f"{_HERE}where is {self.where}, of which {wrong[:1]} names no field"
-        " and text; write each as 'FIELD=TEXT', such as 'domain=math'.",
+        f"{_HERE}where is {shown(self.where)}, of which {shown(wrong[:1])}"
+        " names no field and text; write each as 'FIELD=TEXT', such as"
+        " 'domain=math'.",
     )
     names = [text.partition("=")[0] for text in self.where]
     _check(
         len(set(names)) == len(names),
-        f"{_HERE}where is {self.where}, which names a field twice, and no"
-        f" record holds two texts there; name each field once.",
+        f"{_HERE}where is {shown(self.where)}, which names a field twice, and"
+        " no record holds two texts there; name each field once.",
     )
     for name in ("where", "distinct"):
       _check(
           not endless or not getattr(self, name),
-          f"{_HERE}{name} is {getattr(self, name)!r} but {_HERE}source is"
+          f"{_HERE}{name} is {shown(getattr(self, name))} but {_HERE}source is"
           f" {self.source!r}, which makes its records and has none to choose"
           f" from; leave {_HERE}{name} out.",
       )
@@ -946,8 +947,8 @@ class EvaluationSpec:
     for name in self.between:
       _check(
           name in self.sets,
-          f"evaluation.between is {self.between}, of which {name!r} is not in"
-          f" evaluation.sets; use {', '.join(self.sets) or '()'}.",
+          f"evaluation.between is {shown(self.between)}, of which {name!r} is"
+          f" not in evaluation.sets; use {', '.join(self.sets) or '()'}.",
       )
     for name, spec in self.sets.items():
       _check(
