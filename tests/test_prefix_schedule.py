@@ -203,6 +203,17 @@ def test_agreement_cuts_below_a_quantile_of_past_minima():
   assert json.loads(json.dumps(state)) == state
 
 
+def test_rollouts_shorter_than_a_window_do_not_make_the_threshold_nan():
+  controller = make("agreement", warmup_updates=1, quantile=0.7)
+  state = controller.start()
+  # Half of the rollouts have no window, so no smallest average.
+  minima = [0.1, np.inf, 0.2, np.inf, 0.3, np.inf]
+  for _ in range(3):
+    state = controller.next(state, stats(np.ones(9), minima=minima))
+  wanted = np.quantile([0.1, 0.2, 0.3] * 3, 0.7)
+  assert controller.threshold(state) == pytest.approx(wanted)
+
+
 def test_rollouts_are_cut_after_four_windows_of_agreement():
   kl = np.ones((4, 12))
   kl[0, 3:] = 0.0  # agrees from the fourth token on
