@@ -396,8 +396,7 @@ _TRAIN = (
     ),
     _fault(
         "the last micro-batch stands for all",
-        "return total if before is None else jax.tree.map(jnp.add, before,"
-        " total)",
+        "total = jax.tree.map(jnp.add, before, total)",
         "return total",
         "step.py::test_parts_do_not_change_the_update[rollouts-counts0]",
     ),
