@@ -429,7 +429,7 @@ _SFT = {"method": "sft", "teacher": None, "rollout.per_prompt": 1}
             {"prefix": {
                 "schedule": "agreement", "agreement": {"min_rollouts": 4097},
             }},
-            ("prefix.agreement.min_rollouts is 4097", "memory_rollouts is 4096"),
+            ("prefix.agreement.min_rollouts is 4097", "rollouts is 4096"),
             {"prefix": {
                 "schedule": "agreement", "agreement": {"min_rollouts": 4096},
             }},
