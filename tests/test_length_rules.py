@@ -451,16 +451,6 @@ def test_what_is_seen_is_what_whole_logits_say(memory):
     assert ours == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 2, 4)])
-def test_eight_devices_see_what_one_sees(shape):
-  mesh = sharding.make_mesh(MeshSpec(*shape))
-  one, eight = seen(), seen(mesh)
-  for name in one:
-    np.testing.assert_allclose(
-        np.asarray(eight[name])[MASK], np.asarray(one[name])[MASK], atol=1e-5
-    )
-
-
 # What becomes of it in the update.
 
 
@@ -583,6 +573,9 @@ PREFIXES = {
 }  # fmt: skip
 
 
+NOT_AGREEMENT = ("drift", "plateau")
+
+
 def made(prefix, shape=(1, 1, 1), **optimizer):
   """Programs, a state, a teacher and prompts on a mesh."""
   mesh = sharding.make_mesh(
@@ -616,39 +609,54 @@ def updated(prefix, threshold=None, **kwargs):
   return jax.tree.map(np.asarray, state.params), shown
 
 
-@pytest.mark.parametrize("name", PREFIXES)
-def test_neither_devices_nor_microbatches_change_an_update(name):
-  prefix, threshold = PREFIXES[name], None
-  if name == "agreement":
-    threshold = NEVER
-    _, shown = updated(prefix, threshold)
+def assert_same_update(rule: str, **variant) -> None:
+  """Checks an update against that of one device in one microbatch."""
+  prefix, threshold = PREFIXES[rule], None
+  if rule == "agreement":
+    _, shown = updated(prefix, NEVER)
+    assert (shown.trained == shown.mask).all()
     threshold = float(np.median(shown.minima)) + 1e-3
   params, one = updated(prefix, threshold)
-  variants = ({"shape": (2, 2, 2)}, {"batch_tokens": 26})
-  for variant in variants:
-    other_params, other = updated(prefix, threshold, **variant)
-    for field in ("tokens", "mask", "trained"):
-      np.testing.assert_array_equal(getattr(other, field), getattr(one, field))
-    if name == "agreement":
-      np.testing.assert_allclose(other.minima, one.minima, rtol=1e-4)
-      assert one.trained.sum() < one.mask.sum()
-    for metric, value in one.metrics.items():
-      np.testing.assert_allclose(
-          other.metrics[metric], value, rtol=2e-3, atol=1e-5, err_msg=metric
-      )
-    for x, y in zip(
-        jax.tree.leaves(other_params), jax.tree.leaves(params), strict=True
-    ):
-      np.testing.assert_allclose(x, y, atol=2e-4)
+  other_params, other = updated(prefix, threshold, **variant)
+  for field in ("tokens", "mask", "trained"):
+    np.testing.assert_array_equal(getattr(other, field), getattr(one, field))
+  if rule == "agreement":
+    np.testing.assert_allclose(other.minima, one.minima, rtol=1e-4)
+    assert one.trained.sum() < one.mask.sum()
+  for metric, value in one.metrics.items():
+    np.testing.assert_allclose(
+        other.metrics[metric], value, rtol=2e-3, atol=1e-5, err_msg=metric
+    )
+  for x, y in zip(
+      jax.tree.leaves(other_params), jax.tree.leaves(params), strict=True
+  ):
+    np.testing.assert_allclose(x, y, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["drift", "agreement"])
-def test_what_is_compiled_ahead_is_what_runs(name):
-  programs, state, teacher_params, prompts = made(PREFIXES[name])
+SLOW = pytest.mark.slow
+RULES = ("agreement", *(pytest.param(x, marks=SLOW) for x in NOT_AGREEMENT))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_microbatches_do_not_change_an_update(rule):
+  # Two rollouts at a time.
+  assert_same_update(rule, batch_tokens=26)
+
+
+@pytest.mark.parametrize(
+    "rules", [("agreement",), pytest.param(NOT_AGREEMENT, marks=SLOW)]
+)
+def test_eight_devices_do_not_change_an_update(rules):
+  started = toys.start("length_rules_on_devices.py", *rules, devices=8)
+  (printed,) = toys.finish([started], seconds=600)
+  assert printed.endswith("OK\n")
+
+
+def test_what_is_compiled_ahead_is_what_runs():
+  programs, state, teacher_params, prompts = made(PREFIXES["agreement"])
   programs.compile_ahead()
   programs.wait()
-  threshold = NEVER if name == "agreement" else None
-  request = update.Request(8, jax.random.key(0), "student", threshold)
+  request = update.Request(8, jax.random.key(0), "student", NEVER)
   with toys.compilations() as late:
     programs.update(
         state, teacher_params, prompts, None, request, update.Clock()
