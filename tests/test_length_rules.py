@@ -469,9 +469,7 @@ def summed(schedule, rollout=ROLLOUT, threshold=None):
 
 
 def assert_close(ours, theirs) -> None:
-  for x, y in zip(
-      jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True
-  ):
+  for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
@@ -542,7 +540,8 @@ def test_plateau_changes_no_update_and_sums_its_signals():
   assert float(value) == float(plain)
   assert_close(grads, plain_grads)
   assert set(sums) - set(plain_sums) == {
-      "chosen", *(f"schedule_{name}" for name in NAMES)
+      "chosen",
+      *(f"schedule_{name}" for name in NAMES),
   }
   student, teacher = logits()
   for name in NAMES:
@@ -578,9 +577,7 @@ NOT_AGREEMENT = ("drift", "plateau")
 
 def made(prefix, shape=(1, 1, 1), **optimizer):
   """Programs, a state, a teacher and prompts on a mesh."""
-  mesh = sharding.make_mesh(
-      MeshSpec(*shape), jax.devices()[: math.prod(shape)]
-  )
+  mesh = sharding.make_mesh(MeshSpec(*shape), jax.devices()[: math.prod(shape)])
   task = DatasetSpec("math_task", answer="answer", size=1)
   config = toys.run_config(
       "student", "teacher", data=DataSpec(task, 8, 5), prefix=prefix,

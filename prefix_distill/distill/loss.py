@@ -336,9 +336,7 @@ def make(config: Config, num_tokens: int, stop_ids: tuple[int, ...]) -> Loss:
   if spec.form == "policy_gradient":
     settings = dataclasses.asdict(spec.policy_gradient)
     return SampledLoss(dist, **settings, memory=memory)
-  return ExactLoss(
-      dist, spec.exact.divergence, spec.jsd.beta, memory=memory
-  )
+  return ExactLoss(dist, spec.exact.divergence, spec.jsd.beta, memory=memory)
 
 
 def k1(student: jax.Array, teacher: jax.Array) -> jax.Array:

@@ -361,7 +361,10 @@ class Plateau(_Chosen):
     if full or stale >= spec.patience_updates:
       return self._entered(min(cap + spec.increment, self.longest))
     return {
-        "cap": cap, "entry": entry, "smooth": smooth, "best": best,
+        "cap": cap,
+        "entry": entry,
+        "smooth": smooth,
+        "best": best,
         "stale": stale,
     }
 
