@@ -777,6 +777,8 @@ class LossSpec:
     shown = f"loss.form is {self.form!r}"
     if self.form == "exact":
       shown = f"loss.exact.divergence is {divergence!r}"
+      # The sentence is a template, and a name may have braces.
+      shown = shown.replace("{", "{{").replace("}", "}}")
       mend = "set loss.exact.divergence to '{}'"
     _check_idle(self, idle & {"jsd"}, "loss", f"{shown}; {mend}")
 
@@ -1081,10 +1083,11 @@ class Config:
     least = window + self.prefix.agreement.low_windows
     _check(
         self.prefix.schedule != "agreement" or least <= longest,
-        f"prefix.agreement.window_tokens is {window} and its low_windows are"
-        f" {least - window}, but rollout.max_len is {longest}, so that no"
-        " rollout would ever be cut; lower prefix.agreement.window_tokens or"
-        f" raise rollout.max_len to {least} or more.",
+        f"prefix.agreement.window_tokens is {window} and"
+        f" prefix.agreement.low_windows is {least - window}, but"
+        f" rollout.max_len is {longest}, so that no rollout would ever be cut;"
+        " lower one of them or raise rollout.max_len to"
+        f" {least} or more.",
     )
     _check(
         self.schedule not in _COMPARING or form == "exact",

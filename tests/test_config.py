@@ -426,6 +426,11 @@ _SFT = {"method": "sft", "teacher": None, "rollout.per_prompt": 1}
             {"rollout.max_len": 133},
         ),
         (
+            {"loss.exact": {"divergence": "{}"}, "loss.jsd": {"beta": 0.1}},
+            ("loss.jsd.beta is 0.1", "loss.exact.divergence is '{}'"),
+            {"loss.exact": {"divergence": "jsd"}},
+        ),
+        (
             {"prefix": {
                 "schedule": "agreement", "agreement": {"min_rollouts": 4097},
             }},
