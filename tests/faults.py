@@ -398,8 +398,8 @@ _TRAIN = (
     ),
     _fault(
         "what was cut off is trained on",
-        "inputs = (batch, trained, scores)",
-        "inputs = (batch, rollout, scores)",
+        "    mask = chosen.trained\n",
+        "    mask = mask & True\n",
         "programs.py::test_what_was_cut_off_is_not_trained_on",
     ),
     _fault(
