@@ -172,6 +172,7 @@ class Run:
         models.student.remat,
         compares=config.method == "prefix",
         bought=bought,
+        sees=bool(self.schedule.sees),
     )
     self.totals = Totals(self.schedule.start())
     self.key = jax.random.key(config.seed)
@@ -530,7 +531,9 @@ def _flatten(metrics: dict[str, Any], config: Config) -> dict[str, float]:
   out = {}
   width = step_lib.bin_width(config.rollout.max_len)
   for name, value in metrics.items():
-    if name in ("kl_position", "reliable", "sampler", "finite"):
+    if name in ("kl_position", "sampler", "finite"):
+      continue
+    if name.startswith(prefix_schedule.SHOWN):
       continue
     if np.ndim(value) == 0:
       if name != "kl_special" or np.isfinite(value):
