@@ -231,6 +231,9 @@ class ModelSpec:
       "offload" (as "full", with the layers' inputs in the host's memory).
     offload: keeps a teacher's weights in the host's memory while the student
       samples.
+    refresh: makes a teacher's weights a copy of the student's after every so
+      many updates, in `param_dtype`, which takes one architecture of both; 0 is
+      never.
     random_init: takes only the architecture and the tokenizer from `path`.
     tokenizer: names a model whose tokenizer, template and stop tokens replace
       those of `path`.
@@ -241,6 +244,7 @@ class ModelSpec:
   param_dtype: _Dtype = "float32"
   remat: Literal["none", "full", "dots", "offload"] = "none"
   offload: _Bool = False
+  refresh: _NotNegative = 0
   random_init: _Bool = False
   tokenizer: _Place = ""
 
@@ -273,8 +277,9 @@ class DatasetSpec:
       not tell two questions apart.
     random: takes `size` records at random instead of the first ones.
     choices: names the field that lists a question's options, or one field for
-      each option; `answer` then holds the right one's letter, or is one of
-      these fields, and the options come in a random order.
+      each option; `answer` then holds the right one's letter, or as an integer
+      its number from 0, or is one of these fields, and the options come in a
+      random order.
     seed: seeds `random`, the order of the options, and a task of
       reasoning-gym.
     max_prompt_len: drops and counts longer prompts of an evaluation; 0 stands
@@ -774,6 +779,11 @@ class PolicyGradientSpec:
 class LossSpec:
   """The divergence on prefix tokens.
 
+  A rollout's tokens are those in the window, of what is left if the rollout was
+  cut. `normalize` counts these alone: "length" divides by the number of tokens
+  in the window, and not by the rollout's whole length. A rollout with none adds
+  0 to the sum, and counts among the rollouts.
+
   Attributes:
     form: says how the divergence is taken: "exact" over the whole
       distributions, "policy_gradient" on the sampled tokens, and "direct"
@@ -783,7 +793,9 @@ class LossSpec:
     window_end: is the position behind the last one that is trained on, counted
       as `window_start`; 0 is the rollout's end.
     normalize: says what the loss is divided by: "rollouts" is the paper's mean
-      over rollouts of the sum over tokens, "tokens" the mean over all tokens.
+      over rollouts of the sum over tokens, "tokens" the mean over all tokens,
+      and "length" the mean over rollouts of the sum over a rollout's tokens
+      divided by their number.
     merge_stop_tokens: takes the stop tokens of student and teacher as one
       event, so that a base model is not punished for the name of its stop.
     logits_mib: bounds the memory of logits in MiB a device; the chunked head
@@ -796,7 +808,7 @@ class LossSpec:
   form: Literal["exact", "policy_gradient", "direct"] = "exact"
   window_start: _Int = 0
   window_end: _Int = 0
-  normalize: Literal["rollouts", "tokens"] = "rollouts"
+  normalize: Literal["rollouts", "tokens", "length"] = "rollouts"
   merge_stop_tokens: _Bool = True
   logits_mib: Annotated[_Positive, Field(le=2**20)] = 256
   exact: ExactSpec = ExactSpec()
@@ -1098,6 +1110,18 @@ class Config:
         "student.offload is True, but the student is never idle; set"
         " student.offload to False (optimizer.offload keeps the moments in the"
         " host's memory).",
+    )
+    _check(
+        not self.student.refresh,
+        f"student.refresh is {self.student.refresh}, but it is the teacher that"
+        " is refreshed from the student; set student.refresh to 0 and"
+        " teacher.refresh.",
+    )
+    refresh = self.teacher.refresh if self.teacher else 0
+    _check(
+        not refresh or not self.is_supervised,
+        f"method is {self.method!r} but teacher.refresh is {refresh}, and no"
+        " teacher scores anything; set teacher.refresh to 0.",
     )
     _check(
         self.method == "sft" or self.teacher is not None,

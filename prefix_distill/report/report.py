@@ -248,6 +248,8 @@ def progress(line: Line) -> dict[str, str]:
 
 def evaluation_line(which: str, step: int, values: Line) -> str:
   """Returns one evaluation as a line of text."""
+  if values.get("teacher_update"):
+    which += f" (the student after update {values['teacher_update']})"
   return (
       f"step {step:>4}  {which} on {values['set']}, {values['mode']}:"
       f" {_accuracy(values)}, {values['finish_rate']:.1%} finish,"
@@ -296,8 +298,10 @@ def closing_rows(lines: Sequence[Line], dataset: str) -> list[tuple]:
   steps = [x["step"] for x in lines if x.get("model") == "student"]
   if not steps:
     return []
+  update = max(x.get("teacher_update", 0) for x in lines)
+  teacher = f"teacher\n(update {update})" if update else "teacher"
   rows = (
-      _row("teacher", lines, steps[-1], "teacher", dataset),
+      _row(teacher, lines, steps[-1], "teacher", dataset),
       _row("student\nbefore", lines, steps[0], "student", dataset),
       _row("student\nafter", lines, steps[-1], "student", dataset),
   )

@@ -192,7 +192,7 @@ class Run:
   def _start(self) -> TrainState:
     """Restores the last whole checkpoint, or loads the student."""
     models = self.models
-    found = self.checkpointer.restore(self.programs.abstract_state())
+    found = self.checkpointer.restore(*self.programs.resting())
     self.last_saved = step = found and found.step
     if found is None:
       workdir_lib.check_not_lost(self.workdir)
@@ -210,7 +210,9 @@ class Run:
     self.evaluated, self.answer_len = distributed.from_first(
         "evaluations", _evaluations(lines, step)
     )
-    if models.teacher is not None:
+    if found is not None and found.teacher is not None:
+      self.teacher_params = found.teacher
+    elif models.teacher is not None:
       self.teacher_params = self._load(self.config.teacher, models.teacher)
     return state
 
@@ -248,7 +250,10 @@ class Run:
     while True:
       try:
         self.checkpointer.save(
-            self.state, self.setup.data.get_state(), self.totals
+            self.state,
+            self.setup.data.get_state(),
+            self.totals,
+            self.teacher_params if self.totals.teacher_update else None,
         )
       except UserError:
         raise
@@ -316,8 +321,31 @@ class Run:
             " update that it interrupts."
         )
 
+  def _refresh(self, step: int) -> None:
+    """Makes the teacher the student if update `step`, from 0, is to see that.
+
+    A copy that no update would see is not made: after the last update the
+    teacher is the one that scored it.
+    """
+    every = self.config.teacher.refresh if self.models.teacher else 0
+    if every and step and step % every == 0:
+      self.teacher_params = self.programs.refresh(
+          self.state.params, self.teacher_params
+      )
+      self.totals = dataclasses.replace(self.totals, teacher_update=step)
+
+  def _teacher_update(self) -> dict[str, int]:
+    """Returns what lines say of a teacher that is refreshed."""
+    if not (self.models.teacher and self.config.teacher.refresh):
+      return {}
+    return {"teacher_update": self.totals.teacher_update}
+
   def evaluate(self, step: int, which: str = "student") -> None:
-    """Evaluates the student or the teacher on all sets."""
+    """Evaluates the student or the teacher on all sets.
+
+    A teacher that is refreshed is the one of the last update, and its lines
+    say after which update it was the student.
+    """
     setup, models = self.setup, self.models
     model, params = models.student, self.state.params
     stop_ids = models.stop_ids
@@ -336,6 +364,8 @@ class Run:
     def write(values: dict[str, Any]) -> None:
       if which == "student" and values["mode"] == "sampled":
         self.answer_len = values["mean_length"]
+      if which == "teacher":
+        values = values | self._teacher_update()
       self.write({
           "step": step,
           "model": which,
@@ -384,6 +414,7 @@ class Run:
     begin, clock, config = time.perf_counter(), update_lib.Clock(), self.config
     poll = functools.partial(self._poll_update, time.monotonic())
     self.evaluated = []
+    self._refresh(step)
     cap, source = self.cap, prefix_schedule.source(config, step)
     place = self.setup.data.get_state()
     prompts, completions = next(self.setup.data)
@@ -433,6 +464,7 @@ class Run:
     line = {"step": step + 1, "prefix_len": cap}
     line |= _flatten(done.metrics, config)
     line["skipped"] = totals.skipped
+    line |= self._teacher_update()
     line |= {"rollout_len": float(mask.sum(1).mean())} | totals.line()
     if config.rollout.source != "student":
       line["source"] = source

@@ -21,6 +21,7 @@ from prefix_distill.distill import loss as loss_lib
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.distill.loss import Loss
 from prefix_distill.errors import ConfigError
+from prefix_distill.errors import shown
 from prefix_distill.evaluate import evaluator
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models.config import ModelConfig
@@ -170,6 +171,30 @@ def _dtype_note(
   )
 
 
+def check_refresh(
+    config: Config, student: ModelConfig, teacher: ModelConfig
+) -> None:
+  """Refuses to copy a student's weights into another architecture.
+
+  How many positions a model's config.json allows may differ.
+
+  Raises:
+    ConfigError: the two differ in something else.
+  """
+  if not config.teacher.refresh:
+    return
+  for field in dataclasses.fields(ModelConfig):
+    mine, theirs = (getattr(x, field.name) for x in (student, teacher))
+    if field.name != "max_length" and mine != theirs:
+      raise ConfigError(
+          f"teacher.refresh is {config.teacher.refresh}, but {field.name} is"
+          f" {shown(mine)} in the student {config.student.path} and"
+          f" {shown(theirs)} in the teacher {config.teacher.path}; set"
+          " teacher.path to a model of the student's architecture, or"
+          " teacher.refresh to 0."
+      )
+
+
 def _check_lengths(
     config: Config, student: Model, teacher: Model | None
 ) -> None:
@@ -263,6 +288,8 @@ def check(config: Config, first: bool = False) -> Inputs:
   check_batches(config, mesh)
   divergence.named(config.loss.exact.divergence)  # Or there is none.
   student, teacher = _read_models(config, mesh)
+  if teacher is not None:
+    check_refresh(config, student.config, teacher.config)
   fed = _load_tokenizers(config, student, teacher)
   _check_lengths(config, student, teacher)
   problems = {}
@@ -440,8 +467,12 @@ def load_model(
   if spec.offload:
     shardings = sharding.on_host(shardings)
   if spec.random_init:
-    init = jax.jit(model.init, out_shardings=shardings)
-    return init(jax.random.key(seed))
+
+    def init(key: jax.Array) -> Params:
+      drawn = model.init(key)
+      return jax.tree.map(lambda x: x.astype(spec.param_dtype), drawn)
+
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
   return hf.load_params(
       spec.path, model, shardings, spec.param_dtype, poll
   )

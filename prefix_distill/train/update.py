@@ -180,12 +180,30 @@ class Programs:
         functools.partial(_zeros_of, gradient),
         out_shardings=dataclasses.replace(totals, chosen=None),
     )
+    self._refresh = self._refreshing()
     normalize = "tokens" if config.is_supervised else config.loss.normalize
     self._apply = Program(
         "apply",
         functools.partial(step_lib.apply, self._tx, normalize),
         out_shardings=(working, replicated),
         donate_argnums=0,
+    )
+
+  def _refreshing(self) -> Program | None:
+    """Returns the program of `refresh`; None if there is no teacher."""
+    teacher = self.abstract_teacher()
+    if teacher is None:
+      return None
+    places = jax.tree.map(lambda x: x.sharding, teacher)
+    return Program(
+        "refresh",
+        functools.partial(
+            step_lib.refreshed, self._models.config.teacher.param_dtype
+        ),
+        out_shardings=sharding.on_device(places),
+        # The old weights are not read: their memory takes the new ones.
+        donate_argnums=1,
+        keep_unused=True,
     )
 
   def _loss(self) -> step_lib.LossFn:
@@ -200,7 +218,11 @@ class Programs:
         models.special_ids,
         prefix_schedule.make(config),
     )
-    window = step_lib.Window(config.loss.window_start, config.loss.window_end)
+    window = step_lib.Window(
+        config.loss.window_start,
+        config.loss.window_end,
+        config.loss.normalize == "length",
+    )
     return functools.partial(
         step_lib.distillation_loss, models.student, loss, watch, window
     )
@@ -251,6 +273,26 @@ class Programs:
     if not any(map(sharding.is_on_host, jax.tree.leaves(places))):
       return params
     return sharding.put(params, sharding.on_device(places))
+
+  def refresh(self, params: Params, teacher_params: Params) -> Params:
+    """Makes the teacher a copy of the student.
+
+    A teacher that rests on the host goes back there; meanwhile the devices
+    hold as much as while it scores.
+
+    Args:
+      params: the student's.
+      teacher_params: the old ones, where they rest; they are donated.
+
+    Returns:
+      The new ones, in the old ones' dtypes and places.
+    """
+    places = jax.tree.map(lambda x: x.sharding, teacher_params)
+    if not any(map(sharding.is_on_host, jax.tree.leaves(places))):
+      return self._refresh(params, teacher_params)
+    if not sharding.is_abstract(teacher_params):
+      jax.tree.map(lambda x: x.delete(), teacher_params)
+    return sharding.put(self._refresh(params, None), places)
 
   def sample(
       self,
@@ -403,12 +445,15 @@ class Programs:
   def update_on_shapes(self, cap: int, source: str = "student") -> None:
     """Calls an update's programs on shapes, for `compilation.watching`."""
     state, config = self.abstract_state(), self._models.config
+    teacher = self.abstract_teacher()
     key = jax.eval_shape(lambda: jax.random.key(0))
     adaptive = prefix_schedule.make(config)
     threshold = adaptive.threshold(adaptive.start())
+    if teacher is not None and config.teacher.refresh:
+      teacher = self.refresh(state.params, teacher)
     self.update(
         state,
-        self.abstract_teacher(),
+        teacher,
         self._abstract_prompts(),
         None,
         Request(cap, key, source, threshold),
