@@ -1,6 +1,6 @@
 """Writes a checkpoint as a Hugging Face model directory.
 
-  python -m prefix_distill.export --workdir=runs/math --step=20 --to=DIR
+  prefix-distill export --workdir=runs/math --step=20 --to=DIR
 
 `--step` is a number, `last`, or `best` for the one that `checkpoint.best`
 chooses. Only the student's weights are read, into the host's memory: no
@@ -11,7 +11,6 @@ import argparse
 import pathlib
 import re
 import sys
-from typing import NoReturn
 
 from absl import logging
 import jax
@@ -20,9 +19,9 @@ from prefix_distill import sharding
 from prefix_distill.config import Config
 from prefix_distill.config import MeshSpec
 from prefix_distill.data import tokenizer as tokenizer_lib
+from prefix_distill.errors import ArgumentParser
 from prefix_distill.errors import check
 from prefix_distill.errors import check_path
-from prefix_distill.errors import one_line
 from prefix_distill.errors import shown
 from prefix_distill.errors import UserError
 from prefix_distill.models import huggingface as hf
@@ -89,21 +88,14 @@ def export(workdir: pathlib.Path, step: str, to: pathlib.Path) -> int:
   return number
 
 
-class _Parser(argparse.ArgumentParser):
-  """Says what is wrong in one sentence, without the usage."""
-
-  def error(self, message: str) -> NoReturn:
-    sys.exit(f"error: {one_line(ValueError(message))}; see --help.")
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
   """Parses flags, or exits with one sentence.
 
   Args:
     argv: the program's name and its flags.
   """
-  parser = _Parser(
-      prog="python -m prefix_distill.export",
+  parser = ArgumentParser(
+      prog="prefix-distill export",
       description=__doc__,
       formatter_class=argparse.RawDescriptionHelpFormatter,
       allow_abbrev=False,
@@ -128,7 +120,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
   return found
 
 
-def main() -> None:
+def start() -> None:
+  """Does what the command line says, or exits with one sentence."""
   flags = parse(sys.argv)
   workdir, to = pathlib.Path(flags.workdir), pathlib.Path(flags.to)
   logging.set_verbosity(logging.WARNING)
@@ -141,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  start()

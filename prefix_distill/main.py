@@ -1,5 +1,13 @@
-"""Runs an experiment: `python -m prefix_distill.main --config=FILE[:ARG]`."""
+"""Trains a student, or goes on with a run.
 
+  prefix-distill train --config=configs/math.py
+  python -m prefix_distill.main --config=configs/math.py
+
+A config file may take an argument, as configs/math.py:tiny-weak does; its
+docstring says which. --config.GROUP.FIELD=VALUE changes any setting.
+"""
+
+import functools
 import os
 import pathlib
 import sys
@@ -15,7 +23,7 @@ from prefix_distill.errors import hide_secrets
 from prefix_distill.errors import UserError
 
 
-def _keep_compiled_programs() -> None:
+def keep_compiled_programs() -> None:
   """Lets a second start find its programs; JAX's own settings come first."""
   if jax.config.jax_compilation_cache_dir is None:
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -26,7 +34,7 @@ def _keep_compiled_programs() -> None:
 
 def _train() -> str:
   """Trains; returns why it stopped before the end, if it did."""
-  _keep_compiled_programs()
+  keep_compiled_programs()
   # Of a GPU's memory, what `plan` counts on; JAX takes three quarters itself.
   os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
   config = command_line.config()
@@ -71,5 +79,11 @@ def main(argv: list[str]) -> None:
     os._exit(130)
 
 
+def start() -> None:
+  """Reads the command line and runs."""
+  parse = functools.partial(command_line.parse, about=__doc__)
+  app.run(main, flags_parser=parse)
+
+
 if __name__ == "__main__":
-  app.run(main, flags_parser=command_line.parse)
+  start()

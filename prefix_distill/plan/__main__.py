@@ -10,6 +10,7 @@ status is 0 if all fits, 1 if not, 2 if the question is wrong.
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -318,5 +319,11 @@ def main(argv: list[str]) -> None:
     sys.exit(f"error: {_short(result)}.")
 
 
+def start() -> None:
+  """Reads the command line and plans."""
+  parse = functools.partial(command_line.parse, about=__doc__)
+  app.run(main, flags_parser=parse)
+
+
 if __name__ == "__main__":
-  app.run(main, flags_parser=command_line.parse)
+  start()

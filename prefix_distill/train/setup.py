@@ -285,6 +285,43 @@ def check(config: Config, first: bool = False) -> Inputs:
   return Inputs(mesh, fed, student, teacher, data, problems)
 
 
+@dataclasses.dataclass(frozen=True)
+class EvaluationInputs:
+  """What an evaluation without training reads besides weights, checked.
+
+  Attributes:
+    model: the architecture.
+    tokenizer: its tokenizer.
+    problems: the evaluation sets.
+  """
+
+  model: Model
+  tokenizer: Tokenizer
+  problems: dict[str, evaluator.Problems]
+
+
+def read_evaluation(
+    config: Config, mesh: jax.sharding.Mesh
+) -> EvaluationInputs:
+  """Checks what an evaluation of the student alone reads.
+
+  Args:
+    config: the settings; of the training prompts only the lengths and what
+      stands around a prompt count.
+    mesh: the device mesh.
+
+  Raises:
+    UserError: one sentence that names what does not fit, and the mend.
+  """
+  spec = config.student
+  model = make_model(hf.read_config(spec.path), spec, mesh)
+  tokenizer = tokenizer_lib.load(spec.tokenizer_path, config.data.system)
+  problems = _load_problems(config, tokenizer)
+  _check_problems(config, model, problems)
+  _check_weights(spec, model)
+  return EvaluationInputs(model, tokenizer, problems)
+
+
 def _load_problems(
     config: Config, tokenizer: Tokenizer
 ) -> dict[str, evaluator.Problems]:
