@@ -54,6 +54,11 @@ PREFLIGHT = flags.DEFINE_bool(
     "Whether to only check and show what the models would read: the run reads"
     " no weights and writes nothing.",
 )
+PRINT_CONFIG = flags.DEFINE_bool(
+    "print_config",
+    False,
+    "Whether to only print all settings as JSON, a file of which is a config.",
+)
 NOTICE = flags.DEFINE_float(
     "notice",
     30.0,

@@ -8,6 +8,7 @@ docstring says which. --config.GROUP.FIELD=VALUE changes any setting.
 """
 
 import functools
+import json
 import os
 import pathlib
 import sys
@@ -18,6 +19,7 @@ import jax
 import rich.console
 
 from prefix_distill import command_line
+from prefix_distill import config as config_lib
 from prefix_distill import distributed
 from prefix_distill.errors import hide_secrets
 from prefix_distill.errors import UserError
@@ -57,7 +59,10 @@ def main(argv: list[str]) -> None:
   hide_secrets()
   stopped = ""
   try:
-    if command_line.PREFLIGHT.value:
+    if command_line.PRINT_CONFIG.value:
+      settings = config_lib.plain(command_line.config())
+      print(json.dumps(settings, indent=2))
+    elif command_line.PREFLIGHT.value:
       config = command_line.config()
       from prefix_distill import preflight
 
