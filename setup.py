@@ -7,6 +7,7 @@ import setuptools
 _README = pathlib.Path(__file__).with_name("README.md")
 
 _CUDA13 = ["jax[cuda13]>=0.10.2"]
+_TENSORBOARD = ["tensorboardX>=2.6.4"]
 _GYM = ["reasoning-gym>=0.1.25"]
 
 setuptools.setup(
@@ -73,9 +74,13 @@ setuptools.setup(
         "cuda12": ["jax[cuda12]>=0.10.2"],  # Older GPUs and drivers.
         "cuda13": _CUDA13,
         "gym": _GYM,
+        "mlflow": ["mlflow-skinny>=3.0"],
+        "tensorboard": _TENSORBOARD,
         "tpu": ["jax[tpu]>=0.10.2"],
+        "wandb": ["wandb>=0.19"],
         "test": [
             *_GYM,
+            *_TENSORBOARD,
             "ipykernel>=6.29",
             "nbclient>=0.10",
             "nbformat>=5.10",

@@ -25,6 +25,7 @@ from prefix_distill.errors import one_line
 from prefix_distill.errors import redacted
 from prefix_distill.errors import shown
 from prefix_distill.errors import UserError
+from prefix_distill.report import trackers
 
 # The longest notice before a process ends, in seconds: a day.
 _DAY = 86_400
@@ -65,6 +66,12 @@ NOTICE = flags.DEFINE_float(
     "Seconds between a SIGTERM and the end of the process, as whoever sends the"
     " signal promises. An update that would not end in that time is given up,"
     " and the state before it is saved.",
+)
+TRACKER = flags.DEFINE_string(
+    "tracker",
+    "auto",
+    "Where the run is shown besides metrics.jsonl: tensorboard, wandb, mlflow"
+    " or none; auto takes tensorboard if tensorboardX is installed.",
 )
 _TRACE = flags.DEFINE_list(
     "trace",
@@ -214,6 +221,7 @@ def _check_flags() -> None:
       " what whoever sends the signal promises.",
   )
   check_path("workdir", _WORKDIR.value or "")
+  trackers.check(TRACKER.value)
 
 
 def _overrides(argv: list[str]) -> list[str]:

@@ -46,8 +46,13 @@ def _train() -> str:
     from prefix_distill.train import loop
 
     try:
-      workdir, notice = command_line.workdir(sys.argv), command_line.NOTICE
-      loop.train(config, workdir, traced, notice.value)
+      loop.train(
+          config,
+          command_line.workdir(sys.argv),
+          traced,
+          command_line.NOTICE.value,
+          command_line.TRACKER.value,
+      )
     except loop.Stopped as stopped:  # All processes stop together.
       return str(stopped)
   return ""
