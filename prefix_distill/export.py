@@ -80,7 +80,9 @@ def export(workdir: pathlib.Path, step: str, to: pathlib.Path) -> int:
     specs = [spec] if config.method == "sft" else [spec, config.teacher]
     tokenizers = [tokenizer_lib.load(one.tokenizer_path) for one in specs]
     stops, _ = setup.stop_ids(config, tokenizers)
-    setup.export_student(config, params, stops, to.absolute())
+    setup.export_student(
+        config, params, stops, to.absolute(), workdir, number
+    )
   except OSError as error:
     raise UserError(
         f"--to={to} cannot be written ({error.strerror}); give another place."

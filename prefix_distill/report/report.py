@@ -216,12 +216,12 @@ def headline(
   if not config.is_supervised:
     text += (
         f"\ntemperature {config.rollout.temperature:g} in sampling and loss,"
-        f" {_loss_name(config.loss)}"
+        f" {loss_name(config.loss)}"
     )
   return text
 
 
-def _loss_name(loss: LossSpec) -> str:
+def loss_name(loss: LossSpec) -> str:
   """Names the loss, such as "exact reverse KL"."""
   if loss.form == "policy_gradient":
     return f"policy gradient with {loss.policy_gradient.estimator}"

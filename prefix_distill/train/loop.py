@@ -723,7 +723,12 @@ def _train(
     run.checkpointer.close()
     try:
       setup_lib.export_student(
-          config, run.state.params, setup.models.stop_ids, workdir / "export"
+          config,
+          run.state.params,
+          setup.models.stop_ids,
+          workdir / "export",
+          workdir,
+          int(run.state.step),
       )
     except _DISK_ERRORS as error:
       raise SaveError(

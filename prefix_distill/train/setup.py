@@ -26,6 +26,8 @@ from prefix_distill.models import huggingface as hf
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
+from prefix_distill.report import card
+from prefix_distill.report import report
 from prefix_distill.train import workdir as workdir_lib
 from prefix_distill.train.workdir import Contents
 
@@ -433,6 +435,8 @@ def export_student(
     params: Params,
     stop_ids: tuple[int, ...],
     directory: pathlib.Path,
+    workdir: pathlib.Path,
+    step: int,
 ) -> None:
   """Writes the student as a Hugging Face model that ends as in the run.
 
@@ -441,7 +445,11 @@ def export_student(
     params: the student's weights.
     stop_ids: tokens that end the student's answers.
     directory: where to; it appears whole or not at all.
+    workdir: of the run, whose results go into the model card.
+    step: the update after which the weights are.
   """
+  lines = report.read_metrics(workdir / "metrics.jsonl")
+  licence = card.licence(hf.resolve(config.student.path))
   stored_like, spec = config.teacher or config.student, config.evaluation
   hf.export(
       params,
@@ -450,6 +458,7 @@ def export_student(
       directory,
       hf.export_dtype(config.export.dtype, stored_like.path),
       hf.Serving(stop_ids, spec.temperature, spec.top_k, spec.top_p),
+      card.text(config, lines, step, licence),
   )
 
 
