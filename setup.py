@@ -73,6 +73,7 @@ setuptools.setup(
         "cuda": _CUDA13,
         "cuda12": ["jax[cuda12]>=0.10.2"],  # Older GPUs and drivers.
         "cuda13": _CUDA13,
+        "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"],
         "gym": _GYM,
         "mlflow": ["mlflow-skinny>=3.0"],
         "tensorboard": _TENSORBOARD,
