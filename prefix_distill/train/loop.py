@@ -702,6 +702,9 @@ def _train(
     if writes:
       shape = setup.models.mesh.shape
       print(report.headline(config, shape, workdir), flush=True)
+      print(f"on {sharding.describe_devices()}", flush=True)
+      if idle := sharding.unused_accelerator():
+        print(f"Warning: {idle}", file=sys.stderr, flush=True)
     bought = _NOTHING
     with stop_on_signal(notice) as stop:
       if config.method == "seqkd":
