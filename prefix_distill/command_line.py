@@ -310,6 +310,20 @@ _FLAG = flags.FLAGS["config"]
 _FLAG.parser = _ConfigParser(_FLAG.parser)
 
 
+def load(name: str) -> ml_collections.ConfigDict:
+  """Returns a config as --config names it, for notebooks: "math:tiny-weak".
+
+  `config.from_dict(settings.to_dict())` makes a run's settings of it.
+
+  Raises:
+    UserError: there is none, or its argument cannot be.
+    OSError: there is no such file.
+  """
+  found = _FLAG.parser.parse(name)
+  found.to_dict()  # Raises what went wrong.
+  return found
+
+
 def processes() -> distributed.Spec:
   """Returns how this process finds the other processes.
 
