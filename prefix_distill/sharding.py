@@ -114,8 +114,8 @@ def unused_accelerator(root: pathlib.Path = pathlib.Path("/")) -> str:
     if (root / file).exists():
       return (
           f"This machine has {name}, but JAX does not see it and computes on"
-          f" the CPU; install the extra [{extra}], with one version of jax, jaxlib"
-          " and the plugin (JAX_PLATFORMS=cpu if the CPU is meant)."
+          f" the CPU; install the extra [{extra}], with one version of jax,"
+          " jaxlib and the plugin (JAX_PLATFORMS=cpu if the CPU is meant)."
       )
   return ""
 
