@@ -8,6 +8,7 @@ import schemas
 
 from configs import bundled
 from configs import compression
+from configs import crosslingual
 from configs import math as experiment
 from prefix_distill import assets
 from prefix_distill import config as config_lib
@@ -23,7 +24,8 @@ from prefix_distill.train import loop
 
 _GUIDED = ("tiny-privileged", "tiny-concise", "tiny-crosslingual")
 _MODELS = (
-    "", "tiny", "tiny-weak", *_GUIDED, "chain", "qwen3-1.7b", "qwen3-8b"
+    "", "tiny", "tiny-weak", *_GUIDED, "chain",
+    "qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b",
 )  # fmt: skip
 
 
@@ -43,9 +45,23 @@ def test_seqkd_takes_one_answer_a_prompt(model):
   assert (config.method, config.rollout.per_prompt) == ("seqkd", 1)
 
 
+@pytest.mark.parametrize("size", ["0.6b", "1.7b", "4b", "8b"])
+@pytest.mark.parametrize("budget, steps", [("", 1500), (",steps=300", 300)])
+def test_seqkd_has_the_papers_own_recipe(size, budget, steps):
+  settings = experiment.get_config(f"qwen3-{size},method=seqkd{budget}")
+  config = config_lib.from_dict(settings.to_dict())
+  assert config.steps == steps and config.data.batch_size == 128
+  assert config.optimizer.learning_rate == 1e-4
+  assert config.checkpoint.best == "aime24" and config.evaluation.every == 10
+
+
 def test_evaluation_sets_can_be_chosen():
   settings = experiment.get_config("qwen3-8b,sets=aime24+math500")
   assert [*settings.evaluation.sets] == ["aime24", "math500"]
+  assert settings.checkpoint.best == "aime24"
+  # Without the set that chooses, the last checkpoints are all there is.
+  settings = experiment.get_config("qwen3-8b,sets=math500")
+  assert config_lib.from_dict(settings.to_dict()).checkpoint.best == ""
   with pytest.raises(errors.ConfigError, match="sets=gsm8k is not one of"):
     experiment.get_config("qwen3-8b,sets=gsm8k")
 
@@ -66,6 +82,12 @@ def test_the_papers_recipe():
   assert config.student.path == "Qwen/Qwen3-8B-Base"
   assert config.teacher.path == "Qwen/Qwen3-8B"
   assert (config.data.batch_size, config.rollout.per_prompt) == (512, 4)
+  train = config.data.train
+  assert train.wanted == {"domain": "math"} and train.size == 30_700
+  assert train.distinct and train.random
+  assert config.checkpoint.best == "aime24"
+  assert config.mesh.filled(8) == config_lib.MeshSpec(1, 8)
+  assert config.mesh.filled(1) == config_lib.MeshSpec(1, 1)
   assert config.steps == 60 and config.optimizer.learning_rate == 5e-5
   assert config.evaluation.max_len == config.rollout.max_len == 16_384
   assert config.evaluation.sets == evaluator.SETS
@@ -170,10 +192,14 @@ def test_the_qwen3_config_updates_toy_directories(tmp_path):
   prompts.write_text(
       "".join(
           json.dumps({
-              "conversations": [{"from": "human", "value": f"What is {i}?"}],
+              "conversations": [
+                  {"from": "human", "value": f"What is {i % 8}?"},
+                  {"from": "gpt", "value": f"Answer {i}."},
+              ],
+              "domain": "code" if i % 9 == 8 else "math",
           })
           + "\n"
-          for i in range(8)
+          for i in range(40)
       )
   )
   settings = experiment.get_config("qwen3-1.7b")
@@ -181,14 +207,14 @@ def test_the_qwen3_config_updates_toy_directories(tmp_path):
   settings.student.path = _toy_directory(tmp_path / "student", 0)
   settings.teacher.path = _toy_directory(tmp_path / "teacher", 1)
   settings.data.train.source = str(prompts)
-  settings.data.batch_size = 4
+  settings.data.train.size = 6
+  settings.data.batch_size = 8
   settings.data.max_prompt_len = 64
   settings.rollout.max_len = settings.evaluation.max_len = 24
   settings.prefix.linear.increment = 16
   settings.prefix.buckets = (24,)
   settings.optimizer.batch_tokens = 1024
   settings.rollout.batch_tokens = 1024
-  settings.mesh.fsdp = 1
   settings.evaluation.batch_size = 16
   for name, spec in settings.evaluation.sets.items():
     rows = schemas.rows(name, 2)
@@ -209,6 +235,83 @@ def test_the_qwen3_config_updates_toy_directories(tmp_path):
       "gpqa": ("letter", 0), "mmlu_pro": ("letter", 0), "hmmt": ("math", 0),
       "amc": ("math", 0),
   }  # fmt: skip
+
+
+_LANGUAGES = ("swa", "ewe", "deu", "zho", "tha")
+
+
+@pytest.mark.parametrize("size", ["1.7b", "4b", "8b"])
+@pytest.mark.parametrize("language", _LANGUAGES)
+def test_the_crosslingual_recipe(size, language):
+  settings = crosslingual.get_config(f"qwen3-{size},language={language}")
+  config = config_lib.from_dict(settings.to_dict())
+  assert config.student.path == config.teacher.path
+  assert config.student.path == f"Qwen/Qwen3-{size.upper()}"
+  rollout = config.rollout
+  assert (rollout.temperature, rollout.top_p, rollout.top_k) == (1.1, 0.95, 20)
+  assert rollout.max_len == 2048 and config.loss.normalize == "tokens"
+  assert config.loss.exact.divergence == "forward_kl"
+  assert (config.steps, config.data.batch_size) == (100, 32)
+  assert config.optimizer.clip_norm == 0.1
+  assert set(config.data.teacher_fields) == {
+      "problem_translated", "problem", "solution",
+  }  # fmt: skip
+  ((name, spec),) = config.evaluation.sets.items()
+  assert name == ("afrimgsm" if language in ("swa", "ewe") else "polymath")
+  assert spec.source in ("masakhane/afrimgsm", "Qwen/PolyMath")
+
+
+def test_the_crosslingual_recipes_arguments():
+  config = config_lib.from_dict(crosslingual.get_config("").to_dict())
+  assert config.student.path == "bundled:guided"
+  for wrong in ("qwen3-2b", "language=xx", "swa"):
+    with pytest.raises(errors.ConfigError, match="has no argument"):
+      crosslingual.get_config(wrong)
+
+
+def test_the_crosslingual_config_updates_toy_directories(tmp_path):
+  """The full-size recipe's own code on small random models and records."""
+  settings = crosslingual.get_config("qwen3-1.7b,language=swa")
+  train = tmp_path / "train.jsonl"
+  train.write_text(
+      "".join(
+          json.dumps({
+              "problem": f"Ann has {i} pens.", "solution": f"It is {i}.",
+              "problem_translated": f"Ann ana kalamu {i}.", "language": "swa",
+          })
+          + "\n"
+          for i in range(8)
+      )
+  )  # fmt: skip
+  heldout = tmp_path / "test.jsonl"
+  heldout.write_text(
+      "".join(
+          json.dumps({"question": f"Ann ana kalamu {i}.", "answer_number": i})
+          + "\n"
+          for i in range(2)
+      )
+  )
+  path = _toy_directory(tmp_path / "model", 0)
+  settings.student.path = settings.teacher.path = path
+  settings.steps, settings.data.batch_size = 2, 4
+  settings.data.train.source = str(train)
+  settings.rollout.max_len = 16
+  settings.data.max_prompt_len = 128
+  settings.data.max_teacher_prompt_len = 512
+  settings.evaluation.max_len = 16
+  settings.evaluation.batch_size = 8
+  settings.evaluation.sets.afrimgsm.source = str(heldout)
+  settings.evaluation.sets.afrimgsm.max_prompt_len = 128
+  settings.evaluation.sets.afrimgsm.samples = 2
+  workdir = tmp_path / "run"
+  loop.train(config_lib.from_dict(settings.to_dict()), workdir)
+  lines = [
+      json.loads(x)
+      for x in (workdir / "metrics.jsonl").read_text().splitlines()
+  ]
+  assert [x["kl"] > 0 for x in lines if "kl" in x] == [True, True]
+  assert {x["set"] for x in lines if "set" in x} == {"afrimgsm"}
+  assert all(not x["dropped"] for x in lines if "dropped" in x)
 
 
 def test_the_compression_config_updates_toy_directories(tmp_path):

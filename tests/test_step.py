@@ -9,12 +9,10 @@ import pytest
 import toys
 
 from prefix_distill import sharding
-from prefix_distill.config import DriftSpec
 from prefix_distill.config import MeshSpec
 from prefix_distill.config import OptimizerSpec
 from prefix_distill.distill import chunked_head
 from prefix_distill.distill import loss as loss_lib
-from prefix_distill.distill import prefix_schedule
 from prefix_distill.distill.loss import ExactLoss
 from prefix_distill.distill.loss import SampledLoss
 from prefix_distill.rollout import generate
@@ -242,16 +240,6 @@ def test_a_window_trains_on_its_tokens_and_measures_all():
     ours, whole = (x["kl_position"][0] for x in (sums, parts[2][1]))
     np.testing.assert_allclose(ours, whole, rtol=1e-5)
   assert [int(s["loss"][1]) for _, s in parts] == [19, 17, 36]
-
-
-def test_reliability_counts_drifted_positions():
-  overlap = jnp.array([[1.0, 0.2, 1.0, 0.2, 1.0], [1.0, 1.0, 1.0, 1.0, 0.0]])
-  mask = jnp.arange(5) < jnp.array([[5], [3]])
-  spec = DriftSpec(min_overlap=0.5, max_drifted=2)
-  shown = prefix_schedule.Drift(5, spec).shown({"overlap": overlap}, mask)
-  # The second drifted position makes a rollout unreliable; padding always is.
-  sums, counts = shown["reliable"]
-  assert sums.tolist() == [2, 2, 2, 0, 0] and counts.tolist() == [2] * 5
 
 
 def test_position_bins_sum_to_the_whole():

@@ -293,7 +293,9 @@ def _qwen3(
 
 
 # Published architectures, for what needs no weights: plans and tables.
+QWEN3_0_6B = _qwen3(28, 1024, 3072, 16)
 QWEN3_1_7B = _qwen3(28, 2048, 6144, 16)
+QWEN3_4B = _qwen3(36, 2560, 9728, 32)
 QWEN3_8B = _qwen3(36, 4096, 12288, 32)
 QWEN3_14B = _qwen3(40, 5120, 17408, 40, 40960)
 R1_DISTILL_LLAMA_8B = ModelConfig(

@@ -31,7 +31,9 @@ from prefix_distill.errors import ConfigError
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.config import num_params
+from prefix_distill.models.config import QWEN3_0_6B
 from prefix_distill.models.config import QWEN3_1_7B
+from prefix_distill.models.config import QWEN3_4B
 from prefix_distill.models.config import QWEN3_8B
 from prefix_distill.models.config import QWEN3_14B
 from prefix_distill.models.config import R1_DISTILL_LLAMA_8B
@@ -60,7 +62,9 @@ ORDER = (*_TRAINING, *EVALUATION.values(), "decode", "gradient")
 _ONCE = ("refresh", "move", "layout", "apply")
 # The architectures of the recipes' models, for a laptop without a network.
 _KNOWN = {
+    "Qwen/Qwen3-0.6B": QWEN3_0_6B,
     "Qwen/Qwen3-1.7B": QWEN3_1_7B,
+    "Qwen/Qwen3-4B": QWEN3_4B,
     "Qwen/Qwen3-8B": QWEN3_8B,
     "Qwen/Qwen3-14B": QWEN3_14B,
     "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": R1_DISTILL_LLAMA_8B,

@@ -128,6 +128,7 @@ class Prices:
     remat: what the student computes again, see `ModelSpec`.
     compares: whether full distillation's cost is estimated too.
     bought: answers that the updates use.
+    sees: whether the schedule sees the tokens before the loss is summed.
   """
 
   student: ModelConfig
@@ -135,6 +136,7 @@ class Prices:
   remat: str = "none"
   compares: bool = False
   bought: Bought = Bought()
+  sees: bool = False
 
   def charge(
       self,
@@ -166,7 +168,8 @@ class Prices:
     if self.compares:
       answers = np.full(len(lengths.sampled), whole)
       answers = dataclasses.replace(lengths, sampled=answers, trained=None)
-      full = self._cost(answers, "student").total
+      whole_answers = dataclasses.replace(self, sees=False)
+      full = whole_answers._cost(answers, "student").total
     return dataclasses.replace(
         totals,
         tokens=totals.tokens + int(lengths.sampled.sum()),
@@ -180,7 +183,7 @@ class Prices:
     if self.teacher is None:
       return flops.supervised(self.student, lengths, self.remat)
     return flops.distillation(
-        self.student, self.teacher, lengths, source, self.remat
+        self.student, self.teacher, lengths, source, self.remat, self.sees
     )
 
   def _paper(self, lengths: Lengths, source: str) -> float:

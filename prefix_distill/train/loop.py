@@ -28,6 +28,7 @@ import numpy as np
 import safetensors.numpy
 import tqdm
 
+from prefix_distill import config as config_lib
 from prefix_distill import distributed
 from prefix_distill import sharding
 from prefix_distill.config import Config
@@ -40,6 +41,7 @@ from prefix_distill.evaluate import evaluator
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.report import report
+from prefix_distill.report import trackers
 from prefix_distill.report.flops import Lengths
 from prefix_distill.structs import PromptBatch
 from prefix_distill.train import answers
@@ -150,6 +152,7 @@ class Run:
       bought: Bought = _NOTHING,
       stop: Stop | None = None,
       lock: workdir_lib.Lock | None = None,
+      tracker: str = "none",
   ):
     """Starts or goes on.
 
@@ -159,7 +162,10 @@ class Run:
       bought: answers that were made before the first update.
       stop: says when the user or the machine wants the run to stop.
       lock: the workdir's lock, in the process that holds it.
+      tracker: what `trackers.check` returned.
     """
+    self.tracker = trackers.Tracker()
+    self._tracker_name = tracker
     models, self.lock = setup.models, lock
     self.setup, self.models, self.workdir = setup, models, workdir
     self.config = config = models.config
@@ -172,6 +178,7 @@ class Run:
         models.student.remat,
         compares=config.method == "prefix",
         bought=bought,
+        sees=bool(self.schedule.sees),
     )
     self.totals = Totals(self.schedule.start())
     self.key = jax.random.key(config.seed)
@@ -205,6 +212,12 @@ class Run:
     if self.writes:
       self.writer = report.MetricsWriter(self.workdir / "metrics.jsonl", step)
       lines = self.writer.kept
+      self.tracker = trackers.make(
+          self._tracker_name,
+          self.workdir,
+          config_lib.plain(self.config),
+          step,
+      )
     # Evaluations that are done: model, set, mode; and their answers' length.
     self.evaluated, self.answer_len = distributed.from_first(
         "evaluations", _evaluations(lines, step)
@@ -235,6 +248,7 @@ class Run:
       self.lock.check()
     if self.writes:
       self.writer.write(values)
+      self.tracker.write(values)
 
   def save(self, must: bool = False) -> None:
     """Saves; if the disk fails, the run goes on with the last checkpoint.
@@ -562,7 +576,9 @@ def _flatten(metrics: dict[str, Any], config: Config) -> dict[str, float]:
   out = {}
   width = step_lib.bin_width(config.rollout.max_len)
   for name, value in metrics.items():
-    if name in ("kl_position", "reliable", "sampler", "finite"):
+    if name in ("kl_position", "sampler", "finite"):
+      continue
+    if name.startswith(prefix_schedule.SHOWN):
       continue
     if np.ndim(value) == 0:
       if name != "kl_special" or np.isfinite(value):
@@ -686,6 +702,7 @@ def train(
     workdir: pathlib.Path,
     traced: Collection[int] = (),
     notice: float = math.inf,
+    tracker: str = "none",
 ) -> None:
   """Runs to the last update, and writes the report and the export.
 
@@ -694,14 +711,16 @@ def train(
     workdir: see the README.
     traced: updates, counted from 1, whose trace is written to workdir/trace.
     notice: seconds between a SIGTERM and the end of the process.
+    tracker: one of `trackers.NAMES`.
 
   Raises:
     ValueError: a setting, file or model does not fit; see `setup.prepare`.
     Stopped: the user asked for it; the state is saved.
   """
+  tracker = trackers.check(tracker)
   setup = setup_lib.prepare(config, workdir)
   with workdir_lib.claimed(config, workdir, setup.contents) as lock:
-    _train(setup, workdir, traced, notice, lock)
+    _train(setup, workdir, traced, notice, lock, tracker)
 
 
 def _train(
@@ -710,6 +729,7 @@ def _train(
     traced: Collection[int],
     notice: float,
     lock: workdir_lib.Lock | None,
+    tracker: str,
 ) -> None:
   """Does what `train` says in a workdir that is held."""
   config, writes = setup.models.config, jax.process_index() == 0
@@ -717,12 +737,15 @@ def _train(
     if writes:
       shape = setup.models.mesh.shape
       print(report.headline(config, shape, workdir), flush=True)
+      print(f"on {sharding.describe_devices()}", flush=True)
+      if idle := sharding.unused_accelerator():
+        print(f"Warning: {idle}", file=sys.stderr, flush=True)
     bought = _NOTHING
     with stop_on_signal(notice) as stop:
       if config.method == "seqkd":
         poll = functools.partial(_poll, stop, "while the teacher answers")
         setup, bought = answers.with_answers(setup, workdir, poll)
-      run = Run(setup, workdir, bought, stop, lock)
+      run = Run(setup, workdir, bought, stop, lock, tracker)
       try:
         _steps(run, traced)
         if setup.models.teacher is not None and config.evaluation.teacher:
@@ -732,11 +755,18 @@ def _train(
       except BaseException:
         run.programs.close()
         raise
+      finally:
+        run.tracker.close()
     run.programs.close()
     run.checkpointer.close()
     try:
       setup_lib.export_student(
-          config, run.state.params, setup.models.stop_ids, workdir / "export"
+          config,
+          run.state.params,
+          setup.models.stop_ids,
+          workdir / "export",
+          workdir,
+          int(run.state.step),
       )
     except _DISK_ERRORS as error:
       raise SaveError(

@@ -27,6 +27,8 @@ from prefix_distill.models import huggingface as hf
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
+from prefix_distill.report import card
+from prefix_distill.report import report
 from prefix_distill.train import workdir as workdir_lib
 from prefix_distill.train.workdir import Contents
 
@@ -304,12 +306,53 @@ def check(config: Config, first: bool = False) -> Inputs:
       first=first,
       asked=[found.batch for found in problems.values()],
   )
-  prompts.check(
-      config.data, data.question, *fed, teacher_question=data.teacher_question
-  )
+  for suffix in data.suffixes:
+    prompts.check(
+        dataclasses.replace(config.data, suffix=suffix),
+        data.question,
+        *fed,
+        teacher_question=data.teacher_question,
+    )
   problems = problems or _load_problems(config, fed[0].tokenizer)
   _check_problems(config, student, problems)
   return Inputs(mesh, fed, student, teacher, data, problems)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationInputs:
+  """What an evaluation without training reads besides weights, checked.
+
+  Attributes:
+    model: the architecture.
+    tokenizer: its tokenizer.
+    problems: the evaluation sets.
+  """
+
+  model: Model
+  tokenizer: Tokenizer
+  problems: dict[str, evaluator.Problems]
+
+
+def read_evaluation(
+    config: Config, mesh: jax.sharding.Mesh
+) -> EvaluationInputs:
+  """Checks what an evaluation of the student alone reads.
+
+  Args:
+    config: the settings; of the training prompts only the lengths and what
+      stands around a prompt count.
+    mesh: the device mesh.
+
+  Raises:
+    UserError: one sentence that names what does not fit, and the mend.
+  """
+  spec = config.student
+  model = make_model(hf.read_config(spec.path), spec, mesh)
+  tokenizer = tokenizer_lib.load(spec.tokenizer_path, config.data.system)
+  problems = _load_problems(config, tokenizer)
+  _check_problems(config, model, problems)
+  _check_weights(spec, model)
+  return EvaluationInputs(model, tokenizer, problems)
 
 
 def _load_problems(
@@ -423,6 +466,8 @@ def export_student(
     params: Params,
     stop_ids: tuple[int, ...],
     directory: pathlib.Path,
+    workdir: pathlib.Path,
+    step: int,
 ) -> None:
   """Writes the student as a Hugging Face model that ends as in the run.
 
@@ -431,7 +476,11 @@ def export_student(
     params: the student's weights.
     stop_ids: tokens that end the student's answers.
     directory: where to; it appears whole or not at all.
+    workdir: of the run, whose results go into the model card.
+    step: the update after which the weights are.
   """
+  lines = report.read_metrics(workdir / "metrics.jsonl")
+  licence = card.licence(hf.resolve(config.student.path))
   stored_like, spec = config.teacher or config.student, config.evaluation
   hf.export(
       params,
@@ -440,6 +489,7 @@ def export_student(
       directory,
       hf.export_dtype(config.export.dtype, stored_like.path),
       hf.Serving(stop_ids, spec.temperature, spec.top_k, spec.top_p),
+      card.text(config, lines, step, licence),
   )
 
 

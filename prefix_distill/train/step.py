@@ -17,7 +17,9 @@ from prefix_distill.distill import chunked_head
 from prefix_distill.distill import loss as loss_lib
 from prefix_distill.distill.divergence import Distribution
 from prefix_distill.distill.loss import Loss
+from prefix_distill.distill.prefix_schedule import Chosen
 from prefix_distill.distill.prefix_schedule import Schedule
+from prefix_distill.distill.prefix_schedule import SHOWN
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.structs import PromptBatch
@@ -26,11 +28,10 @@ from prefix_distill.structs import TeacherScores
 
 # Sums over the batch and their counts; a metric is sum / count.
 Sums = dict[str, tuple[jax.Array, jax.Array]]
-# (params, the teacher's output head, microbatch) -> summed loss, metrics.
 Inputs = tuple[PromptBatch, Rollout, TeacherScores | None]
-LossFn = Callable[
-    [Params, jax.Array | None, Inputs], tuple[jax.Array, Sums]
-]
+# (params, the teacher's output head, microbatch, and the schedule's threshold
+# if it has one) -> summed loss, metrics.
+LossFn = Callable[..., tuple[jax.Array, Sums]]
 # Answers are divided into so many bins of positions in the metrics.
 POSITION_BINS = 16
 
@@ -60,11 +61,14 @@ class Gradient:
     grads: of the summed loss, like the parameters.
     sums: the metrics.
     rows: int32 [], rollouts.
+    chosen: what the schedule chose of the last microbatch, which is no sum and
+      is taken out before the next one; None if it chooses nothing.
   """
 
   grads: Params
   sums: Sums
   rows: jax.Array
+  chosen: Chosen | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Watch:
   Attributes:
     max_len: the longest answer, which is divided into bins of positions.
     special_ids: tokens such as `<think>` and the stop tokens.
-    schedule: says what it wants to be shown of each update.
+    schedule: chooses among an update's tokens, if it sees them.
   """
 
   max_len: int
@@ -199,6 +203,7 @@ def distillation_loss(
     params: Params,
     teacher_head: jax.Array | None,
     inputs: Inputs,
+    threshold: jax.Array | None = None,
 ) -> tuple[jax.Array, Sums]:
   """Sums the loss over all prefix tokens of all rollouts.
 
@@ -207,17 +212,20 @@ def distillation_loss(
   cap counts as any other. If the window weighs by length, it is the mean over
   rollouts of their *means* over tokens.
 
+  A schedule that sees the tokens first chooses which of them count, and their
+  weights. What it does not choose is as if it had not been sampled.
+
   Returns:
     The summed loss, and metrics in nats: `loss` and `kl` per token (`loss` is
     the mean of the rollouts' means if the window weighs by length),
     `kl_rollout` per rollout, `kl_at` per token in each bin of positions,
     `kl_position` at each position, `kl_special` per special token, both
     entropies, and the share of tokens at which the most probable one is the
-    same. All but `loss` are of the whole rollout, whatever the window.
+    same. All but `loss` are of the whole rollout, whatever the window. What
+    the schedule chose, if it does, is under `chosen`.
   """
   batch, rollout, scores = inputs
   mask = rollout.mask
-  weights = window.weights(mask)
   # Inputs and not only terms: the gradient of a discarded NaN is 0 * NaN.
   with jax.named_scope("student"):
     hidden = _masked(model.prefix_hidden(params, batch, rollout), mask)
@@ -225,13 +233,24 @@ def distillation_loss(
       lambda x: _masked(x, mask), (scores, rollout.behavior_log_probs)
   )
   rollout = dataclasses.replace(rollout, behavior_log_probs=sampler)
+  schedule, shown, given = watch.schedule, {}, None
+  if schedule.sees:
+    found = loss_lib.seen(
+        model, token_loss, schedule, params, teacher_head, hidden, scores, mask
+    )
+    chosen, given, sums = schedule.choose(found, mask, threshold)
+    mask = chosen.trained
+    rollout = dataclasses.replace(rollout, mask=mask)
+    shown = {SHOWN + name: pair for name, pair in sums.items()}
+    shown["chosen"] = chosen
+  weights = window.weights(mask)
+  if given is not None:
+    weights = weights * given
   loss, metrics = chunked_head.weighted_sum(
       *token_loss.arguments(
           model, params, teacher_head, hidden, rollout, scores, weights
       )
   )
-  shown = watch.schedule.shown(metrics, mask)
-  metrics.pop("overlap", None)
   sums = {name: _sum_and_count(x, mask) for name, x in metrics.items()}
   sums["loss"] = (loss, jnp.sum(weights))
   if sampler is not None:
@@ -272,6 +291,7 @@ def gradient(
     teacher_head: jax.Array | None,
     inputs: Inputs,
     before: Gradient | None = None,
+    threshold: jax.Array | None = None,
 ) -> Gradient:
   """Adds a microbatch's gradient and metrics; to be jitted, `before` donated.
 
@@ -281,13 +301,18 @@ def gradient(
     teacher_head: [V, D of the teacher]; None if the loss does not need it.
     inputs: prompts [B, S], one row for each rollout; rollouts [B, P]; the
       teacher's scores of them, None for supervised training.
-    before: of the microbatches so far; None for none.
+    before: of the microbatches so far, without what was chosen; None for none.
+    threshold: float32 [], the schedule's; None if it has none.
   """
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-  (_, sums), grads = grad_fn(params, teacher_head, inputs)
+  more = () if threshold is None else (threshold,)
+  (_, sums), grads = grad_fn(params, teacher_head, inputs, *more)
+  chosen = sums.pop("chosen", None)
   rows = jnp.int32(inputs[1].mask.shape[0])
   total = Gradient(grads, sums, rows)
-  return total if before is None else jax.tree.map(jnp.add, before, total)
+  if before is not None:
+    total = jax.tree.map(jnp.add, before, total)
+  return dataclasses.replace(total, chosen=chosen)
 
 
 def refreshed(dtype: str, params: Params, old: Params | None) -> Params:

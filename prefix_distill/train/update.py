@@ -23,6 +23,7 @@ from prefix_distill import sharding
 from prefix_distill.compilation import Program
 from prefix_distill.distill import loss as loss_lib
 from prefix_distill.distill import prefix_schedule
+from prefix_distill.distill.prefix_schedule import Chosen
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.rollout import continuous_batching
@@ -91,8 +92,8 @@ class Outcome:
     metrics: means over all rollouts.
     tokens: int32 [rollouts, P], as they were sampled or given.
     mask: bool [rollouts, P].
-    trained: bool [rollouts, P], what was left of the mask after cutting.
-    minima: [rollouts], see `prefix_schedule.cut`; None if nothing is cut.
+    trained: bool [rollouts, P], what the schedule chose of the mask.
+    minima: [rollouts], see `prefix_schedule.Chosen`.
   """
 
   metrics: dict[str, Any]
@@ -169,7 +170,7 @@ class Programs:
         out_shardings=working,
         donate_argnums=0,
     )
-    totals = Gradient(working.params, replicated, replicated)
+    totals = Gradient(working.params, replicated, replicated, rows)
     gradient = functools.partial(step_lib.gradient, self._loss())
     self.gradient = Program(
         "gradient", gradient, out_shardings=totals, donate_argnums=3
@@ -177,7 +178,7 @@ class Programs:
     self.zeros = Program(
         "zeros",
         functools.partial(_zeros_of, gradient),
-        out_shardings=totals,
+        out_shardings=dataclasses.replace(totals, chosen=None),
     )
     self._refresh = self._refreshing()
     normalize = "tokens" if config.is_supervised else config.loss.normalize
@@ -342,25 +343,27 @@ class Programs:
     split = [
         part for batch in sampled for part in microbatches.for_scoring(*batch)
     ]
-    total, shown = None, []
+    total, shown, threshold = None, [], request.threshold
+    if threshold is not None:
+      threshold = np.float32(threshold)
     for batch, rollout in split:
       request.poll()
-      scores, minima, trained = None, None, rollout
+      scores = None
       if request.source is not None:
         with clock.phase("score"):
           scores = self.score(teacher, batch, rollout)
           jax.block_until_ready(scores)
-      if request.threshold is not None:
-        trained, minima = microbatches.agree(
-            rollout, scores, request.threshold
-        )
       with clock.phase("update"):
         head = self.teacher_head(teacher, scores)
-        inputs = (batch, trained, scores)
+        inputs = (batch, rollout, scores)
         if total is None and len(split) > 1:
-          total = self.zeros(state.params, head, inputs)
-        shown.append((rollout.tokens, rollout.mask, trained.mask, minima))
-        total = self.gradient(state.params, head, inputs, total)
+          total = self.zeros(state.params, head, inputs, None, threshold)
+        total = self.gradient(state.params, head, inputs, total, threshold)
+        chosen = total.chosen or Chosen(rollout.mask)
+        total = dataclasses.replace(total, chosen=None)
+        shown.append(
+            (rollout.tokens, rollout.mask, chosen.trained, chosen.minima)
+        )
     with clock.phase("update"):
       if sharding.is_abstract(total):
         return self.apply(state, total)[0], None
@@ -516,5 +519,5 @@ class Programs:
 
 def _zeros_of(gradient: Any, *args: Any) -> Gradient:
   """Returns a zero accumulator for `gradient(*args)`."""
-  shapes = jax.eval_shape(gradient, *args)
+  shapes = dataclasses.replace(jax.eval_shape(gradient, *args), chosen=None)
   return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
