@@ -48,6 +48,8 @@ _MOST = 2**31 - 1
 _LEAST = 1e-30
 # The most answers that an evaluation samples for one set.
 _MOST_ANSWERS = 2**20
+# Schedules that compare both models' distributions.
+_COMPARING = ("drift", "plateau", "agreement")
 # How a sentence goes on after "NAME is VALUE"; pydantic's names of errors.
 _MENDS = {
     "greater_than": "; set it above {gt}.",
@@ -229,6 +231,9 @@ class ModelSpec:
       "offload" (as "full", with the layers' inputs in the host's memory).
     offload: keeps a teacher's weights in the host's memory while the student
       samples.
+    refresh: makes a teacher's weights a copy of the student's after every so
+      many updates, in `param_dtype`, which takes one architecture of both; 0 is
+      never.
     random_init: takes only the architecture and the tokenizer from `path`.
     tokenizer: names a model whose tokenizer, template and stop tokens replace
       those of `path`.
@@ -239,6 +244,7 @@ class ModelSpec:
   param_dtype: _Dtype = "float32"
   remat: Literal["none", "full", "dots", "offload"] = "none"
   offload: _Bool = False
+  refresh: _NotNegative = 0
   random_init: _Bool = False
   tokenizer: _Place = ""
 
@@ -271,8 +277,9 @@ class DatasetSpec:
       not tell two questions apart.
     random: takes `size` records at random instead of the first ones.
     choices: names the field that lists a question's options, or one field for
-      each option; `answer` then holds the right one's letter, or is one of
-      these fields, and the options come in a random order.
+      each option; `answer` then holds the right one's letter, or as an integer
+      its number from 0, or is one of these fields, and the options come in a
+      random order.
     seed: seeds `random`, the order of the options, and a task of
       reasoning-gym.
     max_prompt_len: drops and counts longer prompts of an evaluation; 0 stands
@@ -544,6 +551,8 @@ class RandomSpec:
 class DriftSpec:
   """Prune-OPD: the cap grows while the student stays close to the teacher.
 
+  A token's weight in the loss is its rollout's reliability there and a half.
+
   Attributes:
     start: is the first cap in tokens, and the smallest.
     increment: is by how many tokens the cap grows or shrinks.
@@ -552,7 +561,7 @@ class DriftSpec:
     min_overlap: is the share of common tokens below which a position has
       drifted.
     max_drifted: is the number of drifted positions at which a rollout becomes
-      unreliable.
+      unreliable; up to it, its reliability falls from 1 to 0.
     min_reliable_fraction: is the share of reliable rollouts from which the cap
       grows.
     patience_updates: is the number of updates below that share after which the
@@ -564,25 +573,35 @@ class DriftSpec:
   overlap_tokens: _Positive = 16
   min_overlap: _Share = 0.7
   max_drifted: _Positive = 100
-  min_reliable_fraction: _Share = 0.5
+  min_reliable_fraction: _Share = 0.1
   patience_updates: _Positive = 3
 
 
 @_settings("prefix.plateau")
 class PlateauSpec:
-  """Adaptive FastOPD: the cap grows when the divergence has stopped falling.
+  """Adaptive FastOPD: the cap grows when the student has stopped improving.
 
   Attributes:
     start: is the first cap in tokens.
-    increment: is by how many tokens the cap grows.
-    min_reached_fraction: is the share of rollouts that must reach the cap
-      before it grows.
+    increment: is by how many tokens the cap grows, and how many tokens before
+      the cap are looked at.
+    top_tokens: is how many of each model's most probable tokens are compared
+      at a position.
+    smoothing: is the share of the former value that the smoothed signal keeps
+      in every update.
+    min_progress: is by how much the smoothed signal, which is 1 at first, must
+      fall to count as progress.
+    min_reached_fraction: is the share of rollouts that reach the cap from which
+      it grows at once; 0 is off.
     patience_updates: is the number of updates without progress after which the
       cap grows.
   """
 
   start: _Positive = 1
   increment: _NotNegative = 256
+  top_tokens: _Positive = 16
+  smoothing: _Decay = 0.5
+  min_progress: _Share = 0.01
   min_reached_fraction: _Share = 0.5
   patience_updates: _Positive = 3
 
@@ -595,14 +614,31 @@ class AgreementSpec:
     window_tokens: is how many tokens' divergences are averaged.
     quantile: says which quantile of past rollouts' smallest averages is the
       threshold.
-    memory_rollouts: is the number of past rollouts that the quantile is of.
+    memory_rollouts: is the number of past rollouts that the quantile is of, at
+      most.
     warmup_updates: is the number of first updates in which nothing is cut.
+    min_rollouts: is the number of past rollouts before which nothing is cut.
+    low_windows: is how many averages running must be below the threshold.
+    top_tokens: is how many of the student's most probable tokens a divergence
+      compares one by one; the others are compared as one.
   """
 
   window_tokens: _Positive = 64
   quantile: _Share = 0.7
   memory_rollouts: _Positive = 4096
-  warmup_updates: _Positive = 3
+  warmup_updates: _NotNegative = 50
+  min_rollouts: _Positive = 512
+  low_windows: _Positive = 4
+  top_tokens: _Positive = 64
+
+  def __post_init__(self):
+    _check(
+        self.min_rollouts <= self.memory_rollouts,
+        f"prefix.agreement.min_rollouts is {self.min_rollouts} but"
+        f" prefix.agreement.memory_rollouts is {self.memory_rollouts}, so that"
+        " nothing would ever be cut; lower prefix.agreement.min_rollouts or"
+        " raise prefix.agreement.memory_rollouts.",
+    )
 
 
 @_settings("prefix.audited")
@@ -743,6 +779,11 @@ class PolicyGradientSpec:
 class LossSpec:
   """The divergence on prefix tokens.
 
+  A rollout's tokens are those in the window, of what is left if the rollout was
+  cut. `normalize` counts these alone: "length" divides by the number of tokens
+  in the window, and not by the rollout's whole length. A rollout with none adds
+  0 to the sum, and counts among the rollouts.
+
   Attributes:
     form: says how the divergence is taken: "exact" over the whole
       distributions, "policy_gradient" on the sampled tokens, and "direct"
@@ -752,7 +793,9 @@ class LossSpec:
     window_end: is the position behind the last one that is trained on, counted
       as `window_start`; 0 is the rollout's end.
     normalize: says what the loss is divided by: "rollouts" is the paper's mean
-      over rollouts of the sum over tokens, "tokens" the mean over all tokens.
+      over rollouts of the sum over tokens, "tokens" the mean over all tokens,
+      and "length" the mean over rollouts of the sum over a rollout's tokens
+      divided by their number.
     merge_stop_tokens: takes the stop tokens of student and teacher as one
       event, so that a base model is not punished for the name of its stop.
     logits_mib: bounds the memory of logits in MiB a device; the chunked head
@@ -765,7 +808,7 @@ class LossSpec:
   form: Literal["exact", "policy_gradient", "direct"] = "exact"
   window_start: _Int = 0
   window_end: _Int = 0
-  normalize: Literal["rollouts", "tokens"] = "rollouts"
+  normalize: Literal["rollouts", "tokens", "length"] = "rollouts"
   merge_stop_tokens: _Bool = True
   logits_mib: Annotated[_Positive, Field(le=2**20)] = 256
   exact: ExactSpec = ExactSpec()
@@ -787,6 +830,8 @@ class LossSpec:
     shown = f"loss.form is {self.form!r}"
     if self.form == "exact":
       shown = f"loss.exact.divergence is {divergence!r}"
+      # The sentence is a template, and a name may have braces.
+      shown = shown.replace("{", "{{").replace("}", "}}")
       mend = "set loss.exact.divergence to '{}'"
     _check_idle(self, idle & {"jsd"}, "loss", f"{shown}; {mend}")
 
@@ -1068,6 +1113,18 @@ class Config:
         " host's memory).",
     )
     _check(
+        not self.student.refresh,
+        f"student.refresh is {self.student.refresh}, but it is the teacher that"
+        " is refreshed from the student; set student.refresh to 0 and"
+        " teacher.refresh.",
+    )
+    refresh = self.teacher.refresh if self.teacher else 0
+    _check(
+        not refresh or not self.is_supervised,
+        f"method is {self.method!r} but teacher.refresh is {refresh}, and no"
+        " teacher scores anything; set teacher.refresh to 0.",
+    )
+    _check(
         self.method == "sft" or self.teacher is not None,
         f"method is {self.method!r} but teacher is None; set teacher.path.",
     )
@@ -1125,16 +1182,20 @@ class Config:
         " rollout.max_len.",
     )
     window = self.prefix.agreement.window_tokens
+    least = window + self.prefix.agreement.low_windows
     _check(
-        self.prefix.schedule != "agreement" or window <= longest,
-        f"prefix.agreement.window_tokens is {window} but rollout.max_len is"
-        f" {longest}, so that no rollout would ever be cut; lower"
-        " prefix.agreement.window_tokens or raise rollout.max_len.",
+        self.prefix.schedule != "agreement" or least <= longest,
+        f"prefix.agreement.window_tokens is {window} and"
+        f" prefix.agreement.low_windows is {least - window}, but"
+        f" rollout.max_len is {longest}, so that no rollout would ever be cut;"
+        " lower one of them or raise rollout.max_len to"
+        f" {least} or more.",
     )
     _check(
-        self.schedule != "drift" or form == "exact",
-        f"prefix.schedule is 'drift' but loss.form is {form!r}, which does not"
-        " see the two models' most probable tokens; set loss.form to 'exact'.",
+        self.schedule not in _COMPARING or form == "exact",
+        f"prefix.schedule is {self.schedule!r} but loss.form is {form!r}, which"
+        " does not see the two models' most probable tokens; set loss.form to"
+        " 'exact'.",
     )
     _check(
         self.schedule != "agreement" or source == "student",

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from collections.abc import Sequence
 import functools
 import math
+import os
+import pathlib
 import re
 from typing import Any
 
@@ -85,6 +87,37 @@ def describe_device(device: jax.Device) -> str:
     return device.device_kind
   major, minor = capability
   return f"{device.device_kind} (compute capability {major}.{minor})"
+
+
+def describe_devices() -> str:
+  """Returns what all processes compute on: "8 x NVIDIA H100"."""
+  devices = jax.devices()
+  return f"{len(devices)} x {describe_device(devices[0])}"
+
+
+def unused_accelerator(root: pathlib.Path = pathlib.Path("/")) -> str:
+  """Says that an accelerator of this machine is idle; empty if none is.
+
+  JAX without the plugin of a GPU or TPU computes on the CPU and says nothing.
+
+  Args:
+    root: of the file system that is looked at.
+  """
+  asked = os.environ.get("JAX_PLATFORMS") or os.environ.get("JAX_PLATFORM_NAME")
+  if asked or jax.default_backend() != "cpu":
+    return ""
+  found = {
+      "an NVIDIA GPU": ("proc/driver/nvidia/version", "cuda13] or [cuda12"),
+      "a TPU": ("dev/accel0", "tpu"),
+  }
+  for name, (file, extra) in found.items():
+    if (root / file).exists():
+      return (
+          f"This machine has {name}, but JAX does not see it and computes on"
+          f" the CPU; install the extra [{extra}], with one version of jax,"
+          " jaxlib and the plugin (JAX_PLATFORMS=cpu if the CPU is meant)."
+      )
+  return ""
 
 
 def make_mesh(

@@ -7,6 +7,7 @@ import pytest
 import schemas
 
 from configs import bundled
+from configs import compression
 from configs import crosslingual
 from configs import math as experiment
 from prefix_distill import assets
@@ -15,7 +16,10 @@ from prefix_distill import errors
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.evaluate import evaluator
 from prefix_distill.models import huggingface as hf
+from prefix_distill.models.config import num_params
 from prefix_distill.models.transformer import Model
+from prefix_distill.plan import planner
+from prefix_distill.plan import programs
 from prefix_distill.train import loop
 
 _GUIDED = ("tiny-privileged", "tiny-concise", "tiny-crosslingual")
@@ -90,6 +94,80 @@ def test_the_papers_recipe():
   caps = [prefix_schedule.cap(config, step) for step in range(60)]
   assert caps[:3] == [1, 257, 513] and caps[-1] == 15_105
   assert len(prefix_schedule.buckets(config)) <= 8
+
+
+_COMPRESSED = ("qwen3-8b", "qwen3-14b", "r1-llama-8b")
+
+
+@pytest.mark.parametrize("model", ["tiny", *_COMPRESSED])
+def test_compression_is_self_distillation(model):
+  settings = compression.get_config(model).to_dict()
+  config = config_lib.from_dict(settings)
+  assert config.student.path == config.teacher.path
+  assert config.loss.normalize == "length"
+  assert config.loss.form == "exact"
+  assert config.loss.exact.divergence == "reverse_kl"
+  # The share of the updates that the authors wait for a new teacher.
+  assert 2 * config.teacher.refresh == config.steps
+  instruction, question = config.data.teacher_prompt.rsplit("{", 1)
+  assert question == config.data.train.question.replace(
+      "careful", "question"
+  ) + "}"
+  assert instruction.strip()
+
+
+@pytest.mark.parametrize("model", _COMPRESSED)
+def test_the_authors_recipe_of_compression(model):
+  config = config_lib.from_dict(compression.get_config(model).to_dict())
+  assert (config.steps, config.teacher.refresh) == (100, 50)
+  assert (config.data.batch_size, config.rollout.per_prompt) == (32, 1)
+  assert (config.rollout.max_len, config.rollout.temperature) == (8192, 1.0)
+  spec = config.optimizer
+  assert (spec.learning_rate, spec.weight_decay) == (1e-6, 0.01)
+  assert {prefix_schedule.cap(config, step) for step in range(100)} == {8192}
+  graded = config.evaluation
+  assert (graded.temperature, graded.top_p, graded.top_k) == (0.6, 0.95, 20)
+  assert graded.max_len == 30_000 and not graded.greedy
+  assert set(graded.sets) == {"math500", "aime24", "aime25", "gpqa", "mmlu"}
+  for name, spec in graded.sets.items():
+    assert (spec.samples, spec.rule) == (8, "dual")
+    letters = name in ("gpqa", "mmlu")
+    assert spec.grading == ("dual_letter" if letters else "dual_math")
+  # All problems are whole sets, of sizes that the plan knows.
+  answers = planner.num_answers(graded, [*graded.sets])
+  assert answers == 8 * (500 + 30 + 30 + 198 + 14_042)
+
+
+def test_arguments_of_compression():
+  def read(argument):
+    return config_lib.from_dict(compression.get_config(argument).to_dict())
+
+  default, uniform = read("qwen3-8b"), read("qwen3-8b,instruction=uniform")
+  assert default == read("qwen3-8b,instruction=difficulty,cap=8k")
+  assert default.data.teacher_prompt != uniform.data.teacher_prompt
+  short = read("qwen3-8b,cap=1k,sets=aime24")
+  assert prefix_schedule.longest(short) == 1024
+  assert [*short.evaluation.sets] == ["aime24"]
+  assert prefix_schedule.longest(read("tiny,cap=16")) == 16
+  for argument, text in (
+      ("qwen3-1b", "no argument 'qwen3-1b'; use one of tiny, qwen3-8b"),
+      ("cap=0", "no argument 'cap=0'"),
+      ("qwen3-8b,cap=9000", "prefix.fixed.length is 9000"),
+      ("tiny,instruction=uniform", "knows only 'Be brief.'"),
+      ("qwen3-8b,sets=gsm8k", "sets=gsm8k is not one of "),
+  ):
+    with pytest.raises(errors.ConfigError, match=text):
+      read(argument)
+
+
+@pytest.mark.parametrize(
+    "model, billions",
+    [("qwen3-8b", 8.191), ("qwen3-14b", 14.768), ("r1-llama-8b", 8.030)],
+)
+def test_the_architectures_of_compression_are_known_offline(model, billions):
+  path = compression.get_config(model).student.path
+  known, _ = programs.architecture(path)
+  assert num_params(known) / 1e9 == pytest.approx(billions, abs=5e-4)
 
 
 def test_bundled_assets_are_small():
@@ -234,3 +312,57 @@ def test_the_crosslingual_config_updates_toy_directories(tmp_path):
   assert [x["kl"] > 0 for x in lines if "kl" in x] == [True, True]
   assert {x["set"] for x in lines if "set" in x} == {"afrimgsm"}
   assert all(not x["dropped"] for x in lines if "dropped" in x)
+
+
+def test_the_compression_config_updates_toy_directories(tmp_path):
+  prompts = tmp_path / "prompts.jsonl"
+  rows = [
+      # As the raw data set has them, and as the processed one.
+      {"prompt": [{"role": "user", "content": f"What is {i}?"}]}
+      if i % 2
+      else {"prompt": f"What is {i}?"}
+      for i in range(8)
+  ]
+  prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  settings = compression.get_config("qwen3-8b,cap=16,sets=aime24+mmlu")
+  path = _toy_directory(tmp_path / "model", 0)
+  settings.steps, settings.teacher.refresh = 3, 2
+  settings.student.path = settings.teacher.path = path
+  settings.data.train.source = str(prompts)
+  settings.data.train.subset = ""
+  settings.data.batch_size = 4
+  settings.data.max_prompt_len = 64
+  settings.data.max_teacher_prompt_len = 640
+  settings.rollout.max_len = settings.evaluation.max_len = 24
+  settings.mesh.fsdp = 1
+  settings.evaluation.batch_size = 16
+  for name, spec in settings.evaluation.sets.items():
+    rows = schemas.rows("aime24", 2)
+    if name == "mmlu":
+      rows = [_mmlu(n) for n in range(2)]
+    spec.source = schemas.write(name, "jsonl", tmp_path, rows)
+    spec.samples, spec.max_prompt_len = 2, 256
+    spec.subset = ""
+  workdir = tmp_path / "run"
+  loop.train(config_lib.from_dict(settings.to_dict()), workdir)
+  lines = [
+      json.loads(x)
+      for x in (workdir / "metrics.jsonl").read_text().splitlines()
+  ]
+  updates = [x for x in lines if "kl" in x]
+  assert [x["prefix_len"] for x in updates] == [16] * 3
+  assert [x["teacher_update"] for x in updates] == [0, 0, 2]
+  assert all(x["kl"] > 0 for x in updates)
+  graded = {x["set"]: (x["grading"], x["dropped"]) for x in lines if "set" in x}
+  assert graded == {"aime24": ("dual_math", 0), "mmlu": ("dual_letter", 0)}
+  # Tokens beside accuracy.
+  for line in (x for x in lines if "set" in x):
+    assert 0 < line["mean_length"] <= 24 and 0 <= line["accuracy"] <= 1
+
+
+def _mmlu(n):
+  """A record of MMLU, whose answer is the right option's number."""
+  return {
+      "question": f"Which one, {n}?", "subject": "virology",
+      "choices": [f"option {i}" for i in range(4)], "answer": n % 4,
+  }  # fmt: skip

@@ -838,14 +838,18 @@ def _options(
 def _letter(
     record: Mapping[str, Any], name: str, count: int, where: str
 ) -> str:
-  """Returns the letter that a field holds."""
+  """Returns the letter that a field holds, or that of the number it holds."""
+  number = value(record, name, where)
+  if type(number) is int and 0 <= number < count:
+    return LETTERS[number]
   found = answer(record, name, where).strip()
   if found.upper() not in LETTERS[:count]:
     raise DataError(
         f"{where} has {found!r} in field {name!r}, which is none of the letters"
         f" A to {LETTERS[count - 1]} of its {count} options; name the field"
-        " that holds the right option's letter, or a field of dataset.choices"
-        " that always holds the right option."
+        " that holds the right option's letter, or its number as an integer"
+        " from 0, or a field of dataset.choices that always holds the right"
+        " option."
     )
   return found.upper()
 

@@ -85,6 +85,7 @@ PROBLEMS: Mapping[str, int] = {
     "HuggingFaceH4/aime_2024": 30,
     "math-ai/aime25": 30,
     "Idavidrein/gpqa": 198,
+    "cais/mmlu": 14_042,
     "MathArena/hmmt_feb_2025": 30,
     "math-ai/amc23": 40,
 }

@@ -216,12 +216,12 @@ def headline(
   if not config.is_supervised:
     text += (
         f"\ntemperature {config.rollout.temperature:g} in sampling and loss,"
-        f" {_loss_name(config.loss)}"
+        f" {loss_name(config.loss)}"
     )
   return text
 
 
-def _loss_name(loss: LossSpec) -> str:
+def loss_name(loss: LossSpec) -> str:
   """Names the loss, such as "exact reverse KL"."""
   if loss.form == "policy_gradient":
     return f"policy gradient with {loss.policy_gradient.estimator}"
@@ -248,14 +248,17 @@ def progress(line: Line) -> dict[str, str]:
 
 def evaluation_line(which: str, step: int, values: Line) -> str:
   """Returns one evaluation as a line of text."""
+  if values.get("teacher_update"):
+    which += f" (the student after update {values['teacher_update']})"
   return (
       f"step {step:>4}  {which} on {values['set']}, {values['mode']}:"
-      f" {_accuracy(values)}, {values['finish_rate']:.1%} finish,"
+      f" {accuracy(values)}, {values['finish_rate']:.1%} finish,"
       f" {values['mean_length']:.0f} tokens"
   )
 
 
-def _accuracy(line: Line) -> str:
+def accuracy(line: Line) -> str:
+  """Returns an evaluation's accuracy in % with its 95 % interval."""
   low, high = 100 * line["accuracy_low"], 100 * line["accuracy_high"]
   return f"{100 * line['accuracy']:.1f} % ({low:.1f}-{high:.1f})"
 
@@ -275,8 +278,8 @@ def _row(
   sampled = found["sampled"]
   return (
       name,
-      _stacked(_accuracy(sampled)),
-      _stacked(_accuracy(found["greedy"])) if "greedy" in found else "-",
+      _stacked(accuracy(sampled)),
+      _stacked(accuracy(found["greedy"])) if "greedy" in found else "-",
       f"{sampled['finish_rate']:.1%}",
       f"{sampled['accuracy_finished']:.1%}" if sampled["finish_rate"] else "-",
       f"{sampled['mean_length']:.0f} / {sampled['length_p95']}",
@@ -296,8 +299,10 @@ def closing_rows(lines: Sequence[Line], dataset: str) -> list[tuple]:
   steps = [x["step"] for x in lines if x.get("model") == "student"]
   if not steps:
     return []
+  update = max(x.get("teacher_update", 0) for x in lines)
+  teacher = f"teacher\n(update {update})" if update else "teacher"
   rows = (
-      _row("teacher", lines, steps[-1], "teacher", dataset),
+      _row(teacher, lines, steps[-1], "teacher", dataset),
       _row("student\nbefore", lines, steps[0], "student", dataset),
       _row("student\nafter", lines, steps[-1], "student", dataset),
   )

@@ -29,7 +29,6 @@ from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
-from prefix_distill.structs import TeacherScores
 from prefix_distill.train.setup import Models
 
 # Share of the memory that is left to the compiler and to fragments.
@@ -150,9 +149,6 @@ class Microbatches:
     self._take = Program("take", take, 2, out_shardings=rows)
     self._shorten = Program("shorten", _shorten, 1, out_shardings=rows)
     self._lengthen = Program("lengthen", _lengthen, 1, out_shardings=rows)
-    self._agree = Program(
-        "agree", prefix_schedule.cut, 1, out_shardings=rows
-    )
 
   def bucket(self, cap: int) -> int:
     """Returns the static length that holds a cap."""
@@ -234,13 +230,6 @@ class Microbatches:
         else self._lengthen(longest, rollout)
         for rollout in rollouts
     ]
-
-  def agree(
-      self, rollout: Rollout, scores: TeacherScores, threshold: float
-  ) -> tuple[Rollout, jax.Array]:
-    """Cuts rollouts short; see `prefix_schedule.cut`."""
-    window = self._models.config.prefix.agreement.window_tokens
-    return self._agree(window, rollout, scores, np.float32(threshold))
 
 
 def _split(
