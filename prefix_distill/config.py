@@ -1004,9 +1004,10 @@ class EvaluationSpec:
       answers = spec.size * spec.samples
       _check(
           answers <= _MOST_ANSWERS,
-          f"evaluation.sets.{name}.size is {spec.size} and its samples are"
-          f" {spec.samples}, which is {answers} answers; lower one of them, for"
-          f" {_MOST_ANSWERS} answers at most.",
+          f"evaluation.sets.{name}.size is {spec.size} and"
+          f" evaluation.sets.{name}.samples is {spec.samples}, which is"
+          f" {answers} answers; lower one of them, for {_MOST_ANSWERS} answers"
+          " at most.",
       )
 
 
