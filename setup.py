@@ -12,7 +12,11 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["prefix_distill*"]),
-    package_data={"prefix_distill": ["assets/*/*", "plan/targets/*.txtpb"]},
+    package_data={
+        "prefix_distill": [
+            "assets/*/*", "plan/targets/*.txtpb", "report/template/*",
+        ]
+    },
     install_requires=[
         "absl-py>=2.1",
         "datasets>=4.0",
@@ -37,6 +41,7 @@ setuptools.setup(
         "transformers>=5.0",
     ],
     extras_require={
+        "browser": ["selenium>=4.25"],
         "cuda": _CUDA13,
         "cuda12": ["jax[cuda12]>=0.10.2"],  # Older GPUs and drivers.
         "cuda13": _CUDA13,

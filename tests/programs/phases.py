@@ -56,7 +56,7 @@ class _Clock(update.Clock):
 update.Clock = _Clock
 evaluator.evaluate = _noted("evaluation", evaluator.evaluate)
 huggingface.export = _noted("export", huggingface.export)
-report.write = _noted("report", report.write)
+page.write = _noted("report", page.write)
 checkpoint.Checkpointer.save = _noted("saving", checkpoint.Checkpointer.save)
 loop.Run.__init__ = _noted("loading", loop.Run.__init__)
 
