@@ -63,8 +63,8 @@ CAPTIONS = {
         " student's own prefixes, and how many tokens were compared."
     ),
     "kl_position.svg": (
-        "Where in the answer student and teacher differ, in four quarters of"
-        " the run; the darkest is the first."
+        "Where in the answer student and teacher differ, averaged over each"
+        " quarter of the run."
     ),
     "agreement.svg": (
         "How often both models would choose the same token, how unsure each of"
@@ -200,7 +200,6 @@ def loss_against_step(
       steps,
       [x["rollout_len"] for x in updates],
       color="C1",
-      alpha=0.7,
       label="mean tokens supervised",
   )
   right.set_ylabel("tokens per rollout")

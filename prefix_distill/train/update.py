@@ -289,8 +289,8 @@ class Programs:
   ) -> Inspected:
     """Looks at a few rollouts token by token.
 
-    There is one program for each length of the prompt, whatever the cap, and
-    each batch shard looks at the same number of rollouts.
+    There is one program for each length of the prompt, whatever the cap. Each
+    batch shard looks at one rollout at least, so some come twice.
 
     Args:
       params: the student's.
@@ -304,8 +304,9 @@ class Programs:
         (batch, rollout), models.mesh
     )
     rows, shards = len(rollout.tokens), sharding.batch_shards(models.mesh)
-    count = min(-(-spec.rollouts // shards) * shards, rows)
+    count = min(spec.rollouts, rows)
     picked = np.arange(count) * (rows // count)
+    picked = np.resize(picked, -(-count // shards) * shards)
     batch, rollout = jax.tree.map(lambda x: x[picked], (batch, rollout))
     most = min(prefix_schedule.longest(models.config), spec.max_tokens)
     behind = max(most - rollout.tokens.shape[1], 0)

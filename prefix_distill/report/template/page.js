@@ -14,12 +14,15 @@
     return element;
   }
 
-  // Line breaks and tabs are seen, and still do what they do.
-  const visible = (text) => text.replace(/\n/g, "↵\n").replace(/\t/g, "⇥\t");
+  // Control characters are seen; a line break still breaks the line.
+  const picture = (c) =>
+    c === "\n" ? "↵" : c === "\t" ? "⇥"
+      : c === "\x7f" ? "␡" : String.fromCharCode(0x2400 + c.charCodeAt(0));
+  const pictured = (text) => text.replace(/[\x00-\x1f\x7f]/g, picture);
+  const visible = (text) => text.split("\n").map(pictured).join("↵\n");
   // In the tip, spaces are seen as well.
   const quoted = (text) =>
-    text === "" ? "(part of a character)"
-      : text.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/ /g, "␣");
+    text === "" ? "(part of a character)" : pictured(text).replace(/ /g, "␣");
   const percent = (p) =>
     p === null ? "?" : p >= 0.001 ? `${(100 * p).toFixed(1)} %` : "< 0.1 %";
   const nats = (x) =>
