@@ -5,12 +5,12 @@ import html.parser
 import json
 import re
 
+import pages
 from pages import evaluation
 from pages import EVIL
 from pages import RUN
 from pages import update
 from pages import write
-import pages
 import pytest
 
 from prefix_distill.report import plots

@@ -1,7 +1,6 @@
 """What a run keeps to be read: which texts, where, and that they are right."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +14,12 @@ from prefix_distill.config import SamplesSpec
 from prefix_distill.data import tokenizer as tokenizer_lib
 from prefix_distill.distill import inspection
 from prefix_distill.distill import loss as loss_lib
-from prefix_distill.models import huggingface as hf
-from prefix_distill.models.transformer import Model
 from prefix_distill.report import report
 from prefix_distill.report import samples
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 from prefix_distill.train import loop
+from prefix_distill.train import setup as setup_lib
 from prefix_distill.train.samples import pieces
 from prefix_distill.train.samples import segments
 
@@ -220,12 +218,13 @@ def test_divergences_are_the_exact_reverse_kl_of_the_first_student(
 ):
   rollouts, _ = samples.read(whole)
   rollouts = [x for x in rollouts if x["step"] == 1]
-  student, teacher = (Model(hf.read_config(path)) for path in models)
+  config = settings(models)
+  setup = setup_lib.prepare(config, whole)
+  student, teacher = setup.models.student, setup.models.teacher
   ours, theirs = (
-      hf.load_params(path, model, None)
-      for path, model in zip(models, (student, teacher), strict=True)
+      setup_lib.load_model(spec, model, setup.models.mesh, config.seed)
+      for spec, model in ((config.student, student), (config.teacher, teacher))
   )
-  setup = loop.setup_lib.prepare(settings(models), whole)
   for line in rollouts:
     prompt = tokenizer.encode("".join(text for text, _ in line["prompt"]))
     kept = np.array([line["ids"]], np.int32)
@@ -279,6 +278,6 @@ def test_damaged_lines_are_left_out(tmp_path):
   directory = tmp_path / "samples"
   directory.mkdir()
   (directory / "answers.jsonl").write_text('{"step": 1}\n{"step": 2, "mo')
-  (directory / "rollouts.jsonl").write_bytes(b"\xff\n" + json.dumps([1]).encode())
+  (directory / "rollouts.jsonl").write_bytes(b"\xff\n[1]\n")
   assert samples.read(tmp_path) == ([], [])
   assert samples.read(tmp_path / "nothing") == ([], [])

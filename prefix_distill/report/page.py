@@ -80,7 +80,7 @@ def _date(metrics: pathlib.Path) -> str:
   if not metrics.is_file():
     return "unknown"
   found = datetime.datetime.fromtimestamp(
-      metrics.stat().st_mtime, datetime.timezone.utc
+      metrics.stat().st_mtime, datetime.UTC
   )
   return f"{found:%Y-%m-%d %H:%M} UTC"
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 import dataclasses
-import itertools
 import math
 from typing import Any
 
@@ -43,11 +42,16 @@ def segments(
     tokenizer: Tokenizer, tokens: Sequence[int]
 ) -> list[tuple[str, int]]:
   """Returns stretches of text, and each special token, which has a 1."""
-  special, out = set(tokenizer.special_ids), []
-  for is_special, group in itertools.groupby(tokens, special.__contains__):
-    parts = [[i] for i in group] if is_special else [list(group)]
-    out += [(tokenizer.decode(part), int(is_special)) for part in parts]
-  return out
+  special, out, text = set(tokenizer.special_ids), [], []
+  for token in tokens:
+    if token not in special:
+      text.append(token)
+      continue
+    if text:
+      out.append((tokenizer.decode(text), 0))
+    out.append((tokenizer.decode([token]), 1))
+    text = []
+  return [*out, (tokenizer.decode(text), 0)] if text else out
 
 
 def pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:

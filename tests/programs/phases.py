@@ -33,7 +33,7 @@ _note("loading")
 # Imported now, after the first line, since that takes most of the loading.
 from prefix_distill.evaluate import evaluator  # noqa: E402
 from prefix_distill.models import huggingface  # noqa: E402
-from prefix_distill.report import report  # noqa: E402
+from prefix_distill.report import page  # noqa: E402
 from prefix_distill.train import checkpoint  # noqa: E402
 from prefix_distill.train import loop  # noqa: E402
 from prefix_distill.train import update  # noqa: E402
