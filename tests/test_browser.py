@@ -1,7 +1,6 @@
 """The report in a real browser: Chromium without a window, by Selenium."""
 
 import base64
-import contextlib
 import json
 import shutil
 
@@ -47,9 +46,8 @@ def browser(tmp_path_factory):
   service = webdriver.ChromeService(DRIVER)
   driver = webdriver.Chrome(options=options, service=service)
   driver.set_page_load_timeout(120)
-  with contextlib.closing(driver.service):
-    yield driver
-    driver.quit()
+  yield driver
+  driver.quit()
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +132,7 @@ def test_rollouts_are_filtered_and_chosen(opened):
 
 def test_a_token_shows_what_the_models_thought_of_it(opened):
   tokens = opened.find_elements("css selector", ".rollout .token")
-  assert [x.text for x in tokens[:2]] == ["We", "want↵"]
+  assert [x.text for x in tokens[:2]] == ["We", " want↵"]
   webdriver.ActionChains(opened).move_to_element(tokens[0]).perform()
   (tip,) = texts(opened, "#tip")
   assert "position 0, KL < 0.001 nats" in tip

@@ -238,7 +238,11 @@ def test_divergences_are_the_exact_reverse_kl_of_the_first_student(
     )  # fmt: skip
     np.testing.assert_allclose(line["divergence"], kl[0], rtol=1e-3, atol=1e-5)
     assert min(line["divergence"]) > 0.01
-    assert "".join(line["texts"]) == tokenizer.decode(line["ids"])
+    # Random models write bytes that are no characters.
+    text = tokenizer.decode(line["ids"])
+    assert "".join(line["texts"]).replace("\ufffd", "") == (
+        text.replace("\ufffd", "")
+    )
 
 
 def test_a_run_that_goes_on_has_no_line_twice(

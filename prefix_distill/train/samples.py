@@ -57,23 +57,25 @@ def segments(
 def pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
   """Returns what each token reads; together they are the whole text.
 
+  Bytes that are no characters may be more or fewer signs than in the whole.
   The tokens that make up one character have its text in the first of them, and
   nothing in the others.
   """
-  out, before, waiting = [], [], []
-  for i, token in enumerate(tokens):
-    waiting.append(int(token))
+  out, before, tokens = [], [], [int(token) for token in tokens]
+  while len(out) < len(tokens):
+    rest = tokens[len(out) : len(out) + _MOST_BYTES]
     # Some tokenizers drop a space at the beginning of a text.
     head = tokenizer.decode(before) if before else ""
-    text = tokenizer.decode(before + waiting)
-    if not text.startswith(head):
-      head, text = "", tokenizer.decode(waiting)
-    text = text[len(head) :]
-    more = len(waiting) < _MOST_BYTES and i + 1 < len(tokens)
-    if text.endswith(_BROKEN) and more:
-      continue
-    out += [text] + [""] * (len(waiting) - 1)
-    before, waiting = waiting, []
+    for count in range(1, len(rest) + 1):
+      text = tokenizer.decode(before + rest[:count])
+      if not text.startswith(head):
+        head, text = "", tokenizer.decode(rest[:count])
+      if not text.endswith(_BROKEN):
+        break
+    else:  # Bytes that are no character, whatever follows.
+      count, head, text = 1, "", tokenizer.decode(rest[:1])
+    out += [text[len(head) :]] + [""] * (count - 1)
+    before = rest[:count]
   return out
 
 

@@ -149,6 +149,10 @@
     line.alternatives[i].forEach(([text, p]) => row(list, text, p));
     tip.hidden = false;
     token.classList.add("on");
+    place(token);
+  }
+
+  function place(token) {
     const at = token.getClientRects()[0] || token.getBoundingClientRect();
     const { width, height } = tip.getBoundingClientRect();
     const left = Math.min(at.left, document.documentElement.clientWidth - width - 8);
@@ -157,6 +161,8 @@
     tip.style.left = `${Math.max(left, 4)}px`;
     tip.style.top = `${fits ? below : Math.max(at.top - height - 6, 4)}px`;
   }
+
+  let opened = ""; // The kind of event that opened the tip.
 
   function hideTip() {
     tip.hidden = true;
@@ -274,11 +280,18 @@
   for (const kind of ["pointerover", "focusin", "click"]) {
     document.addEventListener(kind, (event) => {
       const token = tokenOf(event);
-      if (token) showTip(token);
-      else if (kind !== "focusin") hideTip();
+      if (token) {
+        showTip(token);
+        opened = kind;
+      } else if (kind === "click" || kind === opened) {
+        hideTip(); // The pointer hides only what the pointer has opened.
+      }
     });
   }
   document.addEventListener("focusout", hideTip);
   document.addEventListener("keydown", walk);
-  document.addEventListener("scroll", hideTip, { passive: true });
+  document.addEventListener("scroll", () => {
+    const token = document.querySelector(".token.on");
+    if (token) place(token);
+  }, { passive: true });
 })();
