@@ -109,7 +109,7 @@ def _panels(count: int) -> tuple[Figure, Sequence[Any]]:
 
 def _count(axis: Any) -> None:
   """Puts ticks on whole numbers: there is no half of an update."""
-  axis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=8))
+  axis.set_major_locator(ticker.MaxNLocator(8, integer=True, min_n_ticks=1))
 
 
 def _legend(axes: Any, **more: Any) -> None:
