@@ -79,9 +79,7 @@ def _date(metrics: pathlib.Path) -> str:
   """Returns when the run last wrote its metrics, in UTC."""
   if not metrics.is_file():
     return "unknown"
-  found = datetime.datetime.fromtimestamp(
-      metrics.stat().st_mtime, datetime.UTC
-  )
+  found = datetime.datetime.fromtimestamp(metrics.stat().st_mtime, datetime.UTC)
   return f"{found:%Y-%m-%d %H:%M} UTC"
 
 
@@ -172,7 +170,8 @@ def render(workdir: pathlib.Path, lines: Sequence[_Line]) -> str:
       name=workdir.resolve().name,
       spent=report.spent(lines),
       facts=[
-          *facts(config), ("last written", _date(workdir / "metrics.jsonl")),
+          *facts(config),
+          ("last written", _date(workdir / "metrics.jsonl")),
       ],
       warnings=[text for text in warnings if text],
       header=_flat([report.HEADER])[0],

@@ -35,12 +35,32 @@ from prefix_distill.report import report
 
 DIRECTORY = "samples"
 _ROLLOUT = {
-    "step", "source", "record", "prompt", "length", "finished", "measure",
-    "ids", "texts", "special", "divergence", "student", "alternatives",
+    "step",
+    "source",
+    "record",
+    "prompt",
+    "length",
+    "finished",
+    "measure",
+    "ids",
+    "texts",
+    "special",
+    "divergence",
+    "student",
+    "alternatives",
 }
 _ANSWER = {
-    "step", "model", "set", "mode", "problem", "prompt", "answer", "text",
-    "length", "finished", "right",
+    "step",
+    "model",
+    "set",
+    "mode",
+    "problem",
+    "prompt",
+    "answer",
+    "text",
+    "length",
+    "finished",
+    "right",
 }
 Line = dict[str, Any]
 

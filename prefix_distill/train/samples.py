@@ -201,16 +201,18 @@ class Keeper:
     samples_each = completions.lengths.shape[1]
     batch = problems.batch
     for number, tokens in sorted(completions.tokens.items()):
-      self._writer.answers.write({
-          "step": step,
-          "model": model,
-          "set": problems.name,
-          "mode": mode,
-          "problem": number,
-          "prompt": self._prompt(batch.tokens[number], batch.mask[number]),
-          "answer": problems.answers[number][:_LONGEST_ANSWER],
-          "text": segments(self._tokenizer, tokens.tolist()),
-          "length": int(completions.lengths[number, 0]),
-          "finished": bool(completions.finished[number, 0]),
-          "right": verdicts[number * samples_each] == "1",
-      })
+      self._writer.answers.write(
+          {
+              "step": step,
+              "model": model,
+              "set": problems.name,
+              "mode": mode,
+              "problem": number,
+              "prompt": self._prompt(batch.tokens[number], batch.mask[number]),
+              "answer": problems.answers[number][:_LONGEST_ANSWER],
+              "text": segments(self._tokenizer, tokens.tolist()),
+              "length": int(completions.lengths[number, 0]),
+              "finished": bool(completions.finished[number, 0]),
+              "right": verdicts[number * samples_each] == "1",
+          }
+      )
