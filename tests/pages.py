@@ -123,12 +123,19 @@ ANSWERS = [
 
 
 def write(
-    lines: list[dict], workdir: pathlib.Path, rollouts=(), answers=()
+    lines: list[dict],
+    workdir: pathlib.Path,
+    rollouts=(),
+    answers=(),
+    best: str = "",
 ) -> str:
   """Writes a run's files and its report; returns the page."""
   config = toys.run_config("bundled:capable", "bundled:teacher")
   config = dataclasses.replace(
-      config, student=config_lib.ModelSpec("me/<b>student</b>")
+      config,
+      student=config_lib.ModelSpec("me/<b>student</b>"),
+      evaluation=dataclasses.replace(config.evaluation, every=10),
+      checkpoint=config_lib.CheckpointSpec(best=best),
   )
   (workdir / "samples").mkdir(parents=True, exist_ok=True)
   (workdir / "config.json").write_text(json.dumps(config_lib.plain(config)))

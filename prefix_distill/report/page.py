@@ -153,6 +153,7 @@ def render(workdir: pathlib.Path, lines: Sequence[_Line]) -> str:
   tables = _tables(lines)
   warnings = [
       report.dropped(updates),
+      report.chosen(lines, config.checkpoint.best),
       *report.alarms(lines).values(),
       *(report.warning(lines, name) for name, _ in tables),
   ]
