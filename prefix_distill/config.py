@@ -1050,6 +1050,30 @@ class ExportSpec:
   dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
+@_settings("samples")
+class SamplesSpec:
+  """Texts that a run keeps in `samples/`, for its report.
+
+  Attributes:
+    updates: is of how many updates rollouts are kept, and of how many
+      evaluations answers; the first and the last are among them, and the
+      others lie evenly between.
+    rollouts: is the number of rollouts that are kept of such an update; 0 is
+      off.
+    max_tokens: is how many tokens of a rollout are kept, from its beginning.
+    alternatives: is how many of the teacher's most probable tokens are kept
+      at each position.
+    problems: is the number of problems of an evaluation set whose answers are
+      kept, whole and one each; 0 is off.
+  """
+
+  updates: Annotated[_Positive, Field(ge=2, le=1000)] = 8
+  rollouts: Annotated[_NotNegative, Field(le=1000)] = 4
+  max_tokens: Annotated[_Positive, Field(le=2**16)] = 512
+  alternatives: Annotated[_Positive, Field(le=20)] = 4
+  problems: Annotated[_NotNegative, Field(le=1000)] = 6
+
+
 @_settings("")
 class Config:
   """A run.
@@ -1075,6 +1099,7 @@ class Config:
     mesh: says how devices are arranged.
     checkpoint: says when the run is saved.
     export: says how the student is exported.
+    samples: says which texts are kept.
   """
 
   method: Literal["prefix", "full", "sft", "seqkd"]
@@ -1091,6 +1116,7 @@ class Config:
   mesh: MeshSpec = MeshSpec()
   checkpoint: CheckpointSpec = CheckpointSpec()
   export: ExportSpec = ExportSpec()
+  samples: SamplesSpec = SamplesSpec()
 
   def __post_init__(self):
     self._check_models()

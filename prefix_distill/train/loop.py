@@ -40,7 +40,9 @@ from prefix_distill.errors import UserError
 from prefix_distill.evaluate import evaluator
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
+from prefix_distill.report import page
 from prefix_distill.report import report
+from prefix_distill.report import samples
 from prefix_distill.report import trackers
 from prefix_distill.report.flops import Lengths
 from prefix_distill.structs import PromptBatch
@@ -54,6 +56,7 @@ from prefix_distill.train.checkpoint import Bought
 from prefix_distill.train.checkpoint import Checkpointer
 from prefix_distill.train.checkpoint import Prices
 from prefix_distill.train.checkpoint import Totals
+from prefix_distill.train.samples import Keeper
 from prefix_distill.train.step import TrainState
 from prefix_distill.train.update import Programs
 
@@ -222,6 +225,14 @@ class Run:
     self.evaluated, self.answer_len = distributed.from_first(
         "evaluations", _evaluations(lines, step)
     )
+    self.keeper = Keeper(
+        self.config,
+        self.setup.tokenizer,
+        models.stop_ids,
+        samples.Writer(self.workdir, step, self.evaluated)
+        if self.writes
+        else None,
+    )
     if found is not None and found.teacher is not None:
       self.teacher_params = found.teacher
     elif models.teacher is not None:
@@ -374,7 +385,17 @@ class Run:
       file = f"step-{step}-{which}-{name}-{mode}.jsonl"
       return self.workdir / "unfinished" / file.replace("/", "_")
 
-    def write(values: dict[str, Any]) -> None:
+    def write(
+        values: dict[str, Any], completions: evaluator.Completions
+    ) -> None:
+      self.keeper.write_answers(
+          step,
+          which,
+          values["mode"],
+          sets[values["set"]],
+          completions,
+          values["verdicts"],
+      )
       if which == "student" and values["mode"] == "sampled":
         self.answer_len = values["mean_length"]
       if which == "teacher":
@@ -413,6 +434,7 @@ class Run:
         write,
         file,
         self._poll_evaluation,
+        self.keeper.problems(step, self.is_last(step)),
     )
 
   def _sets(self, step: int) -> dict[str, evaluator.Problems]:
@@ -438,6 +460,7 @@ class Run:
         None if config.is_supervised else source,
         self.schedule.threshold(self.totals.schedule),
         poll,
+        self.keeper.wants_rollouts(step + 1),
     )
     try:
       with self._watched(step + 1, clock):
@@ -451,6 +474,10 @@ class Run:
     except Abandoned:
       self.setup.data.set_state(place)
       raise
+    if done.inspected is not None:
+      self.keeper.write_rollouts(
+          step + 1, request.source or "data", done.inspected
+      )
     mask, trained = done.mask, done.trained
     stats = prefix_schedule.stats(done.metrics, mask, done.minima)
     lengths = Lengths(
@@ -688,7 +715,7 @@ def _steps(run: Run, traced: Collection[int]) -> None:
 def _write_report(workdir: pathlib.Path) -> None:
   """Writes the report; that it cannot be written does not fail the run."""
   try:
-    report.write(workdir)
+    page.write(workdir)
   except Exception as error:  # pylint: disable=broad-except
     print(
         f"Warning: the report could not be written ({error}); the model is in"
