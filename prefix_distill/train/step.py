@@ -4,8 +4,10 @@
 """
 
 from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +22,32 @@ from prefix_distill.distill.loss import Loss
 from prefix_distill.distill.prefix_schedule import Schedule
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
+from prefix_distill.structs import Limits
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 from prefix_distill.structs import TeacherScores
 
 # Sums over the batch and their counts; a metric is sum / count.
 Sums = dict[str, tuple[jax.Array, jax.Array]]
+
+
+class Inputs(NamedTuple):
+  """A microbatch.
+
+  Attributes:
+    batch: prompts [B, S], one row for each rollout.
+    rollout: [B, P].
+    scores: the teacher's; None for supervised training.
+    limits: of the tokens that count; None if all do.
+  """
+
+  batch: PromptBatch
+  rollout: Rollout
+  scores: TeacherScores | None = None
+  limits: Limits | None = None
+
+
 # (params, the teacher's output head, microbatch) -> summed loss, metrics.
-Inputs = tuple[PromptBatch, Rollout, TeacherScores | None]
 LossFn = Callable[
     [Params, jax.Array | None, Inputs], tuple[jax.Array, Sums]
 ]
@@ -200,9 +220,11 @@ def distillation_loss(
     `kl_rollout` per rollout, `kl_at` per token in each bin of positions,
     `kl_position` at each position, `kl_special` per special token, both
     entropies, and the share of tokens at which the most probable one is the
-    same. All but `loss` are of the whole rollout, whatever the window.
+    same. All but `loss` are of the whole rollout, whatever the window. With
+    limits also `counted`, the share of tokens that have a loss, which `loss`
+    is then per one of.
   """
-  batch, rollout, scores = inputs
+  batch, rollout, scores, limits = Inputs(*inputs)
   mask = rollout.mask
   weights = window.weights(mask)
   # Inputs and not only terms: the gradient of a discarded NaN is 0 * NaN.
@@ -214,12 +236,15 @@ def distillation_loss(
   rollout = dataclasses.replace(rollout, behavior_log_probs=sampler)
   loss, metrics = chunked_head.weighted_sum(
       *token_loss.arguments(
-          model, params, teacher_head, hidden, rollout, scores, weights
+          model, params, teacher_head, hidden, rollout, scores, weights, limits
       )
   )
   shown = watch.schedule.shown(metrics, mask)
   metrics.pop("overlap", None)
   sums = {name: _sum_and_count(x, mask) for name, x in metrics.items()}
+  if "counted" in metrics:
+    weights &= metrics["counted"] > 0
+    sums["counted"] = (jnp.sum(weights), jnp.sum(mask))
   sums["loss"] = (loss, jnp.sum(weights))
   if sampler is not None:
     sums["sampler"] = _sum_and_count(sampler, mask)
@@ -234,6 +259,66 @@ def distillation_loss(
   return loss, sums | shown
 
 
+def limits(
+    window: Window,
+    floor: float,
+    share: float,
+    refines: jax.Array,
+    rollouts: Sequence[Rollout],
+) -> Limits:
+  """Says which tokens of an update count in the relaxed loss; to be jitted.
+
+  Args:
+    window: the tokens that may count.
+    floor: the reward below which a token is dropped in the first phase.
+    share: of the tokens, that count in the second phase.
+    refines: bool [], whether the update is in the second phase.
+    rollouts: all of the update, with entropies, whatever their microbatches.
+  """
+  masks = [window.weights(rollout.mask) for rollout in rollouts]
+  least = top_share(share, [r.entropy for r in rollouts], masks)
+  off = jnp.float32(-jnp.inf)
+  return Limits(
+      jnp.where(refines, off, jnp.float32(floor)),
+      jnp.where(refines, least, off),
+  )
+
+
+def top_share(
+    share: float, values: Sequence[jax.Array], masks: Sequence[jax.Array]
+) -> jax.Array:
+  """Returns the least of the largest numbers: float32 [].
+
+  Numbers from 0 on have the order of their bits. So the bits are found one
+  after the other, by counting the numbers that are as large: arrays stay on
+  their devices, and counts are exact in any order.
+
+  Args:
+    share: of all numbers, that are the largest; one at least. Numbers as large
+      as the last one of them are not told apart.
+    values: float32 [...] each; what is negative is taken for 0.
+    masks: bool, like the values; false for numbers that are left out.
+  """
+  bits = []
+  for x, mask in zip(values, masks, strict=True):
+    x = jnp.abs(jnp.maximum(x, 0))  # -0.0 has the sign's bit.
+    bits.append(
+        jnp.where(mask, jax.lax.bitcast_convert_type(x, jnp.int32), -1)
+    )
+
+  def as_large(least: jax.Array) -> jax.Array:
+    return sum(jnp.sum(x >= least) for x in bits)
+
+  wanted = jnp.maximum(jnp.round(share * as_large(0)), 1).astype(jnp.int32)
+
+  def bit(i: jax.Array, found: jax.Array) -> jax.Array:
+    tried = found | (1 << (30 - i))
+    return jnp.where(as_large(tried) >= wanted, tried, found)
+
+  found = jax.lax.fori_loop(0, 31, bit, jnp.int32(0))
+  return jax.lax.bitcast_convert_type(found, jnp.float32)
+
+
 def supervised_loss(
     model: Model,
     dist: Distribution,
@@ -244,7 +329,7 @@ def supervised_loss(
 ) -> tuple[jax.Array, Sums]:
   """Sums the cross-entropy of the completions, stop token included."""
   del teacher_head  # There is no teacher.
-  batch, rollout, _ = inputs
+  batch, rollout, *_ = inputs
   hidden = model.prefix_hidden(params, batch, rollout)
   loss = loss_lib.cross_entropy(
       model, params, hidden, rollout, dist, memory
@@ -266,8 +351,7 @@ def gradient(
     loss_fn: returns a sum and metrics as (sum, count).
     params: the student's.
     teacher_head: [V, D of the teacher]; None if the loss does not need it.
-    inputs: prompts [B, S], one row for each rollout; rollouts [B, P]; the
-      teacher's scores of them, None for supervised training.
+    inputs: the microbatch.
     before: of the microbatches so far; None for none.
   """
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)

@@ -28,6 +28,7 @@ from prefix_distill.models.transformer import Params
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
 from prefix_distill.rollout.sampling import Truncation
+from prefix_distill.structs import Limits
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 from prefix_distill.structs import TeacherScores
@@ -36,6 +37,7 @@ from prefix_distill.train import step as step_lib
 from prefix_distill.train.microbatch import Microbatches
 from prefix_distill.train.setup import Models
 from prefix_distill.train.step import Gradient
+from prefix_distill.train.step import Inputs
 from prefix_distill.train.step import TrainState
 
 
@@ -72,6 +74,7 @@ class Request:
     source: whose answers it learns from: "student", "teacher" or "data"; None
       for supervised training, which learns from the given answers, whole.
     threshold: below which rollouts agree; None if they are not cut.
+    refines: whether a relaxed loss is in its second phase.
     poll: called between segments and microbatches. It may raise: no state has
       been changed then.
   """
@@ -80,6 +83,7 @@ class Request:
   key: jax.Array
   source: str | None = "student"
   threshold: float | None = None
+  refines: bool = False
   poll: Callable[[], None] = lambda: None
 
 
@@ -88,7 +92,8 @@ class Outcome:
   """What an update showed: whole arrays, in every process.
 
   Attributes:
-    metrics: means over all rollouts.
+    metrics: means over all rollouts; with a relaxed loss also `least_entropy`,
+      at which tokens count, -inf in its first phase.
     tokens: int32 [rollouts, P], as they were sampled or given.
     mask: bool [rollouts, P].
     trained: bool [rollouts, P], what was left of the mask after cutting.
@@ -124,6 +129,7 @@ def sampler(
       per_prompt=spec.per_prompt,
       truncation=Truncation(spec.top_k, spec.top_p),
       cache_dtype=spec.cache_dtype,
+      entropy=models.config.loss.form == "relaxed",
   )
   return generate.Sampler(
       models.for_sampling(model),
@@ -179,6 +185,16 @@ class Programs:
         functools.partial(_zeros_of, gradient),
         out_shardings=totals,
     )
+    self._limits = Program(
+        "limits",
+        functools.partial(
+            step_lib.limits,
+            self._window,
+            loss_lib.floor(config.loss.relaxed),
+            config.loss.relaxed.entropy_share,
+        ),
+        out_shardings=replicated,
+    )
     normalize = "tokens" if config.is_supervised else config.loss.normalize
     self._apply = Program(
         "apply",
@@ -199,10 +215,14 @@ class Programs:
         models.special_ids,
         prefix_schedule.make(config),
     )
-    window = step_lib.Window(config.loss.window_start, config.loss.window_end)
     return functools.partial(
-        step_lib.distillation_loss, models.student, loss, watch, window
+        step_lib.distillation_loss, models.student, loss, watch, self._window
     )
+
+  @property
+  def _window(self) -> step_lib.Window:
+    spec = self._models.config.loss
+    return step_lib.Window(spec.window_start, spec.window_end)
 
   def abstract_state(self) -> TrainState:
     """Shapes, dtypes and shardings of the state between updates."""
@@ -300,6 +320,7 @@ class Programs:
     split = [
         part for batch in sampled for part in microbatches.for_scoring(*batch)
     ]
+    limits = self._limits_of(sampled, request)
     total, shown = None, []
     for batch, rollout in split:
       request.poll()
@@ -314,7 +335,7 @@ class Programs:
         )
       with clock.phase("update"):
         head = self.teacher_head(teacher, scores)
-        inputs = (batch, trained, scores)
+        inputs = Inputs(batch, trained, scores, limits)
         if total is None and len(split) > 1:
           total = self.zeros(state.params, head, inputs)
         shown.append((rollout.tokens, rollout.mask, trained.mask, minima))
@@ -324,6 +345,8 @@ class Programs:
         return self.apply(state, total)[0], None
       arrays = self._gather(shown, len(sampled))
       state, metrics = self.apply(state, total)
+      if limits is not None:
+        metrics["least_entropy"] = limits.entropy
       metrics = jax.device_get(metrics)
     return state, Outcome(metrics, *arrays)
 
@@ -369,6 +392,15 @@ class Programs:
       jax.block_until_ready(rollouts)
       batches = [self.microbatches.repeat(batch) for batch in batches]
     return list(zip(batches, rollouts, strict=True))
+
+  def _limits_of(
+      self, sampled: list[tuple[PromptBatch, Rollout]], request: Request
+  ) -> Limits | None:
+    """Says which tokens of the whole update count; None for all."""
+    if request.source is None or self._models.config.loss.form != "relaxed":
+      return None
+    rollouts = [rollout for _, rollout in sampled]
+    return self._limits(np.bool_(request.refines), rollouts)
 
   def teacher_head(
       self, params: Params | None, scores: TeacherScores | None
