@@ -302,9 +302,7 @@ def test_entries_are_cut_as_in_float64(kind, name):
   these = divergence.events(student, teacher, dist)
   probs = [divergence.log_probs(x, dist, these) for x in (student, teacher)]
   term = divergence.named(kind, max_entry=BOUND)
-  values, gradient = divergence.compare_with_gradient(
-      term, *probs, these, dist
-  )
+  values, gradient = divergence.compare_with_gradient(term, *probs, these, dist)
   given = student, teacher, dist, kind
   wanted = reference(*given, bounded)
   np.testing.assert_allclose(values, wanted, rtol=1e-5, atol=1e-6)
@@ -315,9 +313,7 @@ def test_entries_are_cut_as_in_float64(kind, name):
   assert (wanted < reference(*given) - 0.005).all()
   slope = reference_gradient(*given, bounded)
   assert np.abs(slope).max() > 0.01
-  np.testing.assert_allclose(
-      gradient, slope, atol=1e-5 * np.abs(slope).max()
-  )
+  np.testing.assert_allclose(gradient, slope, atol=1e-5 * np.abs(slope).max())
 
 
 def test_a_bound_that_nothing_reaches_changes_nothing():

@@ -11,8 +11,10 @@ import optax
 import pytest
 import toys
 
+from configs import relaxed as experiment
+from prefix_distill import config as config_lib
+from prefix_distill import errors
 from prefix_distill import sharding
-from prefix_distill.config import LossSpec
 from prefix_distill.config import MeshSpec
 from prefix_distill.config import RelaxedSpec
 from prefix_distill.distill import chunked_head
@@ -22,8 +24,6 @@ from prefix_distill.models.transformer import Model
 from prefix_distill.rollout import generate
 from prefix_distill.rollout.sampling import Truncation
 from prefix_distill.structs import Limits
-from prefix_distill.structs import PromptBatch
-from prefix_distill.structs import Rollout
 from prefix_distill.structs import TeacherScores
 from prefix_distill.train import loop
 from prefix_distill.train import microbatch
@@ -49,7 +49,7 @@ _ROLLOUT = dataclasses.replace(
     entropy=jnp.abs(_normal(3, _ROWS, _COLUMNS)),
 )
 _SCORES = TeacherScores(
-    log_probs=-jnp.abs(2 * _normal(4, _ROWS, _COLUMNS)),
+    log_probs=-jnp.abs(3 * _normal(4, _ROWS, _COLUMNS)),
     entropy=_normal(5, _ROWS, _COLUMNS),
     top1=jnp.zeros((_ROWS, _COLUMNS), jnp.int32),
 )
@@ -154,7 +154,7 @@ def test_losses_masks_and_gradients_equal_float64(phase):
   )(hidden, head)
   losses, counted, wanted = _reference(hidden, head, limits)
   mask = np.asarray(_ROLLOUT.mask)
-  assert 5 < counted.sum() < mask.sum() - 5
+  assert 5 < counted.sum() < mask.sum() - 3
   np.testing.assert_array_equal(
       np.asarray(metrics["counted"], bool)[mask], counted[mask]
   )
@@ -185,41 +185,38 @@ _PROMPTS = toys.prompts(_ROWS)
 _MESH = sharding.make_mesh(MeshSpec(), jax.devices()[:1])
 _WATCH = step_lib.Watch(_COLUMNS, toys.STOPS)
 _UPDATE_LOSS = functools.partial(
-    step_lib.distillation_loss, _STUDENT, _LOSS, _WATCH
+    step_lib.distillation_loss, _STUDENT, _LOSS, _WATCH, step_lib.Window()
 )
 
 
+_SGD = optax.sgd(1.0)
+_gradient = jax.jit(step_lib.gradient, static_argnums=0)
+_apply = jax.jit(functools.partial(step_lib.apply, _SGD, "tokens"))
+_limits_of = jax.jit(
+    functools.partial(step_lib.limits, step_lib.Window(), _FLOOR, 0.3)
+)
+_take = jax.jit(microbatch.take, static_argnums=(0, 1))
+
+
 @functools.cache
-def _updated(parts, phase, window=(0, 0)):
+def _updated(parts, phase):
   """An update with a rate of 1, in so many microbatches."""
-  sgd, window = optax.sgd(1.0), step_lib.Window(*window)
   whole = step_lib.Inputs(_PROMPTS, _ROLLOUT, _SCORES)
-
-  @jax.jit
-  def step(state):
-    pieces = [microbatch.take(parts, _MESH, whole, i) for i in range(parts)]
-    limits = step_lib.limits(
-        window, _FLOOR, 0.3, jnp.bool_(phase == "refinement"),
-        [piece.rollout for piece in pieces],
-    )  # fmt: skip
-    total = None
-    for piece in pieces:
-      total = step_lib.gradient(
-          functools.partial(_UPDATE_LOSS, window), state.params, None,
-          piece._replace(limits=limits), total,
-      )  # fmt: skip
-    return *step_lib.apply(sgd, "tokens", state, total), limits, total
-
-  return step(step_lib.init_state(_PARAMS, sgd))
+  pieces = [_take(parts, _MESH, whole, i) for i in range(parts)]
+  refines = phase == "refinement"
+  limits = _limits_of(refines, [piece.rollout for piece in pieces])
+  state, total = step_lib.init_state(_PARAMS, _SGD), None
+  for piece in pieces:
+    inputs = piece._replace(limits=limits)
+    total = _gradient(_UPDATE_LOSS, state.params, None, inputs, total)
+  return *_apply(state, total), limits, total
 
 
 @EVERY_PHASE
 def test_the_sum_is_divided_by_the_tokens_that_count(phase):
   state, metrics, limits, total = _updated(1, phase)
   hidden = _STUDENT.prefix_hidden(_PARAMS, _PROMPTS, _ROLLOUT)
-  losses, counted, _ = _reference(
-      hidden, _PARAMS["head"]["weight"], limits
-  )
+  losses, counted, _ = _reference(hidden, _PARAMS["head"]["weight"], limits)
   assert float(metrics["loss"]) == pytest.approx(
       losses.sum() / counted.sum(), rel=1e-5
   )
@@ -235,12 +232,11 @@ def test_the_sum_is_divided_by_the_tokens_that_count(phase):
   )  # fmt: skip
 
 
-@pytest.mark.parametrize("parts", [2, 4, 8])
+@pytest.mark.parametrize("parts", [2, 8])
 def test_microbatches_do_not_change_the_update(parts):
   for phase in _PHASES:
     one, ours = _updated(1, phase), _updated(parts, phase)
-    for x, y in zip(ours[2:3], one[2:3], strict=True):
-      assert x == y  # The same limits, to the last bit.
+    assert ours[2] == one[2]  # The same limits, to the last bit.
     for name in ("loss", "counted", "grad_norm"):
       np.testing.assert_allclose(ours[1][name], one[1][name], rtol=1e-5)
     jax.tree.map(
@@ -250,12 +246,13 @@ def test_microbatches_do_not_change_the_update(parts):
 
 
 def test_only_tokens_of_the_window_are_ranked():
-  _, metrics, limits, _ = _updated(1, "refinement", (0, 3))
+  window = step_lib.Window(0, 3)
+  limits = step_lib.limits(window, _FLOOR, 0.3, True, [_ROLLOUT])
   inside = np.asarray(_ROLLOUT.mask) & (np.arange(_COLUMNS) < 3)
   ordered = np.sort(np.asarray(_ROLLOUT.entropy)[inside])[::-1]
   count = round(0.3 * inside.sum())
   assert float(limits.entropy) == ordered[count - 1]
-  assert float(metrics["counted"]) == pytest.approx(count / sum(_LENGTHS))
+  assert float(limits.reward) == -np.inf
 
 
 def test_the_sampler_records_the_entropies_of_the_student():
@@ -280,9 +277,38 @@ def test_the_sampler_records_the_entropies_of_the_student():
   assert not np.asarray(rollout.entropy)[~mask].any()
 
 
-_SPEC = LossSpec(
-    "relaxed", normalize="tokens", relaxed=RelaxedSpec(switch_step=2)
-)
+@pytest.mark.parametrize("name", ["", "r1-1.5b", "qwen3-1.7b", "qwen3-8b"])
+def test_the_recipes_are_whole(name):
+  config = config_lib.from_dict(experiment.get_config(name).to_dict())
+  loss = config.loss
+  assert (loss.form, loss.normalize) == ("relaxed", "tokens")
+  assert loss.relaxed.switch_step == config.steps // 2
+  assert config.method == "full"
+
+
+def test_an_unknown_recipe_is_refused():
+  with pytest.raises(errors.ConfigError, match="use one of small, r1-1.5b"):
+    experiment.get_config("r1-7b")
+
+
+def _recipe(tmp_path):
+  """The recipe of the paper's pair on small random models, of 4 updates."""
+  questions = tmp_path / "questions.jsonl"
+  rows = [{"question": f"What is {i}?"} for i in range(16)]
+  questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  settings = experiment.get_config("r1-1.5b")
+  settings.steps = 4
+  settings.loss.relaxed.switch_step = 2
+  settings.student.path, settings.teacher.path = toys.write_models(tmp_path)
+  settings.data.train = config_lib.DatasetSpec(str(questions)).__dict__
+  settings.data.batch_size, settings.data.max_prompt_len = 4, 64
+  settings.rollout.per_prompt, settings.rollout.max_len = 2, 16
+  settings.prefix.buckets = (16,)
+  settings.optimizer.batch_tokens = 4 * (64 + 16)  # Two microbatches.
+  settings.mesh.fsdp = 1
+  settings.evaluation.sets, settings.evaluation.between = {}, ()
+  settings.checkpoint.every = 1
+  return config_lib.from_dict(settings.to_dict())
 
 
 def _lines(workdir):
@@ -291,15 +317,7 @@ def _lines(workdir):
 
 
 def test_a_run_is_resumed_exactly_across_the_switch(tmp_path, monkeypatch):
-  models = toys.write_models(tmp_path)
-  config = toys.run_config(*models, loss=_SPEC, steps=4)
-  config = dataclasses.replace(
-      config,
-      evaluation=dataclasses.replace(
-          config.evaluation, sets={}, teacher=False
-      ),
-      checkpoint=dataclasses.replace(config.checkpoint, every=1),
-  )
+  config = _recipe(tmp_path)
   loop.train(config, tmp_path / "whole")
   whole = _lines(tmp_path / "whole")
   phases = ["exploration"] * 2 + ["refinement"] * 2
@@ -307,7 +325,8 @@ def test_a_run_is_resumed_exactly_across_the_switch(tmp_path, monkeypatch):
   for i, line in enumerate(whole):
     tokens = line["tokens"] - (whole[i - 1]["tokens"] if i else 0)
     if line["phase"] == "refinement":
-      assert line["counted"] * tokens == pytest.approx(round(0.2 * tokens))
+      # The first tokens of a prompt's rollouts have the same entropy.
+      assert -0.1 < line["counted"] * tokens - round(0.2 * tokens) < 3
       assert line["least_entropy"] > 0
     else:
       assert 0.2 < line["counted"] < 1
@@ -336,15 +355,13 @@ def test_a_run_is_resumed_exactly_across_the_switch(tmp_path, monkeypatch):
 def test_eight_devices_compute_what_one_does(tmp_path):
   process = toys.start("eight_devices.py", tmp_path, "relaxed", devices=8)
   (printed,) = toys.finish([process], seconds=240)
-  one, *others = map(json.loads, printed.strip().splitlines())
+  one, ours = map(json.loads, printed.strip().splitlines())
   counted = np.array(one["counted"])
   # Two updates of the first phase, and three of the second.
   assert (counted[:2, 1] == -np.inf).all() and (counted[2:, 1] > 0).all()
   assert (counted[:2, 0] > 0.3).all() and (counted[:2, 0] < 1).all()
   np.testing.assert_allclose(counted[2:, 0], 0.2, atol=0.02)
-  assert len(others) == 2
-  for ours in others:
-    assert ours["tokens"] == one["tokens"]
-    np.testing.assert_allclose(ours["counted"], counted, rtol=1e-4)
-    np.testing.assert_allclose(ours["norms"], one["norms"], rtol=1e-3)
-    assert ours["compilations"] == one["compilations"]
+  assert ours["tokens"] == one["tokens"]
+  np.testing.assert_allclose(ours["counted"], counted, rtol=1e-4)
+  np.testing.assert_allclose(ours["norms"], one["norms"], rtol=1e-3)
+  assert ours["compilations"] == one["compilations"]

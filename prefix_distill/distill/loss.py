@@ -163,8 +163,12 @@ class ExactLoss(Loss):
         divergence.log_probs(x, dist, these, shard) for x in both
     )
     value, gradient = divergence.compare_with_gradient(
-        divergence.named(self.kind, self.beta, self.max_entry), student,
-        teacher, these, dist, shard,
+        divergence.named(self.kind, self.beta, self.max_entry),
+        student,
+        teacher,
+        these,
+        dist,
+        shard,
     )
     plain = _plain(dist)
     if plain != dist:
@@ -214,8 +218,12 @@ class SampledLoss(Loss):
           rollout.entropy < limits.entropy, jnp.inf, limits.reward
       )
     return _Drawn(
-        rollout.tokens, rollout.behavior_log_probs, scores.log_probs,
-        scores.entropy, scores.top1, least,
+        rollout.tokens,
+        rollout.behavior_log_probs,
+        scores.log_probs,
+        scores.entropy,
+        scores.top1,
+        least,
     )
 
   def signal(self, student: jax.Array, teacher: jax.Array) -> jax.Array:
@@ -263,7 +271,8 @@ class SampledLoss(Loss):
         lambda token, event: self.of_tokens(
             token, event, extras.sampler, extras.teacher
         ),
-        found.token, found.event,
+        found.token,
+        found.event,
     )
     by_token, by_event = pull(jnp.ones_like(values))
     gradient = by_token[:, None] * found.d_token
@@ -356,8 +365,13 @@ def make(config: Config, num_tokens: int, stop_ids: tuple[int, ...]) -> Loss:
     return SampledLoss(dist, "policy_gradient", "k1", least, memory=memory)
   schedule = prefix_schedule.make(config)
   return ExactLoss(
-      dist, spec.exact.divergence, spec.jsd.beta, schedule.overlap_of,
-      schedule.score_tokens, spec.exact.max_entry, memory=memory,
+      dist,
+      spec.exact.divergence,
+      spec.jsd.beta,
+      schedule.overlap_of,
+      schedule.score_tokens,
+      spec.exact.max_entry,
+      memory=memory,
   )
 
 

@@ -33,6 +33,8 @@ from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.config import num_params
 from prefix_distill.models.config import QWEN3_1_7B
 from prefix_distill.models.config import QWEN3_8B
+from prefix_distill.models.config import R1_QWEN_1_5B
+from prefix_distill.models.config import R1_QWEN_7B
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.plan import cost
@@ -56,10 +58,12 @@ _TRAINING = ("move", "layout", "apply", "score", "prefill")
 ORDER = (*_TRAINING, *EVALUATION.values(), "decode", "gradient")
 # These programs are the same for all lengths of the prefix.
 _ONCE = ("move", "layout", "apply")
-# The architectures of the paper's models, for a laptop without a network.
+# The architectures of papers' models, for a laptop without a network.
 _KNOWN = {
     "Qwen/Qwen3-1.7B": QWEN3_1_7B,
     "Qwen/Qwen3-8B": QWEN3_8B,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": R1_QWEN_1_5B,
+    "Skywork/Skywork-OR1-7B": R1_QWEN_7B,
 }
 # A collective needs no plan if a device sends no more than so many bytes, nor
 # than this share of the largest weight. Counters and the like are so small.

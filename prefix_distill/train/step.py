@@ -302,9 +302,7 @@ def top_share(
   bits = []
   for x, mask in zip(values, masks, strict=True):
     x = jnp.abs(jnp.maximum(x, 0))  # -0.0 has the sign's bit.
-    bits.append(
-        jnp.where(mask, jax.lax.bitcast_convert_type(x, jnp.int32), -1)
-    )
+    bits.append(jnp.where(mask, jax.lax.bitcast_convert_type(x, jnp.int32), -1))
 
   def as_large(least: jax.Array) -> jax.Array:
     return sum(jnp.sum(x >= least) for x in bits)
