@@ -38,7 +38,7 @@ OBJECTIVES = EXACT | {
     ),
     "policy gradient": SampledLoss(MERGED),
     "k3": SampledLoss(MERGED, "direct", "k3"),
-    "relaxed": SampledLoss(MERGED, floor=-0.5),
+    "relaxed": SampledLoss(MERGED, floor=-1.0),
 }
 EVERY = pytest.mark.parametrize("name", OBJECTIVES)
 
@@ -91,7 +91,7 @@ def bounded_forward_kl(student, teacher, objective: ExactLoss) -> jax.Array:
 
 
 # Drops tokens by the reward, and more of them by the entropy while sampling.
-LIMITS = Limits(jnp.float32(-0.5), jnp.float32(0.4))
+LIMITS = Limits(jnp.float32(-1.0), jnp.float32(0.4))
 ENTROPY = jnp.abs(normal(7, ROWS, LENGTH))
 
 

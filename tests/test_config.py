@@ -283,7 +283,7 @@ def test_missing_fields_are_named(name):
         ("rollout.source", "web", "use one of 'student', 'teacher' or 'data'"),
         ("rollout.source_share", -0.5, "set it to 0 or more"),
         ("rollout.batch_tokens", -1, "set it to 0 or more"),
-        ("loss.form", "forward", "use one of 'exact', 'policy_gradient' or"),
+        ("loss.form", "forward", "use one of 'exact', 'policy_gradient',"),
         ("loss.jsd.beta", 1.5, "set it to 1 or less"),
         ("loss.exact.top_k", -1, "set it to 0 or more"),
         ("loss.exact.top_k_of", "both", "use one of 'teacher' or 'student'"),
