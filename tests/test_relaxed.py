@@ -307,6 +307,7 @@ def _recipe(tmp_path):
   settings.optimizer.batch_tokens = 4 * (64 + 16)  # Two microbatches.
   settings.mesh.fsdp = 1
   settings.evaluation.sets, settings.evaluation.between = {}, ()
+  settings.evaluation.max_len = 16
   settings.checkpoint.every = 1
   return config_lib.from_dict(settings.to_dict())
 
