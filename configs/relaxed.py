@@ -12,16 +12,18 @@ The sum is divided by the number of tokens that count, over all microbatches and
 devices. Metrics: `counted` is their share of all tokens, `phase` the phase, and
 `least_entropy` the entropy from which tokens count in refinement.
 
-Sources. We have read the paper's abstract, and five readers of the rest: public
-notes and implementations. They agree on the reward, on what each phase drops,
-on the sum's divisor and on the share 0.2 (one prefers 0.5). They differ on
-  the floor, for the weight a: log(a / (1 - a)) in four, two of which cite
-    equation 7; log(a) / (1 - a) in one. The default is the first:
+Sources. Of the paper we have read the abstract; the rest is from public notes
+and implementations of others. They agree on the reward, on what each phase
+drops, on the sum's divisor, and but for one on the share 0.2. They differ on
+  the floor, for the weight a: log(a / (1 - a)) in four, of which two cite
+    equation 7, and log(a) / (1 - a) in two. The default is the first:
     --config.loss.relaxed.floor=scaled_log is the other, and `log`, log(a), is
-    neither's. `loss.floor` says what each means;
-  the weight: 0.3 as the paper's in two, 0.1 as the paper's in one, 0.2 from a
-    figure in one. The default is 0.3, where the floor is -0.85;
-  the switch: 150 of 300 updates in one, the default; a third in one.
+    ours. `loss.floor` says what each means;
+  the weight: 0.3 as the paper's default in one and as an example in one, 0.1
+    as the paper's in one, 0.2 from a figure in one. The default is 0.3, where
+    the floor is -0.85;
+  the switch: 150 of 300 updates as the paper's in one, the default; after a
+    third of the updates in one.
 
 small
   Prompts of 21 tokens and answers of 236 (`ChainTask` in

@@ -324,8 +324,8 @@ def floor(spec: RelaxedSpec) -> float:
                                   which is as steep as R where p = q
     log         log(a)            the least that log(m / p) can be
 
-  We have read no text of the paper, and its readers differ: four take equation
-  7 for log_odds, the default, and one for scaled_log; log is ours.
+  Others' notes and implementations differ on the paper's equation 7: log_odds,
+  the default, is in four, and scaled_log in two; log is ours.
   """
   a = spec.weight
   return {
