@@ -201,7 +201,7 @@ _take = jax.jit(microbatch.take, static_argnums=(0, 1))
 @functools.cache
 def _updated(parts, phase):
   """An update with a rate of 1, in so many microbatches."""
-  whole = step_lib.Inputs(_PROMPTS, _ROLLOUT, _SCORES)
+  whole = step_lib.Microbatch(_PROMPTS, _ROLLOUT, _SCORES)
   pieces = [_take(parts, _MESH, whole, i) for i in range(parts)]
   refines = phase == "refinement"
   limits = _limits_of(refines, [piece.rollout for piece in pieces])

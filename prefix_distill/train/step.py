@@ -31,7 +31,7 @@ from prefix_distill.structs import TeacherScores
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 
 
-class Inputs(NamedTuple):
+class Microbatch(NamedTuple):
   """A microbatch.
 
   Attributes:
@@ -49,7 +49,7 @@ class Inputs(NamedTuple):
 
 # (params, the teacher's output head, microbatch) -> summed loss, metrics.
 LossFn = Callable[
-    [Params, jax.Array | None, Inputs], tuple[jax.Array, Sums]
+    [Params, jax.Array | None, Microbatch], tuple[jax.Array, Sums]
 ]
 # Answers are divided into so many bins of positions in the metrics.
 POSITION_BINS = 16
@@ -207,7 +207,7 @@ def distillation_loss(
     window: Window,
     params: Params,
     teacher_head: jax.Array | None,
-    inputs: Inputs,
+    inputs: Microbatch,
 ) -> tuple[jax.Array, Sums]:
   """Sums the loss over all prefix tokens of all rollouts.
 
@@ -224,7 +224,7 @@ def distillation_loss(
     limits also `counted`, the share of tokens that have a loss, which `loss`
     is then per one of.
   """
-  batch, rollout, scores, limits = Inputs(*inputs)
+  batch, rollout, scores, limits = Microbatch(*inputs)
   mask = rollout.mask
   weights = window.weights(mask)
   # Inputs and not only terms: the gradient of a discarded NaN is 0 * NaN.
@@ -323,7 +323,7 @@ def supervised_loss(
     memory: int,
     params: Params,
     teacher_head: None,
-    inputs: Inputs,
+    inputs: Microbatch,
 ) -> tuple[jax.Array, Sums]:
   """Sums the cross-entropy of the completions, stop token included."""
   del teacher_head  # There is no teacher.
@@ -340,7 +340,7 @@ def gradient(
     loss_fn: LossFn,
     params: Params,
     teacher_head: jax.Array | None,
-    inputs: Inputs,
+    inputs: Microbatch,
     before: Gradient | None = None,
 ) -> Gradient:
   """Adds a microbatch's gradient and metrics; to be jitted, `before` donated.

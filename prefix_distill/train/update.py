@@ -37,7 +37,7 @@ from prefix_distill.train import step as step_lib
 from prefix_distill.train.microbatch import Microbatches
 from prefix_distill.train.setup import Models
 from prefix_distill.train.step import Gradient
-from prefix_distill.train.step import Inputs
+from prefix_distill.train.step import Microbatch
 from prefix_distill.train.step import TrainState
 
 
@@ -335,7 +335,7 @@ class Programs:
         )
       with clock.phase("update"):
         head = self.teacher_head(teacher, scores)
-        inputs = Inputs(batch, trained, scores, limits)
+        inputs = Microbatch(batch, trained, scores, limits)
         if total is None and len(split) > 1:
           total = self.zeros(state.params, head, inputs)
         shown.append((rollout.tokens, rollout.mask, trained.mask, minima))
