@@ -53,9 +53,9 @@ r1-1.5b
   reader has 0.6), AdamW at a constant 1e-6 after 2 warm-up updates, no suffix,
   since we take the chat templates to open `<think>` themselves (--preflight
   shows the prompt), and the evaluation of `configs/math.py`.
-  Hardware: 8 x H100, where it fits and takes 13.4 hours at least if all rollouts
-  reach the cap, by `prefix_distill.plan --topology=h100:8 --prefix=8192`. We
-  have not run it.
+  Hardware: 8 x H100. There it fits, and takes at least 13.4 hours if all
+  rollouts reach the cap, says `prefix_distill.plan --topology=h100:8
+  --prefix=8192`. We have not run it.
 
 qwen3-1.7b, qwen3-8b
   The same with the pairs of `configs/math.py`, neither planned nor run by us.
