@@ -459,6 +459,7 @@ class Run:
         jax.random.fold_in(self.key, step),
         None if config.is_supervised else source,
         self.schedule.threshold(self.totals.schedule),
+        config.loss.refines(step),
         poll,
         self.keeper.wants_rollouts(step + 1),
     )
@@ -508,6 +509,8 @@ class Run:
     line |= {"rollout_len": float(mask.sum(1).mean())} | totals.line()
     if config.rollout.source != "student":
       line["source"] = source
+    if "least_entropy" in done.metrics:
+      line["phase"] = "refinement" if request.refines else "exploration"
     if done.minima is not None:
       line["trained_len"] = float(trained.sum(1).mean())
     if not config.is_supervised:
@@ -598,7 +601,8 @@ def _flatten(metrics: dict[str, Any], config: Config) -> dict[str, float]:
   """Makes flat JSON of the update's metrics.
 
   Bins of positions and special tokens that no token belonged to are left out,
-  and so are the statistics that only the schedule reads.
+  and so are a threshold that is off and the statistics that only the schedule
+  reads.
   """
   out = {}
   width = step_lib.bin_width(config.rollout.max_len)
@@ -608,7 +612,8 @@ def _flatten(metrics: dict[str, Any], config: Config) -> dict[str, float]:
     if name.startswith(prefix_schedule.SHOWN):
       continue
     if np.ndim(value) == 0:
-      if name != "kl_special" or np.isfinite(value):
+      optional = name in ("kl_special", "least_entropy")
+      if not optional or np.isfinite(value):
         out[name] = float(value)
       continue
     for i, part in enumerate(value):

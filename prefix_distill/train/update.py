@@ -30,6 +30,7 @@ from prefix_distill.models.transformer import Params
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
 from prefix_distill.rollout.sampling import Truncation
+from prefix_distill.structs import Limits
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 from prefix_distill.structs import TeacherScores
@@ -39,6 +40,7 @@ from prefix_distill.train.microbatch import Microbatches
 from prefix_distill.train.samples import Inspected
 from prefix_distill.train.setup import Models
 from prefix_distill.train.step import Gradient
+from prefix_distill.train.step import Microbatch
 from prefix_distill.train.step import TrainState
 
 
@@ -75,6 +77,7 @@ class Request:
     source: whose answers it learns from: "student", "teacher" or "data"; None
       for supervised training, which learns from the given answers, whole.
     threshold: below which rollouts agree; None if they are not cut.
+    refines: whether a relaxed loss is in its second phase.
     poll: called between segments and microbatches. It may raise: no state has
       been changed then.
     inspected: whether to look at a few rollouts token by token.
@@ -84,6 +87,7 @@ class Request:
   key: jax.Array
   source: str | None = "student"
   threshold: float | None = None
+  refines: bool = False
   poll: Callable[[], None] = lambda: None
   inspected: bool = False
 
@@ -93,7 +97,8 @@ class Outcome:
   """What an update showed: whole arrays, in every process.
 
   Attributes:
-    metrics: means over all rollouts.
+    metrics: means over all rollouts; with a relaxed loss also `least_entropy`,
+      at which tokens count, -inf in its first phase.
     tokens: int32 [rollouts, P], as they were sampled or given.
     mask: bool [rollouts, P].
     trained: bool [rollouts, P], what the schedule chose of the mask.
@@ -132,6 +137,7 @@ def sampler(
       per_prompt=spec.per_prompt,
       truncation=Truncation(spec.top_k, spec.top_p),
       cache_dtype=spec.cache_dtype,
+      entropy=models.config.loss.form == "relaxed",
   )
   return generate.Sampler(
       models.for_sampling(model),
@@ -191,6 +197,16 @@ class Programs:
         out_shardings=dataclasses.replace(totals, chosen=None),
     )
     self._refresh = self._refreshing()
+    self._limits = Program(
+        "limits",
+        functools.partial(
+            step_lib.limits,
+            self._window,
+            loss_lib.floor(config.loss.relaxed),
+            config.loss.relaxed.entropy_share,
+        ),
+        out_shardings=replicated,
+    )
     normalize = "tokens" if config.is_supervised else config.loss.normalize
     self._apply = Program(
         "apply",
@@ -228,13 +244,15 @@ class Programs:
         models.special_ids,
         prefix_schedule.make(config),
     )
-    window = step_lib.Window(
-        config.loss.window_start,
-        config.loss.window_end,
-        config.loss.normalize == "length",
-    )
     return functools.partial(
-        step_lib.distillation_loss, models.student, loss, watch, window
+        step_lib.distillation_loss, models.student, loss, watch, self._window
+    )
+
+  @property
+  def _window(self) -> step_lib.Window:
+    spec = self._models.config.loss
+    return step_lib.Window(
+        spec.window_start, spec.window_end, spec.normalize == "length"
     )
 
   def abstract_state(self) -> TrainState:
@@ -404,6 +422,7 @@ class Programs:
     if request.inspected:
       with clock.phase("inspect"):
         inspected = self.inspect(state.params, teacher, *split[0])
+    limits = self._limits_of(sampled, request)
     threshold = request.threshold
     if threshold is not None:
       threshold = np.float32(threshold)
@@ -416,7 +435,7 @@ class Programs:
           jax.block_until_ready(scores)
       with clock.phase("update"):
         head = self.teacher_head(teacher, scores)
-        inputs = (batch, rollout, scores)
+        inputs = Microbatch(batch, rollout, scores, limits)
         if total is None and len(split) > 1:
           total = self.zeros(state.params, head, inputs, None, threshold)
         total = self.gradient(state.params, head, inputs, total, threshold)
@@ -430,6 +449,8 @@ class Programs:
         return self.apply(state, total)[0], None
       arrays = self._gather(shown, len(sampled))
       state, metrics = self.apply(state, total)
+      if limits is not None:
+        metrics["least_entropy"] = limits.entropy
       metrics = jax.device_get(metrics)
     return state, Outcome(metrics, *arrays, inspected)
 
@@ -475,6 +496,15 @@ class Programs:
       jax.block_until_ready(rollouts)
       batches = [self.microbatches.repeat(batch) for batch in batches]
     return list(zip(batches, rollouts, strict=True))
+
+  def _limits_of(
+      self, sampled: list[tuple[PromptBatch, Rollout]], request: Request
+  ) -> Limits | None:
+    """Says which tokens of the whole update count; None for all."""
+    if request.source is None or self._models.config.loss.form != "relaxed":
+      return None
+    rollouts = [rollout for _, rollout in sampled]
+    return self._limits(np.bool_(request.refines), rollouts)
 
   def teacher_head(
       self, params: Params | None, scores: TeacherScores | None
