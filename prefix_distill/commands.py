@@ -19,7 +19,7 @@ COMMANDS = {
     ),
     "eval": (
         "grades a model's answers to problems",
-        "evaluate.__main__",
+        "eval",
     ),
     "sample": ("shows a model's answers to prompts of yours", "talk"),
     "chat": ("talks to a model in the terminal", "talk"),
@@ -27,10 +27,10 @@ COMMANDS = {
         "writes a checkpoint as a Hugging Face model directory",
         "export",
     ),
-    "report": ("writes a run's report again", "report.__main__"),
+    "report": ("writes a run's report again", "runs"),
     "compare": (
         "puts several runs into one table and one figure",
-        "experiments.compare",
+        "runs",
     ),
 }
 _EXAMPLES = """

@@ -12,9 +12,9 @@ from prefix_distill import command_line
 from prefix_distill import commands
 from prefix_distill import config as config_lib
 from prefix_distill import reference
+from prefix_distill import runs
 from prefix_distill import talk
 from prefix_distill.errors import ConfigError
-from prefix_distill.experiments import compare
 
 _ROOT = pathlib.Path(__file__).parents[1]
 
@@ -245,12 +245,12 @@ def test_compare_puts_runs_side_by_side(run, tmp_path):
 def test_a_difference_is_paired():
   """As good on every problem: no doubt; else the interval holds the mean."""
   ours = {"verdicts": "1100" * 30, "samples": 2}
-  same = compare.difference(ours, ours)
+  same = runs.difference(ours, ours)
   assert same == (0, 0, 0)
   theirs = {"verdicts": "1000" * 25 + "1111" * 5, "samples": 2}
-  value, low, high = compare.difference(ours, theirs)
+  value, low, high = runs.difference(ours, theirs)
   # Problems 2 and 1 of a pair: +0.5 and 0, then 0 and -1.
   assert value == pytest.approx((25 * 0.5 - 5) / 60)
   assert low < value < high
-  back = compare.difference(theirs, ours)
+  back = runs.difference(theirs, ours)
   assert back[0] == -value

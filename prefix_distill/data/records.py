@@ -619,7 +619,7 @@ def _identity(
   return random_key(*(" ".join(turn.split()) for turn in asked)).hex()
 
 
-class _Chosen:
+class _Choice:
   """The records that are chosen from a stream; see the module.
 
   Attributes:
@@ -684,7 +684,7 @@ def _choose(spec: DatasetSpec, names: Sequence[str], first: bool) -> "Records":
     stream = _dataset_stream(spec, first)
   else:
     first = False
-  chosen = _Chosen(
+  chosen = _Choice(
       spec, FIRST if first else spec.size, spec.random and not first
   )
   paths = [name.split(".") for name in names]

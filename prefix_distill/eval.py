@@ -198,7 +198,3 @@ def main(argv: list[str]) -> None:
 def start() -> None:
   """Reads the command line and evaluates."""
   app.run(main, flags_parser=_parse)
-
-
-if __name__ == "__main__":
-  start()

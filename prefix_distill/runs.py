@@ -1,10 +1,11 @@
-"""Puts several runs into one table and one figure.
+"""Looks at runs: one's report again, or several in one table and one figure.
 
+  prefix-distill report --workdir=runs/math
   prefix-distill compare runs/full runs/prefix --to=runs/compared
 
-The first run is the one that the others are compared with. A difference of
-accuracies has a 95 % interval from a paired bootstrap over the problems of the
-set; it says nothing of other seeds of the same run
+In a comparison the first run is the one that the others are compared with. A
+difference of accuracies has a 95 % interval from a paired bootstrap over the
+problems of the set; it says nothing of other seeds of the same run
 (`prefix_distill/experiments/reproduce.py` does runs with several).
 """
 
@@ -29,6 +30,7 @@ from prefix_distill.errors import ArgumentParser
 from prefix_distill.errors import check
 from prefix_distill.errors import check_path
 from prefix_distill.errors import UserError
+from prefix_distill.report import page
 from prefix_distill.report import report
 from prefix_distill.train import workdir as workdir_lib
 
@@ -39,7 +41,7 @@ _HEADER = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Compared:
+class RunSummary:
   """A run as it is compared.
 
   Attributes:
@@ -62,7 +64,7 @@ class Compared:
     return f"prefix, {self.config.schedule}"
 
 
-def read(workdir: pathlib.Path, name: str) -> Compared:
+def read(workdir: pathlib.Path, name: str) -> RunSummary:
   """Reads a run; it may still go on.
 
   Raises:
@@ -80,7 +82,7 @@ def read(workdir: pathlib.Path, name: str) -> Compared:
       f"{workdir} has no evaluation yet; leave it out, or wait for one.",
   )
   names = dict.fromkeys(x["set"] for x in sampled)
-  return Compared(
+  return RunSummary(
       name,
       config,
       [x for x in lines if "prefix_len" in x],
@@ -115,14 +117,14 @@ def difference(
   return float(found.mean()), float(low), float(high)
 
 
-def _same_problems(ours: Compared, theirs: Compared, name: str) -> bool:
+def _same_problems(ours: RunSummary, theirs: RunSummary, name: str) -> bool:
   """Whether two runs were asked the same."""
   a, b = (run.config.evaluation.sets[name] for run in (ours, theirs))
   x, y = (run.sets[name][-1] for run in (ours, theirs))
   return a == b and all(x[k] == y[k] for k in ("problems", "dropped"))
 
 
-def _row(run: Compared, first: Compared, name: str) -> tuple[str, ...]:
+def _row(run: RunSummary, first: RunSummary, name: str) -> tuple[str, ...]:
   lines = run.sets[name]
   last = run.updates[-1] if run.updates else {"flops": 0, "seconds": 0}
   start = report.accuracy(lines[0]) if lines[0]["step"] == 0 else "-"
@@ -145,13 +147,13 @@ def _row(run: Compared, first: Compared, name: str) -> tuple[str, ...]:
   )
 
 
-def rows(runs: Sequence[Compared], name: str) -> list[tuple[str, ...]]:
+def rows(runs: Sequence[RunSummary], name: str) -> list[tuple[str, ...]]:
   """Returns the table of a set, without its header."""
   mine = [run for run in runs if name in run.sets]
   return [_row(run, mine[0], name) for run in mine]
 
 
-def figure(runs: Sequence[Compared], name: str) -> Figure:
+def figure(runs: Sequence[RunSummary], name: str) -> Figure:
   """Draws accuracy over cumulative training FLOPs, a curve for each run."""
   out = Figure(figsize=(8, 4.5), layout="constrained")
   axes = out.subplots()
@@ -227,29 +229,45 @@ def compare(
       console.print(Text(f"Figure in {file}."), soft_wrap=True)
 
 
+def _report(args: argparse.Namespace) -> None:
+  check(bool(args.workdir), "--workdir is missing; set it.")
+  check_path("workdir", args.workdir)
+  workdir = pathlib.Path(args.workdir)
+  workdir_lib.read_config(workdir)  # Or no run is there.
+  check(
+      (workdir / "metrics.jsonl").is_file(),
+      f"{workdir} has no metrics.jsonl; the run has not begun yet.",
+  )
+  page.write(workdir)
+
+
+def _compare(args: argparse.Namespace) -> None:
+  check(len(args.workdirs) > 1, "Give the directories of two runs or more.")
+  for name in [*args.workdirs, args.to]:
+    check_path("to", name)
+  to = pathlib.Path(args.to) if args.to else None
+  workdirs = [pathlib.Path(name) for name in args.workdirs]
+  compare(workdirs, to, rich.console.Console(highlight=False))
+
+
 def start() -> None:
   """Does what the command line says, or exits with one sentence."""
+  command = sys.argv[0].split()[-1]
   parser = ArgumentParser(
-      prog="prefix-distill compare",
+      prog=f"prefix-distill {command}",
       description=__doc__,
       formatter_class=argparse.RawDescriptionHelpFormatter,
       allow_abbrev=False,
   )
-  parser.add_argument("workdirs", nargs="*", help="Two runs or more.")
-  parser.add_argument("--to", default="", help="A directory for figures.")
+  if command == "report":
+    parser.add_argument("--workdir", default="", help="Where the run is kept.")
+  else:
+    parser.add_argument("workdirs", nargs="*", help="Two runs or more.")
+    parser.add_argument("--to", default="", help="A directory for figures.")
   args = parser.parse_args(sys.argv[1:])
   try:
-    check(len(args.workdirs) > 1, "Give the directories of two runs or more.")
-    for name in [*args.workdirs, args.to]:
-      check_path("to", name)
-    to = pathlib.Path(args.to) if args.to else None
-    workdirs = [pathlib.Path(name) for name in args.workdirs]
-    compare(workdirs, to, rich.console.Console(highlight=False))
+    {"report": _report, "compare": _compare}[command](args)
   except UserError as error:
     sys.exit(f"error: {error}")
   except OSError as error:
-    sys.exit(f"error: --to={args.to} cannot be written ({error.strerror}).")
-
-
-if __name__ == "__main__":
-  start()
+    sys.exit(f"error: what was asked for cannot be written ({error}).")
