@@ -517,7 +517,8 @@ def test_a_batch_that_does_not_split_is_refused_for_other_devices(
       },
   )  # fmt: skip
   assert process.returncode == 1 and not process.stdout
-  assert f"{group}.batch_size is 12, which is not divisible by 8" in process.stderr
+  words = f"{group}.batch_size is 12, which is not divisible by 8"
+  assert words in process.stderr
   assert "JAX_NUM_CPU_DEVICES" in process.stderr
 
 
