@@ -405,7 +405,7 @@ def _choices() -> Iterator[Case]:
         f"choices/{name}", _jsonl(record(options=value, answer="A")),
         ("record 1", "options"), fields=fields,
     )  # fmt: skip
-  for name, value in (("a number", 1), ("of none", "C"), ("a word", "first")):
+  for name, value in (("a number", 2), ("of none", "C"), ("a word", "first")):
     yield Case(
         f"choices/the letter is {name}",
         _jsonl(record(options=["a", "b"], answer=value)),

@@ -340,7 +340,7 @@ def test_an_exported_student_ends_its_answers_where_the_run_does(tmp_path):
   shardings = jax.tree.map(lambda _: one, model.abstract_params())
   params = hf.load_params(config.student.path, model, shardings)
   out = tmp_path / "out"
-  setup.export_student(config, params, stops, out)
+  setup.export_student(config, params, stops, out, tmp_path, 0)
   theirs = transformers.AutoModelForCausalLM.from_pretrained(
       out, dtype=torch.float32, attn_implementation="eager"
   )
