@@ -331,6 +331,7 @@ def test_an_exported_student_ends_its_answers_where_the_run_does(tmp_path):
   from prefix_distill.train import setup
 
   config = config_lib.from_dict(experiment.get_config().to_dict())
+  torch.set_num_threads(1)  # Many threads on a busy machine take minutes.
   inputs = setup.check(config)
   tokenizers = [one.tokenizer for one in inputs.fed]
   stops, _ = setup.stop_ids(config, tokenizers)
