@@ -11,7 +11,8 @@ and the records that are dropped do not depend on the number of processes.
 A record that is no use is left out of training, and counted in `dropped`:
 
   long      a prompt or a completion is longer than its static length
-  empty     the question, the teacher's prompt or the completion is blank
+  empty     the question, the completion or a field of the teacher's prompt is
+            blank
   broken    one of them has a lone surrogate, half of a character
   lost      the encoded prompt does not read as the question: the template left
             it out, or the tokenizer has no tokens for it
@@ -201,7 +202,11 @@ def encode_problem(
 
 
 def _encode_completion(
-    tokenizer: Tokenizer, text: str, max_len: int, opening: str
+    tokenizer: Tokenizer,
+    text: str,
+    max_len: int,
+    opening: str,
+    ends: Sequence[int] = (),
 ) -> tuple[tuple[np.ndarray, np.ndarray], list[str]]:
   """Encodes a completion, and says what was cut off.
 
@@ -210,13 +215,14 @@ def _encode_completion(
     text: the completion.
     max_len: of the row, with the stop token.
     opening: what the prompt ends with.
+    ends: tokens that end an answer besides the tokenizer's own.
 
   Raises:
     Dropped: it cannot be used.
   """
   if len(text) > max_len * tokenizer.longest_text:
     raise Dropped("long")
-  text, noted = _trimmed(tokenizer, text, opening)
+  text, noted = _trimmed(tokenizer, text, opening, ends)
   fault = records.fault(text)
   if fault:
     raise Dropped(fault)
@@ -232,7 +238,7 @@ def _encode_completion(
 
 
 def _trimmed(
-    tokenizer: Tokenizer, text: str, opening: str
+    tokenizer: Tokenizer, text: str, opening: str, ends: Sequence[int]
 ) -> tuple[str, list[str]]:
   """Cuts off what the prompt and the row's end have already."""
   noted, start = [], text.lstrip()
@@ -240,7 +246,7 @@ def _trimmed(
     text, noted = start[len(opening.strip()) :], ["opened"]
     # The white space behind it is the prompt's, too, if the prompt has any.
     text = text.removeprefix(opening[len(opening.rstrip()) :])
-  end = tokenizer.end_of_text(text)
+  end = tokenizer.end_of_text(text, ends)
   return text[:end], noted + ["ended"] * (end < len(text))
 
 
@@ -384,6 +390,7 @@ class PromptIterator:
     )
     self._completion_len = completion_len
     self._opening = functools.cache(tokenizer.opening)
+    self._ends = teacher_tokenizer.stop_ids if teacher_tokenizer else ()
     self._asked = frozenset(
         row
         for batch in (asked if spec.train.is_gym else ())
@@ -515,10 +522,17 @@ class PromptIterator:
     if self._completion_len:
       text = records.completion(record, fields.completion, where)
       completion, cut = _encode_completion(
-          tokenizer, text, self._completion_len, self._opening(suffix)
+          tokenizer,
+          text,
+          self._completion_len,
+          self._opening(suffix),
+          self._ends,
       )
       noted += cut
     if theirs is not None:
+      fields = (records.filled(record, x, where) for x in spec.teacher_fields)
+      if "empty" in map(records.fault, fields):
+        raise Dropped("empty")
       tokenizer, room = self._teacher_tokenizer, spec.teacher_prompt_len
       teachers = _encode_question(
           tokenizer, theirs, room, suffix, own=True

@@ -49,6 +49,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import string
 from typing import Any
 from typing import TypeAlias
@@ -73,6 +74,22 @@ _SHARDS, _ROWS = 16, 200
 _BATCH = 256
 
 _ROLES = ("system", "user", "assistant")
+# Fields of a message that would be lost, and what to do about them.
+_TOOLS = "take out records with calls of tools"
+_MEDIA = "take out records that are not text alone"
+_THOUGHTS = "write the thoughts into its content, between the model's own tags"
+_EXTRAS = {
+    "tool_calls": _TOOLS,
+    "function_call": _TOOLS,
+    "images": _MEDIA,
+    "audios": _MEDIA,
+    "videos": _MEDIA,
+    "reasoning_content": _THOUGHTS,
+    "reasoning": _THOUGHTS,
+    "thinking": _THOUGHTS,
+}
+# White space, and signs of no width.
+_BLANK = re.compile(r"[\s\u200b-\u200d\u2060\ufeff]*")
 
 
 class DataError(UserError):
@@ -232,7 +249,7 @@ def texts(asked: Question) -> list[str]:
 
 def fault(found: str) -> str:
   """Returns what makes a text useless: "empty", "broken" or nothing."""
-  if not found.strip():
+  if _BLANK.fullmatch(found):
     return "empty"
   try:
     found.encode()
@@ -259,13 +276,10 @@ def _messages(found: list[Any], name: str, where: str) -> list[Message]:
       raise _refuse(
           role, f"{at}.role", where, f"none of the roles {', '.join(_ROLES)}"
       )
-    for extra in ("tool_calls", "function_call"):
+    for extra, mend in _EXTRAS.items():
       if message.get(extra):
         raise _refuse(
-            message[extra],
-            f"{at}.{extra}",
-            where,
-            "not supported; take out records with calls of tools",
+            message[extra], f"{at}.{extra}", where, f"not supported; {mend}"
         )
     content = _content(message.get("content"), f"{at}.content", where)
     out.append({"role": role, "content": content})
@@ -717,10 +731,11 @@ def fill(record: Mapping[str, Any], template: str, where: str) -> str:
   Raises:
     DataError: the record lacks one, or it holds something else.
   """
-  return FIELD.sub(lambda match: _filled(record, match[1], where), template)
+  return FIELD.sub(lambda match: filled(record, match[1], where), template)
 
 
-def _filled(record: Mapping[str, Any], name: str, where: str) -> str:
+def filled(record: Mapping[str, Any], name: str, where: str) -> str:
+  """Returns the text of one field; see `fill`."""
   found = value(record, name, where)
   if not _are_messages(found):
     return answer(record, name, where)

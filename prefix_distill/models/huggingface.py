@@ -47,11 +47,28 @@ _TOKENIZER = "tokenizer_config.json"
 # What an export takes along from the model it was made of.
 _COMPANIONS = (
     "tokenizer.json",
+    "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+)
+# Code of a repository, which an export does not have, and how answers were
+# sampled, which old config.json say and generation_config.json says now.
+_LEFT_OUT = (
+    "auto_map",
+    "torch_dtype",
+    "do_sample",
+    "max_length",
+    "max_new_tokens",
+    "min_length",
+    "min_new_tokens",
+    "num_beams",
+    "repetition_penalty",
+    "temperature",
+    "top_k",
+    "top_p",
 )
 # What an export's config.json repeats from the tokenizer.
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -112,7 +129,7 @@ def resolve(path: str, weights: bool = False) -> pathlib.Path:
         f"{path} is not a directory; give the directory of a Hugging Face"
         " model, a hub id (OWNER/NAME or OWNER/NAME@REVISION) or bundled:NAME."
     )
-  wanted = ["*.json", "*.txt", "*.jinja"]
+  wanted = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
   if weights:
     wanted.append("*.safetensors")
   try:
@@ -534,8 +551,6 @@ def _write_weights(
       safetensors.numpy.save_file(
           arrays, directory / file, metadata={"format": "pt"}
       )
-      # safetensors lets nobody else read it.
-      (directory / file).chmod(0o644)
   if split.is_sharded and writes:
     index = {
         "metadata": split.metadata,
@@ -617,6 +632,7 @@ def _old_rope(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _tokenizer_settings(file: pathlib.Path) -> dict[str, Any]:
   """Returns a tokenizer's settings in words that transformers 4 knows too."""
   settings = read_json(file)
+  settings.pop("auto_map", None)
   if settings.get("tokenizer_class") in _NEW_TOKENIZERS:
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings.pop("backend", None)
@@ -660,7 +676,7 @@ def export(
   if writes:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    settings.pop("torch_dtype", None)
+    settings = {k: v for k, v in settings.items() if k not in _LEFT_OUT}
     ids = read_json(companion / "config.json")
     settings |= {name: ids[name] for name in _TOKEN_IDS if name in ids}
     settings["dtype"] = dtype
@@ -674,6 +690,8 @@ def export(
       (partial / "README.md").write_text(card, encoding="utf-8")
   _write_weights(params, family, partial, jnp.dtype(dtype))
   if writes:
+    for file in partial.iterdir():  # Whatever the umask lets others read.
+      file.chmod(0o644)
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
 
