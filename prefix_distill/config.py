@@ -231,6 +231,9 @@ class ModelSpec:
       "offload" (as "full", with the layers' inputs in the host's memory).
     offload: keeps a teacher's weights in the host's memory while the student
       samples.
+    refresh: makes a teacher's weights a copy of the student's after every so
+      many updates, in `param_dtype`, which takes one architecture of both; 0 is
+      never.
     random_init: takes only the architecture and the tokenizer from `path`.
     tokenizer: names a model whose tokenizer, template and stop tokens replace
       those of `path`.
@@ -241,6 +244,7 @@ class ModelSpec:
   param_dtype: _Dtype = "float32"
   remat: Literal["none", "full", "dots", "offload"] = "none"
   offload: _Bool = False
+  refresh: _NotNegative = 0
   random_init: _Bool = False
   tokenizer: _Place = ""
 
@@ -260,16 +264,22 @@ class DatasetSpec:
     split: names the data set's split; files have none, and tasks of
       reasoning-gym "train", "validation" and "test".
     subset: names a hub data set's configuration, or the math task's style.
-    question: names the field of the question.
+    question: names the field of the question, or is a template over the
+      record's fields, such as "{problem} Think aloud.".
     answer: names the field of the right answer; empty if none is needed.
     completion: names the field of a whole answer; empty if none is needed.
     size: is how many records to take; 0 takes all, but a bundled task has no
       end, and of a task of reasoning-gym 100,000 for training and else 500.
     samples: is how many answers an evaluation samples for each problem.
+    where: takes only records whose fields hold these texts, such as
+      ("domain=math",); `size`, `random` and `distinct` choose among them.
+    distinct: takes each question once, in its first record; white space does
+      not tell two questions apart.
     random: takes `size` records at random instead of the first ones.
     choices: names the field that lists a question's options, or one field for
-      each option; `answer` then holds the right one's letter, or is one of
-      these fields, and the options come in a random order.
+      each option; `answer` then holds the right one's letter, or as an integer
+      its number from 0, or is one of these fields, and the options come in a
+      random order.
     seed: seeds `random`, the order of the options, and a task of
       reasoning-gym.
     max_prompt_len: drops and counts longer prompts of an evaluation; 0 stands
@@ -282,11 +292,13 @@ class DatasetSpec:
   source: _NamedPlace
   split: _Str = "train"
   subset: _Str = ""
-  question: _Str = "question"
+  question: _Text = "question"
   answer: _Str = ""
   completion: _Str = ""
   size: _NotNegative = 0
   samples: _Positive = 1
+  where: Annotated[tuple[_Str, ...], Field(max_length=26)] = ()
+  distinct: _Bool = False
   random: _Bool = False
   choices: Annotated[tuple[_Str, ...], Field(max_length=26)] = ()
   seed: _Seed = 0
@@ -307,6 +319,27 @@ class DatasetSpec:
         f" {_HERE}size is {self.size}; set {_HERE}size to how many records to"
         f" draw from a file or data set, or {_HERE}random to False.",
     )
+    wrong = [text for text in self.where if not text.partition("=")[0]]
+    wrong += [text for text in self.where if "=" not in text]
+    _check(
+        not wrong,
+        f"{_HERE}where is {shown(self.where)}, of which {shown(wrong[:1])}"
+        " names no field and text; write each as 'FIELD=TEXT', such as"
+        " 'domain=math'.",
+    )
+    names = [text.partition("=")[0] for text in self.where]
+    _check(
+        len(set(names)) == len(names),
+        f"{_HERE}where is {shown(self.where)}, which names a field twice, and"
+        " no record holds two texts there; name each field once.",
+    )
+    for name in ("where", "distinct"):
+      _check(
+          not endless or not getattr(self, name),
+          f"{_HERE}{name} is {shown(getattr(self, name))} but {_HERE}source is"
+          f" {self.source!r}, which makes its records and has none to choose"
+          f" from; leave {_HERE}{name} out.",
+      )
     _check(
         all(self.choices) and len(set(self.choices)) == len(self.choices),
         f"{_HERE}choices is {self.choices}; name each field with options"
@@ -327,7 +360,7 @@ class DatasetSpec:
         f"{_HERE}split is {self.split!r} and {_HERE}source is"
         f" {self.source!r}; use one of {', '.join(GYM_SPLITS)}.",
     )
-    for name in ("subset", "random", "choices", "rule"):
+    for name in ("subset", "where", "distinct", "random", "choices", "rule"):
       value, default = getattr(self, name), getattr(DatasetSpec, name)
       _check(
           value == default,
@@ -335,6 +368,12 @@ class DatasetSpec:
           " which makes and grades its questions by itself; leave"
           f" {_HERE}{name} at {default!r}.",
       )
+
+  @property
+  def wanted(self) -> dict[str, str]:
+    """What `where` wants, by the name of the field."""
+    pairs = (text.partition("=") for text in self.where)
+    return {name: text for name, _, text in pairs}
 
   @property
   def is_gym(self) -> bool:
@@ -364,8 +403,10 @@ class DataSpec:
     max_prompt_len: is S, in tokens; longer prompts are dropped and counted.
     prompt_buckets: are shorter static lengths; a batch takes the smallest one
       that holds its prompts, and each compiles programs of its own.
-    suffix: follows the chat template's generation prompt; the paper appends
-      `<think>`, since the loss hardly teaches a base model a special token.
+    suffix: follows the chat template's generation prompt, for both models and
+      in evaluation, and may be a template over the record's fields, such as
+      "<think>{first_words}"; the paper appends `<think>`, since the loss hardly
+      teaches a base model a special token.
     system: is the system prompt of questions that have none of their own, for
       both models and in evaluation; None stands for what the chat template
       adds by itself, and empty for none.
@@ -413,6 +454,11 @@ class DataSpec:
   def teacher_fields(self) -> tuple[str, ...]:
     """The fields of the record that the teacher's prompt is made of."""
     return tuple(dict.fromkeys(FIELD.findall(self.teacher_prompt)))
+
+  @property
+  def suffix_fields(self) -> tuple[str, ...]:
+    """The fields of the record that the suffix is made of."""
+    return tuple(dict.fromkeys(FIELD.findall(self.suffix)))
 
   @property
   def teacher_prompt_len(self) -> int:
@@ -733,6 +779,11 @@ class PolicyGradientSpec:
 class LossSpec:
   """The divergence on prefix tokens.
 
+  A rollout's tokens are those in the window, of what is left if the rollout was
+  cut. `normalize` counts these alone: "length" divides by the number of tokens
+  in the window, and not by the rollout's whole length. A rollout with none adds
+  0 to the sum, and counts among the rollouts.
+
   Attributes:
     form: says how the divergence is taken: "exact" over the whole
       distributions, "policy_gradient" on the sampled tokens, and "direct"
@@ -742,7 +793,9 @@ class LossSpec:
     window_end: is the position behind the last one that is trained on, counted
       as `window_start`; 0 is the rollout's end.
     normalize: says what the loss is divided by: "rollouts" is the paper's mean
-      over rollouts of the sum over tokens, "tokens" the mean over all tokens.
+      over rollouts of the sum over tokens, "tokens" the mean over all tokens,
+      and "length" the mean over rollouts of the sum over a rollout's tokens
+      divided by their number.
     merge_stop_tokens: takes the stop tokens of student and teacher as one
       event, so that a base model is not punished for the name of its stop.
     logits_mib: bounds the memory of logits in MiB a device; the chunked head
@@ -755,7 +808,7 @@ class LossSpec:
   form: Literal["exact", "policy_gradient", "direct"] = "exact"
   window_start: _Int = 0
   window_end: _Int = 0
-  normalize: Literal["rollouts", "tokens"] = "rollouts"
+  normalize: Literal["rollouts", "tokens", "length"] = "rollouts"
   merge_stop_tokens: _Bool = True
   logits_mib: Annotated[_Positive, Field(le=2**20)] = 256
   exact: ExactSpec = ExactSpec()
@@ -805,8 +858,8 @@ class OptimizerSpec:
     b1: is the decay of the first moment.
     b2: is the decay of the second moment.
     batch_tokens: bounds the tokens of prompts and prefixes that are scored and
-      differentiated at a time, over all devices; 0 takes all at a time, and
-      `python -m prefix_distill.plan` finds what fits.
+      differentiated at a time, over all devices; 0 takes what an accelerator's
+      memory holds, and all on a CPU.
     offload: keeps the moments in the host's memory between updates.
     max_skipped: ends the run when this many updates in a row were skipped
       because their numbers were not finite.
@@ -847,7 +900,8 @@ class MeshSpec:
   Attributes:
     data: is the number of replicas of the weights; -1 takes the devices that
       are left.
-    fsdp: is the number of shards of the weights and of the batch.
+    fsdp: is the number of shards of the weights and of the batch; -1 takes the
+      devices that are left.
     tensor: is the number of shards of heads, MLP columns and vocabulary.
     sampling_tensor: is `tensor` while answers are sampled, in training and in
       evaluation, where weights are not split over fsdp and as many times fewer
@@ -855,7 +909,7 @@ class MeshSpec:
   """
 
   data: Annotated[_Int, Field(ge=-1)] = -1
-  fsdp: _Positive = 1
+  fsdp: Annotated[_Int, Field(ge=-1)] = 1
   tensor: _Positive = 1
   sampling_tensor: _NotNegative = 0
 
@@ -865,13 +919,42 @@ class MeshSpec:
         "mesh.data is 0; set it to 1 or more, or to -1 for the devices that are"
         " left.",
     )
+    _check(
+        self.fsdp != 0,
+        "mesh.fsdp is 0; set it to 1 or more, or to -1 for the devices that are"
+        " left.",
+    )
+    _check(
+        self.data != -1 or self.fsdp != -1,
+        "mesh.data is -1 and mesh.fsdp is -1, but one axis takes the devices"
+        " that are left; set mesh.data to 1.",
+    )
     shards = self.fsdp * self.tensor
     _check(
-        not self.sampling_tensor or shards % self.sampling_tensor == 0,
+        not self.sampling_tensor
+        or self.fsdp == -1
+        or shards % self.sampling_tensor == 0,
         f"mesh.sampling_tensor is {self.sampling_tensor}, which does not divide"
         f" mesh.fsdp x mesh.tensor = {shards}; set it to a divisor of that, or"
         " to 0 for mesh.tensor.",
     )
+
+
+  def filled(self, devices: int) -> "MeshSpec":
+    """Returns the sizes with no axis left open, for so many devices.
+
+    Their product is the number of devices, if that can be.
+
+    Raises:
+      ConfigError: `sampling_tensor` does not divide what fsdp becomes.
+    """
+    if self.fsdp == -1:
+      fsdp = max(devices // (self.data * self.tensor), 1)
+      return dataclasses.replace(self, fsdp=fsdp)
+    if self.data == -1:
+      data = max(devices // (self.fsdp * self.tensor), 1)
+      return dataclasses.replace(self, data=data)
+    return self
 
 
 @_settings("evaluation")
@@ -909,8 +992,8 @@ class EvaluationSpec:
     for name in self.between:
       _check(
           name in self.sets,
-          f"evaluation.between is {self.between}, of which {name!r} is not in"
-          f" evaluation.sets; use {', '.join(self.sets) or '()'}.",
+          f"evaluation.between is {shown(self.between)}, of which {name!r} is"
+          f" not in evaluation.sets; use {', '.join(self.sets) or '()'}.",
       )
     for name, spec in self.sets.items():
       _check(
@@ -921,9 +1004,10 @@ class EvaluationSpec:
       answers = spec.size * spec.samples
       _check(
           answers <= _MOST_ANSWERS,
-          f"evaluation.sets.{name}.size is {spec.size} and its samples are"
-          f" {spec.samples}, which is {answers} answers; lower one of them, for"
-          f" {_MOST_ANSWERS} answers at most.",
+          f"evaluation.sets.{name}.size is {spec.size} and"
+          f" evaluation.sets.{name}.samples is {spec.samples}, which is"
+          f" {answers} answers; lower one of them, for {_MOST_ANSWERS} answers"
+          " at most.",
       )
 
 
@@ -966,6 +1050,30 @@ class ExportSpec:
   dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
+@_settings("samples")
+class SamplesSpec:
+  """Texts that a run keeps in `samples/`, for its report.
+
+  Attributes:
+    updates: is of how many updates rollouts are kept, and of how many
+      evaluations answers; the first and the last are among them, and the
+      others lie evenly between.
+    rollouts: is the number of rollouts that are kept of such an update; 0 is
+      off.
+    max_tokens: is how many tokens of a rollout are kept, from its beginning.
+    alternatives: is how many of the teacher's most probable tokens are kept
+      at each position.
+    problems: is the number of problems of an evaluation set whose answers are
+      kept, whole and one each; 0 is off.
+  """
+
+  updates: Annotated[_Positive, Field(ge=2, le=1000)] = 8
+  rollouts: Annotated[_NotNegative, Field(le=1000)] = 4
+  max_tokens: Annotated[_Positive, Field(le=2**16)] = 512
+  alternatives: Annotated[_Positive, Field(le=20)] = 4
+  problems: Annotated[_NotNegative, Field(le=1000)] = 6
+
+
 @_settings("")
 class Config:
   """A run.
@@ -991,6 +1099,7 @@ class Config:
     mesh: says how devices are arranged.
     checkpoint: says when the run is saved.
     export: says how the student is exported.
+    samples: says which texts are kept.
   """
 
   method: Literal["prefix", "full", "sft", "seqkd"]
@@ -1007,6 +1116,7 @@ class Config:
   mesh: MeshSpec = MeshSpec()
   checkpoint: CheckpointSpec = CheckpointSpec()
   export: ExportSpec = ExportSpec()
+  samples: SamplesSpec = SamplesSpec()
 
   def __post_init__(self):
     self._check_models()
@@ -1027,6 +1137,18 @@ class Config:
         "student.offload is True, but the student is never idle; set"
         " student.offload to False (optimizer.offload keeps the moments in the"
         " host's memory).",
+    )
+    _check(
+        not self.student.refresh,
+        f"student.refresh is {self.student.refresh}, but it is the teacher that"
+        " is refreshed from the student; set student.refresh to 0 and"
+        " teacher.refresh.",
+    )
+    refresh = self.teacher.refresh if self.teacher else 0
+    _check(
+        not refresh or not self.is_supervised,
+        f"method is {self.method!r} but teacher.refresh is {refresh}, and no"
+        " teacher scores anything; set teacher.refresh to 0.",
     )
     _check(
         self.method == "sft" or self.teacher is not None,
@@ -1057,6 +1179,12 @@ class Config:
         f"method is {self.method!r} but data.teacher_prompt is"
         f" {self.data.teacher_prompt!r}, and no teacher scores anything; leave"
         " data.teacher_prompt empty.",
+    )
+    _check(
+        self.method != "seqkd" or not self.data.suffix_fields,
+        f"method is 'seqkd' but data.suffix is {shown(self.data.suffix)}, and"
+        " the teacher's answers are kept without the record's other fields;"
+        " set data.suffix to a text without names in braces.",
     )
 
   def _check_prefix(self) -> None:

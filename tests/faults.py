@@ -428,9 +428,29 @@ _TRAIN = (
     ),
     _fault(
         "the loss is a mean over tokens instead of rollouts",
-        'total.rows if normalize == "rollouts" else total.sums["loss"][1]',
+        'total.sums["loss"][1] if normalize == "tokens" else total.rows',
         'total.sums["loss"][1]',
         "step.py::test_parts_do_not_change_the_update[rollouts-counts0]",
+    ),
+    _fault(
+        "a mean by length divides by all of a rollout, whatever the window",
+        "inside / jnp.maximum(jnp.sum(inside, axis=1, keepdims=True), 1)",
+        "inside / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)",
+        "step.py::test_a_mean_by_length_is_that_of_a_dense_reference",
+    ),
+    _fault(
+        "a teacher that was refreshed is not saved",
+        "self.teacher_params if self.totals.teacher_update else None,",
+        "None,",
+        "refresh.py::"
+        "test_a_run_killed_between_refreshes_ends_as_one_that_was_not[5]",
+    ),
+    _fault(
+        "the teacher is refreshed one update late",
+        "if every and step and step % every == 0:",
+        "if every and step > 1 and step % every == 1 % every:",
+        "refresh.py::"
+        "test_a_refresh_is_a_copy_and_compiles_nothing[False-float32]",
     ),
     _fault(
         "accumulated gradients are divided twice",

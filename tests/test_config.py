@@ -294,7 +294,7 @@ def test_missing_fields_are_named(name):
         ("loss.policy_gradient.estimator", "k2", "use one of 'k1' or 'k3'"),
         ("loss.policy_gradient.mixture", -0.1, "set it to 0 or more"),
         ("loss.policy_gradient.min_entropy", -0.1, "set it to 0 or more"),
-        ("loss.normalize", "rows", "use one of 'rollouts' or 'tokens'"),
+        ("loss.normalize", "rows", "use one of 'rollouts', 'tokens' or"),
         ("loss.logits_mib", 0, "set it to 1 or more"),
         ("optimizer.decay", "step", "use one of 'constant' or 'cosine'"),
         ("optimizer.learning_rate", 0.0, "set it above 0"),
@@ -322,6 +322,7 @@ def test_missing_fields_are_named(name):
         ("evaluation.between", ("easy",), "use test, hard"),
         ("checkpoint.every", 0, "set it to 1 or more"),
         ("checkpoint.keep", 0, "set it to 1 or more"),
+        ("teacher.refresh", -1, "set it to 0 or more"),
         ("steps", -1, "set it to 0 or more"),
         ("steps", 2**31, "set it to 2147483647 or less"),
         ("seed", -1, "set it to 0 or more"),
@@ -376,6 +377,16 @@ _SFT = {"method": "sft", "teacher": None, "rollout.per_prompt": 1}
             {"student.offload": True},
             ("student.offload is True", "never idle", "optimizer.offload"),
             {"student.offload": False},
+        ),
+        (
+            {"student.refresh": 5},
+            ("student.refresh is 5", "it is the teacher", "teacher.refresh"),
+            {"student.refresh": 0},
+        ),
+        (
+            {"teacher.refresh": 5, "method": "seqkd", "rollout.per_prompt": 1},
+            ("method is 'seqkd'", "teacher.refresh is 5", "scores"),
+            {"teacher.refresh": 0},
         ),
         (
             {"loss.exact.top_k_of": "student"},
@@ -507,7 +518,8 @@ def test_the_exact_loss_has_settings_of_its_own(changes, named):
     (
         (
             lambda: config_lib.MeshSpec(fsdp=0),
-            "mesh.fsdp is 0; set it to 1 or more.",
+            "mesh.fsdp is 0; set it to 1 or more, or to -1 for the devices that"
+            " are left.",
         ),
         (
             lambda: config_lib.MeshSpec(-1, True),

@@ -634,6 +634,7 @@ def export(
     directory: pathlib.Path,
     dtype: str,
     serving: Serving | None = None,
+    card: str = "",
 ) -> None:
   """Writes a Hugging Face model directory; every process must call it.
 
@@ -646,6 +647,7 @@ def export(
     directory: where to; replaced if it exists.
     dtype: what the weights are stored in, "float32" or "bfloat16".
     serving: what goes into the generation config; None for that of `tokenizer`.
+    card: the README.md; empty for none.
 
   Raises:
     ModelFilesError: there is no such model.
@@ -668,6 +670,8 @@ def export(
       _write_json(partial / _GENERATION, _served(companion, serving))
     _write_json(partial / "config.json", settings)
     _copy_companions(companion, partial, with_generation=serving is None)
+    if card:
+      (partial / "README.md").write_text(card, encoding="utf-8")
   _write_weights(params, family, partial, jnp.dtype(dtype))
   if writes:
     shutil.rmtree(directory, ignore_errors=True)

@@ -28,6 +28,7 @@ import numpy as np
 import safetensors.numpy
 import tqdm
 
+from prefix_distill import config as config_lib
 from prefix_distill import distributed
 from prefix_distill import sharding
 from prefix_distill.config import Config
@@ -39,7 +40,10 @@ from prefix_distill.errors import UserError
 from prefix_distill.evaluate import evaluator
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
+from prefix_distill.report import page
 from prefix_distill.report import report
+from prefix_distill.report import samples
+from prefix_distill.report import trackers
 from prefix_distill.report.flops import Lengths
 from prefix_distill.structs import PromptBatch
 from prefix_distill.train import answers
@@ -52,6 +56,7 @@ from prefix_distill.train.checkpoint import Bought
 from prefix_distill.train.checkpoint import Checkpointer
 from prefix_distill.train.checkpoint import Prices
 from prefix_distill.train.checkpoint import Totals
+from prefix_distill.train.samples import Keeper
 from prefix_distill.train.step import TrainState
 from prefix_distill.train.update import Programs
 
@@ -150,6 +155,7 @@ class Run:
       bought: Bought = _NOTHING,
       stop: Stop | None = None,
       lock: workdir_lib.Lock | None = None,
+      tracker: str = "none",
   ):
     """Starts or goes on.
 
@@ -159,7 +165,10 @@ class Run:
       bought: answers that were made before the first update.
       stop: says when the user or the machine wants the run to stop.
       lock: the workdir's lock, in the process that holds it.
+      tracker: what `trackers.check` returned.
     """
+    self.tracker = trackers.Tracker()
+    self._tracker_name = tracker
     models, self.lock = setup.models, lock
     self.setup, self.models, self.workdir = setup, models, workdir
     self.config = config = models.config
@@ -192,7 +201,7 @@ class Run:
   def _start(self) -> TrainState:
     """Restores the last whole checkpoint, or loads the student."""
     models = self.models
-    found = self.checkpointer.restore(self.programs.abstract_state())
+    found = self.checkpointer.restore(*self.programs.resting())
     self.last_saved = step = found and found.step
     if found is None:
       workdir_lib.check_not_lost(self.workdir)
@@ -206,11 +215,27 @@ class Run:
     if self.writes:
       self.writer = report.MetricsWriter(self.workdir / "metrics.jsonl", step)
       lines = self.writer.kept
+      self.tracker = trackers.make(
+          self._tracker_name,
+          self.workdir,
+          config_lib.plain(self.config),
+          step,
+      )
     # Evaluations that are done: model, set, mode; and their answers' length.
     self.evaluated, self.answer_len = distributed.from_first(
         "evaluations", _evaluations(lines, step)
     )
-    if models.teacher is not None:
+    self.keeper = Keeper(
+        self.config,
+        self.setup.tokenizer,
+        models.stop_ids,
+        samples.Writer(self.workdir, step, self.evaluated)
+        if self.writes
+        else None,
+    )
+    if found is not None and found.teacher is not None:
+      self.teacher_params = found.teacher
+    elif models.teacher is not None:
       self.teacher_params = self._load(self.config.teacher, models.teacher)
     return state
 
@@ -234,6 +259,7 @@ class Run:
       self.lock.check()
     if self.writes:
       self.writer.write(values)
+      self.tracker.write(values)
 
   def save(self, must: bool = False) -> None:
     """Saves; if the disk fails, the run goes on with the last checkpoint.
@@ -248,7 +274,10 @@ class Run:
     while True:
       try:
         self.checkpointer.save(
-            self.state, self.setup.data.get_state(), self.totals
+            self.state,
+            self.setup.data.get_state(),
+            self.totals,
+            self.teacher_params if self.totals.teacher_update else None,
         )
       except UserError:
         raise
@@ -316,8 +345,31 @@ class Run:
             " update that it interrupts."
         )
 
+  def _refresh(self, step: int) -> None:
+    """Makes the teacher the student if update `step`, from 0, is to see that.
+
+    A copy that no update would see is not made: after the last update the
+    teacher is the one that scored it.
+    """
+    every = self.config.teacher.refresh if self.models.teacher else 0
+    if every and step and step % every == 0:
+      self.teacher_params = self.programs.refresh(
+          self.state.params, self.teacher_params
+      )
+      self.totals = dataclasses.replace(self.totals, teacher_update=step)
+
+  def _teacher_update(self) -> dict[str, int]:
+    """Returns what lines say of a teacher that is refreshed."""
+    if not (self.models.teacher and self.config.teacher.refresh):
+      return {}
+    return {"teacher_update": self.totals.teacher_update}
+
   def evaluate(self, step: int, which: str = "student") -> None:
-    """Evaluates the student or the teacher on all sets."""
+    """Evaluates the student or the teacher on all sets.
+
+    A teacher that is refreshed is the one of the last update, and its lines
+    say after which update it was the student.
+    """
     setup, models = self.setup, self.models
     model, params = models.student, self.state.params
     stop_ids = models.stop_ids
@@ -333,9 +385,21 @@ class Run:
       file = f"step-{step}-{which}-{name}-{mode}.jsonl"
       return self.workdir / "unfinished" / file.replace("/", "_")
 
-    def write(values: dict[str, Any]) -> None:
+    def write(
+        values: dict[str, Any], completions: evaluator.Completions
+    ) -> None:
+      self.keeper.write_answers(
+          step,
+          which,
+          values["mode"],
+          sets[values["set"]],
+          completions,
+          values["verdicts"],
+      )
       if which == "student" and values["mode"] == "sampled":
         self.answer_len = values["mean_length"]
+      if which == "teacher":
+        values = values | self._teacher_update()
       self.write({
           "step": step,
           "model": which,
@@ -370,6 +434,7 @@ class Run:
         write,
         file,
         self._poll_evaluation,
+        self.keeper.problems(step, self.is_last(step)),
     )
 
   def _sets(self, step: int) -> dict[str, evaluator.Problems]:
@@ -384,6 +449,7 @@ class Run:
     begin, clock, config = time.perf_counter(), update_lib.Clock(), self.config
     poll = functools.partial(self._poll_update, time.monotonic())
     self.evaluated = []
+    self._refresh(step)
     cap, source = self.cap, prefix_schedule.source(config, step)
     place = self.setup.data.get_state()
     prompts, completions = next(self.setup.data)
@@ -394,6 +460,7 @@ class Run:
         None if config.is_supervised else source,
         self.schedule.threshold(self.totals.schedule),
         poll,
+        self.keeper.wants_rollouts(step + 1),
     )
     try:
       with self._watched(step + 1, clock):
@@ -407,6 +474,10 @@ class Run:
     except Abandoned:
       self.setup.data.set_state(place)
       raise
+    if done.inspected is not None:
+      self.keeper.write_rollouts(
+          step + 1, request.source or "data", done.inspected
+      )
     mask, trained = done.mask, done.trained
     stats = prefix_schedule.stats(done.metrics, mask, done.minima)
     lengths = Lengths(
@@ -433,6 +504,7 @@ class Run:
     line = {"step": step + 1, "prefix_len": cap}
     line |= _flatten(done.metrics, config)
     line["skipped"] = totals.skipped
+    line |= self._teacher_update()
     line |= {"rollout_len": float(mask.sum(1).mean())} | totals.line()
     if config.rollout.source != "student":
       line["source"] = source
@@ -643,7 +715,7 @@ def _steps(run: Run, traced: Collection[int]) -> None:
 def _write_report(workdir: pathlib.Path) -> None:
   """Writes the report; that it cannot be written does not fail the run."""
   try:
-    report.write(workdir)
+    page.write(workdir)
   except Exception as error:  # pylint: disable=broad-except
     print(
         f"Warning: the report could not be written ({error}); the model is in"
@@ -657,6 +729,7 @@ def train(
     workdir: pathlib.Path,
     traced: Collection[int] = (),
     notice: float = math.inf,
+    tracker: str = "none",
 ) -> None:
   """Runs to the last update, and writes the report and the export.
 
@@ -665,14 +738,16 @@ def train(
     workdir: see the README.
     traced: updates, counted from 1, whose trace is written to workdir/trace.
     notice: seconds between a SIGTERM and the end of the process.
+    tracker: one of `trackers.NAMES`.
 
   Raises:
     ValueError: a setting, file or model does not fit; see `setup.prepare`.
     Stopped: the user asked for it; the state is saved.
   """
+  tracker = trackers.check(tracker)
   setup = setup_lib.prepare(config, workdir)
   with workdir_lib.claimed(config, workdir, setup.contents) as lock:
-    _train(setup, workdir, traced, notice, lock)
+    _train(setup, workdir, traced, notice, lock, tracker)
 
 
 def _train(
@@ -681,6 +756,7 @@ def _train(
     traced: Collection[int],
     notice: float,
     lock: workdir_lib.Lock | None,
+    tracker: str,
 ) -> None:
   """Does what `train` says in a workdir that is held."""
   config, writes = setup.models.config, jax.process_index() == 0
@@ -688,12 +764,15 @@ def _train(
     if writes:
       shape = setup.models.mesh.shape
       print(report.headline(config, shape, workdir), flush=True)
+      print(f"on {sharding.describe_devices()}", flush=True)
+      if idle := sharding.unused_accelerator():
+        print(f"Warning: {idle}", file=sys.stderr, flush=True)
     bought = _NOTHING
     with stop_on_signal(notice) as stop:
       if config.method == "seqkd":
         poll = functools.partial(_poll, stop, "while the teacher answers")
         setup, bought = answers.with_answers(setup, workdir, poll)
-      run = Run(setup, workdir, bought, stop, lock)
+      run = Run(setup, workdir, bought, stop, lock, tracker)
       try:
         _steps(run, traced)
         if setup.models.teacher is not None and config.evaluation.teacher:
@@ -703,11 +782,18 @@ def _train(
       except BaseException:
         run.programs.close()
         raise
+      finally:
+        run.tracker.close()
     run.programs.close()
     run.checkpointer.close()
     try:
       setup_lib.export_student(
-          config, run.state.params, setup.models.stop_ids, workdir / "export"
+          config,
+          run.state.params,
+          setup.models.stop_ids,
+          workdir / "export",
+          workdir,
+          int(run.state.step),
       )
     except _DISK_ERRORS as error:
       raise SaveError(

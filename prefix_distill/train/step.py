@@ -93,18 +93,29 @@ class Window:
   Attributes:
     start, end: positions [start, end); negative ones count from the rollout's
       own end, and an end of 0 is that end.
+    by_length: whether the tokens of a rollout share a weight of 1, so that
+      their weighted sum is the rollout's mean; else each weighs 1.
   """
 
   start: int = 0
   end: int = 0
+  by_length: bool = False
 
   def weights(self, mask: jax.Array) -> jax.Array:
-    """Returns bool [B, P], true where the mask is and in the window."""
+    """Returns the weights [B, P] of tokens in the loss.
+
+    They are bool, true where the mask is and in the window. With `by_length`
+    that is divided, in float32, by the number of such tokens of the rollout,
+    and not by the rollout's whole length.
+    """
     length = jnp.sum(mask, axis=1, keepdims=True)
     start = self.start if self.start >= 0 else length + self.start
     end = self.end if self.end > 0 else length + self.end
     position = jnp.arange(mask.shape[1])
-    return mask & (position >= start) & (position < end)
+    inside = mask & (position >= start) & (position < end)
+    if not self.by_length:
+      return inside
+    return inside / jnp.maximum(jnp.sum(inside, axis=1, keepdims=True), 1)
 
 
 def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
@@ -198,13 +209,15 @@ def distillation_loss(
 
   Divided by the number of rollouts it is the paper's: the mean over rollouts
   of the *sum* over prefix tokens (section 2). A rollout that was cut at the
-  cap counts as any other.
+  cap counts as any other. If the window weighs by length, it is the mean over
+  rollouts of their *means* over tokens.
 
   A schedule that sees the tokens first chooses which of them count, and their
   weights. What it does not choose is as if it had not been sampled.
 
   Returns:
-    The summed loss, and metrics in nats: `loss` and `kl` per token,
+    The summed loss, and metrics in nats: `loss` and `kl` per token (`loss` is
+    the mean of the rollouts' means if the window weighs by length),
     `kl_rollout` per rollout, `kl_at` per token in each bin of positions,
     `kl_position` at each position, `kl_special` per special token, both
     entropies, and the share of tokens at which the most probable one is the
@@ -302,6 +315,20 @@ def gradient(
   return dataclasses.replace(total, chosen=chosen)
 
 
+def refreshed(dtype: str, params: Params, old: Params | None) -> Params:
+  """Returns a copy of the student's weights for the teacher; to be jitted.
+
+  It is a copy in the same dtype, too: the next update donates the student's.
+
+  Args:
+    dtype: of the teacher's weights.
+    params: the student's.
+    old: the teacher's, to be donated; None for none.
+  """
+  del old
+  return jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), params)
+
+
 def guarded(finite: jax.Array, new: Any, old: Any) -> Any:
   """Returns the new arrays of a tree if all is finite, and else the old."""
   return jax.tree.map(
@@ -325,7 +352,9 @@ def apply(
 
   Args:
     tx: the optimizer.
-    normalize: "rollouts" or "tokens", what the loss is divided by.
+    normalize: `loss.normalize`: "tokens" divides by the number of tokens, the
+      others by that of rollouts. For "length" the gradient is that of a loss
+      whose window weighs by length.
     state: before.
     total: of all microbatches.
 
@@ -333,7 +362,7 @@ def apply(
     The state after, and metrics as means.
   """
   # Of all microbatches and devices, or it would be a mean of means.
-  count = total.rows if normalize == "rollouts" else total.sums["loss"][1]
+  count = total.sums["loss"][1] if normalize == "tokens" else total.rows
   grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1), total.grads)
   with jax.named_scope("optimizer"):
     updates, opt_state = tx.update(grads, state.opt_state, state.params)

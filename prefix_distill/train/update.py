@@ -21,6 +21,7 @@ import numpy as np
 from prefix_distill import compilation
 from prefix_distill import sharding
 from prefix_distill.compilation import Program
+from prefix_distill.distill import inspection
 from prefix_distill.distill import loss as loss_lib
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.distill.prefix_schedule import Chosen
@@ -35,6 +36,7 @@ from prefix_distill.structs import TeacherScores
 from prefix_distill.train import microbatch
 from prefix_distill.train import step as step_lib
 from prefix_distill.train.microbatch import Microbatches
+from prefix_distill.train.samples import Inspected
 from prefix_distill.train.setup import Models
 from prefix_distill.train.step import Gradient
 from prefix_distill.train.step import TrainState
@@ -75,6 +77,7 @@ class Request:
     threshold: below which rollouts agree; None if they are not cut.
     poll: called between segments and microbatches. It may raise: no state has
       been changed then.
+    inspected: whether to look at a few rollouts token by token.
   """
 
   cap: int
@@ -82,6 +85,7 @@ class Request:
   source: str | None = "student"
   threshold: float | None = None
   poll: Callable[[], None] = lambda: None
+  inspected: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +98,8 @@ class Outcome:
     mask: bool [rollouts, P].
     trained: bool [rollouts, P], what the schedule chose of the mask.
     minima: [rollouts], see `prefix_schedule.Chosen`.
+    inspected: a few of the rollouts, as the models before the update see them;
+      None if that was not asked for.
   """
 
   metrics: dict[str, Any]
@@ -101,6 +107,7 @@ class Outcome:
   mask: np.ndarray
   trained: np.ndarray
   minima: np.ndarray | None
+  inspected: Inspected | None = None
 
 
 class _Closed(Exception):
@@ -164,6 +171,9 @@ class Programs:
         models, self._samplers.values(), self.resting()
     )
     self._score = Program("score", loss_lib.score, 2, out_shardings=rows)
+    self._inspect = Program(
+        "inspect", inspection.inspect, 5, out_shardings=rows
+    )
     self._init = Program(
         "init",
         functools.partial(step_lib.init_state, tx=self._tx),
@@ -180,12 +190,30 @@ class Programs:
         functools.partial(_zeros_of, gradient),
         out_shardings=dataclasses.replace(totals, chosen=None),
     )
+    self._refresh = self._refreshing()
     normalize = "tokens" if config.is_supervised else config.loss.normalize
     self._apply = Program(
         "apply",
         functools.partial(step_lib.apply, self._tx, normalize),
         out_shardings=(working, replicated),
         donate_argnums=0,
+    )
+
+  def _refreshing(self) -> Program | None:
+    """Returns the program of `refresh`; None if there is no teacher."""
+    teacher = self.abstract_teacher()
+    if teacher is None:
+      return None
+    places = jax.tree.map(lambda x: x.sharding, teacher)
+    return Program(
+        "refresh",
+        functools.partial(
+            step_lib.refreshed, self._models.config.teacher.param_dtype
+        ),
+        out_shardings=sharding.on_device(places),
+        # The old weights are not read: their memory takes the new ones.
+        donate_argnums=1,
+        keep_unused=True,
     )
 
   def _loss(self) -> step_lib.LossFn:
@@ -200,7 +228,11 @@ class Programs:
         models.special_ids,
         prefix_schedule.make(config),
     )
-    window = step_lib.Window(config.loss.window_start, config.loss.window_end)
+    window = step_lib.Window(
+        config.loss.window_start,
+        config.loss.window_end,
+        config.loss.normalize == "length",
+    )
     return functools.partial(
         step_lib.distillation_loss, models.student, loss, watch, window
     )
@@ -252,6 +284,26 @@ class Programs:
       return params
     return sharding.put(params, sharding.on_device(places))
 
+  def refresh(self, params: Params, teacher_params: Params) -> Params:
+    """Makes the teacher a copy of the student.
+
+    A teacher that rests on the host goes back there; meanwhile the devices
+    hold as much as while it scores.
+
+    Args:
+      params: the student's.
+      teacher_params: the old ones, where they rest; they are donated.
+
+    Returns:
+      The new ones, in the old ones' dtypes and places.
+    """
+    places = jax.tree.map(lambda x: x.sharding, teacher_params)
+    if not any(map(sharding.is_on_host, jax.tree.leaves(places))):
+      return self._refresh(params, teacher_params)
+    if not sharding.is_abstract(teacher_params):
+      jax.tree.map(lambda x: x.delete(), teacher_params)
+    return sharding.put(self._refresh(params, None), places)
+
   def sample(
       self,
       params: Params,
@@ -271,6 +323,52 @@ class Programs:
     models = self._models
     return self._score(models.teacher, models.loss, params, batch, rollout)
 
+  def inspect(
+      self,
+      params: Params,
+      teacher_params: Params | None,
+      batch: PromptBatch,
+      rollout: Rollout,
+  ) -> Inspected:
+    """Looks at a few rollouts token by token.
+
+    There is one program for each length of the prompt, whatever the cap. Each
+    batch shard looks at one rollout at least, so some come twice.
+
+    Args:
+      params: the student's.
+      teacher_params: on the devices; None for supervised training.
+      batch: prompts [B, S], one row for each rollout.
+      rollout: [B, P].
+    """
+    models, spec = self._models, self._models.config.samples
+    rollout = Rollout(rollout.tokens, rollout.mask)
+    batch, rollout = continuous_batching.to_host(
+        (batch, rollout), models.mesh
+    )
+    rows, shards = len(rollout.tokens), sharding.batch_shards(models.mesh)
+    count = min(spec.rollouts, rows)
+    picked = np.arange(count) * (rows // count)
+    picked = np.resize(picked, -(-count // shards) * shards)
+    batch, rollout = jax.tree.map(lambda x: x[picked], (batch, rollout))
+    most = min(prefix_schedule.longest(models.config), spec.max_tokens)
+    behind = max(most - rollout.tokens.shape[1], 0)
+    fitted = jax.tree.map(
+        lambda x: np.pad(x[:, :most], ((0, 0), (0, behind))), rollout
+    )
+    found = self._inspect(
+        models.student,
+        models.teacher,
+        models.loss.dist,
+        spec.alternatives,
+        models.loss.memory,
+        params,
+        teacher_params,
+        *sharding.global_batch((batch, fitted), models.mesh),
+    )
+    found = continuous_batching.to_host(found, models.mesh)
+    return Inspected(batch, rollout.tokens, rollout.mask, found)
+
   def update(
       self,
       state: TrainState,
@@ -288,7 +386,8 @@ class Programs:
       prompts: [B, S].
       given: answers [B, C], if the source or supervised training wants them.
       request: see there.
-      clock: gets the seconds of the phases sample, score and update.
+      clock: gets the seconds of the phases sample, score and update, and of
+        inspect if that is asked for.
 
     Returns:
       The next state, and what the update showed; None on shapes.
@@ -301,7 +400,11 @@ class Programs:
     split = [
         part for batch in sampled for part in microbatches.for_scoring(*batch)
     ]
-    total, shown, threshold = None, [], request.threshold
+    total, shown, inspected = None, [], None
+    if request.inspected:
+      with clock.phase("inspect"):
+        inspected = self.inspect(state.params, teacher, *split[0])
+    threshold = request.threshold
     if threshold is not None:
       threshold = np.float32(threshold)
     for batch, rollout in split:
@@ -328,7 +431,7 @@ class Programs:
       arrays = self._gather(shown, len(sampled))
       state, metrics = self.apply(state, total)
       metrics = jax.device_get(metrics)
-    return state, Outcome(metrics, *arrays)
+    return state, Outcome(metrics, *arrays, inspected)
 
   def apply(
       self, state: TrainState, total: Gradient
@@ -403,12 +506,15 @@ class Programs:
   def update_on_shapes(self, cap: int, source: str = "student") -> None:
     """Calls an update's programs on shapes, for `compilation.watching`."""
     state, config = self.abstract_state(), self._models.config
+    teacher = self.abstract_teacher()
     key = jax.eval_shape(lambda: jax.random.key(0))
     adaptive = prefix_schedule.make(config)
     threshold = adaptive.threshold(adaptive.start())
+    if teacher is not None and config.teacher.refresh:
+      teacher = self.refresh(state.params, teacher)
     self.update(
         state,
-        self.abstract_teacher(),
+        teacher,
         self._abstract_prompts(),
         None,
         Request(cap, key, source, threshold),

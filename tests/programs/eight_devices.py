@@ -41,6 +41,17 @@ def same(ours, theirs) -> bool:
   return all(jax.tree.leaves(equal))
 
 
+def _first(inspected, count: int) -> dict:
+  """Returns what was seen of the rollouts that are kept, where it counts."""
+  mask = inspected.mask[:count]
+  return {
+      name: values[:count][mask].tolist()
+      for name, values in (
+          ("tokens", inspected.tokens), *inspected.found.items()
+      )
+  }
+
+
 def run(config, devices, mesh_spec) -> dict:
   mesh = sharding.make_mesh(mesh_spec, devices)
   student, params = load(config.student.path, mesh)
@@ -69,13 +80,16 @@ def run(config, devices, mesh_spec) -> dict:
   )
   programs = Programs(models)
   state = programs.init(params)
-  losses, norms, tokens, lengths = [], [], [], []
+  losses, norms, tokens, lengths, inspected = [], [], [], [], None
   for step in range(STEPS):
     prompts = sharding.global_batch(next(data)[0], mesh)
-    request = update.Request(config.prefix.fixed.length, jax.random.key(step))
+    request = update.Request(
+        config.prefix.fixed.length, jax.random.key(step), inspected=not step
+    )
     state, shown = programs.update(
         state, teacher_params, prompts, None, request, update.Clock()
     )
+    inspected = inspected or shown.inspected
     losses.append(float(shown.metrics["kl_rollout"]))
     norms.append(float(shown.metrics["grad_norm"]))
     tokens.append(shown.tokens.tolist())
@@ -85,6 +99,7 @@ def run(config, devices, mesh_spec) -> dict:
       "norms": norms,
       "tokens": tokens,
       "lengths": lengths,
+      "inspected": _first(inspected, config.samples.rollouts),
       "share": share,
       "loads_equal": loads_equal,
       "checksums_equal": checksums_equal,
