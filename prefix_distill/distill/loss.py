@@ -86,7 +86,8 @@ class Loss:
     """
     inputs = HeadInputs(hidden, model.head(params), scores.hidden, teacher_head)
     tokens = TokenInputs(weights, rollout.mask, self.extras(rollout, scores))
-    return self, inputs, tokens, model.mesh, self.memory
+    trains_head = model.config.lora is None
+    return self, inputs, tokens, model.mesh, self.memory, trains_head
 
   def extras(self, rollout: Rollout, scores: TeacherScores) -> Any:
     """Returns what the loss needs of each token, besides logits."""
@@ -400,6 +401,7 @@ def cross_entropy(
       TokenInputs(rollout.mask, rollout.mask, rollout.tokens),
       model.mesh,
       memory,
+      model.config.lora is None,
   )
   return value
 

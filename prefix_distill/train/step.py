@@ -18,6 +18,7 @@ from prefix_distill.distill import loss as loss_lib
 from prefix_distill.distill.divergence import Distribution
 from prefix_distill.distill.loss import Loss
 from prefix_distill.distill.prefix_schedule import Schedule
+from prefix_distill.models import lora
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.structs import PromptBatch
@@ -42,7 +43,7 @@ class TrainState:
 
   Attributes:
     step: int32 [], updates done.
-    params: float32 master weights.
+    params: float32 master weights, all or the adapters alone.
     opt_state: optax's.
   """
 
@@ -259,19 +260,24 @@ def gradient(
     teacher_head: jax.Array | None,
     inputs: Inputs,
     before: Gradient | None = None,
+    base: Params | None = None,
 ) -> Gradient:
   """Adds a microbatch's gradient and metrics; to be jitted, `before` donated.
 
   Args:
     loss_fn: returns a sum and metrics as (sum, count).
-    params: the student's.
+    params: those of the student that are trained.
     teacher_head: [V, D of the teacher]; None if the loss does not need it.
     inputs: prompts [B, S], one row for each rollout; rollouts [B, P]; the
       teacher's scores of them, None for supervised training.
     before: of the microbatches so far; None for none.
+    base: the student's weights that are not trained; None if all are.
   """
-  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-  (_, sums), grads = grad_fn(params, teacher_head, inputs)
+
+  def loss(params: Params) -> tuple[jax.Array, Sums]:
+    return loss_fn(lora.join(base, params), teacher_head, inputs)
+
+  (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
   rows = jnp.int32(inputs[1].mask.shape[0])
   total = Gradient(grads, sums, rows)
   return total if before is None else jax.tree.map(jnp.add, before, total)
