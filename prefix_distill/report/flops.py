@@ -185,10 +185,13 @@ def _recomputed(config: ModelConfig, lengths: Array, remat: str) -> float:
   """
   if remat == "none":
     return 0.0
-  weights = _matrices(config) + num_adapters(config)
-  if remat == "dots":
-    return layers(config, lengths) - 2.0 * weights * float(np.sum(lengths))
   lora, width = config.lora, config.mlp_dim
+  if remat == "dots":
+    weights = _matrices(config) + num_adapters(config)
+    pairs = layers(config, lengths) - 2.0 * weights * float(np.sum(lengths))
+    # Of the two products only a gradient of `out` needs the second.
+    needs_both = lora is None or "out" in lora.targets
+    return pairs if needs_both else pairs / 2
   if lora is not None and "down" in lora.targets:
     width += lora.rank  # Of its adapters the product with A is needed.
   last = 2.0 * config.num_layers * config.dim * width
