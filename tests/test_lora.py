@@ -516,8 +516,10 @@ def test_an_update_costs_what_the_ledger_says(remat, targets):
   tokens = prompt + sampled - 1
   width = config.num_layers * config.num_heads * config.head_dim
   hidden = rows * 4 * width * tokens * (tokens - 1) / 2
-  wanted = ledger.forward + ledger.backward
-  wanted += (3 + (remat != "none")) * hidden
+  passes = 3 + (remat != "none")
+  if remat == "dots" and "out" not in targets:
+    passes -= 0.5  # The second product of the attention is not needed again.
+  wanted = ledger.forward + ledger.backward + passes * hidden
   found = cost.flops(traced.jaxpr, 1)
   assert found == pytest.approx(wanted, rel=1e-9)
   # Of the whole student it is more, and so is the optimizer's step.
