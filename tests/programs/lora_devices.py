@@ -19,6 +19,7 @@ from prefix_distill.config import MeshSpec
 from prefix_distill.config import OptimizerSpec
 from prefix_distill.train import loop
 from prefix_distill.train import setup as setup_lib
+from prefix_distill.train import update
 
 STEPS = 3
 
@@ -29,11 +30,11 @@ def share(tree) -> float:
   return held / sum(x.nbytes for x in leaves)
 
 
-def run(path, devices, mesh, workdir, targets) -> dict:
+def run(path, devices, mesh, workdir) -> dict:
   config = toys.run_config(
       path, path, mesh=mesh, steps=STEPS,
-      lora=LoraSpec(2, alpha=4.0, targets=targets),
-      optimizer=OptimizerSpec(learning_rate=1e-2),
+      lora=LoraSpec(2, alpha=4.0),
+      optimizer=OptimizerSpec(learning_rate=2e-3),
   )  # fmt: skip
   data = dataclasses.replace(
       config.data, teacher_prompt="{question} It is {answer}.",
@@ -47,21 +48,28 @@ def run(path, devices, mesh, workdir, targets) -> dict:
   finally:
     sharding.make_mesh = made
   one = loop.Run(setup, workdir)
-  lines, tokens = [], []
+  state, kl, norms, tokens = one.state, [], [], []
   for step in range(STEPS):
-    lines.append(one.update(step))
-    tokens.append(lines[-1]["tokens"])
+    prompts = sharding.global_batch(next(setup.data)[0], one.models.mesh)
+    request = update.Request(8, jax.random.key(step))
+    state, shown = one.programs.update(
+        state, one.teacher_params, prompts, None, request, update.Clock(),
+        one.base,
+    )  # fmt: skip
+    kl.append(float(shown.metrics["kl"]))
+    norms.append(float(shown.metrics["grad_norm"]))
+    tokens.append(shown.tokens.tolist())
   one.programs.close()
   sums = [
       float(np.abs(np.asarray(x)).sum())
-      for x in jax.tree.leaves(one.state.params)
+      for x in jax.tree.leaves(state.params)
   ]
   return {
-      "kl": [line["kl"] for line in lines],
-      "norms": [line["grad_norm"] for line in lines],
+      "kl": kl,
+      "norms": norms,
       "tokens": tokens,
       "sums": sums,
-      "share": share(one.state.params),
+      "share": share(state.params),
       "base_share": share(one.base),
       "shared": one.teacher_params is one.base,
   }
@@ -70,7 +78,7 @@ def run(path, devices, mesh, workdir, targets) -> dict:
 def main() -> None:
   directory = pathlib.Path(sys.argv[1])
   path = toys.write_model(directory / "model", 0, "capable")
-  devices, every = jax.devices(), LoraSpec.targets
+  devices = jax.devices()
   assert len(devices) == 8
   for i, (used, mesh) in enumerate((
       (devices[:1], MeshSpec()),
@@ -78,8 +86,8 @@ def main() -> None:
       (devices, MeshSpec(1, 2, 4)),
       (devices, MeshSpec(1, 8, 1, sampling_tensor=4)),
   )):  # fmt: skip
-    print(json.dumps(run(path, used, mesh, directory / str(i), every)),
-          flush=True)
+    found = run(path, used, mesh, directory / str(i))
+    print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
