@@ -212,15 +212,60 @@ _DISTILL = (
     ),
     _fault(
         "agreement remembers the oldest rollouts",
-        "minima[-self.spec.memory_rollouts :]",
-        "minima[: self.spec.memory_rollouts]",
-        "prefix_schedule.py::test_agreement_cuts_below_a_quantile_of_past_minima",
+        "*new][-self.spec.memory_rollouts :]",
+        "*new][: self.spec.memory_rollouts]",
+        "length_rules.py::"
+        "test_the_threshold_is_a_quantile_of_the_last_rollouts_with_a_window[0]",
     ),
     _fault(
-        "a rollout is cut one token before its agreement is seen",
-        "seen = jnp.cumsum(running, axis=1) - running",
-        "seen = jnp.cumsum(running, axis=1)",
-        "prefix_schedule.py::test_rollouts_are_cut_after_four_windows_of_agreement",
+        "rollouts shorter than a window are remembered",
+        "for x in stats.minima if np.isfinite(x)]",
+        "for x in stats.minima]",
+        "length_rules.py::test_rollouts_that_are_all_short_cut_nothing",
+    ),
+    _fault(
+        "rollouts are cut before enough are remembered",
+        "or len(minima) < spec.min_rollouts:",
+        "or not minima:",
+        "length_rules.py::test_nothing_is_cut_before_50_updates_and_512_rollouts",
+    ),
+    _fault(
+        "a rollout is cut where its agreement is seen",
+        "start = seen - (low_windows - 1) - (window - 1)",
+        "start = seen",
+        "length_rules.py::"
+        "test_rollouts_end_where_the_first_low_window_starts[8-4-0]",
+    ),
+    _fault(
+        "the first window counts as the others",
+        "low = (z < threshold) & (position >= window)",
+        "low = z < threshold",
+        "length_rules.py::"
+        "test_the_first_window_is_exempt_and_nothing_is_cut_without_a_threshold",
+    ),
+    _fault(
+        "low windows need not follow each other",
+        "_last(low.astype(jnp.int32), low_windows) == low_windows",
+        "jnp.cumsum(low, axis=1) == low_windows",
+        "length_rules.py::test_low_windows_must_follow_each_other",
+    ),
+    _fault(
+        "tokens behind a drift weigh nothing",
+        "weights = left / self.spec.max_drifted + _LEAST_WEIGHT",
+        "weights = left / self.spec.max_drifted",
+        "length_rules.py::test_weights_fall_with_every_drifted_token[0]",
+    ),
+    _fault(
+        "a plateau is that of the best signal",
+        "      largest = max(\n",
+        "      largest = min(\n",
+        "length_rules.py::test_plateau_waits_while_the_worst_signal_falls",
+    ),
+    _fault(
+        "a schedule's weights are left out of the loss",
+        "    weights = weights * given\n",
+        "    weights = weights * jnp.ones_like(given)\n",
+        "length_rules.py::test_weights_scale_each_tokens_loss_and_gradient",
     ),
 )
 
@@ -353,8 +398,8 @@ _TRAIN = (
     ),
     _fault(
         "what was cut off is trained on",
-        "inputs = (batch, trained, scores)",
-        "inputs = (batch, rollout, scores)",
+        "    mask = chosen.trained\n",
+        "    mask = mask & True\n",
         "programs.py::test_what_was_cut_off_is_not_trained_on",
     ),
     _fault(
@@ -383,9 +428,29 @@ _TRAIN = (
     ),
     _fault(
         "the loss is a mean over tokens instead of rollouts",
-        'total.rows if normalize == "rollouts" else total.sums["loss"][1]',
+        'total.sums["loss"][1] if normalize == "tokens" else total.rows',
         'total.sums["loss"][1]',
         "step.py::test_parts_do_not_change_the_update[rollouts-counts0]",
+    ),
+    _fault(
+        "a mean by length divides by all of a rollout, whatever the window",
+        "inside / jnp.maximum(jnp.sum(inside, axis=1, keepdims=True), 1)",
+        "inside / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)",
+        "step.py::test_a_mean_by_length_is_that_of_a_dense_reference",
+    ),
+    _fault(
+        "a teacher that was refreshed is not saved",
+        "self.teacher_params if self.totals.teacher_update else None,",
+        "None,",
+        "refresh.py::"
+        "test_a_run_killed_between_refreshes_ends_as_one_that_was_not[5]",
+    ),
+    _fault(
+        "the teacher is refreshed one update late",
+        "if every and step and step % every == 0:",
+        "if every and step > 1 and step % every == 1 % every:",
+        "refresh.py::"
+        "test_a_refresh_is_a_copy_and_compiles_nothing[False-float32]",
     ),
     _fault(
         "accumulated gradients are divided twice",
@@ -396,8 +461,7 @@ _TRAIN = (
     ),
     _fault(
         "the last micro-batch stands for all",
-        "return total if before is None else jax.tree.map(jnp.add, before,"
-        " total)",
+        "total = jax.tree.map(jnp.add, before, total)",
         "return total",
         "step.py::test_parts_do_not_change_the_update[rollouts-counts0]",
     ),

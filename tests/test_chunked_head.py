@@ -249,23 +249,6 @@ def test_weights_weigh_tokens_and_leave_the_metrics_alone(name):
   )
 
 
-def test_overlap_is_the_share_of_common_top_tokens():
-  objective = dataclasses.replace(EXACT["reverse_kl"], overlap_of=4)
-  (_, metrics), _ = ours(objective)
-  logits = HIDDEN @ HEAD.T, TEACHER_HIDDEN @ TEACHER_HEAD.T
-  tops = [
-      np.argsort(-np.asarray(x)[..., : toys.NUM_TOKENS], -1)[..., :4]
-      for x in logits
-  ]
-  wanted = np.array([
-      [len({*a} & {*b}) / 4 for a, b in zip(*rows, strict=True)]
-      for rows in zip(*tops, strict=True)
-  ])
-  assert 0 < wanted.mean() < 1
-  mask = np.asarray(ROLLOUT.mask)
-  np.testing.assert_allclose(metrics["overlap"][mask], wanted[mask])
-
-
 def test_no_token_at_all_is_a_loss_of_zero():
   empty = dataclasses.replace(ROLLOUT, mask=jnp.zeros_like(ROLLOUT.mask))
   memory = 16 * 4 * 4 * VOCABULARY

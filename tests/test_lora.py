@@ -421,6 +421,10 @@ def test_damaged_adapters_are_refused_by_name(damage, text, tmp_path):
             {"lora": {"rank": 4}, "teacher": {"path": "s", "offload": True}},
             "set teacher.offload to False",
         ),
+        (
+            {"lora": {"rank": 4}, "teacher": {"refresh": 2}},
+            "teacher.refresh is 2 but lora.rank is 4",
+        ),
         ({"student": {"param_dtype": "bfloat16"}}, "student.param_dtype"),
     ],
 )

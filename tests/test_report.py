@@ -61,9 +61,12 @@ RUN = [
 ]
 
 
-def write(lines: list[dict], workdir) -> str:
+def write(lines: list[dict], workdir, best: str = "") -> str:
   """Writes a run's report; returns its text."""
-  config = {"method": "prefix", "evaluation": {"sets": {"heldout": {}}}}
+  config = {
+      "method": "prefix", "evaluation": {"sets": {"heldout": {}}},
+      "checkpoint": {"best": best},
+  }  # fmt: skip
   (workdir / "config.json").write_text(json.dumps(config))
   (workdir / "metrics.jsonl").write_text(
       "".join(json.dumps(line) + "\n" for line in lines)
@@ -86,6 +89,20 @@ def test_the_reasons_of_what_was_dropped_are_told(tmp_path):
   more = {"dropped": 5, "dropped_empty": 2, "dropped_long": 3}
   text = write([update(1, **some), update(2, **more)], tmp_path)
   assert "5 training records were dropped (2 empty, 3 long)." in text
+
+
+def test_a_set_that_chose_the_checkpoint_is_no_held_out_score(tmp_path):
+  lines = [
+      *RUN, update(3), update(4), evaluation(4, accuracy=0.75), update(5),
+      evaluation(6, accuracy=0.7), evaluation(6, mode="greedy", accuracy=0.9),
+      evaluation(6, set="other", accuracy=0.99),
+  ]  # fmt: skip
+  text = write(lines, tmp_path, best="heldout")
+  assert "heldout chose update 4 of 3 that were evaluated: 75.0%" in text
+  assert "no held-out score" in text and "--step=best" in text
+  assert "chose" not in write(lines, tmp_path)
+  # The first evaluation is of no checkpoint.
+  assert "chose" not in write(RUN[:2], tmp_path, best="heldout")
 
 
 def test_the_table_holds_accuracy_and_how_answers_end(tmp_path):

@@ -33,12 +33,12 @@ import jax.numpy as jnp
 from prefix_distill.config import Config
 from prefix_distill.distill import chunked_head
 from prefix_distill.distill import divergence
-from prefix_distill.distill import prefix_schedule
 from prefix_distill.distill.chunked_head import HeadInputs
 from prefix_distill.distill.chunked_head import PerToken
 from prefix_distill.distill.chunked_head import TokenInputs
 from prefix_distill.distill.divergence import Distribution
 from prefix_distill.distill.divergence import Shard
+from prefix_distill.distill.prefix_schedule import Schedule
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.structs import PromptBatch
@@ -101,14 +101,11 @@ class ExactLoss(Loss):
   Attributes:
     kind: one of `divergence.TERMS`.
     beta: of "jsd".
-    overlap_of: how many of the most probable tokens of both models are
-      compared for the metric `overlap`; 0 for no such metric.
     score_tokens: whether the teacher scores the sampled tokens as well.
   """
 
   kind: str = "reverse_kl"
   beta: float = 0.5
-  overlap_of: int = 0
   score_tokens: bool = False
 
   def __post_init__(self):
@@ -151,8 +148,6 @@ class ExactLoss(Loss):
         "entropy_teacher": _entropy(teacher, plain, shard),
         "top1_agreement": agree.astype(jnp.float32),
     }
-    if self.overlap_of:
-      metrics["overlap"] = _overlap(both, self.overlap_of, dist, shard)
     return value, gradient, metrics
 
 
@@ -246,6 +241,77 @@ class SampledLoss(Loss):
     return values, gradient, metrics
 
 
+@dataclasses.dataclass(frozen=True)
+class Sight:
+  """What a schedule sees of both models at a token; hashable.
+
+  It is a `chunked_head.TokenLoss` without a loss, of whose metrics `names` are
+  kept. With S and T the student's and the teacher's most probable tokens, and
+  p and q both models' probabilities at the loss's temperature:
+
+    overlap           |S & T| / top_tokens
+    shared_mass       sum of p over S & T
+    shared_penalty    sum of p |log p - log q| over S & T
+    unshared_penalty  the same over S without T
+    top_kl            the reverse KL over S one by one and the others as one
+                      event; in nats, as the penalties are
+
+  Attributes:
+    dist: what is compared. Stop tokens are one event in `top_kl` alone.
+    names: of the metrics.
+    top_tokens: how many tokens S and T have; at most all real tokens.
+  """
+
+  dist: Distribution
+  names: tuple[str, ...]
+  top_tokens: int
+
+  def __call__(
+      self,
+      logits: jax.Array,
+      teacher_logits: jax.Array,
+      extras: None,
+      shard: Shard,
+  ) -> tuple[jax.Array, jax.Array, PerToken]:
+    """See `chunked_head.TokenLoss`."""
+    del extras
+    both, plain = (logits, teacher_logits), _single(self.dist)
+    count = min(self.top_tokens, plain.num_tokens)
+    own, theirs = (_top(x, count, plain, shard) for x in both)
+    log_p, log_q = (_log_probs(x, plain, shard) for x in both)
+    probs = jnp.exp(log_p)
+    penalty = probs * abs(log_p - log_q)
+
+    def summed(values: jax.Array, where: jax.Array) -> jax.Array:
+      return shard.sum(jnp.sum(jnp.where(where, values, 0), axis=-1))
+
+    overlap = summed(jnp.ones_like(probs), own & theirs) / count
+    found = {
+        "overlap": jnp.minimum(overlap, 1.0),
+        "shared_mass": summed(probs, own & theirs),
+        "shared_penalty": summed(penalty, own & theirs),
+        "unshared_penalty": summed(penalty, own & ~theirs),
+        "top_kl": self._top_kl(both, shard),
+    }
+    none = jnp.zeros(logits.shape[0])
+    kept = {name: found[name] for name in self.names}
+    return none, jnp.zeros_like(logits), kept
+
+  def _top_kl(
+      self, both: tuple[jax.Array, jax.Array], shard: Shard
+  ) -> jax.Array:
+    dist = dataclasses.replace(
+        self.dist, top_k=self.top_tokens, top_k_of="student"
+    )
+    these = divergence.events(*both, dist, shard)
+    student, teacher = (
+        divergence.log_probs(x, dist, these, shard) for x in both
+    )
+    return divergence.compare(
+        divergence.reverse_kl_term, student, teacher, these, shard
+    )
+
+
 def make(config: Config, num_tokens: int, stop_ids: tuple[int, ...]) -> Loss:
   """Returns the loss that the settings name.
 
@@ -271,11 +337,7 @@ def make(config: Config, num_tokens: int, stop_ids: tuple[int, ...]) -> Loss:
   if spec.form == "policy_gradient":
     settings = dataclasses.asdict(spec.policy_gradient)
     return SampledLoss(dist, **settings, memory=memory)
-  schedule = prefix_schedule.make(config)
-  return ExactLoss(
-      dist, spec.exact.divergence, spec.jsd.beta, schedule.overlap_of,
-      schedule.score_tokens, memory=memory,
-  )
+  return ExactLoss(dist, spec.exact.divergence, spec.jsd.beta, memory=memory)
 
 
 def k1(student: jax.Array, teacher: jax.Array) -> jax.Array:
@@ -386,6 +448,39 @@ def token_scores(
   )
 
 
+def seen(
+    model: Model,
+    loss: ExactLoss,
+    schedule: Schedule,
+    params: Params,
+    teacher_head: jax.Array,
+    hidden: jax.Array,
+    scores: TeacherScores,
+    mask: jax.Array,
+) -> PerToken:
+  """Returns what a schedule sees of each token, [B, P], without gradients.
+
+  Args:
+    model: the student's architecture.
+    loss: an exact one.
+    schedule: says what it sees.
+    params: the student's.
+    teacher_head: [V, D of the teacher].
+    hidden: [B, P, D], the student's states that predict each token.
+    scores: the teacher's.
+    mask: bool [B, P].
+  """
+  sight = Sight(loss.dist, schedule.sees, schedule.top_tokens)
+  inputs = HeadInputs(hidden, model.head(params), scores.hidden, teacher_head)
+  return chunked_head.per_token(
+      sight,
+      jax.lax.stop_gradient(inputs),
+      TokenInputs(mask, mask),
+      model.mesh,
+      loss.memory,
+  )
+
+
 def cross_entropy(
     model: Model,
     params: Params,
@@ -467,24 +562,16 @@ def _top1(logits: jax.Array, dist: Distribution, shard: Shard) -> jax.Array:
   return token
 
 
-def _overlap(
-    both: tuple[jax.Array, jax.Array],
-    count: int,
-    dist: Distribution,
-    shard: Shard,
+def _top(
+    logits: jax.Array, count: int, dist: Distribution, shard: Shard
 ) -> jax.Array:
-  """Returns the share of the most probable tokens that are both models': [N].
+  """Returns which tokens are among the most probable: bool [N, V].
 
-  The count is at most that of the real tokens.
+  Tokens as probable as the last of them are among them.
   """
-  real = shard.ids(both[0].shape[-1]) < dist.num_tokens
-  count = min(count, dist.num_tokens)
-  tops = []
-  for logits in both:
-    ranked = jnp.where(real, logits, -jnp.inf)
-    tops.append(ranked >= shard.top_k_threshold(ranked, count))
-  shared = shard.sum(jnp.sum(tops[0] & tops[1], axis=-1))
-  return jnp.minimum(shared / count, 1.0)
+  real = shard.ids(logits.shape[-1]) < dist.num_tokens
+  ranked = jnp.where(real, logits, -jnp.inf)
+  return real & (ranked >= shard.top_k_threshold(ranked, count))
 
 
 class _Tokens(NamedTuple):
@@ -537,6 +624,19 @@ def _plain_entropy(
   these = divergence.events(logits, logits, plain, shard)
   probs = divergence.log_probs(logits, plain, these, shard)
   return _entropy(probs, plain, shard)
+
+
+def _single(dist: Distribution) -> Distribution:
+  """The distribution whose events are all single tokens."""
+  return dataclasses.replace(dist, stop_ids=(), top_k=0)
+
+
+def _log_probs(
+    logits: jax.Array, dist: Distribution, shard: Shard
+) -> jax.Array:
+  """Returns the log-probabilities of tokens that are events: [N, V]."""
+  these = divergence.events(logits, logits, dist, shard)
+  return divergence.log_probs(logits, dist, these, shard).tokens
 
 
 def _look(

@@ -38,6 +38,7 @@ import numpy as np
 from prefix_distill import sharding
 from prefix_distill.config import DatasetSpec
 from prefix_distill.config import EvaluationSpec
+from prefix_distill.config import FIELD
 from prefix_distill.data import gym
 from prefix_distill.data import prompts
 from prefix_distill.data import records
@@ -84,6 +85,7 @@ PROBLEMS: Mapping[str, int] = {
     "HuggingFaceH4/aime_2024": 30,
     "math-ai/aime25": 30,
     "Idavidrein/gpqa": 198,
+    "cais/mmlu": 14_042,
     "MathArena/hmmt_feb_2025": 30,
     "math-ai/amc23": 40,
 }
@@ -138,8 +140,8 @@ class Problems:
     dropped: how many problems were longer than the static prompt length, or
       could not be made by reasoning-gym.
     grading: the grader, a key of `grading.GRADERS`.
-    opening: what the prompts end with, such as `<think>`: the grader has to see
-      that it was opened.
+    opening: what the prompts end with, such as `<think>`, up to the first field
+      of a record in it: the grader has to see that it was opened.
   """
 
   name: str
@@ -170,10 +172,9 @@ class Completions:
 
 
 def _read_problem(
-    source: records.Records, number: int, spec: DatasetSpec
+    record: Mapping[str, Any], spec: DatasetSpec, where: str
 ) -> tuple[records.Question, str]:
   """Returns what is asked and the right answer."""
-  record, where = source[number], source.where(number)
   if spec.choices:
     return records.multiple_choice(record, spec, where)
   return (
@@ -210,22 +211,26 @@ def load_problems(
     spec: the set's records.
     tokenizer: the tokenizer.
     max_prompt_len: S, unless the set has its own.
-    suffix: what follows the chat template's generation prompt.
+    suffix: what follows the chat template's generation prompt; it may be a
+      template over the records' fields.
 
   Raises:
     DataError: the records cannot be read, lack a field, hold what cannot be
       used, or are all too long.
   """
   rows, answers = [], []
-  source = records.read(spec)
+  source = records.read(spec, more=FIELD.findall(suffix))
   room = spec.max_prompt_len or max_prompt_len
   for number in range(len(source)):
+    where = source.where(number)
     try:
-      question, answer = _read_problem(source, number, spec)
+      record = source[number]
     except gym.NotMade:
       continue
+    question, answer = _read_problem(record, spec, where)
+    filled = prompts.suffix_of(suffix, record, where)
     encoded = prompts.encode_problem(
-        tokenizer, question, room, suffix, source.where(number)
+        tokenizer, question, room, filled, where
     )
     if encoded is not None:
       rows.append((number, *encoded))
@@ -254,7 +259,7 @@ def load_problems(
       spec.samples,
       len(source) - len(answers),
       spec.grading,
-      suffix,
+      suffix[: FIELD.search(suffix + "{_}").start()],
   )
 
 

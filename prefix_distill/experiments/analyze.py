@@ -412,4 +412,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=command_line.parse)
+  app.run(
+      main,
+      flags_parser=functools.partial(command_line.parse, about=__doc__),
+  )

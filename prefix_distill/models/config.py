@@ -330,7 +330,9 @@ def num_params(config: ModelConfig, embeddings: bool = True) -> int:
   return c.num_layers * layer + c.dim + tables * table
 
 
-def _qwen3(layers: int, dim: int, mlp: int, heads: int) -> ModelConfig:
+def _qwen3(
+    layers: int, dim: int, mlp: int, heads: int, positions: int = 32768
+) -> ModelConfig:
   return ModelConfig(
       family="qwen3",
       vocab_size=151936,
@@ -343,10 +345,27 @@ def _qwen3(layers: int, dim: int, mlp: int, heads: int) -> ModelConfig:
       norm_eps=1e-6,
       rope=RopeConfig(1e6),
       tied=dim < 4096,
-      max_length=32768,
+      max_length=positions,
   )
 
 
 # Published architectures, for what needs no weights: plans and tables.
+QWEN3_0_6B = _qwen3(28, 1024, 3072, 16)
 QWEN3_1_7B = _qwen3(28, 2048, 6144, 16)
+QWEN3_4B = _qwen3(36, 2560, 9728, 32)
 QWEN3_8B = _qwen3(36, 4096, 12288, 32)
+QWEN3_14B = _qwen3(40, 5120, 17408, 40, 40960)
+R1_DISTILL_LLAMA_8B = ModelConfig(
+    family="llama",
+    vocab_size=128256,
+    dim=4096,
+    mlp_dim=14336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    norm_eps=1e-5,
+    rope=RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 8192),
+    tied=False,
+    max_length=131072,
+)

@@ -660,6 +660,7 @@ def export(
     directory: pathlib.Path,
     dtype: str,
     serving: Serving | None = None,
+    card: str = "",
     scale: float = 1.0,
 ) -> None:
   """Writes a Hugging Face model directory; every process must call it.
@@ -673,6 +674,7 @@ def export(
     directory: where to; replaced if it exists.
     dtype: what the weights are stored in, "float32" or "bfloat16".
     serving: what goes into the generation config; None for that of `tokenizer`.
+    card: the README.md; empty for none.
     scale: what the adapters' products are multiplied by.
 
   Raises:
@@ -696,6 +698,8 @@ def export(
       write_json(partial / _GENERATION, _served(companion, serving))
     write_json(partial / "config.json", settings)
     _copy_companions(companion, partial, with_generation=serving is None)
+    if card:
+      (partial / "README.md").write_text(card, encoding="utf-8")
   _write_weights(params, family, partial, jnp.dtype(dtype), scale)
   if writes:
     shutil.rmtree(directory, ignore_errors=True)

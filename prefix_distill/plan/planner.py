@@ -369,6 +369,9 @@ def read_lengths(given: Sequence[str]) -> tuple[int, ...]:
 def _choose_mesh(question: Question) -> tuple[Config, str]:
   """Returns the config with a mesh that fills the machine, and a note.
 
+  An fsdp axis that takes all devices is kept inside one host; of a larger
+  machine the mesh is chosen.
+
   Raises:
     ConfigError: the mesh that was asked for is none.
   """
@@ -384,10 +387,10 @@ def _choose_mesh(question: Question) -> tuple[Config, str]:
         *map(int, text.split("x")), sampling_tensor=given.sampling_tensor
     )
     return dataclasses.replace(config, mesh=mesh), "Mesh: as asked for."
-  rest = given.fsdp * given.tensor
-  data = machine.size // rest if given.data == -1 else given.data
-  if data * rest == machine.size:
-    return config, "Mesh: the config's."
+  if given.fsdp != -1 or machine.size <= machine.chip.host:
+    full = given.filled(machine.size)
+    if full.data * full.fsdp * full.tensor == machine.size:
+      return dataclasses.replace(config, mesh=full), "Mesh: the config's."
   student, teacher = (
       programs.architecture(spec.path)[0]
       for spec in (config.student, config.teacher)
@@ -395,7 +398,7 @@ def _choose_mesh(question: Question) -> tuple[Config, str]:
   student = lora.adapted(student, config)
   mesh = suggest_mesh(config, student, teacher, machine)
   note = (
-      "Mesh: chosen; that of the config does not fill the machine. Use"
+      "Mesh: chosen; that of the config is for other machines. Use"
       f" --config.mesh.data={mesh.data} --config.mesh.fsdp={mesh.fsdp}"
       f" --config.mesh.tensor={mesh.tensor}"
       f" --config.mesh.sampling_tensor={mesh.sampling_tensor}."
@@ -461,6 +464,8 @@ class Result:
     updates: one for each bucket.
     hours: least time of the run's updates, and of full distillation's.
     evaluation: hours of a run's evaluations, by what is evaluated.
+    each: seconds of each of the run's updates, in order.
+    saved_every: updates from one checkpoint to the next.
     least_sent: bytes that one run of `gradient` has to send.
     advice: the settings of `mended`, or what cannot be made to fit.
     assumptions: what seconds are reckoned with.
@@ -475,6 +480,8 @@ class Result:
   updates: list[Update]
   hours: dict[str, float]
   evaluation: dict[str, float]
+  each: list[float]
+  saved_every: int
   least_sent: float
   advice: list[str]
   assumptions: Assumptions
@@ -482,6 +489,78 @@ class Result:
   @property
   def fits(self) -> bool:
     return all(one.verdict(self.machine) for one in self.programs)
+
+  @property
+  def total_hours(self) -> float:
+    """Of the run's updates and evaluations."""
+    return (sum(self.each) / 3600) + sum(self.evaluation.values())
+
+  @property
+  def unsaved_hours(self) -> float:
+    """The longest time between two checkpoints, without evaluation."""
+    every = self.saved_every
+    parts = [
+        sum(self.each[i : i + every]) for i in range(0, len(self.each), every)
+    ]
+    return max(parts, default=0.0) / 3600
+
+  def affordable(self, hours: float) -> int:
+    """Returns how many updates fit into so many hours.
+
+    Evaluations are taken as they are; what is left is for updates.
+    """
+    left, count = (hours - sum(self.evaluation.values())) * 3600, 0
+    for seconds in self.each:
+      left -= seconds
+      if left < 0:
+        break
+      count += 1
+    return count
+
+
+def turns(
+    result: Result, limit: float, notice: float, budget: float
+) -> list[str]:
+  """Says how often the run starts, what a kill costs, and what is affordable.
+
+  Args:
+    result: the plan.
+    limit: hours of a turn; 0 for no limit.
+    notice: seconds between a SIGTERM and the end of the process.
+    budget: hours or a sum; 0 for none.
+  """
+  total, unsaved = result.total_hours, result.unsaved_hours
+  price = result.assumptions.price * result.machine.size
+  cost = f" ({price * unsaved:,.0f})" if price else ""
+  lines = []
+  if limit:
+    turns = math.ceil(total / limit)
+    lines.append(
+        f"A time limit of {limit:g} h cuts {total:.1f} h into {turns} turns;"
+        " each goes on from the one before."
+        if turns > 1
+        else f"It ends within a time limit of {limit:g} h."
+    )
+  longest = max(result.each, default=0.0)
+  if longest > notice:
+    lines.append(
+        f"The longest update takes {longest:,.0f} s, more than the notice of"
+        f" {notice:g} s (--notice): a preemption gives that update up, and the"
+        " state before it is saved."
+    )
+  lines.append(
+      f"Without notice a kill costs up to {unsaved:.1f} h{cost}: a checkpoint"
+      f" comes every {result.saved_every} updates (checkpoint.every)."
+  )
+  if budget:
+    hours = budget / price if price else budget
+    count, steps = result.affordable(hours), len(result.each)
+    unit = f"{budget:,.0f}" if price else f"{budget:g} h"
+    text = f"{unit} pays for {count} of {steps} updates, evaluation included"
+    if count < steps and count:
+      text += f": --config.steps={count}"
+    lines.append(f"{text}.")
+  return lines
 
 
 class _Reckoner:
@@ -525,8 +604,8 @@ class _Reckoner:
     bucket = min(b for b in prefix_schedule.buckets(config) if b >= cap)
     seconds, limits, flops = {}, {}, 0.0
     for stage in self._plan.stages(cap):
-      if stage.name not in programs.ORDER:
-        continue
+      if stage.name not in programs.ORDER or stage.name == "refresh":
+        continue  # A refresh moves weights once in many updates.
       time, limits[stage.name], work = self._run(stage, bucket)
       seconds[stage.name] = seconds.get(stage.name, 0.0) + time
       flops += work
@@ -593,14 +672,15 @@ def plan(question: Question, console: rich.console.Console) -> Result:
   built = look.build(settled)
   reckoner = full = _Reckoner(built, latest, question)
   caps = [prefix_schedule.cap(settled, step) for step in range(settled.steps)]
-  seconds = sum(reckoner.update(cap).total for cap in caps)
+  totals = {cap: reckoner.update(cap).total for cap in set(caps)}
+  each = [totals[cap] for cap in caps]
   whole = dataclasses.replace(settled, method="full")
   longest = prefix_schedule.longest(whole)
   if prefix_schedule.longest(settled) < longest:
     full = _Reckoner(look.build(whole), latest, question)
   every = f"Full distillation's, all answers of {longest:,} tokens"
   hours = {
-      "This run's updates": seconds / 3600,
+      "This run's updates": sum(each) / 3600,
       every: settled.steps * full.update(longest).total / 3600,
   }
   return Result(
@@ -613,8 +693,10 @@ def plan(question: Question, console: rich.console.Console) -> Result:
       [reckoner.update(bucket) for bucket in prefix_schedule.needed(settled)],
       hours,
       reckoner.evaluation(),
+      each,
+      settled.checkpoint.every,
       least_sent(built),
-      advice(question.config, found),
+      advice(dataclasses.replace(question.config, mesh=config.mesh), found),
       question.assumptions,
   )
 

@@ -33,8 +33,12 @@ from prefix_distill.models import lora
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.config import num_adapters
 from prefix_distill.models.config import num_params
+from prefix_distill.models.config import QWEN3_0_6B
 from prefix_distill.models.config import QWEN3_1_7B
+from prefix_distill.models.config import QWEN3_4B
 from prefix_distill.models.config import QWEN3_8B
+from prefix_distill.models.config import QWEN3_14B
+from prefix_distill.models.config import R1_DISTILL_LLAMA_8B
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.plan import cost
@@ -54,14 +58,18 @@ _GIB, _FLOAT32 = 2**30, 4
 EVALUATION = {"student": "evaluate", "teacher": "evaluate teacher"}
 _SAMPLING = ("move", "prefill", "layout", "decode", "cut")
 # The programs to compile, cheap ones first. The cut moves a few tokens.
-_TRAINING = ("move", "layout", "apply", "score", "prefill")
+_TRAINING = ("refresh", "move", "layout", "apply", "score", "prefill")
 ORDER = (*_TRAINING, *EVALUATION.values(), "decode", "gradient")
 # These programs are the same for all lengths of the prefix.
-_ONCE = ("move", "layout", "apply")
-# The architectures of the paper's models, for a laptop without a network.
+_ONCE = ("refresh", "move", "layout", "apply")
+# The architectures of the recipes' models, for a laptop without a network.
 _KNOWN = {
+    "Qwen/Qwen3-0.6B": QWEN3_0_6B,
     "Qwen/Qwen3-1.7B": QWEN3_1_7B,
+    "Qwen/Qwen3-4B": QWEN3_4B,
     "Qwen/Qwen3-8B": QWEN3_8B,
+    "Qwen/Qwen3-14B": QWEN3_14B,
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": R1_DISTILL_LLAMA_8B,
 }
 # A collective needs no plan if a device sends no more than so many bytes, nor
 # than this share of the largest weight. Counters and the like are so small.
@@ -266,9 +274,10 @@ class Plan:
         and (name in _SAMPLING or evaluated == "student")
     )
     shared = models.shares_weights
-    if not teacher_waits and name != "score" and not shared:
+    takes_teacher = shared or name in ("score", "refresh")
+    if not teacher_waits and not takes_teacher:
       lying["teacher"] = self.teacher_params
-    takes_student = ["move", "gradient", "apply"]
+    takes_student = ["refresh", "move", "gradient", "apply"]
     if not two_meshes:
       takes_student += ["prefill", "layout"]
     if name == "apply":  # It takes what is trained alone.
@@ -341,13 +350,13 @@ class Plan:
 
 
 def architecture(path: str) -> tuple[ModelConfig, bool]:
-  """Reads a model's architecture; those of the paper's models are known.
+  """Reads a model's architecture; those of the recipes' models are known.
 
   Returns:
     The architecture, and whether it was read.
 
   Raises:
-    UserError: it cannot be read, and the model is none of the paper's.
+    UserError: it cannot be read, and the model is none of the recipes'.
   """
   try:
     return hf.read_config(path), True
@@ -368,7 +377,7 @@ def build(config: Config, devices: list, memory: float | None = None) -> Plan:
 
   Raises:
     ConfigError: the mesh does not fill the devices, a batch does not split
-      over the mesh, or there is no teacher.
+      over the mesh, there is no teacher, or it cannot be refreshed.
   """
   if config.teacher is None:
     raise ConfigError(
@@ -387,6 +396,7 @@ def build(config: Config, devices: list, memory: float | None = None) -> Plan:
           (teacher, config.teacher),
       )
   ]
+  setup_lib.check_refresh(config, *(model.config for model in models))
   built = Models(
       config,
       mesh,
@@ -517,7 +527,7 @@ def _with_others(variant: Variant, others: Any) -> jax.stages.Lowered:
   So the compiler's memory estimate counts arrays that lie there meanwhile.
   """
   program = variant.program
-  options = dict(program.options)
+  options = program.options | {"keep_unused": True}
   donated = options.pop("donate_argnums", None)
   if donated is not None:
     options["donate_argnums"] = donated + 1
@@ -528,7 +538,6 @@ def _with_others(variant: Variant, others: Any) -> jax.stages.Lowered:
   jitted = jax.jit(
       function,
       static_argnums=tuple(range(1, program.static + 1)),
-      keep_unused=True,
       **options,
   )
   return jitted.trace(others, *variant.args).lower()

@@ -232,6 +232,7 @@ def distillation(
     lengths: Lengths,
     source: str = "student",
     remat: str = "none",
+    sees: bool = False,
 ) -> StepFlops:
   """FLOPs of a distillation update, as this package computes it.
 
@@ -246,11 +247,21 @@ def distillation(
     source: the model that sampled the answers, "student" or "teacher"; "data"
       for given answers.
     remat: the recomputation in the backward pass, see `ModelSpec`.
+    sees: whether the schedule sees all sampled tokens before it chooses those
+      that train. Then the student's forward pass has all of them, and both
+      output heads run once more.
   """
   cost = StepFlops(
       score=forward(teacher, lengths.teacher_read, lengths.sampled),
       **_training(student, lengths.read, lengths.learned, remat),
   )
+  if sees:
+    cost = dataclasses.replace(
+        cost,
+        score=cost.score + head(teacher, lengths.sampled),
+        forward=forward(student, lengths.read, lengths.sampled)
+        + head(student, lengths.learned),
+    )
   writer = sampler(student, teacher, source)
   if writer is None:
     return cost

@@ -216,12 +216,12 @@ def headline(
   if not config.is_supervised:
     text += (
         f"\ntemperature {config.rollout.temperature:g} in sampling and loss,"
-        f" {_loss_name(config.loss)}"
+        f" {loss_name(config.loss)}"
     )
   return text
 
 
-def _loss_name(loss: LossSpec) -> str:
+def loss_name(loss: LossSpec) -> str:
   """Names the loss, such as "exact reverse KL"."""
   if loss.form == "policy_gradient":
     return f"policy gradient with {loss.policy_gradient.estimator}"
@@ -248,14 +248,17 @@ def progress(line: Line) -> dict[str, str]:
 
 def evaluation_line(which: str, step: int, values: Line) -> str:
   """Returns one evaluation as a line of text."""
+  if values.get("teacher_update"):
+    which += f" (the student after update {values['teacher_update']})"
   return (
       f"step {step:>4}  {which} on {values['set']}, {values['mode']}:"
-      f" {_accuracy(values)}, {values['finish_rate']:.1%} finish,"
+      f" {accuracy(values)}, {values['finish_rate']:.1%} finish,"
       f" {values['mean_length']:.0f} tokens"
   )
 
 
-def _accuracy(line: Line) -> str:
+def accuracy(line: Line) -> str:
+  """Returns an evaluation's accuracy in % with its 95 % interval."""
   low, high = 100 * line["accuracy_low"], 100 * line["accuracy_high"]
   return f"{100 * line['accuracy']:.1f} % ({low:.1f}-{high:.1f})"
 
@@ -275,8 +278,8 @@ def _row(
   sampled = found["sampled"]
   return (
       name,
-      _stacked(_accuracy(sampled)),
-      _stacked(_accuracy(found["greedy"])) if "greedy" in found else "-",
+      _stacked(accuracy(sampled)),
+      _stacked(accuracy(found["greedy"])) if "greedy" in found else "-",
       f"{sampled['finish_rate']:.1%}",
       f"{sampled['accuracy_finished']:.1%}" if sampled["finish_rate"] else "-",
       f"{sampled['mean_length']:.0f} / {sampled['length_p95']}",
@@ -296,8 +299,10 @@ def closing_rows(lines: Sequence[Line], dataset: str) -> list[tuple]:
   steps = [x["step"] for x in lines if x.get("model") == "student"]
   if not steps:
     return []
+  update = max(x.get("teacher_update", 0) for x in lines)
+  teacher = f"teacher\n(update {update})" if update else "teacher"
   rows = (
-      _row("teacher", lines, steps[-1], "teacher", dataset),
+      _row(teacher, lines, steps[-1], "teacher", dataset),
       _row("student\nbefore", lines, steps[0], "student", dataset),
       _row("student\nafter", lines, steps[-1], "student", dataset),
   )
@@ -409,10 +414,43 @@ def dropped(lines: Sequence[Line]) -> str:
   return f"{last['dropped']} training records were dropped ({counts})."
 
 
-def _markdown(lines: Sequence[Line], pictures: Sequence[str]) -> str:
+def chosen(lines: Sequence[Line], dataset: str) -> str:
+  """Says which update a set chose, and that its score there is no held-out one.
+
+  Args:
+    lines: of the metrics.
+    dataset: `checkpoint.best`.
+
+  Returns:
+    A sentence; "" if no set chooses, or nothing was evaluated on it.
+  """
+  found = {
+      line["step"]: line
+      for line in lines
+      if line.get("set") == dataset
+      and line.get("mode") == "sampled"
+      and line.get("model") == "student"
+      and line["step"] > 0
+      and line.get("accuracy") is not None
+  }
+  if not found:
+    return ""
+  best = max(sorted(found), key=lambda step: found[step]["accuracy"])
+  return (
+      f"{dataset} chose update {best} of {len(found)} that were evaluated:"
+      f" {found[best]['accuracy']:.1%} there, the highest of them, so it is no"
+      f" held-out score. `python -m prefix_distill.export --step=best` writes"
+      " that update's model; the tables have the last update's."
+  )
+
+
+def _markdown(
+    lines: Sequence[Line], pictures: Sequence[str], best: str
+) -> str:
   parts = ["# Report\n", spent(lines) + "\n"]
   updates = [line for line in lines if "prefix_len" in line]
-  parts += [f"{text}\n" for text in [dropped(updates)] if text]
+  found = [dropped(updates), chosen(lines, best)]
+  parts += [f"{text}\n" for text in found if text]
   parts += [f"> **{text}**\n" for text in alarms(lines).values()]
   for dataset in sorted({line["set"] for line in lines if "set" in line}):
     parts.append(f"## {dataset}\n")
@@ -452,13 +490,16 @@ def write(workdir: pathlib.Path) -> None:
   directory = workdir / "report"
   directory.mkdir(exist_ok=True)
   pictures = plots.draw(lines, directory, config["method"])
-  (directory / "report.md").write_text(_markdown(lines, pictures))
+  best = config.get("checkpoint", {}).get("best", "")
+  (directory / "report.md").write_text(_markdown(lines, pictures, best))
   console = rich.console.Console()
   for dataset in config["evaluation"]["sets"]:
     _print_table(console, lines, dataset)
   for text in alarms(lines).values():
     console.print(text, style="bold red", highlight=False, markup=False)
   console.print(spent(lines), highlight=False)
+  if text := chosen(lines, best):
+    console.print(text, highlight=False, markup=False)
   console.print(
       f"Report in {directory}, model in {workdir / 'export'}.",
       highlight=False,

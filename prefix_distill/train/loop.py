@@ -28,6 +28,7 @@ import numpy as np
 import safetensors.numpy
 import tqdm
 
+from prefix_distill import config as config_lib
 from prefix_distill import distributed
 from prefix_distill import sharding
 from prefix_distill.config import Config
@@ -41,6 +42,7 @@ from prefix_distill.models import lora
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.report import report
+from prefix_distill.report import trackers
 from prefix_distill.report.flops import Lengths
 from prefix_distill.structs import PromptBatch
 from prefix_distill.train import answers
@@ -151,6 +153,7 @@ class Run:
       bought: Bought = _NOTHING,
       stop: Stop | None = None,
       lock: workdir_lib.Lock | None = None,
+      tracker: str = "none",
   ):
     """Starts or goes on.
 
@@ -160,7 +163,10 @@ class Run:
       bought: answers that were made before the first update.
       stop: says when the user or the machine wants the run to stop.
       lock: the workdir's lock, in the process that holds it.
+      tracker: what `trackers.check` returned.
     """
+    self.tracker = trackers.Tracker()
+    self._tracker_name = tracker
     models, self.lock = setup.models, lock
     self.setup, self.models, self.workdir = setup, models, workdir
     self.config = config = models.config
@@ -173,6 +179,7 @@ class Run:
         models.student.remat,
         compares=config.method == "prefix",
         bought=bought,
+        sees=bool(self.schedule.sees),
     )
     self.totals = Totals(self.schedule.start())
     self.key = jax.random.key(config.seed)
@@ -195,7 +202,9 @@ class Run:
     """Restores the last whole checkpoint, or loads the student."""
     models = self.models
     has_adapters = models.student.config.lora is not None
-    found = self.checkpointer.restore(self.programs.abstract_state())
+    found = self.checkpointer.restore(
+        self.programs.abstract_state(), self.programs.abstract_teacher()
+    )
     self.last_saved = step = found and found.step
     if found is None:
       workdir_lib.check_not_lost(self.workdir)
@@ -212,13 +221,21 @@ class Run:
     if self.writes:
       self.writer = report.MetricsWriter(self.workdir / "metrics.jsonl", step)
       lines = self.writer.kept
+      self.tracker = trackers.make(
+          self._tracker_name,
+          self.workdir,
+          config_lib.plain(self.config),
+          step,
+      )
     # Evaluations that are done: model, set, mode; and their answers' length.
     self.evaluated, self.answer_len = distributed.from_first(
         "evaluations", _evaluations(lines, step)
     )
     if has_adapters:
       self.base = self._load(self.config.student, models.student)
-    if models.shares_weights:
+    if found is not None and found.teacher is not None:
+      self.teacher_params = found.teacher
+    elif models.shares_weights:
       self.teacher_params = self.base
     elif models.teacher is not None:
       self.teacher_params = self._load(self.config.teacher, models.teacher)
@@ -249,6 +266,7 @@ class Run:
       self.lock.check()
     if self.writes:
       self.writer.write(values)
+      self.tracker.write(values)
 
   def save(self, must: bool = False) -> None:
     """Saves; if the disk fails, the run goes on with the last checkpoint.
@@ -263,7 +281,10 @@ class Run:
     while True:
       try:
         self.checkpointer.save(
-            self.state, self.setup.data.get_state(), self.totals
+            self.state,
+            self.setup.data.get_state(),
+            self.totals,
+            self.teacher_params if self.totals.teacher_update else None,
         )
       except UserError:
         raise
@@ -331,8 +352,31 @@ class Run:
             " update that it interrupts."
         )
 
+  def _refresh(self, step: int) -> None:
+    """Makes the teacher the student if update `step`, from 0, is to see that.
+
+    A copy that no update would see is not made: after the last update the
+    teacher is the one that scored it.
+    """
+    every = self.config.teacher.refresh if self.models.teacher else 0
+    if every and step and step % every == 0:
+      self.teacher_params = self.programs.refresh(
+          self.state.params, self.teacher_params
+      )
+      self.totals = dataclasses.replace(self.totals, teacher_update=step)
+
+  def _teacher_update(self) -> dict[str, int]:
+    """Returns what lines say of a teacher that is refreshed."""
+    if not (self.models.teacher and self.config.teacher.refresh):
+      return {}
+    return {"teacher_update": self.totals.teacher_update}
+
   def evaluate(self, step: int, which: str = "student") -> None:
-    """Evaluates the student or the teacher on all sets."""
+    """Evaluates the student or the teacher on all sets.
+
+    A teacher that is refreshed is the one of the last update, and its lines
+    say after which update it was the student.
+    """
     setup, models = self.setup, self.models
     model, params = models.student, self.student_params
     stop_ids = models.stop_ids
@@ -351,6 +395,8 @@ class Run:
     def write(values: dict[str, Any]) -> None:
       if which == "student" and values["mode"] == "sampled":
         self.answer_len = values["mean_length"]
+      if which == "teacher":
+        values = values | self._teacher_update()
       self.write({
           "step": step,
           "model": which,
@@ -399,6 +445,7 @@ class Run:
     begin, clock, config = time.perf_counter(), update_lib.Clock(), self.config
     poll = functools.partial(self._poll_update, time.monotonic())
     self.evaluated = []
+    self._refresh(step)
     cap, source = self.cap, prefix_schedule.source(config, step)
     place = self.setup.data.get_state()
     prompts, completions = next(self.setup.data)
@@ -449,6 +496,7 @@ class Run:
     line = {"step": step + 1, "prefix_len": cap}
     line |= _flatten(done.metrics, config)
     line["skipped"] = totals.skipped
+    line |= self._teacher_update()
     line |= {"rollout_len": float(mask.sum(1).mean())} | totals.line()
     if config.rollout.source != "student":
       line["source"] = source
@@ -547,7 +595,9 @@ def _flatten(metrics: dict[str, Any], config: Config) -> dict[str, float]:
   out = {}
   width = step_lib.bin_width(config.rollout.max_len)
   for name, value in metrics.items():
-    if name in ("kl_position", "reliable", "sampler", "finite"):
+    if name in ("kl_position", "sampler", "finite"):
+      continue
+    if name.startswith(prefix_schedule.SHOWN):
       continue
     if np.ndim(value) == 0:
       if name != "kl_special" or np.isfinite(value):
@@ -671,6 +721,7 @@ def train(
     workdir: pathlib.Path,
     traced: Collection[int] = (),
     notice: float = math.inf,
+    tracker: str = "none",
 ) -> None:
   """Runs to the last update, and writes the report and the export.
 
@@ -679,14 +730,16 @@ def train(
     workdir: see the README.
     traced: updates, counted from 1, whose trace is written to workdir/trace.
     notice: seconds between a SIGTERM and the end of the process.
+    tracker: one of `trackers.NAMES`.
 
   Raises:
     ValueError: a setting, file or model does not fit; see `setup.prepare`.
     Stopped: the user asked for it; the state is saved.
   """
+  tracker = trackers.check(tracker)
   setup = setup_lib.prepare(config, workdir)
   with workdir_lib.claimed(config, workdir, setup.contents) as lock:
-    _train(setup, workdir, traced, notice, lock)
+    _train(setup, workdir, traced, notice, lock, tracker)
 
 
 def _train(
@@ -695,6 +748,7 @@ def _train(
     traced: Collection[int],
     notice: float,
     lock: workdir_lib.Lock | None,
+    tracker: str,
 ) -> None:
   """Does what `train` says in a workdir that is held."""
   config, writes = setup.models.config, jax.process_index() == 0
@@ -702,12 +756,15 @@ def _train(
     if writes:
       shape = setup.models.mesh.shape
       print(report.headline(config, shape, workdir), flush=True)
+      print(f"on {sharding.describe_devices()}", flush=True)
+      if idle := sharding.unused_accelerator():
+        print(f"Warning: {idle}", file=sys.stderr, flush=True)
     bought = _NOTHING
     with stop_on_signal(notice) as stop:
       if config.method == "seqkd":
         poll = functools.partial(_poll, stop, "while the teacher answers")
         setup, bought = answers.with_answers(setup, workdir, poll)
-      run = Run(setup, workdir, bought, stop, lock)
+      run = Run(setup, workdir, bought, stop, lock, tracker)
       try:
         _steps(run, traced)
         if setup.models.teacher is not None and config.evaluation.teacher:
@@ -717,11 +774,18 @@ def _train(
       except BaseException:
         run.programs.close()
         raise
+      finally:
+        run.tracker.close()
     run.programs.close()
     run.checkpointer.close()
     try:
       setup_lib.export_student(
-          config, run.student_params, setup.models.stop_ids, workdir / "export"
+          config,
+          run.student_params,
+          setup.models.stop_ids,
+          workdir / "export",
+          workdir,
+          int(run.state.step),
       )
     except _DISK_ERRORS as error:
       raise SaveError(

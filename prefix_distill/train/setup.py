@@ -21,6 +21,7 @@ from prefix_distill.distill import loss as loss_lib
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.distill.loss import Loss
 from prefix_distill.errors import ConfigError
+from prefix_distill.errors import shown
 from prefix_distill.evaluate import evaluator
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models import lora
@@ -28,6 +29,8 @@ from prefix_distill.models import peft
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
+from prefix_distill.report import card
+from prefix_distill.report import report
 from prefix_distill.train import workdir as workdir_lib
 from prefix_distill.train.workdir import Contents
 
@@ -177,6 +180,30 @@ def _dtype_note(
   )
 
 
+def check_refresh(
+    config: Config, student: ModelConfig, teacher: ModelConfig
+) -> None:
+  """Refuses to copy a student's weights into another architecture.
+
+  How many positions a model's config.json allows may differ.
+
+  Raises:
+    ConfigError: the two differ in something else.
+  """
+  if not config.teacher.refresh:
+    return
+  for field in dataclasses.fields(ModelConfig):
+    mine, theirs = (getattr(x, field.name) for x in (student, teacher))
+    if field.name != "max_length" and mine != theirs:
+      raise ConfigError(
+          f"teacher.refresh is {config.teacher.refresh}, but {field.name} is"
+          f" {shown(mine)} in the student {config.student.path} and"
+          f" {shown(theirs)} in the teacher {config.teacher.path}; set"
+          " teacher.path to a model of the student's architecture, or"
+          " teacher.refresh to 0."
+      )
+
+
 def _check_lengths(
     config: Config, student: Model, teacher: Model | None
 ) -> None:
@@ -272,6 +299,8 @@ def check(config: Config, first: bool = False) -> Inputs:
   student, teacher = _read_models(config, mesh)
   if config.lora.path:
     peft.check_config(config.lora)
+  if teacher is not None:
+    check_refresh(config, student.config, teacher.config)
   fed = _load_tokenizers(config, student, teacher)
   _check_lengths(config, student, teacher)
   problems = {}
@@ -286,12 +315,53 @@ def check(config: Config, first: bool = False) -> Inputs:
       first=first,
       asked=[found.batch for found in problems.values()],
   )
-  prompts.check(
-      config.data, data.question, *fed, teacher_question=data.teacher_question
-  )
+  for suffix in data.suffixes:
+    prompts.check(
+        dataclasses.replace(config.data, suffix=suffix),
+        data.question,
+        *fed,
+        teacher_question=data.teacher_question,
+    )
   problems = problems or _load_problems(config, fed[0].tokenizer)
   _check_problems(config, student, problems)
   return Inputs(mesh, fed, student, teacher, data, problems)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationInputs:
+  """What an evaluation without training reads besides weights, checked.
+
+  Attributes:
+    model: the architecture.
+    tokenizer: its tokenizer.
+    problems: the evaluation sets.
+  """
+
+  model: Model
+  tokenizer: Tokenizer
+  problems: dict[str, evaluator.Problems]
+
+
+def read_evaluation(
+    config: Config, mesh: jax.sharding.Mesh
+) -> EvaluationInputs:
+  """Checks what an evaluation of the student alone reads.
+
+  Args:
+    config: the settings; of the training prompts only the lengths and what
+      stands around a prompt count.
+    mesh: the device mesh.
+
+  Raises:
+    UserError: one sentence that names what does not fit, and the mend.
+  """
+  spec = config.student
+  model = make_model(hf.read_config(spec.path), spec, mesh)
+  tokenizer = tokenizer_lib.load(spec.tokenizer_path, config.data.system)
+  problems = _load_problems(config, tokenizer)
+  _check_problems(config, model, problems)
+  _check_weights(spec, model)
+  return EvaluationInputs(model, tokenizer, problems)
 
 
 def _load_problems(
@@ -409,6 +479,8 @@ def export_student(
     params: Params,
     stop_ids: tuple[int, ...],
     directory: pathlib.Path,
+    workdir: pathlib.Path,
+    step: int,
 ) -> None:
   """Writes the student as a Hugging Face model that ends as in the run.
 
@@ -418,7 +490,11 @@ def export_student(
     stop_ids: tokens that end the student's answers.
     directory: where to; it appears whole or not at all. Adapters are merged
       there, and before that written alone to a directory beside it.
+    workdir: of the run, whose results go into the model card.
+    step: the update after which the weights are.
   """
+  lines = report.read_metrics(workdir / "metrics.jsonl")
+  licence = card.licence(hf.resolve(config.student.path))
   stored_like, spec = config.teacher or config.student, config.evaluation
   if config.lora.rank:
     peft.export(
@@ -432,6 +508,7 @@ def export_student(
       directory,
       hf.export_dtype(config.export.dtype, stored_like.path),
       hf.Serving(stop_ids, spec.temperature, spec.top_k, spec.top_p),
+      card.text(config, lines, step, licence),
       config.lora.scale,
   )
 
@@ -464,8 +541,8 @@ def load_model(
   if spec.random_init:
 
     def init(key: jax.Array) -> Params:
-      params = model.init(key)
-      return jax.tree.map(lambda x: x.astype(spec.param_dtype), params)
+      drawn = model.init(key)
+      return jax.tree.map(lambda x: x.astype(spec.param_dtype), drawn)
 
     return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
   return hf.load_params(

@@ -23,6 +23,7 @@ from prefix_distill import sharding
 from prefix_distill.compilation import Program
 from prefix_distill.distill import loss as loss_lib
 from prefix_distill.distill import prefix_schedule
+from prefix_distill.distill.prefix_schedule import Chosen
 from prefix_distill.models import lora
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
@@ -92,8 +93,8 @@ class Outcome:
     metrics: means over all rollouts.
     tokens: int32 [rollouts, P], as they were sampled or given.
     mask: bool [rollouts, P].
-    trained: bool [rollouts, P], what was left of the mask after cutting.
-    minima: [rollouts], see `prefix_schedule.cut`; None if nothing is cut.
+    trained: bool [rollouts, P], what the schedule chose of the mask.
+    minima: [rollouts], see `prefix_schedule.Chosen`.
   """
 
   metrics: dict[str, Any]
@@ -170,7 +171,7 @@ class Programs:
         out_shardings=working,
         donate_argnums=0,
     )
-    totals = Gradient(working.params, replicated, replicated)
+    totals = Gradient(working.params, replicated, replicated, rows)
     gradient = functools.partial(step_lib.gradient, self._loss())
     self.gradient = Program(
         "gradient", gradient, out_shardings=totals, donate_argnums=3
@@ -178,14 +179,32 @@ class Programs:
     self.zeros = Program(
         "zeros",
         functools.partial(_zeros_of, gradient),
-        out_shardings=totals,
+        out_shardings=dataclasses.replace(totals, chosen=None),
     )
+    self._refresh = self._refreshing()
     normalize = "tokens" if config.is_supervised else config.loss.normalize
     self._apply = Program(
         "apply",
         functools.partial(step_lib.apply, self._tx, normalize),
         out_shardings=(working, replicated),
         donate_argnums=0,
+    )
+
+  def _refreshing(self) -> Program | None:
+    """Returns the program of `refresh`; None if there is no teacher."""
+    teacher = self.abstract_teacher()
+    if teacher is None:
+      return None
+    places = jax.tree.map(lambda x: x.sharding, teacher)
+    return Program(
+        "refresh",
+        functools.partial(
+            step_lib.refreshed, self._models.config.teacher.param_dtype
+        ),
+        out_shardings=sharding.on_device(places),
+        # The old weights are not read: their memory takes the new ones.
+        donate_argnums=1,
+        keep_unused=True,
     )
 
   def _loss(self) -> step_lib.LossFn:
@@ -200,7 +219,11 @@ class Programs:
         models.special_ids,
         prefix_schedule.make(config),
     )
-    window = step_lib.Window(config.loss.window_start, config.loss.window_end)
+    window = step_lib.Window(
+        config.loss.window_start,
+        config.loss.window_end,
+        config.loss.normalize == "length",
+    )
     return functools.partial(
         step_lib.distillation_loss, models.student, loss, watch, window
     )
@@ -268,6 +291,26 @@ class Programs:
       return params
     return sharding.put(params, sharding.on_device(places))
 
+  def refresh(self, params: Params, teacher_params: Params) -> Params:
+    """Makes the teacher a copy of the student.
+
+    A teacher that rests on the host goes back there; meanwhile the devices
+    hold as much as while it scores.
+
+    Args:
+      params: the student's.
+      teacher_params: the old ones, where they rest; they are donated.
+
+    Returns:
+      The new ones, in the old ones' dtypes and places.
+    """
+    places = jax.tree.map(lambda x: x.sharding, teacher_params)
+    if not any(map(sharding.is_on_host, jax.tree.leaves(places))):
+      return self._refresh(params, teacher_params)
+    if not sharding.is_abstract(teacher_params):
+      jax.tree.map(lambda x: x.delete(), teacher_params)
+    return sharding.put(self._refresh(params, None), places)
+
   def sample(
       self,
       params: Params,
@@ -321,25 +364,31 @@ class Programs:
     split = [
         part for batch in sampled for part in microbatches.for_scoring(*batch)
     ]
-    total, shown = None, []
+    total, shown, threshold = None, [], request.threshold
+    if threshold is not None:
+      threshold = np.float32(threshold)
     for batch, rollout in split:
       request.poll()
-      scores, minima, trained = None, None, rollout
+      scores = None
       if request.source is not None:
         with clock.phase("score"):
           scores = self.score(teacher, batch, rollout)
           jax.block_until_ready(scores)
-      if request.threshold is not None:
-        trained, minima = microbatches.agree(
-            rollout, scores, request.threshold
-        )
       with clock.phase("update"):
         head = self.teacher_head(teacher, scores)
-        inputs = (batch, trained, scores)
+        inputs = (batch, rollout, scores)
         if total is None and len(split) > 1:
-          total = self.zeros(state.params, head, inputs, None, base)
-        shown.append((rollout.tokens, rollout.mask, trained.mask, minima))
-        total = self.gradient(state.params, head, inputs, total, base)
+          total = self.zeros(
+              state.params, head, inputs, None, threshold, base
+          )
+        total = self.gradient(
+            state.params, head, inputs, total, threshold, base
+        )
+        chosen = total.chosen or Chosen(rollout.mask)
+        total = dataclasses.replace(total, chosen=None)
+        shown.append(
+            (rollout.tokens, rollout.mask, chosen.trained, chosen.minima)
+        )
     with clock.phase("update"):
       if sharding.is_abstract(total):
         return self.apply(state, total)[0], None
@@ -421,12 +470,15 @@ class Programs:
   def update_on_shapes(self, cap: int, source: str = "student") -> None:
     """Calls an update's programs on shapes, for `compilation.watching`."""
     state, config = self.abstract_state(), self._models.config
+    teacher = self.abstract_teacher()
     key = jax.eval_shape(lambda: jax.random.key(0))
     adaptive = prefix_schedule.make(config)
     threshold = adaptive.threshold(adaptive.start())
+    if teacher is not None and config.teacher.refresh:
+      teacher = self.refresh(state.params, teacher)
     self.update(
         state,
-        self.abstract_teacher(),
+        teacher,
         self._abstract_prompts(),
         None,
         Request(cap, key, source, threshold),
@@ -493,5 +545,5 @@ class Programs:
 
 def _zeros_of(gradient: Any, *args: Any) -> Gradient:
   """Returns a zero accumulator for `gradient(*args)`."""
-  shapes = jax.eval_shape(gradient, *args)
+  shapes = dataclasses.replace(jax.eval_shape(gradient, *args), chosen=None)
   return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
