@@ -260,7 +260,7 @@ def test_gradients_are_those_of_a_dense_float64_reference(family, form):
     scores = loss_lib.score(teacher, loss, teacher_params, PROMPTS, ROLLOUT)
     head = teacher.head(teacher_params) if form == "exact" else None
     inputs = (PROMPTS, ROLLOUT, scores)
-    return step_lib.gradient(scored, adapters, head, inputs, None, base)
+    return step_lib.gradient(scored, adapters, head, inputs, base=base)
 
   found = ours(adapters, base)
   with jax.enable_x64(True):
@@ -293,7 +293,7 @@ def test_gradients_are_those_of_a_dense_float64_reference(family, form):
 def test_a_merged_export_equals_the_adapters(name, tmp_path):
   model, params, source, spec = _golden(name)
   out = tmp_path / "out"
-  hf.export(params, source, source, out, "float32", None, spec.scale)
+  hf.export(params, source, source, out, "float32", scale=spec.scale)
   plain = hf.load_params(
       str(out), model.base,
       sharding.param_shardings(model.base.abstract_params(), _ONE),
@@ -512,7 +512,7 @@ def test_an_update_costs_what_the_ledger_says(remat, targets):
 
   def gradient(adapters, base, batch, rollout):
     inputs = (batch, rollout, None)
-    return step_lib.gradient(loss, adapters, None, inputs, None, base)
+    return step_lib.gradient(loss, adapters, None, inputs, base=base)
 
   traced = jax.jit(gradient).trace(adapters, base, batch, rollout)
   lengths = flops.Lengths(np.full(rows, prompt), np.full(rows, sampled))
@@ -783,7 +783,8 @@ def test_peft_and_transformers_compute_the_same(name, tmp_path):
   model, params, source, spec = _golden(name)
   peft.export(lora.split(params)[1], spec, source, tmp_path / "adapter")
   hf.export(
-      params, source, source, tmp_path / "merged", "float32", None, spec.scale
+      params, source, source, tmp_path / "merged", "float32",
+      scale=spec.scale,
   )
   expected = np.load(_GOLDEN / name / "expected.npz")
   tokens, mask = expected["tokens"], expected["mask"]
