@@ -41,6 +41,7 @@ setuptools.setup(
     package_data={
         "prefix_distill": [
             "assets/*/*", "plan/targets/*.txtpb", "py.typed",
+            "report/template/*",
         ],
     },
     entry_points={
@@ -70,6 +71,7 @@ setuptools.setup(
         "transformers>=5.0",
     ],
     extras_require={
+        "browser": ["selenium>=4.25"],
         "cuda": _CUDA13,
         "cuda12": ["jax[cuda12]>=0.10.2"],  # Older GPUs and drivers.
         "cuda13": _CUDA13,

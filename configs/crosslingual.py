@@ -46,6 +46,11 @@ tiny
   together: with all three it answers 22.1 % (17.3-27.7) of 240 problems
   (2026-11-30), and so has nothing to teach. Its answers are in English, so the
   first words are the same for all, `<think>`.
+  Cost: 25 updates of 32 answers of up to 200 tokens.
+  Result, one seed (0, 2026-11-30), sampled accuracy in %: in German 19.2
+  (14.7-24.6) before and 93.3 (89.4-95.9) after, on 240 test problems, with
+  answers of 108 and 188 tokens; in the teacher's context 96.7 (91.7-98.7)
+  before, which is the teacher's, and 52.5 (43.6-61.2) after, on 120.
 """
 
 import dataclasses

@@ -731,13 +731,24 @@ class ExactSpec:
     top_k: compares so many tokens one by one and the rest as one; 0 compares
       all one by one.
     top_k_of: says whose most probable tokens those are.
+    max_entry: cuts the contribution of every entry of the vocabulary at so
+      many nats before the sum (COPSD, arXiv 2605.09548); merged stop tokens
+      are one entry, and so is the rest of `top_k`; 0 is off.
   """
 
   divergence: _Name = "reverse_kl"
   top_k: _NotNegative = 0
   top_k_of: Literal["teacher", "student"] = "teacher"
+  max_entry: _Amount = 0.0
 
   def __post_init__(self):
+    _check(
+        not self.max_entry or self.divergence != "reverse_kl",
+        f"loss.exact.max_entry is {self.max_entry} but loss.exact.divergence is"
+        " 'reverse_kl', whose large entries are the student's own mistakes; set"
+        " loss.exact.divergence to 'forward_kl' or 'jsd', or"
+        " loss.exact.max_entry to 0.",
+    )
     _check(
         self.top_k > 0 or self.top_k_of == "teacher",
         f"loss.exact.top_k_of is {self.top_k_of!r} but loss.exact.top_k is 0;"
@@ -764,15 +775,41 @@ class PolicyGradientSpec:
   Attributes:
     estimator: names the estimate of the divergence; `distill/loss.py` says
       what the gradient of each is.
-    mixture: clips the teacher's verdict on a token at the log of this weight
-      (relaxed distillation, arXiv 2603.11137); 0 is off.
-    min_entropy: leaves out tokens at which the student's entropy in nats is
-      lower; 0 is off, and 20 is more than any vocabulary allows.
   """
 
   estimator: Literal["k1", "k3"] = "k1"
-  mixture: _Share = 0.0
-  min_entropy: Annotated[_Float, Field(ge=0, le=20)] = 0.0
+
+
+@_settings("loss.relaxed")
+class RelaxedSpec:
+  """REOPOLD (arXiv 2603.11137): the policy gradient on tokens that count.
+
+  `distill/loss.py` has the formula and what the readings of the floor mean.
+
+  Attributes:
+    floor: says what the reward's lower bound is, for a weight a of the
+      student in a mixture: "log_odds" is log(a / (1 - a)), "scaled_log" is
+      log(a) / (1 - a), and "log" is log(a).
+    weight: is a.
+    entropy_share: is the share of an update's tokens, those at which the
+      student's entropy is largest, that count after the switch.
+    switch_step: is the number of updates before which the tokens count whose
+      reward is not below the floor; 0 leaves out that phase.
+  """
+
+  floor: Literal["log_odds", "scaled_log", "log"] = "log_odds"
+  weight: Annotated[_Float, Field(gt=0, lt=1)] = 0.3
+  entropy_share: _Part = 0.2
+  switch_step: _NotNegative = 150
+
+  def __post_init__(self):
+    _check(
+        self.floor != "log_odds" or self.weight < 0.5,
+        f"loss.relaxed.weight is {self.weight} but loss.relaxed.floor is"
+        " 'log_odds', which is then 0 or more and drops what the teacher likes"
+        " better than the student; set loss.relaxed.weight below 0.5, or"
+        " another loss.relaxed.floor.",
+    )
 
 
 @_settings("loss")
@@ -786,8 +823,9 @@ class LossSpec:
 
   Attributes:
     form: says how the divergence is taken: "exact" over the whole
-      distributions, "policy_gradient" on the sampled tokens, and "direct"
-      differentiates the estimate k3 on the sampled tokens.
+      distributions, "policy_gradient" on the sampled tokens, "relaxed" on
+      some of them, and "direct" differentiates the estimate k3 on the sampled
+      tokens.
     window_start: is the first position of a rollout that is trained on; a
       negative one counts from the rollout's end.
     window_end: is the position behind the last one that is trained on, counted
@@ -803,9 +841,10 @@ class LossSpec:
     exact: is the group of that form.
     jsd: is the group of that divergence.
     policy_gradient: is the group of that form.
+    relaxed: is the group of that form.
   """
 
-  form: Literal["exact", "policy_gradient", "direct"] = "exact"
+  form: Literal["exact", "policy_gradient", "relaxed", "direct"] = "exact"
   window_start: _Int = 0
   window_end: _Int = 0
   normalize: Literal["rollouts", "tokens", "length"] = "rollouts"
@@ -814,8 +853,15 @@ class LossSpec:
   exact: ExactSpec = ExactSpec()
   jsd: JsdSpec = JsdSpec()
   policy_gradient: PolicyGradientSpec = PolicyGradientSpec()
+  relaxed: RelaxedSpec = RelaxedSpec()
 
   def __post_init__(self):
+    _check(
+        self.form != "relaxed" or self.normalize == "tokens",
+        f"loss.normalize is {self.normalize!r} but loss.form is 'relaxed',"
+        " which divides by the number of tokens that count; set loss.normalize"
+        " to 'tokens'.",
+    )
     start, end = self.window_start, self.window_end
     _check(
         start < end or (end <= 0 <= start) or (start < 0 and end == 0),
@@ -840,6 +886,10 @@ class LossSpec:
     """Names the groups that a form and a divergence do not use."""
     used = {form, divergence} if form == "exact" else {form}
     return set(_groups(LossSpec)) - used
+
+  def refines(self, step: int) -> bool:
+    """Whether update `step` (from 0) is in the second phase of "relaxed"."""
+    return self.form == "relaxed" and step >= self.relaxed.switch_step
 
 
 @_settings("optimizer")
@@ -1056,9 +1106,10 @@ class EvaluationSpec:
       answers = spec.size * spec.samples
       _check(
           answers <= _MOST_ANSWERS,
-          f"evaluation.sets.{name}.size is {spec.size} and its samples are"
-          f" {spec.samples}, which is {answers} answers; lower one of them, for"
-          f" {_MOST_ANSWERS} answers at most.",
+          f"evaluation.sets.{name}.size is {spec.size} and"
+          f" evaluation.sets.{name}.samples is {spec.samples}, which is"
+          f" {answers} answers; lower one of them, for {_MOST_ANSWERS} answers"
+          " at most.",
       )
 
 
@@ -1101,6 +1152,30 @@ class ExportSpec:
   dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
+@_settings("samples")
+class SamplesSpec:
+  """Texts that a run keeps in `samples/`, for its report.
+
+  Attributes:
+    updates: is of how many updates rollouts are kept, and of how many
+      evaluations answers; the first and the last are among them, and the
+      others lie evenly between.
+    rollouts: is the number of rollouts that are kept of such an update; 0 is
+      off.
+    max_tokens: is how many tokens of a rollout are kept, from its beginning.
+    alternatives: is how many of the teacher's most probable tokens are kept
+      at each position.
+    problems: is the number of problems of an evaluation set whose answers are
+      kept, whole and one each; 0 is off.
+  """
+
+  updates: Annotated[_Positive, Field(ge=2, le=1000)] = 8
+  rollouts: Annotated[_NotNegative, Field(le=1000)] = 4
+  max_tokens: Annotated[_Positive, Field(le=2**16)] = 512
+  alternatives: Annotated[_Positive, Field(le=20)] = 4
+  problems: Annotated[_NotNegative, Field(le=1000)] = 6
+
+
 @_settings("")
 class Config:
   """A run.
@@ -1127,6 +1202,7 @@ class Config:
     checkpoint: says when the run is saved.
     export: says how the student is exported.
     lora: says whether only adapters of the student are trained.
+    samples: says which texts are kept.
   """
 
   method: Literal["prefix", "full", "sft", "seqkd"]
@@ -1144,6 +1220,7 @@ class Config:
   checkpoint: CheckpointSpec = CheckpointSpec()
   export: ExportSpec = ExportSpec()
   lora: LoraSpec = LoraSpec()
+  samples: SamplesSpec = SamplesSpec()
 
   def __post_init__(self):
     self._check_models()

@@ -124,6 +124,10 @@ def _changed(name, value):
     values["loss"]["exact"]["divergence"] = "jsd"
   elif group == "loss.policy_gradient":
     values["loss"]["form"] = "policy_gradient"
+  elif group == "loss.relaxed":
+    values["loss"] |= {"form": "relaxed", "normalize": "tokens"}
+  elif name == "loss.exact.max_entry":
+    values["loss"]["exact"]["divergence"] = "forward_kl"
   elif name == "optimizer.final_fraction":
     values["optimizer"]["decay"] = "cosine"
   *groups, last = name.split(".")

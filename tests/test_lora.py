@@ -259,7 +259,7 @@ def test_gradients_are_those_of_a_dense_float64_reference(family, form):
   def ours(adapters, base):
     scores = loss_lib.score(teacher, loss, teacher_params, PROMPTS, ROLLOUT)
     head = teacher.head(teacher_params) if form == "exact" else None
-    inputs = (PROMPTS, ROLLOUT, scores)
+    inputs = step_lib.Microbatch(PROMPTS, ROLLOUT, scores)
     return step_lib.gradient(scored, adapters, head, inputs, base=base)
 
   found = ours(adapters, base)
@@ -511,7 +511,7 @@ def test_an_update_costs_what_the_ledger_says(remat, targets):
   base, adapters = lora.split(model.abstract_params())
 
   def gradient(adapters, base, batch, rollout):
-    inputs = (batch, rollout, None)
+    inputs = step_lib.Microbatch(batch, rollout)
     return step_lib.gradient(loss, adapters, None, inputs, base=base)
 
   traced = jax.jit(gradient).trace(adapters, base, batch, rollout)

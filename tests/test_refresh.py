@@ -31,9 +31,7 @@ def models(tmp_path_factory):
 
 def _config(models, offload=False, dtype="float32", **changes):
   student, teacher = models
-  spec = ModelSpec(
-      teacher, param_dtype=dtype, offload=offload, refresh=_EVERY
-  )
+  spec = ModelSpec(teacher, param_dtype=dtype, offload=offload, refresh=_EVERY)
   values = {"steps": _STEPS, "checkpoint": CheckpointSpec(1, keep=10)}
   config = toys.run_config(student, teacher, **values | changes)
   return dataclasses.replace(config, teacher=spec)
@@ -190,7 +188,7 @@ def test_the_last_evaluation_says_which_teacher_it_is_of(whole):
   assert [x["step"] for x in found] == [_STEPS]
   # The last update that had a new teacher, and not the last update.
   assert [x["teacher_update"] for x in found] == [6]
-  report = (workdir / "report" / "report.md").read_text()
+  report = (workdir / "report" / "report.html").read_text()
   assert "update 6" in report
 
 

@@ -163,6 +163,14 @@ def test_a_mesh_of_eight_devices_computes_what_one_device_does(runs, name):
   assert ours["tokens"] == one["tokens"]
 
 
+@pytest.mark.parametrize("name", ["eight devices", "two meshes"])
+def test_a_mesh_of_eight_devices_sees_the_same_in_rollouts(runs, name):
+  one, ours = (runs[x]["inspected"] for x in ("one device", name))
+  assert one.keys() == ours.keys() and len(one["tokens"]) > 12
+  for field, wanted in one.items():
+    np.testing.assert_allclose(ours[field], wanted, rtol=1e-3, atol=1e-5)
+
+
 def test_weights_are_loaded_onto_the_mesh_as_they_are_without_one(runs):
   assert all(run["loads_equal"] for run in runs.values())
   assert all(run["checksums_equal"] for run in runs.values())

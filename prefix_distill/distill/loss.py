@@ -16,6 +16,20 @@ depends on what is differentiated. On policy, in expectation, the gradient of
   k3 directly               is that of the forward KL
   k1 directly               is zero
 
+The relaxed loss (REOPOLD, arXiv 2603.11137) is the policy gradient with k1 on
+some of the tokens. With the reward R = log q(y) - log p(y), it is the sum of
+
+  -(p(y) / p_sampler(y)) max(R, floor)  (no gradient through R)
+
+over the tokens that count, divided by their number in the whole update. In the
+first updates (exploration) a token counts if R is not below the floor; after
+that (refinement) if the student's entropy at it is among the largest of the
+update, such as the upper fifth of all tokens. Entropies are recorded while the
+student samples. That is elementwise work on probabilities which are there
+anyway, so the FLOP ledger charges nothing; to find them in a pass before the
+gradient would cost the student's forward pass. Dropped tokens are computed and
+charged as any other.
+
 Each loss is a `chunked_head.TokenLoss`: it takes the logits of a chunk of
 tokens and returns losses, their gradients by formula, and metrics. The metrics
 are the same for all losses as far as the teacher's scores allow, so that runs
@@ -24,6 +38,7 @@ can be compared.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 from typing import NamedTuple
 
@@ -31,6 +46,7 @@ import jax
 import jax.numpy as jnp
 
 from prefix_distill.config import Config
+from prefix_distill.config import RelaxedSpec
 from prefix_distill.distill import chunked_head
 from prefix_distill.distill import divergence
 from prefix_distill.distill.chunked_head import HeadInputs
@@ -41,6 +57,7 @@ from prefix_distill.distill.divergence import Shard
 from prefix_distill.distill.prefix_schedule import Schedule
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
+from prefix_distill.structs import Limits
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 from prefix_distill.structs import TeacherScores
@@ -67,6 +84,7 @@ class Loss:
       rollout: Rollout,
       scores: TeacherScores,
       weights: jax.Array,
+      limits: Limits | None = None,
   ) -> tuple[Any, ...]:
     """Returns the arguments of `chunked_head.weighted_sum`.
 
@@ -83,13 +101,20 @@ class Loss:
       rollout: [B, P].
       scores: the teacher's.
       weights: [B, P], of each token; 0 where the mask is false.
+      limits: of the tokens that count; None if all do.
     """
     inputs = HeadInputs(hidden, model.head(params), scores.hidden, teacher_head)
-    tokens = TokenInputs(weights, rollout.mask, self.extras(rollout, scores))
+    extras = self.extras(rollout, scores, limits)
+    tokens = TokenInputs(weights, rollout.mask, extras)
     trains_head = model.config.lora is None
     return self, inputs, tokens, model.mesh, self.memory, trains_head
 
-  def extras(self, rollout: Rollout, scores: TeacherScores) -> Any:
+  def extras(
+      self,
+      rollout: Rollout,
+      scores: TeacherScores,
+      limits: Limits | None,
+  ) -> Any:
     """Returns what the loss needs of each token, besides logits."""
     raise NotImplementedError
 
@@ -102,17 +127,24 @@ class ExactLoss(Loss):
     kind: one of `divergence.TERMS`.
     beta: of "jsd".
     score_tokens: whether the teacher scores the sampled tokens as well.
+    max_entry: see `divergence.bounded`; 0 for no bound.
   """
 
   kind: str = "reverse_kl"
   beta: float = 0.5
   score_tokens: bool = False
+  max_entry: float = 0.0
 
   def __post_init__(self):
     divergence.named(self.kind)
 
-  def extras(self, rollout: Rollout, scores: TeacherScores) -> None:
-    del rollout, scores
+  def extras(
+      self,
+      rollout: Rollout,
+      scores: TeacherScores,
+      limits: Limits | None,
+  ) -> None:
+    del rollout, scores, limits
 
   def __call__(
       self,
@@ -129,7 +161,11 @@ class ExactLoss(Loss):
         divergence.log_probs(x, dist, these, shard) for x in both
     )
     value, gradient = divergence.compare_with_gradient(
-        divergence.named(self.kind, self.beta), student, teacher, these, dist,
+        divergence.named(self.kind, self.beta, self.max_entry),
+        student,
+        teacher,
+        these,
+        dist,
         shard,
     )
     plain = _plain(dist)
@@ -158,32 +194,39 @@ class SampledLoss(Loss):
   Attributes:
     form: "policy_gradient" or "direct".
     estimator: "k1" or "k3".
-    mixture: weight a of the student in the mixture a p + (1 - a) q that bounds
-      the teacher's verdict: log q - log p is clipped from below at log a, so
-      that a token which the teacher abhors does not outweigh all others
-      (relaxed distillation, arXiv 2603.11137). 0 for no bound.
-    min_entropy: in nats; tokens at which the student's entropy is lower have
-      no loss, for there was nothing to decide (the same paper). 0 for all.
+    floor: bounds the reward log q - log p from below, so that a token which
+      the teacher abhors does not outweigh all others; see `floor`.
   """
 
   form: str = "policy_gradient"
   estimator: str = "k1"
-  mixture: float = 0.0
-  min_entropy: float = 0.0
+  floor: float = -math.inf
 
   def extras(
-      self, rollout: Rollout, scores: TeacherScores
-  ) -> tuple[jax.Array, ...]:
-    return (
-        rollout.tokens, rollout.behavior_log_probs, scores.log_probs,
-        scores.entropy, scores.top1,
+      self,
+      rollout: Rollout,
+      scores: TeacherScores,
+      limits: Limits | None,
+  ) -> "_Drawn":
+    least = None
+    if limits is not None:
+      least = jnp.where(
+          rollout.entropy < limits.entropy, jnp.inf, limits.reward
+      )
+    return _Drawn(
+        rollout.tokens,
+        rollout.behavior_log_probs,
+        scores.log_probs,
+        scores.entropy,
+        scores.top1,
+        least,
     )
 
   def signal(self, student: jax.Array, teacher: jax.Array) -> jax.Array:
     """Returns the estimate from log-probabilities of events [...]."""
-    if self.mixture:
+    if self.floor > -math.inf:
       teacher = jnp.maximum(
-          teacher, jax.lax.stop_gradient(student) + jnp.log(self.mixture)
+          teacher, jax.lax.stop_gradient(student) + self.floor
       )
     return {"k1": k1, "k3": k3}[self.estimator](student, teacher)
 
@@ -191,7 +234,6 @@ class SampledLoss(Loss):
       self,
       tokens: jax.Array,
       events: jax.Array,
-      entropy: jax.Array,
       sampler: jax.Array,
       teacher: jax.Array,
   ) -> jax.Array:
@@ -200,45 +242,93 @@ class SampledLoss(Loss):
     Args:
       tokens: [...], the student's log-probabilities of the drawn tokens.
       events: [...], of what they stand for.
-      entropy: [...], the student's.
       sampler: [...], the drawn tokens' log-probabilities while sampling.
       teacher: [...], the teacher's, of what they stand for.
     """
     loss = {"policy_gradient": policy_gradient, "direct": direct}[self.form]
-    values = loss(tokens, sampler, self.signal(events, teacher))
-    return jnp.where(entropy >= self.min_entropy, values, 0)
+    return loss(tokens, sampler, self.signal(events, teacher))
 
   def __call__(
       self,
       logits: jax.Array,
       other_logits: None,
-      extras: tuple[jax.Array, ...],
+      extras: "_Drawn",
       shard: Shard,
   ) -> tuple[jax.Array, jax.Array, PerToken]:
-    """See `chunked_head.TokenLoss`."""
+    """See `chunked_head.TokenLoss`.
+
+    With limits there is a metric more, `counted`: 1 for tokens that count; the
+    others have no loss.
+    """
     del other_logits
     dist = self.dist
-    ids, sampler, teacher, teacher_entropy, teacher_top1 = extras
-    found = _tokens(logits, ids, dist, shard)
-    entropy = _plain_entropy(logits, dist, shard)
+    found = _tokens(logits, extras.ids, dist, shard)
     values, pull = jax.vjp(
         lambda token, event: self.of_tokens(
-            token, event, entropy, sampler, teacher
+            token, event, extras.sampler, extras.teacher
         ),
-        found.token, found.event,
+        found.token,
+        found.event,
     )
     by_token, by_event = pull(jnp.ones_like(values))
     gradient = by_token[:, None] * found.d_token
     gradient += by_event[:, None] * found.d_event
-    agree = _top1(logits, dist, shard) == teacher_top1
+    agree = _top1(logits, dist, shard) == extras.top1
     metrics = {
-        "loss": values,
-        "kl": found.event - teacher,
-        "entropy_student": entropy,
-        "entropy_teacher": teacher_entropy,
+        "kl": found.event - extras.teacher,
+        "entropy_student": _plain_entropy(logits, dist, shard),
+        "entropy_teacher": extras.entropy,
         "top1_agreement": agree.astype(jnp.float32),
     }
-    return values, gradient, metrics
+    if extras.least is not None:
+      # What is NaN counts, or nobody would see it.
+      counted = ~(extras.teacher - found.event < extras.least)
+      values = jnp.where(counted, values, 0)
+      gradient = jnp.where(counted[:, None], gradient, 0)
+      metrics["counted"] = counted.astype(jnp.float32)
+    return values, gradient, metrics | {"loss": values}
+
+
+class _Drawn(NamedTuple):
+  """What a sampled loss needs of each token, besides logits: [N] each.
+
+  Attributes:
+    ids: the drawn tokens.
+    sampler: their log-probabilities while sampling.
+    teacher: the teacher's log-probabilities of what they stand for.
+    entropy: the teacher's.
+    top1: its most probable tokens.
+    least: the reward below which a token does not count; None if all count.
+  """
+
+  ids: jax.Array
+  sampler: jax.Array
+  teacher: jax.Array
+  entropy: jax.Array
+  top1: jax.Array
+  least: jax.Array | None
+
+
+def floor(spec: RelaxedSpec) -> float:
+  """Returns the floor of the reward log q - log p, for a mixture's weight.
+
+  With a the weight of the student in the mixture m = a p + (1 - a) q:
+
+    log_odds    log(a / (1 - a))  there both shares of m are equal; below it
+                                  the mixture is more the student's
+    scaled_log  log(a) / (1 - a)  the least that log(m / p) / (1 - a) can be,
+                                  which is as steep as R where p = q
+    log         log(a)            the least that log(m / p) can be
+
+  Others' notes and implementations differ on the paper's equation 7: log_odds,
+  the default, is in four, and scaled_log in two; log is ours.
+  """
+  a = spec.weight
+  return {
+      "log_odds": math.log(a / (1 - a)),
+      "scaled_log": math.log(a) / (1 - a),
+      "log": math.log(a),
+  }[spec.floor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,9 +425,18 @@ def make(config: Config, num_tokens: int, stop_ids: tuple[int, ...]) -> Loss:
   if spec.form == "direct":
     return SampledLoss(dist, "direct", "k3", memory=memory)
   if spec.form == "policy_gradient":
-    settings = dataclasses.asdict(spec.policy_gradient)
-    return SampledLoss(dist, **settings, memory=memory)
-  return ExactLoss(dist, spec.exact.divergence, spec.jsd.beta, memory=memory)
+    estimator = spec.policy_gradient.estimator
+    return SampledLoss(dist, spec.form, estimator, memory=memory)
+  if spec.form == "relaxed":
+    least = floor(spec.relaxed)
+    return SampledLoss(dist, "policy_gradient", "k1", least, memory=memory)
+  return ExactLoss(
+      dist,
+      spec.exact.divergence,
+      spec.jsd.beta,
+      max_entry=spec.exact.max_entry,
+      memory=memory,
+  )
 
 
 def k1(student: jax.Array, teacher: jax.Array) -> jax.Array:

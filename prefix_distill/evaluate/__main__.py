@@ -94,7 +94,10 @@ def evaluate(
   )
   lines = []
 
-  def write(values: dict[str, Any]) -> None:
+  def write(
+      values: dict[str, Any], completions: evaluator.Completions
+  ) -> None:
+    del completions
     lines.append(values)
     console.print(
         Text(f"{values['set']}, {values['mode']}: {report.accuracy(values)}")

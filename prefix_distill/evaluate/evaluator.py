@@ -47,6 +47,7 @@ from prefix_distill.evaluate import grading
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.report import report
+from prefix_distill.report.samples import spread
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
 from prefix_distill.rollout.sampling import Truncation
@@ -163,12 +164,15 @@ class Completions:
     finished: bool [problems, samples], whether the answer ended with a stop
       token; the others were cut at the longest length.
     repetition: float [problems, samples], see `report.repetition`.
+    tokens: of the first answer to each problem that was asked for, with the
+      stop token.
   """
 
   texts: Sequence[Sequence[str]]
   lengths: np.ndarray
   finished: np.ndarray
   repetition: np.ndarray
+  tokens: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def _read_problem(
@@ -275,6 +279,7 @@ def complete(
     seed: int,
     draw: generate.Draw,
     answers: Answers = continuous_batching.Engine.answers,
+    shown: int = 0,
 ) -> Completions:
   """Decodes every answer to its end.
 
@@ -287,6 +292,7 @@ def complete(
       differ by their weights alone.
     draw: the longest answer, the temperature, and whether to decode greedily.
     answers: `Engine.answers`, or what keeps the answers too.
+    shown: of how many problems, evenly over the set, to return tokens.
   """
   key = jax.random.key(seed)
   key = jax.random.fold_in(key, zlib.crc32(problems.name.encode()))
@@ -300,12 +306,15 @@ def complete(
   lengths = np.zeros((count, samples), int)
   finished = np.zeros((count, samples), bool)
   repetition = np.zeros((count, samples))
+  wanted, kept = spread(range(count), shown), {}
   for answer, tokens, stopped in answers(engine, batch, key, draw):
     at = divmod(answer, samples)
     texts[at[0]][at[1]] = tokenizer.answer(tokens, np.ones(len(tokens), bool))
     lengths[at], finished[at] = len(tokens), stopped
     repetition[at] = report.repetition(tokens)
-  return Completions(texts, lengths, finished, repetition)
+    if at[0] in wanted and at[1] == 0:
+      kept[at[0]] = tokens
+  return Completions(texts, lengths, finished, repetition, kept)
 
 
 def summarize(
@@ -375,9 +384,10 @@ def evaluate(
     stop_ids: tuple[int, ...],
     rows: int,
     seed: int,
-    write: Callable[[dict[str, Any]], None],
+    write: Callable[[dict[str, Any], Completions], None],
     files: Callable[[str, str], pathlib.Path | None],
     poll: Callable[[], None],
+    shown: int = 0,
 ) -> None:
   """Evaluates on every set, sampled (mean@k) and greedy.
 
@@ -391,10 +401,11 @@ def evaluate(
     rows: the most answers decoded at a time.
     seed: see `complete`.
     write: called with each set's metrics, and with its `set`, `mode`, `grading`
-      and number of `dropped` problems.
+      and number of `dropped` problems; and with the answers.
     files: returns the file that keeps the answers of a set and a mode until
       `write` has been called; None if these were evaluated before.
     poll: see `Engine.answers`.
+    shown: see `complete`.
   """
   modes = ("sampled", "greedy") if spec.greedy else ("sampled",)
   todo = [
@@ -419,16 +430,17 @@ def evaluate(
         continuous_batching.kept_answers, file=file, poll=poll
     )
     completions = complete(
-        engine, tokenizer, problems, samples, seed, draw, keep
+        engine, tokenizer, problems, samples, seed, draw, keep, shown
     )
     result = summarize(
         completions, problems.answers, problems.grading, problems.opening
     )
-    write({
+    values = {
         "set": name,
         "mode": mode,
         "grading": problems.grading,
         "dropped": problems.dropped,
         **result,
-    })
+    }
+    write(values, completions)
     continuous_batching.forget_answers(file)

@@ -230,7 +230,7 @@ def _window_gradient(
     window: step_lib.Window,
     params: Params,
     teacher_params: Params,
-    inputs: step_lib.Inputs,
+    inputs: step_lib.Microbatch,
 ) -> jax.Array:
   """Returns the gradient of the loss on a window, as one vector."""
   head = None if inputs[2].hidden is None else teacher.head(teacher_params)

@@ -349,11 +349,32 @@ def _qwen3(
   )
 
 
+def _r1_qwen(
+    dim: int, mlp: int, heads: int, kv_heads: int, vocab: int
+) -> ModelConfig:
+  return ModelConfig(
+      family="qwen2",
+      vocab_size=vocab,
+      dim=dim,
+      mlp_dim=mlp,
+      num_layers=28,
+      num_heads=heads,
+      num_kv_heads=kv_heads,
+      head_dim=128,
+      norm_eps=1e-6,
+      rope=RopeConfig(1e4),
+      tied=False,
+      max_length=131072,
+  )
+
+
 # Published architectures, for what needs no weights: plans and tables.
 QWEN3_0_6B = _qwen3(28, 1024, 3072, 16)
 QWEN3_1_7B = _qwen3(28, 2048, 6144, 16)
 QWEN3_4B = _qwen3(36, 2560, 9728, 32)
 QWEN3_8B = _qwen3(36, 4096, 12288, 32)
+R1_QWEN_1_5B = _r1_qwen(1536, 8960, 12, 2, 151936)
+R1_QWEN_7B = _r1_qwen(3584, 18944, 28, 4, 152064)
 QWEN3_14B = _qwen3(40, 5120, 17408, 40, 40960)
 R1_DISTILL_LLAMA_8B = ModelConfig(
     family="llama",

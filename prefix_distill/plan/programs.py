@@ -39,6 +39,8 @@ from prefix_distill.models.config import QWEN3_4B
 from prefix_distill.models.config import QWEN3_8B
 from prefix_distill.models.config import QWEN3_14B
 from prefix_distill.models.config import R1_DISTILL_LLAMA_8B
+from prefix_distill.models.config import R1_QWEN_1_5B
+from prefix_distill.models.config import R1_QWEN_7B
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.plan import cost
@@ -68,6 +70,8 @@ _KNOWN = {
     "Qwen/Qwen3-1.7B": QWEN3_1_7B,
     "Qwen/Qwen3-4B": QWEN3_4B,
     "Qwen/Qwen3-8B": QWEN3_8B,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": R1_QWEN_1_5B,
+    "Skywork/Skywork-OR1-7B": R1_QWEN_7B,
     "Qwen/Qwen3-14B": QWEN3_14B,
     "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": R1_DISTILL_LLAMA_8B,
 }

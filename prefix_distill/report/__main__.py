@@ -8,7 +8,7 @@ from prefix_distill.errors import ArgumentParser
 from prefix_distill.errors import check
 from prefix_distill.errors import check_path
 from prefix_distill.errors import UserError
-from prefix_distill.report import report
+from prefix_distill.report import page
 from prefix_distill.train import workdir as workdir_lib
 
 
@@ -31,7 +31,7 @@ def start() -> None:
         (workdir / "metrics.jsonl").is_file(),
         f"{workdir} has no metrics.jsonl; the run has not begun yet.",
     )
-    report.write(workdir)
+    page.write(workdir)
   except UserError as error:
     sys.exit(f"error: {error}")
 

@@ -41,7 +41,9 @@ from prefix_distill.evaluate import evaluator
 from prefix_distill.models import lora
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
+from prefix_distill.report import page
 from prefix_distill.report import report
+from prefix_distill.report import samples
 from prefix_distill.report import trackers
 from prefix_distill.report.flops import Lengths
 from prefix_distill.structs import PromptBatch
@@ -55,6 +57,7 @@ from prefix_distill.train.checkpoint import Bought
 from prefix_distill.train.checkpoint import Checkpointer
 from prefix_distill.train.checkpoint import Prices
 from prefix_distill.train.checkpoint import Totals
+from prefix_distill.train.samples import Keeper
 from prefix_distill.train.step import TrainState
 from prefix_distill.train.update import Programs
 
@@ -233,6 +236,14 @@ class Run:
     )
     if has_adapters:
       self.base = self._load(self.config.student, models.student)
+    self.keeper = Keeper(
+        self.config,
+        self.setup.tokenizer,
+        models.stop_ids,
+        samples.Writer(self.workdir, step, self.evaluated)
+        if self.writes
+        else None,
+    )
     if found is not None and found.teacher is not None:
       self.teacher_params = found.teacher
     elif models.shares_weights:
@@ -392,7 +403,17 @@ class Run:
       file = f"step-{step}-{which}-{name}-{mode}.jsonl"
       return self.workdir / "unfinished" / file.replace("/", "_")
 
-    def write(values: dict[str, Any]) -> None:
+    def write(
+        values: dict[str, Any], completions: evaluator.Completions
+    ) -> None:
+      self.keeper.write_answers(
+          step,
+          which,
+          values["mode"],
+          sets[values["set"]],
+          completions,
+          values["verdicts"],
+      )
       if which == "student" and values["mode"] == "sampled":
         self.answer_len = values["mean_length"]
       if which == "teacher":
@@ -431,6 +452,7 @@ class Run:
         write,
         file,
         self._poll_evaluation,
+        self.keeper.problems(step, self.is_last(step)),
     )
 
   def _sets(self, step: int) -> dict[str, evaluator.Problems]:
@@ -455,7 +477,9 @@ class Run:
         jax.random.fold_in(self.key, step),
         None if config.is_supervised else source,
         self.schedule.threshold(self.totals.schedule),
+        config.loss.refines(step),
         poll,
+        self.keeper.wants_rollouts(step + 1),
     )
     try:
       with self._watched(step + 1, clock):
@@ -470,6 +494,10 @@ class Run:
     except Abandoned:
       self.setup.data.set_state(place)
       raise
+    if done.inspected is not None:
+      self.keeper.write_rollouts(
+          step + 1, request.source or "data", done.inspected
+      )
     mask, trained = done.mask, done.trained
     stats = prefix_schedule.stats(done.metrics, mask, done.minima)
     lengths = Lengths(
@@ -500,6 +528,8 @@ class Run:
     line |= {"rollout_len": float(mask.sum(1).mean())} | totals.line()
     if config.rollout.source != "student":
       line["source"] = source
+    if "least_entropy" in done.metrics:
+      line["phase"] = "refinement" if request.refines else "exploration"
     if done.minima is not None:
       line["trained_len"] = float(trained.sum(1).mean())
     if not config.is_supervised:
@@ -590,7 +620,8 @@ def _flatten(metrics: dict[str, Any], config: Config) -> dict[str, float]:
   """Makes flat JSON of the update's metrics.
 
   Bins of positions and special tokens that no token belonged to are left out,
-  and so are the statistics that only the schedule reads.
+  and so are a threshold that is off and the statistics that only the schedule
+  reads.
   """
   out = {}
   width = step_lib.bin_width(config.rollout.max_len)
@@ -600,7 +631,8 @@ def _flatten(metrics: dict[str, Any], config: Config) -> dict[str, float]:
     if name.startswith(prefix_schedule.SHOWN):
       continue
     if np.ndim(value) == 0:
-      if name != "kl_special" or np.isfinite(value):
+      optional = name in ("kl_special", "least_entropy")
+      if not optional or np.isfinite(value):
         out[name] = float(value)
       continue
     for i, part in enumerate(value):
@@ -707,7 +739,7 @@ def _steps(run: Run, traced: Collection[int]) -> None:
 def _write_report(workdir: pathlib.Path) -> None:
   """Writes the report; that it cannot be written does not fail the run."""
   try:
-    report.write(workdir)
+    page.write(workdir)
   except Exception as error:  # pylint: disable=broad-except
     print(
         f"Warning: the report could not be written ({error}); the model is in"

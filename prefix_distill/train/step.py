@@ -4,8 +4,10 @@
 """
 
 from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +25,31 @@ from prefix_distill.distill.prefix_schedule import SHOWN
 from prefix_distill.models import lora
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
+from prefix_distill.structs import Limits
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 from prefix_distill.structs import TeacherScores
 
 # Sums over the batch and their counts; a metric is sum / count.
 Sums = dict[str, tuple[jax.Array, jax.Array]]
-Inputs = tuple[PromptBatch, Rollout, TeacherScores | None]
+
+
+class Microbatch(NamedTuple):
+  """A microbatch.
+
+  Attributes:
+    batch: prompts [B, S], one row for each rollout.
+    rollout: [B, P].
+    scores: the teacher's; None for supervised training.
+    limits: of the tokens that count; None if all do.
+  """
+
+  batch: PromptBatch
+  rollout: Rollout
+  scores: TeacherScores | None = None
+  limits: Limits | None = None
+
+
 # (params, the teacher's output head, microbatch, and the schedule's threshold
 # if it has one) -> summed loss, metrics.
 LossFn = Callable[..., tuple[jax.Array, Sums]]
@@ -203,7 +223,7 @@ def distillation_loss(
     window: Window,
     params: Params,
     teacher_head: jax.Array | None,
-    inputs: Inputs,
+    inputs: Microbatch,
     threshold: jax.Array | None = None,
 ) -> tuple[jax.Array, Sums]:
   """Sums the loss over all prefix tokens of all rollouts.
@@ -222,10 +242,11 @@ def distillation_loss(
     `kl_rollout` per rollout, `kl_at` per token in each bin of positions,
     `kl_position` at each position, `kl_special` per special token, both
     entropies, and the share of tokens at which the most probable one is the
-    same. All but `loss` are of the whole rollout, whatever the window. What
-    the schedule chose, if it does, is under `chosen`.
+    same. All but `loss` are of the whole rollout, whatever the window. With
+    limits also `counted`, the share of tokens that have a loss, which `loss`
+    is then per one of. What the schedule chose, if it does, is under `chosen`.
   """
-  batch, rollout, scores = inputs
+  batch, rollout, scores, limits = Microbatch(*inputs)
   mask = rollout.mask
   # Inputs and not only terms: the gradient of a discarded NaN is 0 * NaN.
   with jax.named_scope("student"):
@@ -249,10 +270,13 @@ def distillation_loss(
     weights = weights * given
   loss, metrics = chunked_head.weighted_sum(
       *token_loss.arguments(
-          model, params, teacher_head, hidden, rollout, scores, weights
+          model, params, teacher_head, hidden, rollout, scores, weights, limits
       )
   )
   sums = {name: _sum_and_count(x, mask) for name, x in metrics.items()}
+  if "counted" in metrics:
+    weights = weights * (metrics["counted"] > 0)
+    sums["counted"] = (jnp.sum(weights > 0), jnp.sum(mask))
   sums["loss"] = (loss, jnp.sum(weights))
   if sampler is not None:
     sums["sampler"] = _sum_and_count(sampler, mask)
@@ -267,17 +291,75 @@ def distillation_loss(
   return loss, sums | shown
 
 
+def limits(
+    window: Window,
+    floor: float,
+    share: float,
+    refines: jax.Array,
+    rollouts: Sequence[Rollout],
+) -> Limits:
+  """Says which tokens of an update count in the relaxed loss; to be jitted.
+
+  Args:
+    window: the tokens that may count.
+    floor: the reward below which a token is dropped in the first phase.
+    share: of the tokens, that count in the second phase.
+    refines: bool [], whether the update is in the second phase.
+    rollouts: all of the update, with entropies, whatever their microbatches.
+  """
+  masks = [window.weights(rollout.mask) > 0 for rollout in rollouts]
+  least = top_share(share, [r.entropy for r in rollouts], masks)
+  off = jnp.float32(-jnp.inf)
+  return Limits(
+      jnp.where(refines, off, jnp.float32(floor)),
+      jnp.where(refines, least, off),
+  )
+
+
+def top_share(
+    share: float, values: Sequence[jax.Array], masks: Sequence[jax.Array]
+) -> jax.Array:
+  """Returns the least of the largest numbers: float32 [].
+
+  Numbers from 0 on have the order of their bits. So the bits are found one
+  after the other, by counting the numbers that are as large: arrays stay on
+  their devices, and counts are exact in any order.
+
+  Args:
+    share: of all numbers, that are the largest; one at least. Numbers as large
+      as the last one of them are not told apart.
+    values: float32 [...] each; what is negative is taken for 0.
+    masks: bool, like the values; false for numbers that are left out.
+  """
+  bits = []
+  for x, mask in zip(values, masks, strict=True):
+    x = jnp.abs(jnp.maximum(x, 0))  # -0.0 has the sign's bit.
+    bits.append(jnp.where(mask, jax.lax.bitcast_convert_type(x, jnp.int32), -1))
+
+  def as_large(least: jax.Array) -> jax.Array:
+    return sum(jnp.sum(x >= least) for x in bits)
+
+  wanted = jnp.maximum(jnp.round(share * as_large(0)), 1).astype(jnp.int32)
+
+  def bit(i: jax.Array, found: jax.Array) -> jax.Array:
+    tried = found | (1 << (30 - i))
+    return jnp.where(as_large(tried) >= wanted, tried, found)
+
+  found = jax.lax.fori_loop(0, 31, bit, jnp.int32(0))
+  return jax.lax.bitcast_convert_type(found, jnp.float32)
+
+
 def supervised_loss(
     model: Model,
     dist: Distribution,
     memory: int,
     params: Params,
     teacher_head: None,
-    inputs: Inputs,
+    inputs: Microbatch,
 ) -> tuple[jax.Array, Sums]:
   """Sums the cross-entropy of the completions, stop token included."""
   del teacher_head  # There is no teacher.
-  batch, rollout, _ = inputs
+  batch, rollout, *_ = inputs
   hidden = model.prefix_hidden(params, batch, rollout)
   loss = loss_lib.cross_entropy(
       model, params, hidden, rollout, dist, memory
@@ -290,7 +372,7 @@ def gradient(
     loss_fn: LossFn,
     params: Params,
     teacher_head: jax.Array | None,
-    inputs: Inputs,
+    inputs: Microbatch,
     before: Gradient | None = None,
     threshold: jax.Array | None = None,
     base: Params | None = None,
@@ -301,8 +383,7 @@ def gradient(
     loss_fn: returns a sum and metrics as (sum, count).
     params: those of the student that are trained.
     teacher_head: [V, D of the teacher]; None if the loss does not need it.
-    inputs: prompts [B, S], one row for each rollout; rollouts [B, P]; the
-      teacher's scores of them, None for supervised training.
+    inputs: the microbatch.
     before: of the microbatches so far, without what was chosen; None for none.
     threshold: float32 [], the schedule's; None if it has none.
     base: the student's weights that are not trained; None if all are.

@@ -21,6 +21,7 @@ import numpy as np
 from prefix_distill import compilation
 from prefix_distill import sharding
 from prefix_distill.compilation import Program
+from prefix_distill.distill import inspection
 from prefix_distill.distill import loss as loss_lib
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.distill.prefix_schedule import Chosen
@@ -30,14 +31,17 @@ from prefix_distill.models.transformer import Params
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
 from prefix_distill.rollout.sampling import Truncation
+from prefix_distill.structs import Limits
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 from prefix_distill.structs import TeacherScores
 from prefix_distill.train import microbatch
 from prefix_distill.train import step as step_lib
 from prefix_distill.train.microbatch import Microbatches
+from prefix_distill.train.samples import Inspected
 from prefix_distill.train.setup import Models
 from prefix_distill.train.step import Gradient
+from prefix_distill.train.step import Microbatch
 from prefix_distill.train.step import TrainState
 
 
@@ -74,15 +78,19 @@ class Request:
     source: whose answers it learns from: "student", "teacher" or "data"; None
       for supervised training, which learns from the given answers, whole.
     threshold: below which rollouts agree; None if they are not cut.
+    refines: whether a relaxed loss is in its second phase.
     poll: called between segments and microbatches. It may raise: no state has
       been changed then.
+    inspected: whether to look at a few rollouts token by token.
   """
 
   cap: int
   key: jax.Array
   source: str | None = "student"
   threshold: float | None = None
+  refines: bool = False
   poll: Callable[[], None] = lambda: None
+  inspected: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +98,14 @@ class Outcome:
   """What an update showed: whole arrays, in every process.
 
   Attributes:
-    metrics: means over all rollouts.
+    metrics: means over all rollouts; with a relaxed loss also `least_entropy`,
+      at which tokens count, -inf in its first phase.
     tokens: int32 [rollouts, P], as they were sampled or given.
     mask: bool [rollouts, P].
     trained: bool [rollouts, P], what the schedule chose of the mask.
     minima: [rollouts], see `prefix_schedule.Chosen`.
+    inspected: a few of the rollouts, as the models before the update see them;
+      None if that was not asked for.
   """
 
   metrics: dict[str, Any]
@@ -102,6 +113,7 @@ class Outcome:
   mask: np.ndarray
   trained: np.ndarray
   minima: np.ndarray | None
+  inspected: Inspected | None = None
 
 
 class _Closed(Exception):
@@ -126,6 +138,7 @@ def sampler(
       per_prompt=spec.per_prompt,
       truncation=Truncation(spec.top_k, spec.top_p),
       cache_dtype=spec.cache_dtype,
+      entropy=models.config.loss.form == "relaxed",
   )
   return generate.Sampler(
       models.for_sampling(model),
@@ -165,6 +178,9 @@ class Programs:
         models, self._samplers.values(), self.resting()
     )
     self._score = Program("score", loss_lib.score, 2, out_shardings=rows)
+    self._inspect = Program(
+        "inspect", inspection.inspect, 5, out_shardings=rows
+    )
     self._init = Program(
         "init",
         functools.partial(step_lib.init_state, tx=self._tx),
@@ -182,6 +198,16 @@ class Programs:
         out_shardings=dataclasses.replace(totals, chosen=None),
     )
     self._refresh = self._refreshing()
+    self._limits = Program(
+        "limits",
+        functools.partial(
+            step_lib.limits,
+            self._window,
+            loss_lib.floor(config.loss.relaxed),
+            config.loss.relaxed.entropy_share,
+        ),
+        out_shardings=replicated,
+    )
     normalize = "tokens" if config.is_supervised else config.loss.normalize
     self._apply = Program(
         "apply",
@@ -219,13 +245,15 @@ class Programs:
         models.special_ids,
         prefix_schedule.make(config),
     )
-    window = step_lib.Window(
-        config.loss.window_start,
-        config.loss.window_end,
-        config.loss.normalize == "length",
-    )
     return functools.partial(
-        step_lib.distillation_loss, models.student, loss, watch, window
+        step_lib.distillation_loss, models.student, loss, watch, self._window
+    )
+
+  @property
+  def _window(self) -> step_lib.Window:
+    spec = self._models.config.loss
+    return step_lib.Window(
+        spec.window_start, spec.window_end, spec.normalize == "length"
     )
 
   def abstract_state(self) -> TrainState:
@@ -330,6 +358,52 @@ class Programs:
     models = self._models
     return self._score(models.teacher, models.loss, params, batch, rollout)
 
+  def inspect(
+      self,
+      params: Params,
+      teacher_params: Params | None,
+      batch: PromptBatch,
+      rollout: Rollout,
+  ) -> Inspected:
+    """Looks at a few rollouts token by token.
+
+    There is one program for each length of the prompt, whatever the cap. Each
+    batch shard looks at one rollout at least, so some come twice.
+
+    Args:
+      params: the student's.
+      teacher_params: on the devices; None for supervised training.
+      batch: prompts [B, S], one row for each rollout.
+      rollout: [B, P].
+    """
+    models, spec = self._models, self._models.config.samples
+    rollout = Rollout(rollout.tokens, rollout.mask)
+    batch, rollout = continuous_batching.to_host(
+        (batch, rollout), models.mesh
+    )
+    rows, shards = len(rollout.tokens), sharding.batch_shards(models.mesh)
+    count = min(spec.rollouts, rows)
+    picked = np.arange(count) * (rows // count)
+    picked = np.resize(picked, -(-count // shards) * shards)
+    batch, rollout = jax.tree.map(lambda x: x[picked], (batch, rollout))
+    most = min(prefix_schedule.longest(models.config), spec.max_tokens)
+    behind = max(most - rollout.tokens.shape[1], 0)
+    fitted = jax.tree.map(
+        lambda x: np.pad(x[:, :most], ((0, 0), (0, behind))), rollout
+    )
+    found = self._inspect(
+        models.student,
+        models.teacher,
+        models.loss.dist,
+        spec.alternatives,
+        models.loss.memory,
+        params,
+        teacher_params,
+        *sharding.global_batch((batch, fitted), models.mesh),
+    )
+    found = continuous_batching.to_host(found, models.mesh)
+    return Inspected(batch, rollout.tokens, rollout.mask, found)
+
   def update(
       self,
       state: TrainState,
@@ -348,7 +422,8 @@ class Programs:
       prompts: [B, S].
       given: answers [B, C], if the source or supervised training wants them.
       request: see there.
-      clock: gets the seconds of the phases sample, score and update.
+      clock: gets the seconds of the phases sample, score and update, and of
+        inspect if that is asked for.
       base: the student's weights beside adapters; None without any.
 
     Returns:
@@ -359,12 +434,17 @@ class Programs:
     sampled = self._answers(
         student, teacher_params, prompts, given, request, clock
     )
-    del student
     teacher = teacher_params and self.on_device(teacher_params)
     split = [
         part for batch in sampled for part in microbatches.for_scoring(*batch)
     ]
-    total, shown, threshold = None, [], request.threshold
+    total, shown, inspected = None, [], None
+    if request.inspected:
+      with clock.phase("inspect"):
+        inspected = self.inspect(student, teacher, *split[0])
+    del student
+    limits = self._limits_of(sampled, request)
+    threshold = request.threshold
     if threshold is not None:
       threshold = np.float32(threshold)
     for batch, rollout in split:
@@ -376,7 +456,7 @@ class Programs:
           jax.block_until_ready(scores)
       with clock.phase("update"):
         head = self.teacher_head(teacher, scores)
-        inputs = (batch, rollout, scores)
+        inputs = Microbatch(batch, rollout, scores, limits)
         if total is None and len(split) > 1:
           total = self.zeros(
               state.params, head, inputs, None, threshold, base
@@ -394,8 +474,10 @@ class Programs:
         return self.apply(state, total)[0], None
       arrays = self._gather(shown, len(sampled))
       state, metrics = self.apply(state, total)
+      if limits is not None:
+        metrics["least_entropy"] = limits.entropy
       metrics = jax.device_get(metrics)
-    return state, Outcome(metrics, *arrays)
+    return state, Outcome(metrics, *arrays, inspected)
 
   def apply(
       self, state: TrainState, total: Gradient
@@ -439,6 +521,15 @@ class Programs:
       jax.block_until_ready(rollouts)
       batches = [self.microbatches.repeat(batch) for batch in batches]
     return list(zip(batches, rollouts, strict=True))
+
+  def _limits_of(
+      self, sampled: list[tuple[PromptBatch, Rollout]], request: Request
+  ) -> Limits | None:
+    """Says which tokens of the whole update count; None for all."""
+    if request.source is None or self._models.config.loss.form != "relaxed":
+      return None
+    rollouts = [rollout for _, rollout in sampled]
+    return self._limits(np.bool_(request.refines), rollouts)
 
   def teacher_head(
       self, params: Params | None, scores: TeacherScores | None
