@@ -225,7 +225,7 @@ class ModelSpec:
     compute_dtype: is the dtype of activations and caches; devices without
       bfloat16 compute in float32.
     param_dtype: is the dtype of the weights; the optimizer updates the
-      student's.
+      student's in float32, and with `lora` leaves them alone.
     remat: says what the backward pass computes again: "none", "full" (each
       layer, from its input), "dots" (all but the products with weights) or
       "offload" (as "full", with the layers' inputs in the host's memory).
@@ -943,6 +943,58 @@ class OptimizerSpec:
     )
 
 
+_Product = Literal[
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+]
+
+
+@_settings("lora")
+class LoraSpec:
+  """Low-rank adapters (LoRA, arXiv 2106.09685) beside a frozen student.
+
+  A product W x becomes W x + alpha / rank * B A x, and only A and B are
+  trained. B is zero at first, so that the student begins as what it was made
+  of. If the teacher has the same `path`, `param_dtype` and `random_init` as the
+  student, both share one copy of the weights.
+
+  Attributes:
+    rank: is the number of rows of A and of columns of B; 0 is off.
+    alpha: over the rank is what the adapters' products are multiplied by; 0
+      stands for the rank.
+    targets: names the products of each layer that get adapters, as Hugging Face
+      calls them.
+    path: names a local directory or a hub id in PEFT's format whose adapters
+      the student begins with; empty for random A and zero B.
+  """
+
+  rank: _NotNegative = 0
+  alpha: Annotated[_Amount, Field(le=1e6)] = 0.0
+  targets: Annotated[tuple[_Product, ...], Field(max_length=7)] = (
+      "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
+      "down_proj",
+  )
+  path: _Place = ""
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      _check(
+          self.rank > 0 or value == field.default,
+          f"lora.{field.name} is {value!r} but lora.rank is 0, so that the"
+          " whole student is trained; set lora.rank above 0, or leave"
+          f" lora.{field.name} at {field.default!r}.",
+      )
+    _check(
+        len(set(self.targets)) == len(self.targets) > 0,
+        f"lora.targets is {self.targets}; name one product or more, each once.",
+    )
+
+  @property
+  def scale(self) -> float:
+    """What the adapters' products are multiplied by; 1 if there are none."""
+    return self.alpha / self.rank if self.alpha else 1.0
+
+
 @_settings("mesh")
 class MeshSpec:
   """Sizes of the device mesh's axes.
@@ -1149,6 +1201,7 @@ class Config:
     mesh: says how devices are arranged.
     checkpoint: says when the run is saved.
     export: says how the student is exported.
+    lora: says whether only adapters of the student are trained.
     samples: says which texts are kept.
   """
 
@@ -1166,10 +1219,12 @@ class Config:
   mesh: MeshSpec = MeshSpec()
   checkpoint: CheckpointSpec = CheckpointSpec()
   export: ExportSpec = ExportSpec()
+  lora: LoraSpec = LoraSpec()
   samples: SamplesSpec = SamplesSpec()
 
   def __post_init__(self):
     self._check_models()
+    self._check_lora()
     self._check_answers()
     self._check_prefix()
     self._check_sizes()
@@ -1177,7 +1232,7 @@ class Config:
 
   def _check_models(self) -> None:
     _check(
-        self.student.param_dtype == "float32",
+        self.student.param_dtype == "float32" or self.lora.rank > 0,
         f"student.param_dtype is {self.student.param_dtype!r}, but AdamW's"
         " small steps vanish in bfloat16; set student.param_dtype to 'float32'"
         " and, to compute in bfloat16, student.compute_dtype.",
@@ -1203,6 +1258,28 @@ class Config:
     _check(
         self.method == "sft" or self.teacher is not None,
         f"method is {self.method!r} but teacher is None; set teacher.path.",
+    )
+
+  def _check_lora(self) -> None:
+    if not self.lora.rank:
+      return
+    _check(
+        not self.optimizer.offload,
+        f"optimizer.offload is True but lora.rank is {self.lora.rank}, and the"
+        " moments of adapters are too small to be worth the way; set"
+        " optimizer.offload to False.",
+    )
+    refresh = self.teacher.refresh if self.teacher else 0
+    _check(
+        not refresh,
+        f"teacher.refresh is {refresh} but lora.rank is {self.lora.rank}, and"
+        " a teacher has no adapters to take over; set one of them to 0.",
+    )
+    _check(
+        not (self.shares_weights and self.teacher.offload),
+        "teacher.offload is True but lora.rank is"
+        f" {self.lora.rank} and the teacher is the student's own base, whose"
+        " weights the student always needs; set teacher.offload to False.",
     )
 
   def _check_answers(self) -> None:
@@ -1328,6 +1405,16 @@ class Config:
         f"checkpoint.best is {name!r} but evaluation.every {every} is no"
         f" multiple of checkpoint.every {saved}, so what is evaluated would not"
         " always be saved; change one of them.",
+    )
+
+  @property
+  def shares_weights(self) -> bool:
+    """Whether the teacher is what the student's adapters are added to."""
+    if not self.lora.rank or self.teacher is None:
+      return False
+    return all(
+        getattr(self.student, name) == getattr(self.teacher, name)
+        for name in ("path", "param_dtype", "random_init")
     )
 
   @property

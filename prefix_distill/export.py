@@ -31,6 +31,7 @@ from prefix_distill.errors import one_line
 from prefix_distill.errors import shown
 from prefix_distill.errors import UserError
 from prefix_distill.models import huggingface as hf
+from prefix_distill.models import lora
 from prefix_distill.models.transformer import Model
 from prefix_distill.train import checkpoint
 from prefix_distill.train import setup
@@ -79,10 +80,17 @@ def export(workdir: pathlib.Path, step: str, to: pathlib.Path) -> int:
     empty = not to.exists() or (to.is_dir() and not any(to.iterdir()))
     check(empty, f"--to={to} is there already; give a new directory.")
     spec = config.student
-    model = Model(hf.read_config(spec.path))
     mesh = sharding.make_mesh(MeshSpec(fsdp=1), jax.devices("cpu")[:1])
-    abstract = sharding.with_shardings(model.abstract_params(), mesh)
+    model = Model(lora.adapted(hf.read_config(spec.path), config), mesh=mesh)
+    abstract, base = model.abstract_params(), None
+    if config.lora.rank:
+      beside = setup.adapter_directory(to)
+      check(not beside.exists(), f"{beside} is there already; remove it.")
+      _, abstract = lora.split(abstract)
+      base = setup.load_model(spec, model, mesh, config.seed)
+    abstract = sharding.with_shardings(abstract, mesh)
     params = checkpoint.read_params(workdir, number, abstract)
+    params = lora.join(base, params)
     specs = [spec] if config.method == "sft" else [spec, config.teacher]
     tokenizers = [tokenizer_lib.load(one.tokenizer_path) for one in specs]
     stops, _ = setup.stop_ids(config, tokenizers)

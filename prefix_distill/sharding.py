@@ -32,6 +32,13 @@ RULES = (
     (r"attention/out$", (None, "fsdp", "tensor", None)),
     (r"mlp/(gate|up)$", (None, "tensor", "fsdp")),
     (r"mlp/down$", (None, "fsdp", "tensor")),
+    # Adapters, along the axes of the product that they belong to.
+    (r"(attention/(query|key|value)|mlp/(gate|up))_a$", (None, None, "fsdp")),
+    (r"attention/(query|key|value)_b$", (None, "tensor", None, None)),
+    (r"mlp/(gate|up)_b$", (None, "tensor", None)),
+    (r"attention/out_a$", (None, None, "tensor", None)),
+    (r"mlp/down_a$", (None, None, "tensor")),
+    (r"(attention/out|mlp/down)_b$", (None, "fsdp", None)),
     (r"norm/scale$", ()),
 )
 

@@ -106,7 +106,8 @@ class Loss:
     inputs = HeadInputs(hidden, model.head(params), scores.hidden, teacher_head)
     extras = self.extras(rollout, scores, limits)
     tokens = TokenInputs(weights, rollout.mask, extras)
-    return self, inputs, tokens, model.mesh, self.memory
+    trains_head = model.config.lora is None
+    return self, inputs, tokens, model.mesh, self.memory, trains_head
 
   def extras(
       self,
@@ -594,6 +595,7 @@ def cross_entropy(
       TokenInputs(rollout.mask, rollout.mask, rollout.tokens),
       model.mesh,
       memory,
+      model.config.lora is None,
   )
   return value
 

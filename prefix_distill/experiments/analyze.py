@@ -372,6 +372,11 @@ def _analyze(config: Config, workdir: pathlib.Path) -> None:
       f"method is {config.method!r}, which has no teacher to compare with; use"
       " 'prefix' or 'full'.",
   )
+  check(
+      not config.lora.rank,
+      f"lora.rank is {config.lora.rank}, and an analysis compares whole models;"
+      " set lora.rank to 0, and name exports in --students.",
+  )
   setup = setup_lib.prepare(config, workdir)
   with workdir_lib.claimed(config, workdir, setup.contents):
     _write(setup, workdir / "analysis")

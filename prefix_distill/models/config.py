@@ -22,6 +22,16 @@ _OPTIONS = {
     "transformers_weights": None,
 }
 _LAYER_TYPE = "full_attention"
+# A layer's products, as Hugging Face calls them and as this package does.
+PRODUCTS = {
+    "q_proj": "query",
+    "k_proj": "key",
+    "v_proj": "value",
+    "o_proj": "out",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +68,21 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+  """Low-rank adapters (arXiv 2106.09685): W x becomes W x + scale * B A x.
+
+  Attributes:
+    rank: rows of A and columns of B.
+    scale: what the adapters' product is multiplied by.
+    targets: the products that have adapters, values of `PRODUCTS`.
+  """
+
+  rank: int
+  scale: float = 1.0
+  targets: tuple[str, ...] = tuple(PRODUCTS.values())
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """A decoder-only transformer; hashable, so jit takes it as static.
 
@@ -75,6 +100,8 @@ class ModelConfig:
     tied: whether the embedding table is the output head.
     max_length: the config's `max_position_embeddings`, in tokens.
     rotary: for each layer whether it rotates queries and keys; () if all do.
+    lora: the adapters that are trained, beside weights that are not; None for a
+      model without any.
   """
 
   family: str
@@ -90,6 +117,7 @@ class ModelConfig:
   tied: bool
   max_length: int
   rotary: tuple[bool, ...] = ()
+  lora: Lora | None = None
 
   @property
   def qk_norm(self) -> bool:
@@ -253,8 +281,37 @@ def from_hf(config: transformers.PretrainedConfig, where: str) -> ModelConfig:
   )
 
 
+def sides(config: ModelConfig) -> dict[str, tuple[int, int]]:
+  """Returns the outputs and inputs of each of a layer's products."""
+  c = config
+  heads, groups = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+  return {
+      "query": (heads, c.dim),
+      "key": (groups, c.dim),
+      "value": (groups, c.dim),
+      "out": (c.dim, heads),
+      "gate": (c.mlp_dim, c.dim),
+      "up": (c.mlp_dim, c.dim),
+      "down": (c.dim, c.mlp_dim),
+  }
+
+
+def num_adapters(config: ModelConfig) -> int:
+  """Counts the numbers in all adapters; 0 without `lora`."""
+  if config.lora is None:
+    return 0
+  found = sides(config)
+  ends = sum(sum(found[name]) for name in config.lora.targets)
+  return config.num_layers * config.lora.rank * ends
+
+
+def num_trained(config: ModelConfig) -> int:
+  """Counts the parameters that the optimizer updates."""
+  return num_params(config) if config.lora is None else num_adapters(config)
+
+
 def num_params(config: ModelConfig, embeddings: bool = True) -> int:
-  """Counts parameters; a tied table counts once.
+  """Counts parameters; a tied table counts once, and adapters do not.
 
   Args:
     config: the model.

@@ -33,8 +33,11 @@ from prefix_distill.errors import ConfigError
 from prefix_distill.errors import shown
 from prefix_distill.errors import UserError
 from prefix_distill.evaluate import evaluator
+from prefix_distill.models import lora
 from prefix_distill.models.config import ModelConfig
+from prefix_distill.models.config import num_adapters
 from prefix_distill.models.config import num_params
+from prefix_distill.models.config import num_trained
 from prefix_distill.plan import machines
 from prefix_distill.plan import programs
 from prefix_distill.plan.machines import Machine
@@ -156,22 +159,27 @@ def least_sent(plan: Plan) -> float:
   Layers are gathered over fsdp twice, forward and backward, in the compute
   dtype. The output head is gathered once, and for an exact loss so is the
   teacher's. Gradients are scattered once and then summed over data: those of
-  the layers in the compute dtype, the head's in float32. What is looked up of
-  the embeddings travels too and is not counted here.
+  the layers in the compute dtype, the head's in float32. With adapters theirs
+  are the only ones; half of an adapter's numbers, about, are split over fsdp,
+  and all are counted. What is looked up of the embeddings travels too and is
+  not counted here.
   """
   setup, sizes = plan.models, plan.models.mesh.shape
   n, data, tensor = sizes["fsdp"], sizes["data"], sizes["tensor"]
   width, c = setup.student.dtype.itemsize, setup.student.config
   table = c.vocab_size * c.dim
-  weights = num_params(c) - table * (1 if c.tied else 2)
+  weights = num_params(c) + num_adapters(c) - table * (1 if c.tied else 2)
   gathered = width * (2 * weights + table)
   scattered = width * weights + _FLOAT32 * table
+  if c.lora is not None:
+    scattered = width * num_adapters(c)
   if isinstance(setup.loss, ExactLoss):
     t = setup.teacher.config
     gathered += setup.teacher.dtype.itemsize * t.vocab_size * t.dim
   around = (n - 1) / n * (gathered + scattered) / tensor
   # The gradient of a separate embedding table is in parts from the start.
-  summed = scattered + (0 if c.tied else _FLOAT32 * table)
+  apart = c.lora is None and not c.tied
+  summed = scattered + (_FLOAT32 * table if apart else 0)
   return around + 2 * (data - 1) / data * summed / tensor / n
 
 
@@ -239,8 +247,12 @@ def suggest_mesh(
   """
   budget = machine.chip.memory
   inside = machine.size // machine.slices
-  held = 16 * num_params(student)
-  held += _width(config.teacher.param_dtype) * num_params(teacher)
+  trained, held = num_trained(student), 0
+  if student.lora is not None:
+    held += _width(config.student.param_dtype) * num_params(student)
+  if not config.shares_weights:
+    held += _width(config.teacher.param_dtype) * num_params(teacher)
+  held += 4 * _FLOAT32 * trained
   if machine.chip.platform == "gpu":
     host = min(machine.chip.host, inside)
     if held / host <= _HELD * budget:
@@ -252,7 +264,7 @@ def suggest_mesh(
   if config.evaluation.sets and config.evaluation.teacher:
     answer = prompt + config.evaluation.max_len
     decoding = max(decoding, _decoding(config.teacher, teacher, answer))
-  resting = held - _FLOAT32 * num_params(student)  # Gradients come later.
+  resting = held - _FLOAT32 * trained  # Gradients come later.
   most = min(inside, student.num_kv_heads)
   tensor = 1
   while tensor < most and config.data.batch_size % (machine.size // tensor):
@@ -285,8 +297,8 @@ def check_weights(plan: Plan, machine: Machine) -> None:
   teacher's weights lie side by side, and the moments unless they are offloaded.
   To check that takes no compiler.
   """
-  parts = bytes_held(plan)
-  parts["gradient"] = parts["student"]
+  parts, state = bytes_held(plan), plan.programs.abstract_state()
+  parts["gradient"] = float(sharding.bytes_per_device(state.params))
   config, offload = plan.models.config, ", or optimizer.offload=True"
   if config.optimizer.offload:
     del parts["moments"]
@@ -305,13 +317,17 @@ def check_weights(plan: Plan, machine: Machine) -> None:
 
 
 def bytes_held(plan: Plan) -> dict[str, float]:
-  """Returns bytes on a device of what a run keeps throughout."""
+  """Returns bytes on a device of what a run keeps throughout.
+
+  A teacher that shares the student's weights adds none.
+  """
   state = plan.programs.abstract_state()
   size = sharding.bytes_per_device
+  shared = plan.models.shares_weights
   return {
-      "student": float(size(state.params)),
+      "student": float(size(plan.student_params)),
       "moments": float(size(state.opt_state)),
-      "teacher": float(size(plan.teacher_params)),
+      "teacher": 0.0 if shared else float(size(plan.teacher_params)),
   }
 
 
@@ -379,6 +395,7 @@ def _choose_mesh(question: Question) -> tuple[Config, str]:
       programs.architecture(spec.path)[0]
       for spec in (config.student, config.teacher)
   )
+  student = lora.adapted(student, config)
   mesh = suggest_mesh(config, student, teacher, machine)
   note = (
       "Mesh: chosen; that of the config is for other machines. Use"
@@ -633,6 +650,8 @@ def plan(question: Question, console: rich.console.Console) -> Result:
   look = Look(machine, machines.devices(machine), console)
   check_weights(look.build(config), machine)
   notes = [note]
+  if config.shares_weights:
+    notes.append("The teacher's weights are those beside the adapters.")
   for spec in (config.student, config.teacher):
     if not programs.architecture(spec.path)[1]:
       notes.append(

@@ -29,7 +29,9 @@ from prefix_distill.config import Config
 from prefix_distill.distill import chunked_head
 from prefix_distill.errors import ConfigError
 from prefix_distill.models import huggingface as hf
+from prefix_distill.models import lora
 from prefix_distill.models.config import ModelConfig
+from prefix_distill.models.config import num_adapters
 from prefix_distill.models.config import num_params
 from prefix_distill.models.config import QWEN3_0_6B
 from prefix_distill.models.config import QWEN3_1_7B
@@ -163,6 +165,12 @@ class Plan:
     """Shapes of the teacher's weights on the devices."""
     return self.programs.on_device(self.programs.abstract_teacher())
 
+  @property
+  def student_params(self) -> Params:
+    """Shapes of the student's weights, adapters included."""
+    trained = self.programs.abstract_state().params
+    return lora.join(self.programs.abstract_base(), trained)
+
   def stages(self, cap: int) -> list[Stage]:
     """Returns the programs of an update whose rollouts all reach a cap."""
     calls: list[Variant] = []
@@ -233,6 +241,8 @@ class Plan:
     resting = self.programs.resting()
     rows = microbatch.answers(models, model, config, resting, prompt)
     params = sharding.with_shardings(model.abstract_params(), models.mesh)
+    if name == EVALUATION["student"]:
+      params = self.student_params
     prompts = PromptBatch(
         jax.ShapeDtypeStruct((rows, prompt), np.int32),
         jax.ShapeDtypeStruct((rows, prompt), bool),
@@ -267,13 +277,19 @@ class Plan:
         config.teacher.offload
         and (name in _SAMPLING or evaluated == "student")
     )
-    if not teacher_waits and name not in ("score", "refresh"):
+    shared = models.shares_weights
+    takes_teacher = shared or name in ("score", "refresh")
+    if not teacher_waits and not takes_teacher:
       lying["teacher"] = self.teacher_params
     takes_student = ["refresh", "move", "gradient", "apply"]
     if not two_meshes:
       takes_student += ["prefill", "layout"]
-    if name not in takes_student:
+    if name == "apply":  # It takes what is trained alone.
+      lying["student"] = self.programs.abstract_base()
+    elif name == "score" and shared:
       lying["student"] = state.params
+    elif name not in takes_student:
+      lying["student"] = self.student_params
     if two_meshes and evaluated:  # Prompts are read between two segments.
       model = models.teacher if evaluated == "teacher" else models.student
       weights = jax.eval_shape(model.cast, model.abstract_params())
@@ -292,7 +308,7 @@ class Plan:
       c = model.config
       tables.append(_FLOAT32 * c.vocab_size * c.dim)
       rest = num_params(c, False) - c.vocab_size * c.dim
-      layers.append(_FLOAT32 * (rest // c.num_layers))
+      layers.append(_FLOAT32 * (rest + num_adapters(c)) // c.num_layers)
     return max(layers), max(tables)
 
   def unplanned(
@@ -374,9 +390,15 @@ def build(config: Config, devices: list, memory: float | None = None) -> Plan:
     )
   mesh = sharding.make_mesh(config.mesh, devices)
   setup_lib.check_batches(config, mesh)
+  student, teacher = (
+      architecture(spec.path)[0] for spec in (config.student, config.teacher)
+  )
   models = [
-      setup_lib.make_model(architecture(spec.path)[0], spec, mesh)
-      for spec in (config.student, config.teacher)
+      setup_lib.make_model(found, spec, mesh)
+      for found, spec in (
+          (lora.adapted(student, config), config.student),
+          (teacher, config.teacher),
+      )
   ]
   setup_lib.check_refresh(config, *(model.config for model in models))
   built = Models(

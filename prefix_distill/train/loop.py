@@ -38,6 +38,7 @@ from prefix_distill.distill import prefix_schedule
 from prefix_distill.errors import one_line
 from prefix_distill.errors import UserError
 from prefix_distill.evaluate import evaluator
+from prefix_distill.models import lora
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.report import page
@@ -186,6 +187,8 @@ class Run:
     self.totals = Totals(self.schedule.start())
     self.key = jax.random.key(config.seed)
     self.teacher_params: Params | None = None
+    # The student's weights beside adapters, which nothing changes.
+    self.base: Params | None = None
     self.stop = stop or Stop()
     # Seconds of the last updates, and of the slowest save.
     self._durations: collections.deque[float] = collections.deque(maxlen=9)
@@ -201,11 +204,17 @@ class Run:
   def _start(self) -> TrainState:
     """Restores the last whole checkpoint, or loads the student."""
     models = self.models
-    found = self.checkpointer.restore(*self.programs.resting())
+    has_adapters = models.student.config.lora is not None
+    found = self.checkpointer.restore(
+        self.programs.abstract_state(), self.programs.abstract_teacher()
+    )
     self.last_saved = step = found and found.step
     if found is None:
       workdir_lib.check_not_lost(self.workdir)
-      params = self._load(self.config.student, models.student)
+      if has_adapters:
+        params = setup_lib.load_adapters(self.config, models.student)
+      else:
+        params = self._load(self.config.student, models.student)
       state = self.programs.init(params)
     else:
       state, self.totals = found.state, found.totals
@@ -225,6 +234,8 @@ class Run:
     self.evaluated, self.answer_len = distributed.from_first(
         "evaluations", _evaluations(lines, step)
     )
+    if has_adapters:
+      self.base = self._load(self.config.student, models.student)
     self.keeper = Keeper(
         self.config,
         self.setup.tokenizer,
@@ -235,6 +246,8 @@ class Run:
     )
     if found is not None and found.teacher is not None:
       self.teacher_params = found.teacher
+    elif models.shares_weights:
+      self.teacher_params = self.base
     elif models.teacher is not None:
       self.teacher_params = self._load(self.config.teacher, models.teacher)
     return state
@@ -244,6 +257,11 @@ class Run:
     return setup_lib.load_model(
         spec, model, self.models.mesh, self.config.seed, poll
     )
+
+  @property
+  def student_params(self) -> Params:
+    """The student's weights, adapters included."""
+    return lora.join(self.base, self.state.params)
 
   @property
   def cap(self) -> int:
@@ -371,7 +389,7 @@ class Run:
     say after which update it was the student.
     """
     setup, models = self.setup, self.models
-    model, params = models.student, self.state.params
+    model, params = models.student, self.student_params
     stop_ids = models.stop_ids
     if which == "teacher":
       model = models.teacher
@@ -471,6 +489,7 @@ class Run:
             *sharding.global_batch((prompts, completions), self.models.mesh),
             request,
             clock,
+            self.base,
         )
     except Abandoned:
       self.setup.data.set_state(place)
@@ -794,7 +813,7 @@ def _train(
     try:
       setup_lib.export_student(
           config,
-          run.state.params,
+          run.student_params,
           setup.models.stop_ids,
           workdir / "export",
           workdir,

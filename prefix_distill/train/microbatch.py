@@ -374,10 +374,10 @@ def _beside_training(models: Models, resting: Any) -> float:
   whole before it is scattered.
   """
   size, split = sharding.bytes_per_device, models.mesh.shape["tensor"]
-  state, teacher = resting
+  state, base, teacher = resting
   on_device = [
       x
-      for x in jax.tree.leaves((state, teacher))
+      for x in jax.tree.leaves((state, base, teacher))
       if not sharding.is_on_host(x.sharding)
   ]
   total = size(on_device) + 2 * size(state.params)
@@ -392,6 +392,8 @@ def _beside_training(models: Models, resting: Any) -> float:
     layer = (num_params(c) - table) / c.num_layers
     total += width * (table + 2 * layer) / split
   student = models.student.config
+  if student.lora is not None:  # Its head has no gradient.
+    return total
   return total + _FLOAT32 * student.vocab_size * student.dim / split
 
 
@@ -400,7 +402,8 @@ def trained(models: Models, resting: Any, prompt: int, length: int) -> int:
 
   Args:
     models: whose `memory` is known.
-    resting: shapes of the state and of the teacher, where they rest.
+    resting: shapes of the state, of the weights beside adapters and of the
+      teacher, where they rest.
     prompt: S, the longer one of the student's and the teacher's.
     length: P.
   """

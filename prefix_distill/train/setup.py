@@ -24,6 +24,8 @@ from prefix_distill.errors import ConfigError
 from prefix_distill.errors import shown
 from prefix_distill.evaluate import evaluator
 from prefix_distill.models import huggingface as hf
+from prefix_distill.models import lora
+from prefix_distill.models import peft
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
@@ -63,6 +65,11 @@ class Models:
   stop_ids: tuple[int, ...] = ()
   teacher_stop_ids: tuple[int, ...] = ()
   memory: float | None = None
+
+  @property
+  def shares_weights(self) -> bool:
+    """Whether the teacher's weights are those beside the student's adapters."""
+    return self.teacher is not None and self.config.shares_weights
 
   @property
   def sampling_mesh(self) -> jax.sharding.Mesh:
@@ -133,7 +140,7 @@ def check_batches(config: Config, mesh: jax.sharding.Mesh) -> None:
 
 def _check_weights(spec: ModelSpec, model: Model) -> None:
   if not spec.random_init:
-    hf.check_weights(spec.path, model.config)
+    hf.check_weights(spec.path, model.base.config)
 
 
 def make_model(
@@ -290,6 +297,8 @@ def check(config: Config, first: bool = False) -> Inputs:
   check_batches(config, mesh)
   divergence.named(config.loss.exact.divergence)  # Or there is none.
   student, teacher = _read_models(config, mesh)
+  if config.lora.path:
+    peft.check_config(config.lora)
   if teacher is not None:
     check_refresh(config, student.config, teacher.config)
   fed = _load_tokenizers(config, student, teacher)
@@ -373,13 +382,15 @@ def _load_problems(
 def _read_models(
     config: Config, mesh: jax.sharding.Mesh
 ) -> tuple[Model, Model | None]:
-  specs = [config.student]
-  if config.method != "sft":
-    specs.append(config.teacher)
-  student, *others = (
-      make_model(hf.read_config(spec.path), spec, mesh) for spec in specs
+  student = make_model(
+      lora.adapted(hf.read_config(config.student.path), config),
+      config.student,
+      mesh,
   )
-  return student, others[0] if others else None
+  if config.method == "sft":
+    return student, None
+  spec = config.teacher
+  return student, make_model(hf.read_config(spec.path), spec, mesh)
 
 
 def _load_tokenizers(
@@ -435,6 +446,8 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
   tokenizers = [model.tokenizer for model in inputs.fed]
   student_stop_ids, teacher_stop_ids = stop_ids(config, tokenizers)
   _check_weights(config.student, student)
+  if config.lora.path:
+    peft.check_weights(config.lora.path, student)
   if teacher is not None:
     _check_weights(config.teacher, teacher)
   contents = workdir_lib.read_contents(config, data.records, inputs.problems)
@@ -473,15 +486,21 @@ def export_student(
 
   Args:
     config: the settings.
-    params: the student's weights.
+    params: the student's weights, adapters included.
     stop_ids: tokens that end the student's answers.
-    directory: where to; it appears whole or not at all.
+    directory: where to; it appears whole or not at all. Adapters are merged
+      there, and before that written alone to a directory beside it.
     workdir: of the run, whose results go into the model card.
     step: the update after which the weights are.
   """
   lines = report.read_metrics(workdir / "metrics.jsonl")
   licence = card.licence(hf.resolve(config.student.path))
   stored_like, spec = config.teacher or config.student, config.evaluation
+  if config.lora.rank:
+    peft.export(
+        lora.split(params)[1], config.lora, config.student.path,
+        adapter_directory(directory),
+    )  # fmt: skip
   hf.export(
       params,
       config.student.path,
@@ -490,7 +509,13 @@ def export_student(
       hf.export_dtype(config.export.dtype, stored_like.path),
       hf.Serving(stop_ids, spec.temperature, spec.top_k, spec.top_p),
       card.text(config, lines, step, licence),
+      config.lora.scale,
   )
+
+
+def adapter_directory(export: pathlib.Path) -> pathlib.Path:
+  """Returns where the adapters of an export are."""
+  return export.with_name(f"{export.name}-adapter")
 
 
 def load_model(
@@ -504,11 +529,12 @@ def load_model(
 
   Args:
     spec: where they are, and where they go.
-    model: the architecture.
+    model: the architecture, whose adapters do not count.
     mesh: the device mesh.
     seed: of random weights.
     poll: see `hf.load_params`.
   """
+  model = model.base
   shardings = sharding.param_shardings(model.abstract_params(), mesh)
   if spec.offload:
     shardings = sharding.on_host(shardings)
@@ -522,3 +548,16 @@ def load_model(
   return hf.load_params(
       spec.path, model, shardings, spec.param_dtype, poll
   )
+
+
+def load_adapters(config: Config, model: Model) -> Params:
+  """Loads the adapters of `lora.path`, or draws A at random with B zero."""
+
+  def init(key: jax.Array) -> Params:
+    return lora.split(model.init(key))[1]
+
+  key = jax.random.key(config.seed)
+  places = sharding.param_shardings(jax.eval_shape(init, key), model.mesh)
+  if config.lora.path:
+    return peft.load(config.lora.path, model, places)
+  return jax.jit(init, out_shardings=places)(key)

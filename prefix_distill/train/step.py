@@ -22,6 +22,7 @@ from prefix_distill.distill.loss import Loss
 from prefix_distill.distill.prefix_schedule import Chosen
 from prefix_distill.distill.prefix_schedule import Schedule
 from prefix_distill.distill.prefix_schedule import SHOWN
+from prefix_distill.models import lora
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.structs import Limits
@@ -63,7 +64,7 @@ class TrainState:
 
   Attributes:
     step: int32 [], updates done.
-    params: float32 master weights.
+    params: float32 master weights, all or the adapters alone.
     opt_state: optax's.
   """
 
@@ -374,20 +375,25 @@ def gradient(
     inputs: Microbatch,
     before: Gradient | None = None,
     threshold: jax.Array | None = None,
+    base: Params | None = None,
 ) -> Gradient:
   """Adds a microbatch's gradient and metrics; to be jitted, `before` donated.
 
   Args:
     loss_fn: returns a sum and metrics as (sum, count).
-    params: the student's.
+    params: those of the student that are trained.
     teacher_head: [V, D of the teacher]; None if the loss does not need it.
     inputs: the microbatch.
     before: of the microbatches so far, without what was chosen; None for none.
     threshold: float32 [], the schedule's; None if it has none.
+    base: the student's weights that are not trained; None if all are.
   """
-  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
   more = () if threshold is None else (threshold,)
-  (_, sums), grads = grad_fn(params, teacher_head, inputs, *more)
+
+  def loss(params: Params) -> tuple[jax.Array, Sums]:
+    return loss_fn(lora.join(base, params), teacher_head, inputs, *more)
+
+  (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
   chosen = sums.pop("chosen", None)
   rows = jnp.int32(inputs[1].mask.shape[0])
   total = Gradient(grads, sums, rows)

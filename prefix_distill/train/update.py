@@ -25,6 +25,7 @@ from prefix_distill.distill import inspection
 from prefix_distill.distill import loss as loss_lib
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.distill.prefix_schedule import Chosen
+from prefix_distill.models import lora
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.rollout import continuous_batching
@@ -257,9 +258,12 @@ class Programs:
 
   def abstract_state(self) -> TrainState:
     """Shapes, dtypes and shardings of the state between updates."""
+    student = self._models.student
+    params = student.abstract_params()
+    if student.config.lora is not None:
+      _, params = lora.split(params)
     shapes = jax.eval_shape(
-        functools.partial(step_lib.init_state, tx=self._tx),
-        self._models.student.abstract_params(),
+        functools.partial(step_lib.init_state, tx=self._tx), params
     )
     state = sharding.with_shardings(shapes, self._models.mesh)
     if not self._models.config.optimizer.offload:
@@ -274,19 +278,32 @@ class Programs:
     if models.teacher is None:
       return None
     spec = models.config.teacher
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, spec.param_dtype),
-        models.teacher.abstract_params(),
-    )
-    shapes = sharding.with_shardings(shapes, models.mesh)
+    shapes = self._abstract_weights(models.teacher, spec.param_dtype)
     return sharding.moved(sharding.on_host, shapes) if spec.offload else shapes
+
+  def abstract_base(self) -> Params | None:
+    """Shapes, dtypes and shardings of the weights beside adapters, if any."""
+    models = self._models
+    if models.student.config.lora is None:
+      return None
+    dtype = models.config.student.param_dtype
+    return self._abstract_weights(models.student.base, dtype)
+
+  def _abstract_weights(self, model: Model, dtype: str) -> Params:
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype),
+        model.abstract_params(),
+    )
+    return sharding.with_shardings(shapes, self._models.mesh)
 
   def resting(self) -> Any:
     """Returns shapes of what lies in the memory while answers are sampled."""
-    return self.abstract_state(), self.abstract_teacher()
+    shared = self._models.shares_weights
+    teacher = None if shared else self.abstract_teacher()
+    return self.abstract_state(), self.abstract_base(), teacher
 
   def init(self, params: Params) -> TrainState:
-    """Builds the first state; the parameters are donated."""
+    """Builds the first state; the trained parameters are donated."""
     return self._move_moments(self._init(params), self._resting)
 
   def _move_moments(self, state: TrainState, places: TrainState) -> TrainState:
@@ -395,6 +412,7 @@ class Programs:
       given: Rollout | None,
       request: Request,
       clock: Clock,
+      base: Params | None = None,
   ) -> tuple[TrainState, Outcome | None]:
     """Does one update; or on shapes, calls the same programs on shapes.
 
@@ -406,13 +424,15 @@ class Programs:
       request: see there.
       clock: gets the seconds of the phases sample, score and update, and of
         inspect if that is asked for.
+      base: the student's weights beside adapters; None without any.
 
     Returns:
       The next state, and what the update showed; None on shapes.
     """
     microbatches = self.microbatches
+    student = lora.join(base, state.params)
     sampled = self._answers(
-        state.params, teacher_params, prompts, given, request, clock
+        student, teacher_params, prompts, given, request, clock
     )
     teacher = teacher_params and self.on_device(teacher_params)
     split = [
@@ -421,7 +441,8 @@ class Programs:
     total, shown, inspected = None, [], None
     if request.inspected:
       with clock.phase("inspect"):
-        inspected = self.inspect(state.params, teacher, *split[0])
+        inspected = self.inspect(student, teacher, *split[0])
+    del student
     limits = self._limits_of(sampled, request)
     threshold = request.threshold
     if threshold is not None:
@@ -437,8 +458,12 @@ class Programs:
         head = self.teacher_head(teacher, scores)
         inputs = Microbatch(batch, rollout, scores, limits)
         if total is None and len(split) > 1:
-          total = self.zeros(state.params, head, inputs, None, threshold)
-        total = self.gradient(state.params, head, inputs, total, threshold)
+          total = self.zeros(
+              state.params, head, inputs, None, threshold, base
+          )
+        total = self.gradient(
+            state.params, head, inputs, total, threshold, base
+        )
         chosen = total.chosen or Chosen(rollout.mask)
         total = dataclasses.replace(total, chosen=None)
         shown.append(
@@ -549,6 +574,7 @@ class Programs:
         None,
         Request(cap, key, source, threshold),
         Clock(),
+        self.abstract_base(),
     )
 
   def _abstract_prompts(self) -> PromptBatch:
