@@ -1368,13 +1368,16 @@ class Config:
         f" rollout.max_len {rollout.max_len} is {tokens} tokens in an update;"
         f" lower one of them, for {_MOST} tokens at most.",
     )
-    prompts = (spec.max_prompt_len for spec in graded.sets.values())
-    prompt = max(data.max_prompt_len, *prompts, 0)
+    lengths = {"data.max_prompt_len": data.max_prompt_len} | {
+        f"evaluation.sets.{name}.max_prompt_len": spec.max_prompt_len
+        for name, spec in graded.sets.items()
+    }
+    longest, prompt = max(lengths.items(), key=lambda item: item[1])
     tokens = graded.batch_size * (prompt + graded.max_len)
     _check(
         tokens <= _MOST,
-        f"evaluation.batch_size is {graded.batch_size}, which with prompts of"
-        f" {prompt} tokens and evaluation.max_len {graded.max_len} is"
+        f"evaluation.batch_size is {graded.batch_size}, which with"
+        f" {longest} {prompt} and evaluation.max_len {graded.max_len} is"
         f" {tokens} tokens at a time; lower one of them, for {_MOST} tokens at"
         " most.",
     )
