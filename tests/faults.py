@@ -158,8 +158,8 @@ _DISTILL = (
     ),
     _fault(
         "the ratio is that of the event and not of the token",
-        "values = loss(tokens, sampler,",
-        "values = loss(events, sampler,",
+        "return loss(tokens, sampler,",
+        "return loss(events, sampler,",
         "loss.py::test_a_stop_is_an_event_and_its_ratio_that_of_the_token",
     ),
     _fault(
@@ -194,8 +194,8 @@ _DISTILL = (
     ),
     _fault(
         "metrics are at the temperature of sampling",
-        "dataclasses.replace(dist, temperature=1.0, top_k=0)",
-        "dataclasses.replace(dist, top_k=0)",
+        "dataclasses.replace(self, temperature=1.0, top_k=0)",
+        "dataclasses.replace(self, top_k=0)",
         "chunked_head.py::test_metrics_are_those_of_the_whole_distributions",
     ),
     _fault(
@@ -616,8 +616,8 @@ _DATA = (
     ),
     _fault(
         "the teacher is asked the student's question",
-        "tokenizer, theirs, room, spec.suffix, own=True",
-        "tokenizer, question, room, spec.suffix, own=True",
+        "tokenizer, theirs, room, suffix, own=True",
+        "tokenizer, question, room, suffix, own=True",
         "teacher_prompt.py::test_the_template_takes_fields_as_they_are",
     ),
     _fault(

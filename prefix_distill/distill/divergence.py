@@ -46,6 +46,11 @@ class Distribution:
   top_k: int = 0
   top_k_of: str = "teacher"
 
+  @property
+  def plain(self) -> "Distribution":
+    """What metrics are taken of: temperature 1, no top-k."""
+    return dataclasses.replace(self, temperature=1.0, top_k=0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Shard:

@@ -126,9 +126,8 @@ def inspect(
         ),
         other_head=teacher.head(teacher_params),
     )
-  plain = dataclasses.replace(dist, temperature=1.0, top_k=0)
   return chunked_head.per_token(
-      Inspection(plain, count),
+      Inspection(dist.plain, count),
       inputs,
       TokenInputs(rollout.mask, rollout.mask, rollout.tokens),
       student.mesh,

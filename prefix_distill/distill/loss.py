@@ -168,7 +168,7 @@ class ExactLoss(Loss):
         dist,
         shard,
     )
-    plain = _plain(dist)
+    plain = dist.plain
     if plain != dist:
       these = divergence.events(*both, plain, shard)
       student, teacher = (
@@ -634,11 +634,6 @@ def token_divergence(
   return metrics["kl"]
 
 
-def _plain(dist: Distribution) -> Distribution:
-  """The distribution that metrics are taken of: temperature 1, no top-k."""
-  return dataclasses.replace(dist, temperature=1.0, top_k=0)
-
-
 def _entropy(
     probs: divergence.LogProbs, dist: Distribution, shard: Shard
 ) -> jax.Array:
@@ -719,7 +714,7 @@ def _plain_entropy(
     logits: jax.Array, dist: Distribution, shard: Shard
 ) -> jax.Array:
   """Returns one model's `_entropy` at temperature 1: [N]."""
-  plain = dataclasses.replace(_plain(dist), stop_ids=())
+  plain = dataclasses.replace(dist.plain, stop_ids=())
   these = divergence.events(logits, logits, plain, shard)
   probs = divergence.log_probs(logits, plain, these, shard)
   return _entropy(probs, plain, shard)
