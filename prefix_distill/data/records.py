@@ -513,6 +513,7 @@ def _read_dataset(
   except Exception as error:
     raise _not_loaded(spec, error) from error
   _check_nulls(loaded, spec.source, names)
+  _check_rows(loaded, spec, names)
   return loaded
 
 
@@ -547,6 +548,26 @@ def _check_nulls(loaded: Any, source: str, names: Sequence[str]) -> None:
       _check_fields(
           loaded[number], [name], f"{source} record {number + 1}"
       )
+
+
+def _check_rows(loaded: Any, spec: DatasetSpec, names: Sequence[str]) -> None:
+  """Checks the records of a table whose columns are not all plain text.
+
+  A column of text needs no look at each row; one of messages may hold anything
+  in any of them.
+  """
+  wanted = {name.partition(".")[0] for name in names}
+  columns = [name for name in loaded.column_names if name in wanted]
+  kinds = {str(loaded.data.column(name).type) for name in columns}
+  if kinds <= {"string", "large_string"}:
+    return
+  table = loaded.select_columns(columns)
+  for start in range(0, len(table), _BATCH):
+    batch = table[start : start + _BATCH]
+    for i, values in enumerate(zip(*batch.values(), strict=True)):
+      record = dict(zip(batch, values, strict=True))
+      where = f"{spec.source} record {start + i + 1}"
+      _check(record, spec, names, where)
 
 
 def _is_data_set(spec: DatasetSpec) -> bool:
