@@ -184,7 +184,7 @@ def _large(model: str, instruction: str, cap: int) -> config_lib.Config:
       prefix=_prefix(cap or 8192),
       loss=config_lib.LossSpec(normalize="length"),
       optimizer=config_lib.OptimizerSpec(
-          learning_rate=1e-6, weight_decay=0.01, batch_tokens=2**18
+          learning_rate=1e-6, weight_decay=0.01
       ),
       evaluation=config_lib.EvaluationSpec(
           sets=_sets(),
@@ -196,7 +196,7 @@ def _large(model: str, instruction: str, cap: int) -> config_lib.Config:
           batch_size=0,
           teacher=False,
       ),
-      mesh=config_lib.MeshSpec(data=1, fsdp=8),
+      mesh=config_lib.MeshSpec(data=1, fsdp=-1),
       checkpoint=config_lib.CheckpointSpec(every=10),
   )
 

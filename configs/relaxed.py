@@ -140,7 +140,7 @@ def _full_size(name: str) -> config_lib.Config:
           dict(evaluator.SETS), every=50, between=("aime24",), teacher=False,
           batch_size=0, **evaluator.PROTOCOL,
       ),
-      mesh=config_lib.MeshSpec(data=1, fsdp=8),
+      mesh=config_lib.MeshSpec(data=1, fsdp=-1),
       checkpoint=config_lib.CheckpointSpec(every=10),
   )  # fmt: skip
 
