@@ -67,11 +67,18 @@ def test_no_client_is_loaded_unless_chosen():
   assert done.returncode == 0
 
 
-def _events(workdir: pathlib.Path) -> dict[str, dict[int, float]]:
-  """Reads what TensorBoard would show: later files replace what they purge."""
+def _events(
+    workdir: pathlib.Path,
+) -> tuple[dict[str, dict[int, float]], set[str]]:
+  """Reads what TensorBoard would show: later files replace what they purge.
+
+  Returns:
+    Scalars by name and step, and the names of all else.
+  """
   from tensorboardX.proto import event_pb2
 
   found: dict[str, dict[int, float]] = {}
+  others = set()
   for file in sorted((workdir / "tensorboard").iterdir()):
     data = file.read_bytes()
     while data:
@@ -85,7 +92,9 @@ def _events(workdir: pathlib.Path) -> dict[str, dict[int, float]]:
       for one in event.summary.value:
         if one.HasField("simple_value"):
           found.setdefault(one.tag, {})[event.step] = one.simple_value
-  return found
+        else:
+          others.add(one.tag)
+  return found, others
 
 
 @_needs("tensorboardX")
@@ -100,7 +109,7 @@ def test_tensorboard_has_every_number_of_a_run_that_was_stopped(tmp_path):
         [*command, f"--config.steps={steps}"], cwd=_ROOT, check=True
     )
   lines = report.read_metrics(tmp_path / "metrics.jsonl")
-  found = _events(tmp_path)
+  found, others = _events(tmp_path)
   expected: dict[str, dict[int, float]] = {}
   for line in lines:
     for name, value in trackers.scalars(line).items():
@@ -108,6 +117,8 @@ def test_tensorboard_has_every_number_of_a_run_that_was_stopped(tmp_path):
   assert found.keys() == expected.keys()
   for name, values in expected.items():
     assert found[name] == pytest.approx(values, rel=1e-6), name
+  assert {"accuracy_flops", "kl_step"} <= others  # Figures,
+  assert "student/heldout/sampled/text_summary" in others  # and answers.
 
 
 @_needs("wandb")

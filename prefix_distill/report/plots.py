@@ -353,7 +353,10 @@ def accuracy_against_prefix(found: dict[str, Any], path: pathlib.Path) -> str:
 
 
 def draw(
-    lines: Sequence[Line], directory: pathlib.Path, method: str
+    lines: Sequence[Line],
+    directory: pathlib.Path,
+    method: str,
+    kind: str = "svg",
 ) -> list[str]:
   """Draws the pictures that the metrics allow; returns their file names.
 
@@ -385,6 +388,7 @@ def draw(
   )
   out = []
   for wanted, name, picture in pictures:
+    name = name.replace("svg", kind)
     if wanted:
       try:
         out.append(picture(lines, directory / name))

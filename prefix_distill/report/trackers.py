@@ -16,6 +16,7 @@ A run that goes on adds to what the tracker has of it.
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
 import contextlib
 import hashlib
 import html
@@ -23,10 +24,12 @@ import importlib.util
 import math
 import pathlib
 import sys
+import tempfile
 from typing import Any
 
 from prefix_distill.errors import ConfigError
 from prefix_distill.errors import one_line
+from prefix_distill.report import plots
 
 NAMES = ("auto", "none", "tensorboard", "wandb", "mlflow")
 # What `pip install` and `import` call the clients.
@@ -243,6 +246,21 @@ def make(
   if name == "none":
     return Tracker()
   return _Guarded(name, lambda: _KINDS[name](workdir, settings, step))
+
+
+def show_figures(
+    tracker: Tracker, lines: Sequence[Mapping[str, Any]], method: str
+) -> None:
+  """Gives a tracker the report's figures.
+
+  Args:
+    tracker: of the run.
+    lines: of its metrics.jsonl.
+    method: the run's.
+  """
+  with tempfile.TemporaryDirectory() as directory:
+    for name in plots.draw(lines, pathlib.Path(directory), method, "png"):
+      tracker.picture(pathlib.Path(directory, name), lines[-1]["step"])
 
 
 def _identity(workdir: pathlib.Path) -> str:

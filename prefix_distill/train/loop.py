@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import pathlib
 import signal
@@ -124,6 +125,8 @@ _RETRY = 20.0
 _EVERY = 8
 # An update is slow that takes so many times the others, and so many seconds.
 _SLOW, _SLOW_SECONDS = 10, 10.0
+# Answers of an evaluation that a tracker gets.
+_TEXTS = 4
 # What a disk that is full or read-only raises.
 _DISK_ERRORS = (OSError, safetensors.SafetensorError)
 # Updates after which their time is known; the first ones compile.
@@ -193,6 +196,8 @@ class Run:
     # Seconds of the last updates, and of the slowest save.
     self._durations: collections.deque[float] = collections.deque(maxlen=9)
     self._save_seconds, self._polls = 0.0, 0
+    # Of an answer of the last evaluation.
+    self._answer_seconds = 0.0
     self._recent: collections.deque = collections.deque(maxlen=11)
     self._alarms = {"skipped"}  # Each skipped update is said at once.
     self.writes = jax.process_index() == 0
@@ -271,6 +276,30 @@ class Run:
   def is_last(self, step: int) -> bool:
     """Whether no update comes after update `step`, counted from 1."""
     return step == self.config.steps or self.cap == 0
+
+  def is_due(self, step: int) -> bool:
+    """Whether the student is evaluated after update `step`."""
+    every = self.config.evaluation.every
+    return not step or self.is_last(step) or bool(every and step % every == 0)
+
+  def seconds_left(self, step: int) -> float:
+    """Guesses how long the run takes after update `step`, evaluations too.
+
+    Updates are taken to last as the last ones did, and answers as those that
+    were evaluated.
+    """
+    steps = range(step + 1, self.config.steps + 1)
+    evaluated = [self._sets(one) for one in steps if self.is_due(one)]
+    if self.models.teacher is not None and self.config.evaluation.teacher:
+      evaluated.append(self.setup.problems)
+    answers = sum(map(self._count, evaluated))
+    update = statistics.median(self._durations) if self._durations else 0.0
+    return len(steps) * update + answers * self._answer_seconds
+
+  def _count(self, sets: dict[str, evaluator.Problems]) -> int:
+    """Returns how many answers an evaluation of some sets has."""
+    greedy = int(self.config.evaluation.greedy)
+    return sum(len(x.answers) * (x.samples + greedy) for x in sets.values())
 
   def write(self, values: dict[str, Any]) -> None:
     if self.lock is not None:
@@ -414,6 +443,16 @@ class Run:
           completions,
           values["verdicts"],
       )
+      verdicts = values["verdicts"][:: values["samples"]]
+      shown = zip(completions.texts, verdicts, strict=True)
+      self.tracker.text(
+          f"{which}/{values['set']}/{values['mode']}",
+          "\n\n".join(
+              f"[{'right' if right == '1' else 'wrong'}] {texts[0]}"
+              for texts, right in itertools.islice(shown, _TEXTS)
+          ),
+          step,
+      )
       if which == "student" and values["mode"] == "sampled":
         self.answer_len = values["mean_length"]
       if which == "teacher":
@@ -454,6 +493,8 @@ class Run:
         self._poll_evaluation,
         self.keeper.problems(step, self.is_last(step)),
     )
+    passed = time.perf_counter() - start
+    self._answer_seconds = passed / max(self._count(sets), 1)
 
   def _sets(self, step: int) -> dict[str, evaluator.Problems]:
     """Returns the sets to evaluate after update `step`."""
@@ -684,12 +725,7 @@ def _evaluations(
 
 def _steps(run: Run, traced: Collection[int]) -> None:
   """Evaluates, then updates until the last step."""
-  config, first = run.config, int(run.state.step)
-
-  def is_due(step: int) -> bool:
-    every = config.evaluation.every
-    return not step or run.is_last(step) or bool(every and step % every == 0)
-
+  config, first, is_due = run.config, int(run.state.step), run.is_due
   if not first:
     run.save()
   if is_due(first):
@@ -700,6 +736,8 @@ def _steps(run: Run, traced: Collection[int]) -> None:
       desc=config.method,
       unit="update",
       disable=not run.writes,
+      # What tqdm takes for the time left knows no evaluations.
+      bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
       # A log file gets a line now and then instead of a moving bar.
       mininterval=0.1 if sys.stderr.isatty() else 10,
   )
@@ -721,7 +759,9 @@ def _steps(run: Run, traced: Collection[int]) -> None:
       run.write(line)
       run.warn(line)
       run.check_skipped(step + 1)
-      bar.set_postfix(report.progress(line), refresh=step == first)
+      left = tqdm.tqdm.format_interval(run.seconds_left(step + 1))
+      shown = {"left": left} | report.progress(line)
+      bar.set_postfix(shown, refresh=step == first)
       bar.update()
       done, stopping = step + 1, run.stops()
       due = is_due(done)
@@ -806,6 +846,10 @@ def _train(
       except BaseException:
         run.programs.close()
         raise
+      else:
+        if run.writes and tracker != "none":
+          lines = report.read_metrics(workdir / "metrics.jsonl")
+          trackers.show_figures(run.tracker, lines, config.method)
       finally:
         run.tracker.close()
     run.programs.close()
