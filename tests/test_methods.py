@@ -239,3 +239,20 @@ def test_every_cell_of_the_reproduction_is_a_valid_config(task, tmp_path):
     seen.append(config)
   # No cell says the same as another.
   assert all(a != b for i, a in enumerate(seen) for b in seen[:i])
+
+
+def test_the_time_left_counts_evaluations(models, tmp_path):
+  """An evaluation is due after updates 2 and 4, and none of the teacher."""
+  config = toys.run_config(*models, steps=4)
+  evaluation = dataclasses.replace(config.evaluation, every=2, teacher=False)
+  config = dataclasses.replace(config, evaluation=evaluation)
+  run = loop.Run(setup.prepare(config, tmp_path), tmp_path)
+  run.evaluate(0)
+  run.update(0)
+  left = [run.seconds_left(step) for step in range(1, 5)]
+  update, evaluated = left[0] - left[1], left[3]
+  assert update > 0 and evaluated > 0
+  assert left[1] - left[2] == pytest.approx(update + evaluated)
+  assert left[2] - left[3] == pytest.approx(update)
+  run.programs.close()
+  run.checkpointer.close()

@@ -285,16 +285,17 @@ class Run:
   def seconds_left(self, step: int) -> float:
     """Guesses how long the run takes after update `step`, evaluations too.
 
-    Updates are taken to last as the last ones did, and answers as those that
-    were evaluated.
+    An evaluation that is due after this very update is still to come. Updates
+    are taken to last as the last ones did, and answers as those that were
+    evaluated.
     """
-    steps = range(step + 1, self.config.steps + 1)
+    steps = range(step, self.config.steps + 1)
     evaluated = [self._sets(one) for one in steps if self.is_due(one)]
     if self.models.teacher is not None and self.config.evaluation.teacher:
       evaluated.append(self.setup.problems)
     answers = sum(map(self._count, evaluated))
     update = statistics.median(self._durations) if self._durations else 0.0
-    return len(steps) * update + answers * self._answer_seconds
+    return (self.config.steps - step) * update + answers * self._answer_seconds
 
   def _count(self, sets: dict[str, evaluator.Problems]) -> int:
     """Returns how many answers an evaluation of some sets has."""
