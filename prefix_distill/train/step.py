@@ -59,7 +59,7 @@ class Gradient:
   Attributes:
     grads: of the summed loss, like the parameters.
     sums: the metrics.
-    rows: int32 [], rollouts.
+    rows: int32 [], rollouts with a token at least.
   """
 
   grads: Params
@@ -272,7 +272,7 @@ def gradient(
   """
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
   (_, sums), grads = grad_fn(params, teacher_head, inputs)
-  rows = jnp.int32(inputs[1].mask.shape[0])
+  rows = jnp.sum(jnp.any(inputs[1].mask, axis=1), dtype=jnp.int32)
   total = Gradient(grads, sums, rows)
   return total if before is None else jax.tree.map(jnp.add, before, total)
 
@@ -296,7 +296,8 @@ def apply(
   global count, so neither microbatches nor sharding change the update.
 
   If the loss, the gradient's norm or the norm of the parameters' change is not
-  finite, parameters and moments stay as they were.
+  finite, parameters and moments stay as they were; and so they do if there was
+  no token to learn from.
 
   Args:
     tx: the optimizer.
@@ -321,7 +322,9 @@ def apply(
   for norm in norms.values():
     finite &= jnp.isfinite(norm)
   params, opt_state = guarded(
-      finite, (params, opt_state), (state.params, state.opt_state)
+      finite & (total.rows > 0),
+      (params, opt_state),
+      (state.params, state.opt_state),
   )
   metrics = {
       name: summed / number  # NaN in a bin without tokens.

@@ -21,6 +21,7 @@ import numpy as np
 from prefix_distill import compilation
 from prefix_distill import sharding
 from prefix_distill.compilation import Program
+from prefix_distill.data.rewriting import Asking
 from prefix_distill.distill import loss as loss_lib
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.models.transformer import Model
@@ -32,6 +33,7 @@ from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 from prefix_distill.structs import TeacherScores
 from prefix_distill.train import microbatch
+from prefix_distill.train import rewriting
 from prefix_distill.train import step as step_lib
 from prefix_distill.train.microbatch import Microbatches
 from prefix_distill.train.setup import Models
@@ -69,11 +71,13 @@ class Request:
   Attributes:
     cap: in tokens.
     key: of the update's draws.
-    source: whose answers it learns from: "student", "teacher" or "data"; None
-      for supervised training, which learns from the given answers, whole.
+    source: whose answers it learns from: "student", "teacher", "data" or
+      "rewrite"; None for supervised training, which learns from the given
+      answers, whole.
     threshold: below which rollouts agree; None if they are not cut.
     poll: called between segments and microbatches. It may raise: no state has
       been changed then.
+    asking: how the teacher is asked to rewrite, if the source is "rewrite".
   """
 
   cap: int
@@ -81,6 +85,7 @@ class Request:
   source: str | None = "student"
   threshold: float | None = None
   poll: Callable[[], None] = lambda: None
+  asking: Asking | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +98,7 @@ class Outcome:
     mask: bool [rollouts, P].
     trained: bool [rollouts, P], what was left of the mask after cutting.
     minima: [rollouts], see `prefix_schedule.cut`; None if nothing is cut.
+    rewritten: how the rollouts were rewritten; None if they were not.
   """
 
   metrics: dict[str, Any]
@@ -100,6 +106,7 @@ class Outcome:
   mask: np.ndarray
   trained: np.ndarray
   minima: np.ndarray | None
+  rewritten: rewriting.Rewritten | None = None
 
 
 class _Closed(Exception):
@@ -162,6 +169,14 @@ class Programs:
     self.microbatches = Microbatches(
         models, self._samplers.values(), self.resting()
     )
+    self._rewriter = None
+    if config.rollout.source == "rewrite":
+      self._rewriter = rewriting.Rewriter(
+          models,
+          self.microbatches,
+          self.resting(),
+          (state, self.on_device(self.abstract_teacher())),
+      )
     self._score = Program("score", loss_lib.score, 2, out_shardings=rows)
     self._init = Program(
         "init",
@@ -292,11 +307,16 @@ class Programs:
     Returns:
       The next state, and what the update showed; None on shapes.
     """
-    microbatches = self.microbatches
-    sampled = self._answers(
-        state.params, teacher_params, prompts, given, request, clock
-    )
-    teacher = teacher_params and self.on_device(teacher_params)
+    microbatches, rewritten = self.microbatches, None
+    if request.source == "rewrite":
+      sampled, rewritten, teacher = self._rewrite(
+          state.params, teacher_params, prompts, request, clock
+      )
+    else:
+      sampled = self._answers(
+          state.params, teacher_params, prompts, given, request, clock
+      )
+      teacher = teacher_params and self.on_device(teacher_params)
     split = [
         part for batch in sampled for part in microbatches.for_scoring(*batch)
     ]
@@ -325,7 +345,7 @@ class Programs:
       arrays = self._gather(shown, len(sampled))
       state, metrics = self.apply(state, total)
       metrics = jax.device_get(metrics)
-    return state, Outcome(metrics, *arrays)
+    return state, Outcome(metrics, *arrays, rewritten)
 
   def apply(
       self, state: TrainState, total: Gradient
@@ -370,6 +390,27 @@ class Programs:
       batches = [self.microbatches.repeat(batch) for batch in batches]
     return list(zip(batches, rollouts, strict=True))
 
+  def _rewrite(
+      self,
+      params: Params,
+      teacher_params: Params,
+      prompts: PromptBatch,
+      request: Request,
+      clock: Clock,
+  ) -> tuple[
+      list[tuple[PromptBatch, Rollout]], rewriting.Rewritten | None, Params
+  ]:
+    """Samples, and has the teacher rewrite; returns its weights as well."""
+    rewriter, key, poll = self._rewriter, request.key, request.poll
+    with clock.phase("sample"):
+      drafts = rewriter.draft(params, prompts, key, poll)
+      teacher = self.on_device(teacher_params)
+      sampled, rewritten = rewriter.rewrite(
+          teacher, prompts, drafts, request.asking, key, request.cap, poll
+      )
+      jax.block_until_ready(sampled)
+    return [sampled], rewritten, teacher
+
   def teacher_head(
       self, params: Params | None, scores: TeacherScores | None
   ) -> Any:
@@ -397,8 +438,21 @@ class Programs:
 
     return [whole(kind) for kind in range(len(found[0]))]
 
-  def update_on_shapes(self, cap: int, source: str = "student") -> None:
-    """Calls an update's programs on shapes, for `compilation.watching`."""
+  @property
+  def sources(self) -> tuple[str, ...]:
+    """Whose answers updates learn from, as far as they are sampled."""
+    rollout = self._models.config.rollout
+    if rollout.source == "rewrite":
+      return ("rewrite", "student")[: 1 if rollout.source_share == 1 else 2]
+    return tuple(self._samplers)
+
+  def update_on_shapes(self, cap: int, source: str = "") -> None:
+    """Calls an update's programs on shapes, for `compilation.watching`.
+
+    Args:
+      cap: in tokens.
+      source: see `Request`; empty for the first of `sources`.
+    """
     state, config = self.abstract_state(), self._models.config
     key = jax.eval_shape(lambda: jax.random.key(0))
     adaptive = prefix_schedule.make(config)
@@ -408,7 +462,7 @@ class Programs:
         self.abstract_teacher(),
         self._abstract_prompts(),
         None,
-        Request(cap, key, source, threshold),
+        Request(cap, key, source or self.sources[0], threshold),
         Clock(),
     )
 
@@ -441,7 +495,7 @@ class Programs:
       try:
         with compilation.watching(compile_one):
           for bucket in prefix_schedule.needed(config):
-            for source in self._samplers:
+            for source in self.sources:
               self.update_on_shapes(bucket, source)
       except Exception:  # pylint: disable=broad-except
         pass  # The update that needs the program raises the error again.
@@ -462,6 +516,8 @@ class Programs:
   def compilations(self) -> dict[str, int]:
     """Returns how many compiled programs of each phase have run."""
     sampled = sum(s.used for s in self._samplers.values())
+    if self._rewriter is not None:
+      sampled += self._rewriter.used
     return {
         "compilations_sample": sampled,
         "compilations_score": self._score.used,
