@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import json
 import random
 import shutil
@@ -11,9 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import rich.console
 import toys
 
+from configs import mixed_policy
 from prefix_distill import config as config_lib
+from prefix_distill import preflight
 from prefix_distill import sharding
 from prefix_distill.config import MeshSpec
 from prefix_distill.config import OptimizerSpec
@@ -560,3 +564,102 @@ def test_two_processes_learn_what_one_does(often, tmp_path):
       if not isinstance(value, str):
         value = pytest.approx(value, rel=1e-4, abs=1e-6, nan_ok=True)
       assert x[name] == value, name
+
+
+def test_the_recipe_is_whole():
+  assert mixed_policy.get_config() == mixed_policy.get_config("tiny")
+  for model in ("tiny", "qwen3-1.7b"):
+    settings = mixed_policy.get_config(model)
+    config = config_lib.from_dict(settings.to_dict())
+    assert config.rollout.source == "rewrite"
+    assert config_lib.from_dict(config_lib.to_dict(config)) == config
+  with pytest.raises(ConfigError, match="no argument 'qwen3-70b'"):
+    mixed_policy.get_config("qwen3-70b")
+
+
+def _scaled_down(settings, often, tmp_path):
+  """The recipe at full size, on toy models and a local file."""
+  records = ({"conversations": [{"value": f"Add {i}."}]} for i in range(8))
+  file = tmp_path / "prompts.jsonl"
+  file.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+  settings.update_from_flattened_dict({
+      "steps": 2, "data.train.source": str(file), "data.batch_size": 4,
+      "data.max_prompt_len": 64, "rollout.max_len": 12, "mesh.fsdp": 1,
+      "rollout.rewrite.max_draft_len": 16, "rollout.rewrite.max_len": 24,
+      "rollout.rewrite.max_prompt_len": 900, "optimizer.batch_tokens": 512,
+      "evaluation.max_len": 8, "student.path": often[0],
+      "teacher.path": often[1],
+  })  # fmt: skip
+  with settings.unlocked():
+    settings.evaluation.sets = {}
+  return settings
+
+
+def test_the_recipe_at_full_size_runs_on_toy_models(often, tmp_path):
+  settings = _scaled_down(
+      mixed_policy.get_config("qwen3-1.7b"), often, tmp_path
+  )
+  # Random models never write the words that mark the final answer.
+  settings.rollout.rewrite.final_mark = ""
+  loop.train(config_lib.from_dict(settings.to_dict()), tmp_path / "run")
+  lines = _lines(tmp_path / "run")
+  assert len(lines) == 2 and lines[0]["rewritten"] > 0
+  assert lines[0]["kl"] > 0 and lines[0]["flops_prefill"] > 0
+
+
+def test_preflight_accepts_the_recipe_at_full_size(often, tmp_path):
+  settings = _scaled_down(
+      mixed_policy.get_config("qwen3-1.7b"), often, tmp_path
+  )
+  out = io.StringIO()
+  console = rich.console.Console(file=out, width=80)
+  preflight.run(config_lib.from_dict(settings.to_dict()), console)
+  words = " ".join(out.getvalue().split())
+  assert "What the teacher is asked to rewrite for record 1" in words
+  assert "Final answer:" in words and "at most 900" in words
+  settings.rollout.rewrite.max_prompt_len = 90
+  with pytest.raises(ConfigError, match="max_prompt_len is 90"):
+    preflight.run(config_lib.from_dict(settings.to_dict()), console)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompt": "Be brief. {answer}"}, "names answer in braces"),
+        ({"prompt": "{question} {answer} {hint}"}, "and nothing else"),
+        ({"prompt": "Be brief."}, "names no field in braces"),
+        ({"final_mark": "So"}, "final_mark is 'So'"),
+        ({"max_prompt_len": 0}, "max_prompt_len is 0"),
+        ({"max_prompt_len": 2**30}, "tokens in an update"),
+        ({"max_draft_len": -1}, "max_draft_len is -1"),
+        ({"thoughts": "hide"}, "use one of 'cut' or 'keep'"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changes, words):
+  with pytest.raises(ConfigError) as error:
+    _config(**changes)
+  assert words in str(error.value) and str(error.value).endswith(".")
+
+
+def test_rewriting_needs_its_source_and_one_context():
+  config = _config()
+  with pytest.raises(ConfigError) as error:
+    dataclasses.replace(config.rollout, source="student")
+  assert "set rollout.source to 'rewrite'" in str(error.value)
+  data = dataclasses.replace(config.data, teacher_prompt="{question}")
+  with pytest.raises(ConfigError, match="scored_in is 'rewriting' but data"):
+    dataclasses.replace(config, data=data)
+  rollout = dataclasses.replace(config.rollout, per_prompt=1)
+  with pytest.raises(ConfigError, match="supervised training samples nothing"):
+    dataclasses.replace(config, method="seqkd", rollout=rollout)
+  loss = config_lib.LossSpec(form="policy_gradient")
+  with pytest.raises(ConfigError, match="rollout.source is 'rewrite' but loss"):
+    dataclasses.replace(config, loss=loss)
+
+
+def test_another_source_on_the_command_line_drops_the_group():
+  values = config_lib.to_dict(_config())
+  values["rollout"]["source"] = "student"
+  given = config_lib.without_idle_groups(values, ["rollout.source"])
+  config = config_lib.from_dict(given)
+  assert config.rollout.rewrite == RewriteSpec()
