@@ -74,10 +74,10 @@ def _tiny() -> config_lib.Config:
   heldout = dataclasses.replace(task, split="test", size=240)
   return config_lib.Config(
       method="full",
-      steps=30,
+      steps=20,
       student=config_lib.ModelSpec("bundled:guided"),
       teacher=config_lib.ModelSpec("bundled:rewriter"),
-      data=config_lib.DataSpec(task, batch_size=32, max_prompt_len=56),
+      data=config_lib.DataSpec(task, batch_size=16, max_prompt_len=56),
       rollout=config_lib.RolloutSpec(
           per_prompt=1,
           max_len=64,
@@ -88,15 +88,16 @@ def _tiny() -> config_lib.Config:
               suffix="<think>",
               thoughts="keep",
               scored_in="rewriting",
-              max_draft_len=256,
+              max_draft_len=240,
               max_prompt_len=300,
           ),
       ),
-      optimizer=config_lib.OptimizerSpec(learning_rate=3e-4, warmup_steps=2),
+      optimizer=config_lib.OptimizerSpec(learning_rate=5e-4, warmup_steps=2),
       evaluation=config_lib.EvaluationSpec(
           sets={"heldout": heldout},
           max_len=256,
           batch_size=240,
+          greedy=False,
           # It would be evaluated on the student's prompts.
           teacher=False,
       ),

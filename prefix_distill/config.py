@@ -684,8 +684,8 @@ def _check_idle(values: Any, idle: Iterable[str], at: str, mend: str) -> None:
       where = f"{at}.{name}.{field.name}"
       _check(
           value == field.default,
-          f"{where} is {value!r} but {mend.format(name)}, or leave {where} at"
-          f" {field.default!r}.",
+          f"{where} is {shown(value)} but {mend.format(name)}, or leave"
+          f" {where} at {shown(field.default)}.",
       )
 
 
@@ -1116,9 +1116,9 @@ class Config:
     _check(
         scored_in == "prompt" or not self.data.teacher_prompt,
         f"rollout.rewrite.scored_in is {scored_in!r} but data.teacher_prompt is"
-        f" {self.data.teacher_prompt!r}, and the teacher scores in one context;"
-        " leave data.teacher_prompt empty, or set rollout.rewrite.scored_in to"
-        " 'prompt'.",
+        f" {shown(self.data.teacher_prompt)}, and the teacher scores in one"
+        " context; leave data.teacher_prompt empty, or set"
+        " rollout.rewrite.scored_in to 'prompt'.",
     )
     _check(
         not supervised or self.rollout.per_prompt == 1,

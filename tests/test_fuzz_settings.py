@@ -126,6 +126,9 @@ def _changed(name, value):
     values["loss"]["form"] = "policy_gradient"
   elif name == "optimizer.final_fraction":
     values["optimizer"]["decay"] = "cosine"
+  elif group == "rollout.rewrite":
+    values["rollout"]["source"] = "rewrite"
+    values["rollout"]["rewrite"]["max_prompt_len"] = 300
   *groups, last = name.split(".")
   at = values
   for part in groups:

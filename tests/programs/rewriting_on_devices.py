@@ -26,7 +26,7 @@ from prefix_distill.train import update
 STEPS = 2
 SPEC = RewriteSpec(
     prompt="{question} {answer} Be brief.", thoughts="keep",
-    scored_in="rewriting", max_draft_len=12, max_prompt_len=144, max_len=24,
+    scored_in="rewriting", max_draft_len=12, max_prompt_len=144, max_len=10,
 )  # fmt: skip
 
 
@@ -77,9 +77,8 @@ def main() -> None:
   teacher = toys.write_model(directory / "teacher", 1, "teacher")
   devices = jax.devices()
   for at_once, used, mesh in (
-      (0, devices[:1], MeshSpec()), (320, devices[:1], MeshSpec()),
-      (0, devices, MeshSpec(2, 2, 2)),
-      (512, devices, MeshSpec(1, 8, 1, sampling_tensor=4)),
+      (0, devices[:1], MeshSpec()),
+      (512, devices, MeshSpec(1, 4, 2, sampling_tensor=4)),
   ):  # fmt: skip
     config = toys.run_config(
         student, teacher, mesh=mesh,
