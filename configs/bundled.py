@@ -29,6 +29,12 @@ problems, sampled and greedy, and the sampled answers' mean length:
 its teacher with sums of which 5 % are wrong, always the same ones. On one core
 of a busy machine they took 35 minutes (10 of them its own) and 4. Sampled
 accuracy on 480 problems of the validation split: 98.8 and 26.9 %.
+
+`rewriter` goes on from `guided` with solutions to be written in short lines,
+for `configs/mixed_policy.py`. What ships is its checkpoint after 55 of the 150
+updates, where a SIGTERM stopped it on a busy machine, written by
+`python -m prefix_distill.export`; by then the cross-entropy had fallen from 2.3
+to 0.05 nats a token.
 """
 
 import dataclasses

@@ -343,30 +343,53 @@ def test_the_student_learns_the_beginnings_of_what_the_teacher_wrote(
   assert line["rewritten"] + sum(failed) == pytest.approx(1)
 
 
+def _behind(contexts, answers) -> tuple[np.ndarray, np.ndarray]:
+  """Returns contexts and answers in rows that are padded on the right.
+
+  With them comes where each answer begins.
+  """
+  rows = [[*c, *a[:-1]] for c, a in zip(contexts, answers, strict=True)]
+  tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+  for row, found in zip(tokens, rows, strict=True):
+    row[: len(found)] = found
+  return tokens, np.array([len(c) for c in contexts])
+
+
+def _dense_log_probs(small, model, params, rows, length):
+  """The events' log-probabilities [rows, length, events], in float64."""
+  tokens, starts = rows
+  model, stops = dataclasses.replace(model, mesh=None), np.array(small.stops)
+  # What is behind a row's end, the causal mask hides.
+  hidden = model.apply(params, tokens, np.ones(tokens.shape, bool))
+  at = np.minimum(starts[:, None] - 1 + np.arange(length), tokens.shape[1] - 1)
+  logits = model.logits(params, hidden[np.arange(len(tokens))[:, None], at])
+  logits = logits[..., : small.tokenizer.num_tokens].astype(jnp.float64)
+  probs = jax.nn.softmax(logits)
+  stop = probs[..., stops].sum(-1, keepdims=True)
+  others = np.setdiff1d(np.arange(small.tokenizer.num_tokens), stops)
+  return jnp.log(jnp.concatenate([probs[..., others], stop], -1))
+
+
 def _dense_kl(small, params, contexts, teacher_contexts, answers):
-  """The mean over answers of the summed KL, in float64, a row at a time."""
-  stops = np.array(small.stops)
-  total = 0.0
-  for context, other, answer in zip(
-      contexts, teacher_contexts, answers, strict=True
-  ):
-    found = []
-    for model, weights, before in (
-        (small.models.student, params, context),
-        (small.models.teacher, small.teacher_params, other),
-    ):
-      model = dataclasses.replace(model, mesh=None)
-      tokens = jnp.asarray([[*before, *answer[:-1]]], jnp.int32)
-      hidden = model.apply(weights, tokens, jnp.ones(tokens.shape, bool))
-      logits = model.logits(weights, hidden[0, len(before) - 1 :])
-      logits = logits[:, : small.tokenizer.num_tokens].astype(jnp.float64)
-      probs = jax.nn.softmax(logits)
-      stop = probs[:, stops].sum(1, keepdims=True)
-      probs = jnp.concatenate([jnp.delete(probs, stops, axis=1), stop], 1)
-      found.append(jnp.log(probs))
-    student, teacher = found
-    total += jnp.sum(jnp.exp(student) * (student - teacher))
-  return total / len(answers)
+  """The mean over answers of the summed KL, and its gradient."""
+  lengths = np.array([len(answer) for answer in answers])
+  counts = np.arange(lengths.max()) < lengths[:, None]
+
+  def value(params, teacher_params):
+    student, teacher = (
+        _dense_log_probs(
+            small, model, weights, _behind(found, answers), lengths.max()
+        )
+        for model, weights, found in (
+            (small.models.student, params, contexts),
+            (small.models.teacher, teacher_params, teacher_contexts),
+        )
+    )
+    kl = jnp.sum(jnp.exp(student) * (student - teacher), -1)
+    return jnp.sum(jnp.where(counts, kl, 0)) / len(answers)
+
+  with jax.enable_x64(True):
+    return jax.jit(jax.value_and_grad(value))(params, small.teacher_params)
 
 
 def test_the_gradient_is_that_of_a_dense_float64_reference(
@@ -381,10 +404,9 @@ def test_the_gradient_is_that_of_a_dense_float64_reference(
   if small.config.rollout.rewrite.scored_in == "rewriting":
     others = [turns.tokens[i][turns.mask[i]] for i in rows]
   answers = [shown.tokens[i][shown.mask[i]] for i in rows]
-  with jax.enable_x64(True):
-    wanted, gradient = jax.value_and_grad(
-        lambda params: _dense_kl(small, params, contexts, others, answers)
-    )(before.params)
+  wanted, gradient = _dense_kl(
+      small, before.params, contexts, others, answers
+  )
   assert float(shown.metrics["kl_rollout"]) == pytest.approx(
       float(wanted), rel=1e-5
   )
