@@ -536,7 +536,7 @@ def test_a_run_goes_on_exactly_in_its_middle(often, tmp_path):
   """With a share of on-policy updates, and prefixes that grow."""
   config = _config(*often)
   config = dataclasses.replace(
-      config, steps=4,
+      config, steps=4, seed=16,
       rollout=dataclasses.replace(config.rollout, source_share=0.75),
       prefix=config_lib.PrefixSpec(
           buckets=(4, 16), linear=config_lib.LinearSpec(2, 4)
