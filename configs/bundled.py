@@ -34,7 +34,9 @@ accuracy on 480 problems of the validation split: 98.8 and 26.9 %.
 for `configs/mixed_policy.py`. What ships is its checkpoint after 55 of the 150
 updates, where a SIGTERM stopped it on a busy machine, written by
 `python -m prefix_distill.export`; by then the cross-entropy had fallen from 2.3
-to 0.05 nats a token.
+to 0.05 nats a token. Shown the answers that `guided` samples to 64 problems of
+the validation split with "Take care.", of which 62 are right, it writes 49
+right ones, of 46 tokens on average.
 """
 
 import dataclasses

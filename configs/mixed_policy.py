@@ -31,7 +31,16 @@ tiny
   trained to rewrite a solution in short lines; so this shows the mechanism,
   and no more. The student reads "Take care." and the problem, and answers in
   some 170 tokens. The teacher scores in "rewriting".
-RESULT
+  Hardware and cost: one busy CPU core; 20 updates of 16 answers, 2.3e11 FLOPs.
+  Result, two seeds: sampled accuracy in % (95 % interval) and mean tokens of
+  the answers to 240 held-out problems, before and after:
+    seed 0   95.8 (92.5-97.7)  169      67.9 (61.8-73.5)  45
+    seed 1   92.9 (89.0-95.5)  171      52.1 (45.8-58.3)  46
+  Answers are a quarter as long, from the third update on (drafts of 154, 124
+  and 48 tokens with seed 0), and much is lost: the teacher's own rewritings of
+  the student's answers are right in 49 of 64 problems (77 %) of the validation
+  split, against 62 of the answers themselves. It is a weak rewriter (see
+  `configs/bundled.py`), and the student learns that with the brevity.
 
 qwen3-1.7b
   Qwen3-1.7B, which reasons, from Qwen3-8B on 30.7k questions of OpenThoughts3:

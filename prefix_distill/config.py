@@ -453,8 +453,8 @@ class RewriteSpec:
     max_prompt_len: is the static length in tokens of the teacher's turn; of a
       longer answer of the student only the beginning is shown.
     max_len: is the longest rewriting in tokens, the teacher's thoughts
-      included; 0 stands for `rollout.max_len`. What has not ended by then is
-      not learned.
+      included; what has not ended by then is not learned, and 0 stands for
+      `rollout.max_len`.
   """
 
   prompt: _Text = _REWRITE

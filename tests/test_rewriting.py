@@ -451,7 +451,7 @@ def test_an_update_says_on_shapes_which_programs_it_runs(small):
 
 def test_the_ledger_charges_both_samplings():
   student, teacher = toys.model_config(), toys.model_config(dim=64)
-  these = flops.Rewriting(
+  these = flops.RewritingLengths(
       np.array([5, 9]), np.array([20, 30]), np.array([7, 4]), np.array([7, 0])
   )
   lengths = flops.Lengths(

@@ -31,7 +31,7 @@ Array = np.ndarray | Sequence[float] | float
 
 
 @dataclasses.dataclass(frozen=True)
-class Rewriting:
+class RewritingLengths:
   """The actual lengths of answers that the teacher rewrites, in tokens.
 
   Attributes:
@@ -67,7 +67,7 @@ class Lengths:
   sampled: np.ndarray
   teacher_prompts: np.ndarray | None = None
   trained: np.ndarray | None = None
-  rewriting: Rewriting | None = None
+  rewriting: RewritingLengths | None = None
 
   @property
   def drawn(self) -> int:

@@ -48,7 +48,7 @@ class Rewritten:
     failed: of each rollout, one of `rewriting.REASONS`, or "".
   """
 
-  lengths: flops.Rewriting
+  lengths: flops.RewritingLengths
   shortened: np.ndarray
   failed: Sequence[str]
 
@@ -244,7 +244,7 @@ class Rewriter:
     longest = max(int(kept.clip(max=cap).max()), 1)
     rollout = self._rollout(taken, cap, bucket(longest))
     shown = Rewritten(
-        flops.Rewriting(
+        flops.RewritingLengths(
             drafts=np.array([len(x) for x in drafts]),
             prompts=asked.prompts.mask.sum(1),
             written=np.array([len(x) for x in written]),
