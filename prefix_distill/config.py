@@ -679,12 +679,13 @@ def _check_idle(values: Any, idle: Iterable[str], at: str, mend: str) -> None:
   """Refuses what differs from its default in a group that is not in use."""
   for name in idle:
     group = getattr(values, name)
+    asked = mend.replace("{}", name)  # A value in it may have braces.
     for field in dataclasses.fields(group):
       value = getattr(group, field.name)
       where = f"{at}.{name}.{field.name}"
       _check(
           value == field.default,
-          f"{where} is {shown(value)} but {mend.format(name)}, or leave"
+          f"{where} is {shown(value)} but {asked}, or leave"
           f" {where} at {shown(field.default)}.",
       )
 
@@ -981,9 +982,10 @@ class EvaluationSpec:
       answers = spec.size * spec.samples
       _check(
           answers <= _MOST_ANSWERS,
-          f"evaluation.sets.{name}.size is {spec.size} and its samples are"
-          f" {spec.samples}, which is {answers} answers; lower one of them, for"
-          f" {_MOST_ANSWERS} answers at most.",
+          f"evaluation.sets.{name}.size is {spec.size} and"
+          f" evaluation.sets.{name}.samples is {spec.samples}, which is"
+          f" {answers} answers; lower one of them, for {_MOST_ANSWERS} answers"
+          " at most.",
       )
 
 
