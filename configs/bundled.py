@@ -31,12 +31,9 @@ of a busy machine they took 35 minutes (10 of them its own) and 4. Sampled
 accuracy on 480 problems of the validation split: 98.8 and 26.9 %.
 
 `rewriter` goes on from `guided` with solutions to be written in short lines,
-for `configs/mixed_policy.py`. What ships is its checkpoint after 55 of the 150
-updates, where a SIGTERM stopped it on a busy machine, written by
-`python -m prefix_distill.export`; by then the cross-entropy had fallen from 2.3
-to 0.05 nats a token. Shown the answers that `guided` samples to 64 problems of
-the validation split with "Take care.", of which 62 are right, it writes 49
-right ones, of 46 tokens on average.
+for `configs/mixed_policy.py`. Its 150 updates took 30 minutes on a machine that
+others kept busy. Of 400 held-out solutions, half of them sloppy, it rewrites
+7.9 % right before and 83.4 % (79.4-86.7) after, sampled, in 91 and 46 tokens.
 """
 
 import dataclasses

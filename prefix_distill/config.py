@@ -529,7 +529,9 @@ class RolloutSpec:
         " rollout.source_share to 1.",
     )
     _check_idle(
-        self, self.idle(self.source), "rollout",
+        self,
+        self.idle(self.source),
+        "rollout",
         f"rollout.source is {self.source!r}; set rollout.source to '{{}}'",
     )
     _check(

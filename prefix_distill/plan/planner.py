@@ -52,7 +52,9 @@ _TRIES = 6
 _LIMITS = {
     ("optimizer", "batch_tokens"): ("gradient", "score"),
     ("rollout", "batch_tokens"): (
-        "decode", "prefill", *programs.REWRITING_ROWS,
+        "decode",
+        "prefill",
+        *programs.REWRITING_ROWS,
     ),
     ("evaluation", "batch_size"): tuple(programs.EVALUATION.values()),
 }

@@ -60,11 +60,10 @@ _MOVE, _PREFILL, _LAYOUT, _DECODE = REWRITING = tuple(
 REWRITING_ROWS = (_PREFILL, _DECODE)
 # The programs to compile, cheap ones first. The cut moves a few tokens.
 _TRAINING = (
-    "move", "layout", _MOVE, _LAYOUT, "apply", "score", "prefill", _PREFILL,
-)  # fmt: skip
-ORDER = (
-    *_TRAINING, *EVALUATION.values(), "decode", _DECODE, "gradient",
-)  # fmt: skip
+    *("move", "layout", _MOVE, _LAYOUT),
+    *("apply", "score", "prefill", _PREFILL),
+)
+ORDER = (*_TRAINING, *EVALUATION.values(), "decode", _DECODE, "gradient")
 # These programs are the same for all lengths of the prefix.
 _ONCE = ("move", "layout", "apply", *REWRITING)
 # The architectures of the paper's models, for a laptop without a network.

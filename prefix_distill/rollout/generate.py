@@ -480,9 +480,7 @@ class Decoding:
     return self.prefill.used + self.decode.used
 
 
-def decoding(
-    model: Model, config: SamplerConfig, role: str = ""
-) -> Decoding:
+def decoding(model: Model, config: SamplerConfig, role: str = "") -> Decoding:
   """Jits the programs that sample with a model; names begin with the role."""
   place = state_shardings(model, config)
   rows = sharding.batch_sharding(model.mesh)
@@ -511,9 +509,7 @@ def decoding(
           compiler_options=compiler_options(model.mesh),
       ),
       resize=Resizer(place),
-      insert=Program(
-          "insert", insert, out_shardings=place, donate_argnums=0
-      ),
+      insert=Program("insert", insert, out_shardings=place, donate_argnums=0),
       empty=Program("empty", empty, 4, out_shardings=place),
   )
 

@@ -133,12 +133,19 @@ class Rewriter:
     self._models, self._microbatches = models, microbatches
     self._spec = rollout.rewrite
     self._draft = self._writer(
-        models.student, models.stop_ids, rollout.per_prompt,
-        rollout.draft_len, drafting,
+        models.student,
+        models.stop_ids,
+        rollout.per_prompt,
+        rollout.draft_len,
+        drafting,
     )
     self._write = self._writer(
-        models.teacher, models.teacher_stop_ids, 1, rollout.rewriting_len,
-        writing, TEACHER,
+        models.teacher,
+        models.teacher_stop_ids,
+        1,
+        rollout.rewriting_len,
+        writing,
+        TEACHER,
     )
 
   def _writer(
@@ -160,8 +167,12 @@ class Rewriter:
         cache_dtype=rollout.cache_dtype,
     )
     sampler = generate.Sampler(
-        models.for_sampling(model), config, rollout.temperature, (length,),
-        models.mesh, role,
+        models.for_sampling(model),
+        config,
+        rollout.temperature,
+        (length,),
+        models.mesh,
+        role,
     )
     split = Microbatches(models, [sampler], resting, (length,), per_prompt)
     return _Writer(sampler, split, length)

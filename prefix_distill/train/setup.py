@@ -438,7 +438,11 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
       distributed.from_first("memory", sharding.memory(mesh)),
   )
   return Setup(
-      models, tokenizer, data, inputs.problems, contents,
+      models,
+      tokenizer,
+      data,
+      inputs.problems,
+      contents,
       rewriting_of(config, inputs.fed),
   )
 

@@ -329,9 +329,7 @@ class Programs:
           scores = self.score(teacher, batch, rollout)
           jax.block_until_ready(scores)
       if request.threshold is not None:
-        trained, minima = microbatches.agree(
-            rollout, scores, request.threshold
-        )
+        trained, minima = microbatches.agree(rollout, scores, request.threshold)
       with clock.phase("update"):
         head = self.teacher_head(teacher, scores)
         inputs = (batch, trained, scores)
