@@ -74,6 +74,7 @@ qwen3-1.7b, qwen3-8b
   evaluated (--config.evaluation.teacher=True). GPQA needs a login on the hub.
 """
 
+from collections.abc import Sequence
 import dataclasses
 
 import ml_collections
@@ -85,7 +86,7 @@ from prefix_distill.evaluate import evaluator
 
 _MODELS = (
     "tiny", "tiny-weak", "tiny-privileged", "tiny-concise", "tiny-crosslingual",
-    "chain", "qwen3-1.7b", "qwen3-8b",
+    "chain", "qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b",
 )  # fmt: skip
 _METHODS = ("prefix", "full", "seqkd")
 # The student's context, the teacher's, what the teacher reads, and its length.
@@ -190,6 +191,9 @@ def _qwen3(size: str) -> config_lib.Config:
   questions = DatasetSpec(
       source="open-thoughts/OpenThoughts3-1.2M",
       question="conversations.0.value",
+      where=("domain=math",),
+      distinct=True,
+      random=True,
       size=30_700,
   )
   return config_lib.Config(
@@ -210,7 +214,8 @@ def _qwen3(size: str) -> config_lib.Config:
           buckets=(256, 512, 1024, 2048, 4096, 8192, 16_384),
       ),
       optimizer=config_lib.OptimizerSpec(
-          learning_rate=5e-5, warmup_steps=2, batch_tokens=2**19
+          # As many tokens at a time as the memory holds.
+          learning_rate=5e-5, warmup_steps=2
       ),
       evaluation=config_lib.EvaluationSpec(
           sets=dict(evaluator.SETS),
@@ -222,33 +227,56 @@ def _qwen3(size: str) -> config_lib.Config:
           batch_size=0,
           **evaluator.PROTOCOL,
       ),
-      mesh=config_lib.MeshSpec(data=1, fsdp=8),
-      checkpoint=config_lib.CheckpointSpec(every=5),
+      mesh=config_lib.MeshSpec(data=1, fsdp=-1),
+      checkpoint=config_lib.CheckpointSpec(every=5, best="aime24"),
   )
 
 
-def _parse(argument: str) -> tuple[str, str, list[str]]:
-  """Splits "MODEL,method=METHOD,sets=A+B"; every part may be missing."""
-  model, method, sets = "tiny", "prefix", []
+def _supervised(config: config_lib.Config) -> config_lib.Config:
+  """The paper's recipe for SeqKD, which differs from the on-policy one."""
+  return dataclasses.replace(
+      config,
+      steps=1500,
+      data=dataclasses.replace(config.data, batch_size=128),
+      optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-4),
+      checkpoint=dataclasses.replace(config.checkpoint, every=10),
+  )
+
+
+@dataclasses.dataclass
+class _Argument:
+  """What "MODEL,method=METHOD,sets=A+B,steps=N" asks for."""
+
+  model: str = "tiny"
+  method: str = "prefix"
+  sets: tuple[str, ...] = ()
+  steps: int = 0
+
+
+def _parse(argument: str) -> _Argument:
+  """Splits the argument; every part may be missing."""
+  asked = _Argument()
   for part in filter(None, argument.split(",")):
     name, equals, value = part.partition("=")
     if equals and name == "method" and value in _METHODS:
-      method = value
+      asked.method = value
     elif equals and name == "sets":
-      sets = value.split("+")
+      asked.sets = tuple(value.split("+"))
+    elif equals and name == "steps" and value.isdecimal() and len(value) < 8:
+      asked.steps = int(value)
     elif not equals and part in _MODELS:
-      model = part
+      asked.model = part
     else:
       raise errors.ConfigError(
           f"configs/math.py has no argument {part!r}; use one of"
-          f" {', '.join(_MODELS)}, method= with {', '.join(_METHODS)}, and"
-          " sets= with names joined by +."
+          f" {', '.join(_MODELS)}, method= with {', '.join(_METHODS)}, sets="
+          " with names joined by +, and steps= with a number."
       )
-  return model, method, sets
+  return asked
 
 
 def _choose(
-    config: config_lib.Config, names: list[str]
+    config: config_lib.Config, names: Sequence[str]
 ) -> config_lib.Config:
   """Keeps the named evaluation sets."""
   sets = config.evaluation.sets
@@ -259,15 +287,22 @@ def _choose(
     )
   chosen = {name: sets[name] for name in names}
   between = tuple(n for n in config.evaluation.between if n in chosen)
-  evaluation = dataclasses.replace(
-      config.evaluation, sets=chosen, between=between
+  best = config.checkpoint.best
+  return dataclasses.replace(
+      config,
+      evaluation=dataclasses.replace(
+          config.evaluation, sets=chosen, between=between
+      ),
+      checkpoint=dataclasses.replace(
+          config.checkpoint, best=best if best in chosen else ""
+      ),
   )
-  return dataclasses.replace(config, evaluation=evaluation)
 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """Returns the experiment; see the docstring above."""
-  model, method, sets = _parse(argument)
+  asked = _parse(argument)
+  model, sets = asked.model, asked.sets
   if model in _CONTEXTS:
     config = _guided(model)
   elif model.startswith("tiny"):
@@ -281,8 +316,12 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     sets = [name for name in config.evaluation.sets if name != "validation"]
   if sets:
     config = _choose(config, sets)
-  if method == "seqkd":
+  if asked.method == "seqkd":
     rollout = dataclasses.replace(config.rollout, per_prompt=1)
     config = dataclasses.replace(config, rollout=rollout)
-  config = dataclasses.replace(config, method=method)
+    if model.startswith("qwen3"):
+      config = _supervised(config)
+  config = dataclasses.replace(
+      config, method=asked.method, steps=asked.steps or config.steps
+  )
   return ml_collections.ConfigDict(config_lib.to_dict(config))

@@ -10,9 +10,14 @@ from typing import Any
 from absl import flags
 import ml_collections
 from ml_collections import config_flags
+import rich.console
+import rich.padding
+import rich.text
 
 from prefix_distill import config as config_lib
 from prefix_distill import distributed
+from prefix_distill import reference
+from prefix_distill import strict_json
 from prefix_distill.config import Config
 from prefix_distill.errors import check
 from prefix_distill.errors import check_path
@@ -20,12 +25,23 @@ from prefix_distill.errors import one_line
 from prefix_distill.errors import redacted
 from prefix_distill.errors import shown
 from prefix_distill.errors import UserError
+from prefix_distill.report import trackers
 
 # The longest notice before a process ends, in seconds: a day.
 _DAY = 86_400
+# Where an installed package and a clone have the config files.
+_CONFIGS = (
+    pathlib.Path(__file__).parent / "configs",
+    pathlib.Path(__file__).parents[1] / "configs",
+)
+_HELP = ("--help", "-h", "-help", "--helpfull", "--helpshort", "-?")
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The experiment: a file, and an argument after a colon."
+    "config",
+    None,
+    "The experiment: a file, and an argument after a colon. A name without a"
+    " file, such as math:tiny-weak, is that of a config that ships with the"
+    " package; a run's config.json is a config as well.",
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -39,12 +55,23 @@ PREFLIGHT = flags.DEFINE_bool(
     "Whether to only check and show what the models would read: the run reads"
     " no weights and writes nothing.",
 )
+PRINT_CONFIG = flags.DEFINE_bool(
+    "print_config",
+    False,
+    "Whether to only print all settings as JSON, a file of which is a config.",
+)
 NOTICE = flags.DEFINE_float(
     "notice",
     30.0,
     "Seconds between a SIGTERM and the end of the process, as whoever sends the"
     " signal promises. An update that would not end in that time is given up,"
     " and the state before it is saved.",
+)
+TRACKER = flags.DEFINE_string(
+    "tracker",
+    "auto",
+    "Where the run is shown besides metrics.jsonl: tensorboard, wandb, mlflow"
+    " or none; auto takes tensorboard if tensorboardX is installed.",
 )
 _TRACE = flags.DEFINE_list(
     "trace",
@@ -81,8 +108,46 @@ _HEARTBEAT = flags.DEFINE_integer(
 )
 
 
-def parse(argv: list[str]) -> list[str]:
-  """Parses flags, or exits with one sentence; for `absl.app.run`."""
+def config_file(name: str) -> str:
+  """Returns the file of a config that is there, or that ships, by its name."""
+  path = pathlib.Path(name)
+  if path.suffix not in (".py", ".json"):
+    path = path.with_name(f"{path.name}.py")
+  places = [pathlib.Path(name), path, *(d / path.name for d in _CONFIGS)]
+  if path.parent.name not in ("", "configs"):
+    places = places[:2]
+  return str(next((p for p in places if p.is_file()), name))
+
+
+def print_help(about: str) -> None:
+  """Prints what a command does, its flags, and every setting."""
+  console = rich.console.Console(highlight=False)
+  console.print(about.strip(), markup=False)
+  console.print("\nFlags", style="bold")
+  known = flags.FLAGS.flags_by_module_dict()
+  for module, defined in known.items():
+    if not module.startswith(("prefix_distill", "__main__")):
+      continue
+    for flag in defined:
+      value = "" if flag.default in (None, "", []) else f" ({flag.default})"
+      console.print(f"  --{flag.name}{value}", style="cyan", markup=False)
+      console.print(
+          rich.padding.Padding(rich.text.Text(flag.help), (0, 0, 0, 6))
+      )
+  console.print("\nSettings", style="bold")
+  reference.show(console)
+
+
+def parse(argv: list[str], about: str = "") -> list[str]:
+  """Parses flags, or exits with one sentence; for `absl.app.run`.
+
+  Args:
+    argv: the program's name and its flags.
+    about: what `--help` says of the command.
+  """
+  if any(argument in _HELP for argument in argv[1:]):
+    print_help(about)
+    sys.exit(0)
   try:
     given = _overrides(argv)
     for name in given:
@@ -156,6 +221,7 @@ def _check_flags() -> None:
       " what whoever sends the signal promises.",
   )
   check_path("workdir", _WORKDIR.value or "")
+  trackers.check(TRACKER.value)
 
 
 def _overrides(argv: list[str]) -> list[str]:
@@ -180,6 +246,36 @@ def _with_types(values: dict[str, Any], names: list[str]) -> dict[str, Any]:
   return typed if found else values
 
 
+def _tuples(value: Any) -> Any:
+  """Makes tuples of lists, whose values flags can then set."""
+  if isinstance(value, dict):
+    return {name: _tuples(inner) for name, inner in value.items()}
+  return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _read_json(file: str) -> ml_collections.ConfigDict | None:
+  """Reads a run's `config.json`; None for a config of another kind.
+
+  Raises:
+    ConfigError: it holds no settings.
+  """
+  if not file.endswith(".json"):
+    return None
+  try:
+    values = strict_json.read(pathlib.Path(file))
+    reason = ""
+    if not isinstance(values, dict) or "method" not in values:
+      reason = "it has no field 'method'"
+  except strict_json.JsonError as error:
+    reason = str(error)
+  check(
+      not reason,
+      f"--config={file} holds no settings of a run ({reason}); give a config"
+      " file, or the config.json of a run's directory.",
+  )
+  return ml_collections.ConfigDict(_tuples(values))
+
+
 class _ConfigParser(flags.ArgumentParser):
   """Reads a config file, and adds the new groups that flags name.
 
@@ -190,7 +286,11 @@ class _ConfigParser(flags.ArgumentParser):
     self._parser = parser
 
   def parse(self, path: str) -> Any:
-    config = self._parser.parse(path)
+    file, colon, argument = path.partition(":")
+    file = config_file(file)
+    config = _read_json(file)
+    if config is None:
+      config = self._parser.parse(file + colon + argument)
     if not isinstance(config, ml_collections.ConfigDict):
       return config  # Its first use raises the error.
     values = plain = config.to_dict()
@@ -208,6 +308,20 @@ class _ConfigParser(flags.ArgumentParser):
 
 _FLAG = flags.FLAGS["config"]
 _FLAG.parser = _ConfigParser(_FLAG.parser)
+
+
+def load(name: str) -> ml_collections.ConfigDict:
+  """Returns a config as --config names it, for notebooks: "math:tiny-weak".
+
+  `config.from_dict(settings.to_dict())` makes a run's settings of it.
+
+  Raises:
+    UserError: there is none, or its argument cannot be.
+    OSError: there is no such file.
+  """
+  found = _FLAG.parser.parse(name)
+  found.to_dict()  # Raises what went wrong.
+  return found
 
 
 def processes() -> distributed.Spec:

@@ -48,6 +48,8 @@ _MOST = 2**31 - 1
 _LEAST = 1e-30
 # The most answers that an evaluation samples for one set.
 _MOST_ANSWERS = 2**20
+# Schedules that compare both models' distributions.
+_COMPARING = ("drift", "plateau", "agreement")
 # How a sentence goes on after "NAME is VALUE"; pydantic's names of errors.
 _MENDS = {
     "greater_than": "; set it above {gt}.",
@@ -223,12 +225,15 @@ class ModelSpec:
     compute_dtype: is the dtype of activations and caches; devices without
       bfloat16 compute in float32.
     param_dtype: is the dtype of the weights; the optimizer updates the
-      student's.
+      student's in float32, and with `lora` leaves them alone.
     remat: says what the backward pass computes again: "none", "full" (each
       layer, from its input), "dots" (all but the products with weights) or
       "offload" (as "full", with the layers' inputs in the host's memory).
     offload: keeps a teacher's weights in the host's memory while the student
       samples.
+    refresh: makes a teacher's weights a copy of the student's after every so
+      many updates, in `param_dtype`, which takes one architecture of both; 0 is
+      never.
     random_init: takes only the architecture and the tokenizer from `path`.
     tokenizer: names a model whose tokenizer, template and stop tokens replace
       those of `path`.
@@ -239,6 +244,7 @@ class ModelSpec:
   param_dtype: _Dtype = "float32"
   remat: Literal["none", "full", "dots", "offload"] = "none"
   offload: _Bool = False
+  refresh: _NotNegative = 0
   random_init: _Bool = False
   tokenizer: _Place = ""
 
@@ -258,16 +264,22 @@ class DatasetSpec:
     split: names the data set's split; files have none, and tasks of
       reasoning-gym "train", "validation" and "test".
     subset: names a hub data set's configuration, or the math task's style.
-    question: names the field of the question.
+    question: names the field of the question, or is a template over the
+      record's fields, such as "{problem} Think aloud.".
     answer: names the field of the right answer; empty if none is needed.
     completion: names the field of a whole answer; empty if none is needed.
     size: is how many records to take; 0 takes all, but a bundled task has no
       end, and of a task of reasoning-gym 100,000 for training and else 500.
     samples: is how many answers an evaluation samples for each problem.
+    where: takes only records whose fields hold these texts, such as
+      ("domain=math",); `size`, `random` and `distinct` choose among them.
+    distinct: takes each question once, in its first record; white space does
+      not tell two questions apart.
     random: takes `size` records at random instead of the first ones.
     choices: names the field that lists a question's options, or one field for
-      each option; `answer` then holds the right one's letter, or is one of
-      these fields, and the options come in a random order.
+      each option; `answer` then holds the right one's letter, or as an integer
+      its number from 0, or is one of these fields, and the options come in a
+      random order.
     seed: seeds `random`, the order of the options, and a task of
       reasoning-gym.
     max_prompt_len: drops and counts longer prompts of an evaluation; 0 stands
@@ -280,11 +292,13 @@ class DatasetSpec:
   source: _NamedPlace
   split: _Str = "train"
   subset: _Str = ""
-  question: _Str = "question"
+  question: _Text = "question"
   answer: _Str = ""
   completion: _Str = ""
   size: _NotNegative = 0
   samples: _Positive = 1
+  where: Annotated[tuple[_Str, ...], Field(max_length=26)] = ()
+  distinct: _Bool = False
   random: _Bool = False
   choices: Annotated[tuple[_Str, ...], Field(max_length=26)] = ()
   seed: _Seed = 0
@@ -305,6 +319,27 @@ class DatasetSpec:
         f" {_HERE}size is {self.size}; set {_HERE}size to how many records to"
         f" draw from a file or data set, or {_HERE}random to False.",
     )
+    wrong = [text for text in self.where if not text.partition("=")[0]]
+    wrong += [text for text in self.where if "=" not in text]
+    _check(
+        not wrong,
+        f"{_HERE}where is {shown(self.where)}, of which {shown(wrong[:1])}"
+        " names no field and text; write each as 'FIELD=TEXT', such as"
+        " 'domain=math'.",
+    )
+    names = [text.partition("=")[0] for text in self.where]
+    _check(
+        len(set(names)) == len(names),
+        f"{_HERE}where is {shown(self.where)}, which names a field twice, and"
+        " no record holds two texts there; name each field once.",
+    )
+    for name in ("where", "distinct"):
+      _check(
+          not endless or not getattr(self, name),
+          f"{_HERE}{name} is {shown(getattr(self, name))} but {_HERE}source is"
+          f" {self.source!r}, which makes its records and has none to choose"
+          f" from; leave {_HERE}{name} out.",
+      )
     _check(
         all(self.choices) and len(set(self.choices)) == len(self.choices),
         f"{_HERE}choices is {self.choices}; name each field with options"
@@ -325,7 +360,7 @@ class DatasetSpec:
         f"{_HERE}split is {self.split!r} and {_HERE}source is"
         f" {self.source!r}; use one of {', '.join(GYM_SPLITS)}.",
     )
-    for name in ("subset", "random", "choices", "rule"):
+    for name in ("subset", "where", "distinct", "random", "choices", "rule"):
       value, default = getattr(self, name), getattr(DatasetSpec, name)
       _check(
           value == default,
@@ -333,6 +368,12 @@ class DatasetSpec:
           " which makes and grades its questions by itself; leave"
           f" {_HERE}{name} at {default!r}.",
       )
+
+  @property
+  def wanted(self) -> dict[str, str]:
+    """What `where` wants, by the name of the field."""
+    pairs = (text.partition("=") for text in self.where)
+    return {name: text for name, _, text in pairs}
 
   @property
   def is_gym(self) -> bool:
@@ -362,8 +403,10 @@ class DataSpec:
     max_prompt_len: is S, in tokens; longer prompts are dropped and counted.
     prompt_buckets: are shorter static lengths; a batch takes the smallest one
       that holds its prompts, and each compiles programs of its own.
-    suffix: follows the chat template's generation prompt; the paper appends
-      `<think>`, since the loss hardly teaches a base model a special token.
+    suffix: follows the chat template's generation prompt, for both models and
+      in evaluation, and may be a template over the record's fields, such as
+      "<think>{first_words}"; the paper appends `<think>`, since the loss hardly
+      teaches a base model a special token.
     system: is the system prompt of questions that have none of their own, for
       both models and in evaluation; None stands for what the chat template
       adds by itself, and empty for none.
@@ -411,6 +454,11 @@ class DataSpec:
   def teacher_fields(self) -> tuple[str, ...]:
     """The fields of the record that the teacher's prompt is made of."""
     return tuple(dict.fromkeys(FIELD.findall(self.teacher_prompt)))
+
+  @property
+  def suffix_fields(self) -> tuple[str, ...]:
+    """The fields of the record that the suffix is made of."""
+    return tuple(dict.fromkeys(FIELD.findall(self.suffix)))
 
   @property
   def teacher_prompt_len(self) -> int:
@@ -598,6 +646,8 @@ class RandomSpec:
 class DriftSpec:
   """Prune-OPD: the cap grows while the student stays close to the teacher.
 
+  A token's weight in the loss is its rollout's reliability there and a half.
+
   Attributes:
     start: is the first cap in tokens, and the smallest.
     increment: is by how many tokens the cap grows or shrinks.
@@ -606,7 +656,7 @@ class DriftSpec:
     min_overlap: is the share of common tokens below which a position has
       drifted.
     max_drifted: is the number of drifted positions at which a rollout becomes
-      unreliable.
+      unreliable; up to it, its reliability falls from 1 to 0.
     min_reliable_fraction: is the share of reliable rollouts from which the cap
       grows.
     patience_updates: is the number of updates below that share after which the
@@ -618,25 +668,35 @@ class DriftSpec:
   overlap_tokens: _Positive = 16
   min_overlap: _Share = 0.7
   max_drifted: _Positive = 100
-  min_reliable_fraction: _Share = 0.5
+  min_reliable_fraction: _Share = 0.1
   patience_updates: _Positive = 3
 
 
 @_settings("prefix.plateau")
 class PlateauSpec:
-  """Adaptive FastOPD: the cap grows when the divergence has stopped falling.
+  """Adaptive FastOPD: the cap grows when the student has stopped improving.
 
   Attributes:
     start: is the first cap in tokens.
-    increment: is by how many tokens the cap grows.
-    min_reached_fraction: is the share of rollouts that must reach the cap
-      before it grows.
+    increment: is by how many tokens the cap grows, and how many tokens before
+      the cap are looked at.
+    top_tokens: is how many of each model's most probable tokens are compared
+      at a position.
+    smoothing: is the share of the former value that the smoothed signal keeps
+      in every update.
+    min_progress: is by how much the smoothed signal, which is 1 at first, must
+      fall to count as progress.
+    min_reached_fraction: is the share of rollouts that reach the cap from which
+      it grows at once; 0 is off.
     patience_updates: is the number of updates without progress after which the
       cap grows.
   """
 
   start: _Positive = 1
   increment: _NotNegative = 256
+  top_tokens: _Positive = 16
+  smoothing: _Decay = 0.5
+  min_progress: _Share = 0.01
   min_reached_fraction: _Share = 0.5
   patience_updates: _Positive = 3
 
@@ -649,14 +709,31 @@ class AgreementSpec:
     window_tokens: is how many tokens' divergences are averaged.
     quantile: says which quantile of past rollouts' smallest averages is the
       threshold.
-    memory_rollouts: is the number of past rollouts that the quantile is of.
+    memory_rollouts: is the number of past rollouts that the quantile is of, at
+      most.
     warmup_updates: is the number of first updates in which nothing is cut.
+    min_rollouts: is the number of past rollouts before which nothing is cut.
+    low_windows: is how many averages running must be below the threshold.
+    top_tokens: is how many of the student's most probable tokens a divergence
+      compares one by one; the others are compared as one.
   """
 
   window_tokens: _Positive = 64
   quantile: _Share = 0.7
   memory_rollouts: _Positive = 4096
-  warmup_updates: _Positive = 3
+  warmup_updates: _NotNegative = 50
+  min_rollouts: _Positive = 512
+  low_windows: _Positive = 4
+  top_tokens: _Positive = 64
+
+  def __post_init__(self):
+    _check(
+        self.min_rollouts <= self.memory_rollouts,
+        f"prefix.agreement.min_rollouts is {self.min_rollouts} but"
+        f" prefix.agreement.memory_rollouts is {self.memory_rollouts}, so that"
+        " nothing would ever be cut; lower prefix.agreement.min_rollouts or"
+        " raise prefix.agreement.memory_rollouts.",
+    )
 
 
 @_settings("prefix.audited")
@@ -681,13 +758,12 @@ def _check_idle(values: Any, idle: Iterable[str], at: str, mend: str) -> None:
   """Refuses what differs from its default in a group that is not in use."""
   for name in idle:
     group = getattr(values, name)
-    asked = mend.replace("{}", name)  # A value in it may have braces.
     for field in dataclasses.fields(group):
       value = getattr(group, field.name)
       where = f"{at}.{name}.{field.name}"
       _check(
           value == field.default,
-          f"{where} is {shown(value)} but {asked}, or leave"
+          f"{where} is {shown(value)} but {mend.format(name)}, or leave"
           f" {where} at {shown(field.default)}.",
       )
 
@@ -750,13 +826,24 @@ class ExactSpec:
     top_k: compares so many tokens one by one and the rest as one; 0 compares
       all one by one.
     top_k_of: says whose most probable tokens those are.
+    max_entry: cuts the contribution of every entry of the vocabulary at so
+      many nats before the sum (COPSD, arXiv 2605.09548); merged stop tokens
+      are one entry, and so is the rest of `top_k`; 0 is off.
   """
 
   divergence: _Name = "reverse_kl"
   top_k: _NotNegative = 0
   top_k_of: Literal["teacher", "student"] = "teacher"
+  max_entry: _Amount = 0.0
 
   def __post_init__(self):
+    _check(
+        not self.max_entry or self.divergence != "reverse_kl",
+        f"loss.exact.max_entry is {self.max_entry} but loss.exact.divergence is"
+        " 'reverse_kl', whose large entries are the student's own mistakes; set"
+        " loss.exact.divergence to 'forward_kl' or 'jsd', or"
+        " loss.exact.max_entry to 0.",
+    )
     _check(
         self.top_k > 0 or self.top_k_of == "teacher",
         f"loss.exact.top_k_of is {self.top_k_of!r} but loss.exact.top_k is 0;"
@@ -783,31 +870,65 @@ class PolicyGradientSpec:
   Attributes:
     estimator: names the estimate of the divergence; `distill/loss.py` says
       what the gradient of each is.
-    mixture: clips the teacher's verdict on a token at the log of this weight
-      (relaxed distillation, arXiv 2603.11137); 0 is off.
-    min_entropy: leaves out tokens at which the student's entropy in nats is
-      lower; 0 is off, and 20 is more than any vocabulary allows.
   """
 
   estimator: Literal["k1", "k3"] = "k1"
-  mixture: _Share = 0.0
-  min_entropy: Annotated[_Float, Field(ge=0, le=20)] = 0.0
+
+
+@_settings("loss.relaxed")
+class RelaxedSpec:
+  """REOPOLD (arXiv 2603.11137): the policy gradient on tokens that count.
+
+  `distill/loss.py` has the formula and what the readings of the floor mean.
+
+  Attributes:
+    floor: says what the reward's lower bound is, for a weight a of the
+      student in a mixture: "log_odds" is log(a / (1 - a)), "scaled_log" is
+      log(a) / (1 - a), and "log" is log(a).
+    weight: is a.
+    entropy_share: is the share of an update's tokens, those at which the
+      student's entropy is largest, that count after the switch.
+    switch_step: is the number of updates before which the tokens count whose
+      reward is not below the floor; 0 leaves out that phase.
+  """
+
+  floor: Literal["log_odds", "scaled_log", "log"] = "log_odds"
+  weight: Annotated[_Float, Field(gt=0, lt=1)] = 0.3
+  entropy_share: _Part = 0.2
+  switch_step: _NotNegative = 150
+
+  def __post_init__(self):
+    _check(
+        self.floor != "log_odds" or self.weight < 0.5,
+        f"loss.relaxed.weight is {self.weight} but loss.relaxed.floor is"
+        " 'log_odds', which is then 0 or more and drops what the teacher likes"
+        " better than the student; set loss.relaxed.weight below 0.5, or"
+        " another loss.relaxed.floor.",
+    )
 
 
 @_settings("loss")
 class LossSpec:
   """The divergence on prefix tokens.
 
+  A rollout's tokens are those in the window, of what is left if the rollout was
+  cut. `normalize` counts these alone: "length" divides by the number of tokens
+  in the window, and not by the rollout's whole length. A rollout with none adds
+  0 to the sum, and counts among the rollouts.
+
   Attributes:
     form: says how the divergence is taken: "exact" over the whole
-      distributions, "policy_gradient" on the sampled tokens, and "direct"
-      differentiates the estimate k3 on the sampled tokens.
+      distributions, "policy_gradient" on the sampled tokens, "relaxed" on
+      some of them, and "direct" differentiates the estimate k3 on the sampled
+      tokens.
     window_start: is the first position of a rollout that is trained on; a
       negative one counts from the rollout's end.
     window_end: is the position behind the last one that is trained on, counted
       as `window_start`; 0 is the rollout's end.
     normalize: says what the loss is divided by: "rollouts" is the paper's mean
-      over rollouts of the sum over tokens, "tokens" the mean over all tokens.
+      over rollouts of the sum over tokens, "tokens" the mean over all tokens,
+      and "length" the mean over rollouts of the sum over a rollout's tokens
+      divided by their number.
     merge_stop_tokens: takes the stop tokens of student and teacher as one
       event, so that a base model is not punished for the name of its stop.
     logits_mib: bounds the memory of logits in MiB a device; the chunked head
@@ -815,19 +936,27 @@ class LossSpec:
     exact: is the group of that form.
     jsd: is the group of that divergence.
     policy_gradient: is the group of that form.
+    relaxed: is the group of that form.
   """
 
-  form: Literal["exact", "policy_gradient", "direct"] = "exact"
+  form: Literal["exact", "policy_gradient", "relaxed", "direct"] = "exact"
   window_start: _Int = 0
   window_end: _Int = 0
-  normalize: Literal["rollouts", "tokens"] = "rollouts"
+  normalize: Literal["rollouts", "tokens", "length"] = "rollouts"
   merge_stop_tokens: _Bool = True
   logits_mib: Annotated[_Positive, Field(le=2**20)] = 256
   exact: ExactSpec = ExactSpec()
   jsd: JsdSpec = JsdSpec()
   policy_gradient: PolicyGradientSpec = PolicyGradientSpec()
+  relaxed: RelaxedSpec = RelaxedSpec()
 
   def __post_init__(self):
+    _check(
+        self.form != "relaxed" or self.normalize == "tokens",
+        f"loss.normalize is {self.normalize!r} but loss.form is 'relaxed',"
+        " which divides by the number of tokens that count; set loss.normalize"
+        " to 'tokens'.",
+    )
     start, end = self.window_start, self.window_end
     _check(
         start < end or (end <= 0 <= start) or (start < 0 and end == 0),
@@ -842,6 +971,8 @@ class LossSpec:
     shown = f"loss.form is {self.form!r}"
     if self.form == "exact":
       shown = f"loss.exact.divergence is {divergence!r}"
+      # The sentence is a template, and a name may have braces.
+      shown = shown.replace("{", "{{").replace("}", "}}")
       mend = "set loss.exact.divergence to '{}'"
     _check_idle(self, idle & {"jsd"}, "loss", f"{shown}; {mend}")
 
@@ -850,6 +981,10 @@ class LossSpec:
     """Names the groups that a form and a divergence do not use."""
     used = {form, divergence} if form == "exact" else {form}
     return set(_groups(LossSpec)) - used
+
+  def refines(self, step: int) -> bool:
+    """Whether update `step` (from 0) is in the second phase of "relaxed"."""
+    return self.form == "relaxed" and step >= self.relaxed.switch_step
 
 
 @_settings("optimizer")
@@ -868,8 +1003,8 @@ class OptimizerSpec:
     b1: is the decay of the first moment.
     b2: is the decay of the second moment.
     batch_tokens: bounds the tokens of prompts and prefixes that are scored and
-      differentiated at a time, over all devices; 0 takes all at a time, and
-      `python -m prefix_distill.plan` finds what fits.
+      differentiated at a time, over all devices; 0 takes what an accelerator's
+      memory holds, and all on a CPU.
     offload: keeps the moments in the host's memory between updates.
     max_skipped: ends the run when this many updates in a row were skipped
       because their numbers were not finite.
@@ -903,6 +1038,58 @@ class OptimizerSpec:
     )
 
 
+_Product = Literal[
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+]
+
+
+@_settings("lora")
+class LoraSpec:
+  """Low-rank adapters (LoRA, arXiv 2106.09685) beside a frozen student.
+
+  A product W x becomes W x + alpha / rank * B A x, and only A and B are
+  trained. B is zero at first, so that the student begins as what it was made
+  of. If the teacher has the same `path`, `param_dtype` and `random_init` as the
+  student, both share one copy of the weights.
+
+  Attributes:
+    rank: is the number of rows of A and of columns of B; 0 is off.
+    alpha: over the rank is what the adapters' products are multiplied by; 0
+      stands for the rank.
+    targets: names the products of each layer that get adapters, as Hugging Face
+      calls them.
+    path: names a local directory or a hub id in PEFT's format whose adapters
+      the student begins with; empty for random A and zero B.
+  """
+
+  rank: _NotNegative = 0
+  alpha: Annotated[_Amount, Field(le=1e6)] = 0.0
+  targets: Annotated[tuple[_Product, ...], Field(max_length=7)] = (
+      "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
+      "down_proj",
+  )
+  path: _Place = ""
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      _check(
+          self.rank > 0 or value == field.default,
+          f"lora.{field.name} is {value!r} but lora.rank is 0, so that the"
+          " whole student is trained; set lora.rank above 0, or leave"
+          f" lora.{field.name} at {field.default!r}.",
+      )
+    _check(
+        len(set(self.targets)) == len(self.targets) > 0,
+        f"lora.targets is {self.targets}; name one product or more, each once.",
+    )
+
+  @property
+  def scale(self) -> float:
+    """What the adapters' products are multiplied by; 1 if there are none."""
+    return self.alpha / self.rank if self.alpha else 1.0
+
+
 @_settings("mesh")
 class MeshSpec:
   """Sizes of the device mesh's axes.
@@ -910,7 +1097,8 @@ class MeshSpec:
   Attributes:
     data: is the number of replicas of the weights; -1 takes the devices that
       are left.
-    fsdp: is the number of shards of the weights and of the batch.
+    fsdp: is the number of shards of the weights and of the batch; -1 takes the
+      devices that are left.
     tensor: is the number of shards of heads, MLP columns and vocabulary.
     sampling_tensor: is `tensor` while answers are sampled, in training and in
       evaluation, where weights are not split over fsdp and as many times fewer
@@ -918,7 +1106,7 @@ class MeshSpec:
   """
 
   data: Annotated[_Int, Field(ge=-1)] = -1
-  fsdp: _Positive = 1
+  fsdp: Annotated[_Int, Field(ge=-1)] = 1
   tensor: _Positive = 1
   sampling_tensor: _NotNegative = 0
 
@@ -928,13 +1116,42 @@ class MeshSpec:
         "mesh.data is 0; set it to 1 or more, or to -1 for the devices that are"
         " left.",
     )
+    _check(
+        self.fsdp != 0,
+        "mesh.fsdp is 0; set it to 1 or more, or to -1 for the devices that are"
+        " left.",
+    )
+    _check(
+        self.data != -1 or self.fsdp != -1,
+        "mesh.data is -1 and mesh.fsdp is -1, but one axis takes the devices"
+        " that are left; set mesh.data to 1.",
+    )
     shards = self.fsdp * self.tensor
     _check(
-        not self.sampling_tensor or shards % self.sampling_tensor == 0,
+        not self.sampling_tensor
+        or self.fsdp == -1
+        or shards % self.sampling_tensor == 0,
         f"mesh.sampling_tensor is {self.sampling_tensor}, which does not divide"
         f" mesh.fsdp x mesh.tensor = {shards}; set it to a divisor of that, or"
         " to 0 for mesh.tensor.",
     )
+
+
+  def filled(self, devices: int) -> "MeshSpec":
+    """Returns the sizes with no axis left open, for so many devices.
+
+    Their product is the number of devices, if that can be.
+
+    Raises:
+      ConfigError: `sampling_tensor` does not divide what fsdp becomes.
+    """
+    if self.fsdp == -1:
+      fsdp = max(devices // (self.data * self.tensor), 1)
+      return dataclasses.replace(self, fsdp=fsdp)
+    if self.data == -1:
+      data = max(devices // (self.fsdp * self.tensor), 1)
+      return dataclasses.replace(self, data=data)
+    return self
 
 
 @_settings("evaluation")
@@ -972,8 +1189,8 @@ class EvaluationSpec:
     for name in self.between:
       _check(
           name in self.sets,
-          f"evaluation.between is {self.between}, of which {name!r} is not in"
-          f" evaluation.sets; use {', '.join(self.sets) or '()'}.",
+          f"evaluation.between is {shown(self.between)}, of which {name!r} is"
+          f" not in evaluation.sets; use {', '.join(self.sets) or '()'}.",
       )
     for name, spec in self.sets.items():
       _check(
@@ -1030,6 +1247,30 @@ class ExportSpec:
   dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
+@_settings("samples")
+class SamplesSpec:
+  """Texts that a run keeps in `samples/`, for its report.
+
+  Attributes:
+    updates: is of how many updates rollouts are kept, and of how many
+      evaluations answers; the first and the last are among them, and the
+      others lie evenly between.
+    rollouts: is the number of rollouts that are kept of such an update; 0 is
+      off.
+    max_tokens: is how many tokens of a rollout are kept, from its beginning.
+    alternatives: is how many of the teacher's most probable tokens are kept
+      at each position.
+    problems: is the number of problems of an evaluation set whose answers are
+      kept, whole and one each; 0 is off.
+  """
+
+  updates: Annotated[_Positive, Field(ge=2, le=1000)] = 8
+  rollouts: Annotated[_NotNegative, Field(le=1000)] = 4
+  max_tokens: Annotated[_Positive, Field(le=2**16)] = 512
+  alternatives: Annotated[_Positive, Field(le=20)] = 4
+  problems: Annotated[_NotNegative, Field(le=1000)] = 6
+
+
 @_settings("")
 class Config:
   """A run.
@@ -1055,6 +1296,8 @@ class Config:
     mesh: says how devices are arranged.
     checkpoint: says when the run is saved.
     export: says how the student is exported.
+    lora: says whether only adapters of the student are trained.
+    samples: says which texts are kept.
   """
 
   method: Literal["prefix", "full", "sft", "seqkd"]
@@ -1071,9 +1314,12 @@ class Config:
   mesh: MeshSpec = MeshSpec()
   checkpoint: CheckpointSpec = CheckpointSpec()
   export: ExportSpec = ExportSpec()
+  lora: LoraSpec = LoraSpec()
+  samples: SamplesSpec = SamplesSpec()
 
   def __post_init__(self):
     self._check_models()
+    self._check_lora()
     self._check_answers()
     self._check_prefix()
     self._check_sizes()
@@ -1081,7 +1327,7 @@ class Config:
 
   def _check_models(self) -> None:
     _check(
-        self.student.param_dtype == "float32",
+        self.student.param_dtype == "float32" or self.lora.rank > 0,
         f"student.param_dtype is {self.student.param_dtype!r}, but AdamW's"
         " small steps vanish in bfloat16; set student.param_dtype to 'float32'"
         " and, to compute in bfloat16, student.compute_dtype.",
@@ -1093,8 +1339,42 @@ class Config:
         " host's memory).",
     )
     _check(
+        not self.student.refresh,
+        f"student.refresh is {self.student.refresh}, but it is the teacher that"
+        " is refreshed from the student; set student.refresh to 0 and"
+        " teacher.refresh.",
+    )
+    refresh = self.teacher.refresh if self.teacher else 0
+    _check(
+        not refresh or not self.is_supervised,
+        f"method is {self.method!r} but teacher.refresh is {refresh}, and no"
+        " teacher scores anything; set teacher.refresh to 0.",
+    )
+    _check(
         self.method == "sft" or self.teacher is not None,
         f"method is {self.method!r} but teacher is None; set teacher.path.",
+    )
+
+  def _check_lora(self) -> None:
+    if not self.lora.rank:
+      return
+    _check(
+        not self.optimizer.offload,
+        f"optimizer.offload is True but lora.rank is {self.lora.rank}, and the"
+        " moments of adapters are too small to be worth the way; set"
+        " optimizer.offload to False.",
+    )
+    refresh = self.teacher.refresh if self.teacher else 0
+    _check(
+        not refresh,
+        f"teacher.refresh is {refresh} but lora.rank is {self.lora.rank}, and"
+        " a teacher has no adapters to take over; set one of them to 0.",
+    )
+    _check(
+        not (self.shares_weights and self.teacher.offload),
+        "teacher.offload is True but lora.rank is"
+        f" {self.lora.rank} and the teacher is the student's own base, whose"
+        " weights the student always needs; set teacher.offload to False.",
     )
 
   def _check_answers(self) -> None:
@@ -1136,6 +1416,12 @@ class Config:
         f" {self.data.teacher_prompt!r}, and no teacher scores anything; leave"
         " data.teacher_prompt empty.",
     )
+    _check(
+        self.method != "seqkd" or not self.data.suffix_fields,
+        f"method is 'seqkd' but data.suffix is {shown(self.data.suffix)}, and"
+        " the teacher's answers are kept without the record's other fields;"
+        " set data.suffix to a text without names in braces.",
+    )
 
   def _check_prefix(self) -> None:
     source, form = self.rollout.source, self.loss.form
@@ -1158,16 +1444,20 @@ class Config:
         " rollout.max_len.",
     )
     window = self.prefix.agreement.window_tokens
+    least = window + self.prefix.agreement.low_windows
     _check(
-        self.prefix.schedule != "agreement" or window <= longest,
-        f"prefix.agreement.window_tokens is {window} but rollout.max_len is"
-        f" {longest}, so that no rollout would ever be cut; lower"
-        " prefix.agreement.window_tokens or raise rollout.max_len.",
+        self.prefix.schedule != "agreement" or least <= longest,
+        f"prefix.agreement.window_tokens is {window} and"
+        f" prefix.agreement.low_windows is {least - window}, but"
+        f" rollout.max_len is {longest}, so that no rollout would ever be cut;"
+        " lower one of them or raise rollout.max_len to"
+        f" {least} or more.",
     )
     _check(
-        self.schedule != "drift" or form == "exact",
-        f"prefix.schedule is 'drift' but loss.form is {form!r}, which does not"
-        " see the two models' most probable tokens; set loss.form to 'exact'.",
+        self.schedule not in _COMPARING or form == "exact",
+        f"prefix.schedule is {self.schedule!r} but loss.form is {form!r}, which"
+        " does not see the two models' most probable tokens; set loss.form to"
+        " 'exact'.",
     )
     _check(
         self.schedule != "agreement" or source == "student",
@@ -1189,13 +1479,16 @@ class Config:
     )
     if rollout.source == "rewrite":
       self._check_rewriting(prompt)
-    prompts = (spec.max_prompt_len for spec in graded.sets.values())
-    prompt = max(data.max_prompt_len, *prompts, 0)
+    lengths = {"data.max_prompt_len": data.max_prompt_len} | {
+        f"evaluation.sets.{name}.max_prompt_len": spec.max_prompt_len
+        for name, spec in graded.sets.items()
+    }
+    longest, prompt = max(lengths.items(), key=lambda item: item[1])
     tokens = graded.batch_size * (prompt + graded.max_len)
     _check(
         tokens <= _MOST,
-        f"evaluation.batch_size is {graded.batch_size}, which with prompts of"
-        f" {prompt} tokens and evaluation.max_len {graded.max_len} is"
+        f"evaluation.batch_size is {graded.batch_size}, which with"
+        f" {longest} {prompt} and evaluation.max_len {graded.max_len} is"
         f" {tokens} tokens at a time; lower one of them, for {_MOST} tokens at"
         " most.",
     )
@@ -1241,6 +1534,16 @@ class Config:
         f"checkpoint.best is {name!r} but evaluation.every {every} is no"
         f" multiple of checkpoint.every {saved}, so what is evaluated would not"
         " always be saved; change one of them.",
+    )
+
+  @property
+  def shares_weights(self) -> bool:
+    """Whether the teacher is what the student's adapters are added to."""
+    if not self.lora.rank or self.teacher is None:
+      return False
+    return all(
+        getattr(self.student, name) == getattr(self.teacher, name)
+        for name in ("path", "param_dtype", "random_init")
     )
 
   @property

@@ -1,10 +1,12 @@
 """Errors that only the user can fix, and what no message may show."""
 
+import argparse
 import os
 import re
 import sys
 import traceback
 from typing import Any
+from typing import NoReturn
 
 # Characters of a value that a sentence shows, of a library's words, and of a
 # path.
@@ -101,3 +103,10 @@ def check_path(flag: str, path: str) -> None:
       " characters; give one on a file system that is mounted here (a bucket"
       " through gcsfuse or the like).",
   )
+
+
+class ArgumentParser(argparse.ArgumentParser):
+  """Says what is wrong in one sentence, without the usage."""
+
+  def error(self, message: str) -> NoReturn:
+    sys.exit(f"error: {one_line(ValueError(message))}; see --help.")

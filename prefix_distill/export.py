@@ -1,31 +1,37 @@
 """Writes a checkpoint as a Hugging Face model directory.
 
-  python -m prefix_distill.export --workdir=runs/math --step=20 --to=DIR
+  prefix-distill export --workdir=runs/math --step=20 --to=DIR
 
 `--step` is a number, `last`, or `best` for the one that `checkpoint.best`
 chooses. Only the student's weights are read, into the host's memory: no
-accelerator is used, so that the run may go on beside it.
+accelerator is used, so that the run may go on beside it. `--push=USER/NAME`
+uploads the directory to the hub, as a private repository unless `--public` is
+given; it needs HF_TOKEN or `hf auth login`. Without `--to` the directory is
+gone afterwards.
 """
 
 import argparse
 import pathlib
 import re
 import sys
-from typing import NoReturn
+import tempfile
 
 from absl import logging
+import huggingface_hub
 import jax
 
 from prefix_distill import sharding
 from prefix_distill.config import Config
 from prefix_distill.config import MeshSpec
 from prefix_distill.data import tokenizer as tokenizer_lib
+from prefix_distill.errors import ArgumentParser
 from prefix_distill.errors import check
 from prefix_distill.errors import check_path
 from prefix_distill.errors import one_line
 from prefix_distill.errors import shown
 from prefix_distill.errors import UserError
 from prefix_distill.models import huggingface as hf
+from prefix_distill.models import lora
 from prefix_distill.models.transformer import Model
 from prefix_distill.train import checkpoint
 from prefix_distill.train import setup
@@ -74,14 +80,23 @@ def export(workdir: pathlib.Path, step: str, to: pathlib.Path) -> int:
     empty = not to.exists() or (to.is_dir() and not any(to.iterdir()))
     check(empty, f"--to={to} is there already; give a new directory.")
     spec = config.student
-    model = Model(hf.read_config(spec.path))
     mesh = sharding.make_mesh(MeshSpec(fsdp=1), jax.devices("cpu")[:1])
-    abstract = sharding.with_shardings(model.abstract_params(), mesh)
+    model = Model(lora.adapted(hf.read_config(spec.path), config), mesh=mesh)
+    abstract, base = model.abstract_params(), None
+    if config.lora.rank:
+      beside = setup.adapter_directory(to)
+      check(not beside.exists(), f"{beside} is there already; remove it.")
+      _, abstract = lora.split(abstract)
+      base = setup.load_model(spec, model, mesh, config.seed)
+    abstract = sharding.with_shardings(abstract, mesh)
     params = checkpoint.read_params(workdir, number, abstract)
+    params = lora.join(base, params)
     specs = [spec] if config.method == "sft" else [spec, config.teacher]
     tokenizers = [tokenizer_lib.load(one.tokenizer_path) for one in specs]
     stops, _ = setup.stop_ids(config, tokenizers)
-    setup.export_student(config, params, stops, to.absolute())
+    setup.export_student(
+        config, params, stops, to.absolute(), workdir, number
+    )
   except OSError as error:
     raise UserError(
         f"--to={to} cannot be written ({error.strerror}); give another place."
@@ -89,11 +104,26 @@ def export(workdir: pathlib.Path, step: str, to: pathlib.Path) -> int:
   return number
 
 
-class _Parser(argparse.ArgumentParser):
-  """Says what is wrong in one sentence, without the usage."""
+def push(directory: pathlib.Path, name: str, private: bool) -> str:
+  """Uploads a model's directory to the hub; returns its address.
 
-  def error(self, message: str) -> NoReturn:
-    sys.exit(f"error: {one_line(ValueError(message))}; see --help.")
+  Raises:
+    UserError: the hub refuses it, or is not there.
+  """
+  hub = huggingface_hub.HfApi()
+  try:
+    made = hub.create_repo(name, private=private, exist_ok=True)
+    hub.upload_folder(
+        repo_id=made.repo_id,
+        folder_path=directory,
+        commit_message="Upload a distilled student",
+    )
+  except Exception as error:  # Which library it sends with depends on it.
+    raise UserError(
+        f"--push={name} failed ({one_line(error)}); check the name, the network"
+        " and HF_TOKEN (or `hf auth login`)."
+    ) from error
+  return str(made)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -102,8 +132,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
   Args:
     argv: the program's name and its flags.
   """
-  parser = _Parser(
-      prog="python -m prefix_distill.export",
+  parser = ArgumentParser(
+      prog="prefix-distill export",
       description=__doc__,
       formatter_class=argparse.RawDescriptionHelpFormatter,
       allow_abbrev=False,
@@ -113,11 +143,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
       "--step", default="last", help="A number, last or best. Default: last."
   )
   parser.add_argument("--to", default="", help="The new directory.")
+  parser.add_argument("--push", default="", help="USER/NAME on the hub.")
+  parser.add_argument("--public", action="store_true", help="For all to see.")
   found = parser.parse_args(argv[1:])
   try:
+    check(
+        re.fullmatch(r"|[\w.-]{1,96}/[\w.-]{1,96}", found.push) is not None,
+        f"--push is {shown(found.push)}; give USER/NAME.",
+    )
     for name in ("workdir", "to"):
       path = getattr(found, name)
-      check(bool(path), f"--{name} is missing; set it.")
+      needed = name == "workdir" or not found.push
+      check(bool(path) or not needed, f"--{name} is missing; set it.")
       check_path(name, path)
     check(
         re.fullmatch("last|best|[0-9]{1,10}", found.step) is not None,
@@ -128,17 +165,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
   return found
 
 
-def main() -> None:
+def start() -> None:
+  """Does what the command line says, or exits with one sentence."""
   flags = parse(sys.argv)
-  workdir, to = pathlib.Path(flags.workdir), pathlib.Path(flags.to)
   logging.set_verbosity(logging.WARNING)
   jax.config.update("jax_platforms", "cpu")
-  try:
-    number = export(workdir, flags.step, to)
-  except UserError as error:
-    sys.exit(f"error: {error}")
-  print(f"Written: the student after update {number} to {to}.")
+  workdir = pathlib.Path(flags.workdir)
+  with tempfile.TemporaryDirectory() as directory:
+    to = pathlib.Path(flags.to or f"{directory}/model")
+    try:
+      number = export(workdir, flags.step, to)
+      if flags.to:
+        print(f"Written: the student after update {number} to {to}.")
+      if flags.push:
+        print(f"Uploaded to {push(to, flags.push, not flags.public)}.")
+    except UserError as error:
+      sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-  main()
+  start()

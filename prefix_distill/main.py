@@ -1,5 +1,14 @@
-"""Runs an experiment: `python -m prefix_distill.main --config=FILE[:ARG]`."""
+"""Trains a student, or goes on with a run.
 
+  prefix-distill train --config=configs/math.py
+  python -m prefix_distill.main --config=configs/math.py
+
+A config file may take an argument, as configs/math.py:tiny-weak does; its
+docstring says which. --config.GROUP.FIELD=VALUE changes any setting.
+"""
+
+import functools
+import json
 import os
 import pathlib
 import sys
@@ -10,12 +19,13 @@ import jax
 import rich.console
 
 from prefix_distill import command_line
+from prefix_distill import config as config_lib
 from prefix_distill import distributed
 from prefix_distill.errors import hide_secrets
 from prefix_distill.errors import UserError
 
 
-def _keep_compiled_programs() -> None:
+def keep_compiled_programs() -> None:
   """Lets a second start find its programs; JAX's own settings come first."""
   if jax.config.jax_compilation_cache_dir is None:
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -26,7 +36,7 @@ def _keep_compiled_programs() -> None:
 
 def _train() -> str:
   """Trains; returns why it stopped before the end, if it did."""
-  _keep_compiled_programs()
+  keep_compiled_programs()
   # Of a GPU's memory, what `plan` counts on; JAX takes three quarters itself.
   os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
   config = command_line.config()
@@ -36,8 +46,13 @@ def _train() -> str:
     from prefix_distill.train import loop
 
     try:
-      workdir, notice = command_line.workdir(sys.argv), command_line.NOTICE
-      loop.train(config, workdir, traced, notice.value)
+      loop.train(
+          config,
+          command_line.workdir(sys.argv),
+          traced,
+          command_line.NOTICE.value,
+          command_line.TRACKER.value,
+      )
     except loop.Stopped as stopped:  # All processes stop together.
       return str(stopped)
   return ""
@@ -49,7 +64,10 @@ def main(argv: list[str]) -> None:
   hide_secrets()
   stopped = ""
   try:
-    if command_line.PREFLIGHT.value:
+    if command_line.PRINT_CONFIG.value:
+      settings = config_lib.plain(command_line.config())
+      print(json.dumps(settings, indent=2))
+    elif command_line.PREFLIGHT.value:
       config = command_line.config()
       from prefix_distill import preflight
 
@@ -71,5 +89,11 @@ def main(argv: list[str]) -> None:
     os._exit(130)
 
 
+def start() -> None:
+  """Reads the command line and runs."""
+  parse = functools.partial(command_line.parse, about=__doc__)
+  app.run(main, flags_parser=parse)
+
+
 if __name__ == "__main__":
-  app.run(main, flags_parser=command_line.parse)
+  start()

@@ -7,6 +7,7 @@ weights and writes nothing.
 """
 
 from collections.abc import Sequence
+import dataclasses
 import itertools
 
 import numpy as np
@@ -39,7 +40,7 @@ def run(config: Config, console: rich.console.Console) -> None:
   """
   _check_devices(config)
   inputs = setup.check(config, first=True)
-  models, data, suffix = inputs.fed, inputs.data, config.data.suffix
+  models, data, suffix = inputs.fed, inputs.data, inputs.data.suffixes[0]
   encoded = [models[0].tokenizer.encode_prompt(data.question, suffix)]
   if data.teacher_question is not None:
     encoded.append(
@@ -48,7 +49,9 @@ def run(config: Config, console: rich.console.Console) -> None:
   _print_prompts(console, config, models, encoded, data.number)
   _print_turn(console, config, models, data)
   console.print(_special_tokens(models, encoded), _facts(config, models))
-  found = _warnings(config, data.question, models, encoded)
+  shown = dataclasses.replace(config.data, suffix=suffix)
+  filled = dataclasses.replace(config, data=shown)
+  found = _warnings(filled, data.question, models, encoded)
   _print_verdict(console, [*found, *data.notes])
 
 

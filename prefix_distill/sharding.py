@@ -4,6 +4,8 @@ from collections.abc import Callable
 from collections.abc import Sequence
 import functools
 import math
+import os
+import pathlib
 import re
 from typing import Any
 
@@ -30,6 +32,13 @@ RULES = (
     (r"attention/out$", (None, "fsdp", "tensor", None)),
     (r"mlp/(gate|up)$", (None, "tensor", "fsdp")),
     (r"mlp/down$", (None, "fsdp", "tensor")),
+    # Adapters, along the axes of the product that they belong to.
+    (r"(attention/(query|key|value)|mlp/(gate|up))_a$", (None, None, "fsdp")),
+    (r"attention/(query|key|value)_b$", (None, "tensor", None, None)),
+    (r"mlp/(gate|up)_b$", (None, "tensor", None)),
+    (r"attention/out_a$", (None, None, "tensor", None)),
+    (r"mlp/down_a$", (None, None, "tensor")),
+    (r"(attention/out|mlp/down)_b$", (None, "fsdp", None)),
     (r"norm/scale$", ()),
 )
 
@@ -87,6 +96,37 @@ def describe_device(device: jax.Device) -> str:
   return f"{device.device_kind} (compute capability {major}.{minor})"
 
 
+def describe_devices() -> str:
+  """Returns what all processes compute on: "8 x NVIDIA H100"."""
+  devices = jax.devices()
+  return f"{len(devices)} x {describe_device(devices[0])}"
+
+
+def unused_accelerator(root: pathlib.Path = pathlib.Path("/")) -> str:
+  """Says that an accelerator of this machine is idle; empty if none is.
+
+  JAX without the plugin of a GPU or TPU computes on the CPU and says nothing.
+
+  Args:
+    root: of the file system that is looked at.
+  """
+  asked = os.environ.get("JAX_PLATFORMS") or os.environ.get("JAX_PLATFORM_NAME")
+  if asked or jax.default_backend() != "cpu":
+    return ""
+  found = {
+      "an NVIDIA GPU": ("proc/driver/nvidia/version", "cuda13] or [cuda12"),
+      "a TPU": ("dev/accel0", "tpu"),
+  }
+  for name, (file, extra) in found.items():
+    if (root / file).exists():
+      return (
+          f"This machine has {name}, but JAX does not see it and computes on"
+          f" the CPU; install the extra [{extra}], with one version of jax,"
+          " jaxlib and the plugin (JAX_PLATFORMS=cpu if the CPU is meant)."
+      )
+  return ""
+
+
 def make_mesh(
     spec: MeshSpec, devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
@@ -100,9 +140,9 @@ def make_mesh(
       data axis does not split over the slices.
   """
   devices = jax.devices() if devices is None else devices
-  count, rest = len(devices), spec.fsdp * spec.tensor
-  data = count // rest if spec.data == -1 else spec.data
-  if data * rest != count:
+  count, full = len(devices), spec.filled(len(devices))
+  shape = (full.data, full.fsdp, full.tensor)
+  if math.prod(shape) != count:
     raise ConfigError(
         f"mesh data x fsdp x tensor is {spec.data} x {spec.fsdp} x"
         f" {spec.tensor}, which does not fill the {count} devices here; change"
@@ -114,11 +154,9 @@ def make_mesh(
       getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"
   }
   if len(slices) > 1:
-    grid = _over_slices((data, spec.fsdp, spec.tensor), len(slices), devices)
+    grid = _over_slices(shape, len(slices), devices)
     return jax.sharding.Mesh(grid, names, axis_types=kinds)
-  return jax.make_mesh(
-      (data, spec.fsdp, spec.tensor), names, axis_types=kinds, devices=devices
-  )
+  return jax.make_mesh(shape, names, axis_types=kinds, devices=devices)
 
 
 def _over_slices(

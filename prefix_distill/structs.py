@@ -59,12 +59,15 @@ class Rollout:
       false; None if the tokens were not sampled.
     behavior_log_probs: float32 [B, P], the sampled tokens' log-probabilities
       under the truncated (top-k, top-p) distribution that was sampled.
+    entropy: float32 [B, P], of the distribution that `log_probs` are of, in
+      nats; None unless the loss asks for it.
   """
 
   tokens: jax.Array
   mask: jax.Array
   log_probs: jax.Array | None = None
   behavior_log_probs: jax.Array | None = None
+  entropy: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -86,3 +89,17 @@ class TeacherScores:
   log_probs: jax.Array | None = None
   entropy: jax.Array | None = None
   top1: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """Which tokens of an update count in the relaxed loss.
+
+  Attributes:
+    reward: float32 [], log q - log p of a token, below which it is dropped.
+    entropy: float32 [], the student's, below which a token is dropped.
+  """
+
+  reward: jax.Array
+  entropy: jax.Array

@@ -321,6 +321,21 @@ def _configs() -> Iterator[tuple[str, Case]]:
     case = Case("qwen3", _config(**{field: value}), field)
     yield f"{field} {value!r}", case
   yield "is_causal null", Case("qwen3", _config(is_causal=None), "is_causal")
+  for value in (0, "false", []):
+    case = Case("qwen3", _config(is_causal=value), "is_causal")
+    yield f"is_causal {value!r}", case
+  yield "is_causal of llama", Case(
+      "llama3_rope", _config(is_causal=False), "is_causal"
+  )
+  yield "more heads than channels", Case(
+      "linear_rope", _without("head_dim", num_attention_heads=64), "config.json"
+  )
+  yield "more key heads than heads", Case(
+      "qwen3", _config(num_key_value_heads=8), "num_key_value_heads"
+  )
+  yield "hidden_size inf", Case(
+      "qwen3", _config(hidden_size=float("inf")), "hidden_size"
+  )
   yield "mlp_bias", Case("llama3_rope", _config(mlp_bias=True), "mlp_bias")
   yield "other weights named", Case(
       "qwen3", _config(transformers_weights="x.safetensors"), "transformers_w"
@@ -385,6 +400,20 @@ def _ropes() -> Iterator[tuple[str, Case]]:
   yield "theta null inside", new(
       "rope_theta", rope_parameters=_LINEAR | {"rope_theta": None}
   )
+  yield "theta null, and nothing else", new(
+      "rope_theta", "llama3_rope", rope_theta=None, rope_parameters=None
+  )
+  yield "rope given twice, thetas differ", new(
+      rope,
+      rope_scaling=_LINEAR | {"rope_theta": 5.0},
+      rope_parameters=_LINEAR,
+  )
+  yield "rope by two layer types", new(
+      "full_attention",
+      rope_parameters={
+          "full_attention": _LINEAR, "sliding_attention": _LLAMA3,
+      },
+  )  # fmt: skip
   yield "theta null outside", new(rope_theta=None)
   yield "theta outside alone", old(rope_theta=50.0)
   yield "theta in both", new(rope_theta=50.0)
@@ -514,6 +543,9 @@ def _generations() -> Iterator[tuple[str, Case]]:
       "no JSON": "eos_token_id = 2",
       "latin-1": b'{"name": "\xe9"}',
       "zeros": b"\0" * 64,
+      "deep": "[" * 100_000,
+      "an object and a zero": b'{"eos_token_id": 3}\0',
+      "two objects": "{}{}",
   }.items():
     yield f"generation is {name}", Case("qwen3", _file(file, content), file)
   for encoding in ("utf-8-sig", "utf-16"):
@@ -521,7 +553,7 @@ def _generations() -> Iterator[tuple[str, Case]]:
     yield f"generation is {encoding}", case
   for value in (
       "3", ["3"], [1, "3"], 48, [1, 48], -1, [-1], 1.0, [1.5], True, [None],
-      [[1]], {"a": 1}, 10**30,
+      [[1]], {"a": 1}, 10**30, float("nan"), "\ud800", [[]],
   ):
     text = json.dumps({"eos_token_id": value})
     case = Case("qwen3", _file(file, text), "eos_token_id")
@@ -555,6 +587,24 @@ def _files() -> Iterator[tuple[str, Case]]:
     name = np.dtype(dtype).name
     yield f"a tensor of {name}", Case("qwen3", _narrow(QUERY, dtype), QUERY)
   yield "all of int8", Case("qwen3", _all(np.int8), "dtype")
+  for dtype in (np.uint16, np.uint64, np.complex64):
+    name = np.dtype(dtype).name
+    yield f"a tensor of {name}", Case("qwen3", _narrow(QUERY, dtype), QUERY)
+  yield "all of float8", Case("qwen3", _all(ml_dtypes.float8_e4m3fn), "dtype")
+  yield "a norm of booleans", Case(
+      "qwen3", _narrow("model.norm.weight", np.bool_), "model.norm.weight"
+  )
+  for base, value, name in (
+      ("qwen2", np.nan, "model.layers.0.self_attn.q_proj.bias"),
+      ("qwen3", np.inf, "model.layers.0.self_attn.k_norm.weight"),
+      ("llama3_rope", -np.inf, "model.layers.1.mlp.down_proj.weight"),
+  ):
+    yield f"{value} in {name}", Case(base, _number(name, value), name)
+  yield "inf in float16", Case(
+      "qwen3", _both(_all(np.float16), _number(QUERY, np.inf)), QUERY
+  )
+  yield "a scaled head, tied", Case("qwen3", _head(lambda x: x * 1.001), HEAD)
+  yield "a head of NaN, tied", Case("qwen3", _head(lambda x: x * np.nan), HEAD)
   yield "another head, tied", Case("qwen3", _head(lambda x: x + 1), HEAD)
   yield "another head at the end", Case(
       "qwen3", _head(lambda x: np.concatenate([x[:-1], x[:1]])), HEAD
@@ -652,6 +702,9 @@ def _files() -> Iterator[tuple[str, Case]]:
       "of a list": '{"weight_map": ["a"]}',
       "of null": '{"weight_map": null}',
       "with a mark": b'\xef\xbb\xbf{"weight_map": {}}',
+      "UTF-16": '{"weight_map": {}}'.encode("utf-16"),
+      "of NaN": '{"weight_map": {"a": NaN}}',
+      "of a file in a list": '{"weight_map": {"a": ["x"]}}',
   }.items():
     yield f"index is {name}", Case("qwen3", _file(INDEX, content), INDEX)
 

@@ -136,6 +136,41 @@ _REFUSED_FILES = {
     "csv": ("a.csv", b"question\nHow many?\n", "of a kind that is not read"),
     "text": ("a.txt", b"How many?\n", "of a kind that is not read"),
     "compressed": ("a.jsonl.gz", b"\x1f\x8b", "of a kind that is not read"),
+    "UTF-16 without a mark": (
+        "a.jsonl", _LINE.encode("utf-16-le"), "line 1 is not JSON",
+    ),
+    "UTF-32": ("a.jsonl", _LINE.encode("utf-32"), "cannot be read as jsonl"),
+    "surrogates as bytes": (
+        "a.jsonl", b'{"question": "\xed\xa0\xbd"}', "cannot be read as jsonl",
+    ),
+    "a mark in line 2": (
+        "a.jsonl", f"{_LINE}\n\ufeff{_LINE}".encode(), "line 2 is not JSON",
+    ),
+    "a comma behind": ("a.jsonl", f"{_LINE},\n".encode(), "line 1 is not JSON"),
+    "an end of DOS": (
+        "a.jsonl", f"{_LINE}\n\x1a".encode(), "line 2 is not JSON",
+    ),
+    "a control character": (
+        "a.jsonl", b'{"question": "a\x01b"}', "line 1 is not JSON",
+    ),
+    "150 brackets": (
+        "a.jsonl", f'{_LINE[:-1]}, "n": {"[" * 150}{"]" * 150}}}'.encode(),
+        "line 1 is not JSON (it has brackets",
+    ),
+    "records within": (
+        "a.json", json.dumps({"data": [record()]}).encode(),
+        "line 1 has no field 'question'; it has data",
+    ),
+    "a list of lists": (
+        "a.json", f"[[{_LINE}]]".encode(), "record 1 is not a JSON object",
+    ),
+    "a list of null": ("a.json", b"[null]", "record 1 is not a JSON object"),
+    "two lists": ("a.json", f"[{_LINE}][{_LINE}]".encode(), "is not JSON"),
+    "a list in UTF-16": (
+        "a.json", f"[{_LINE}]".encode("utf-16"), "cannot be read as json",
+    ),
+    "an empty .json": ("a.json", b"", "has no records"),
+    "a number in .json": ("a.json", b"7", "line 1 is not a JSON object"),
     "no suffix": ("prompts", _LINE.encode(), "of a kind that is not read"),
 }  # fmt: skip
 
@@ -156,6 +191,14 @@ _READ_FILES = {
     ),
     "the same field twice": (
         "a.jsonl", ('{"question": "Old?", ' + _LINE[1:]).encode(),
+    ),
+    "a list with a mark and CRLF": (
+        "a.json", f"\ufeff\r\n[{_LINE}]\r\n".encode(),
+    ),
+    "a zero character": ("a.jsonl", line(note="\0").encode()),
+    "a large number": ("a.jsonl", f'{_LINE[:-1]}, "n": 1e999}}'.encode()),
+    "two halves of a character": (
+        "a.jsonl", line(note="\ud83d\ude00").encode(),
     ),
     "no numbers": ("a.jsonl", (_LINE[:-1] + ', "n": NaN}').encode()),
 }  # fmt: skip
@@ -198,9 +241,32 @@ _NO_TEXT = {
         *messages(("user", QUESTION)),
     ],
     "a text among messages": [*messages(("user", QUESTION)), "text"],
-}
+    "a message without a role": [
+        *messages(("user", QUESTION)), {"content": QUESTION},
+    ],
+    "a role in capitals": messages(("User", QUESTION)),
+    "a developer": messages(("developer", "Be brief."), ("user", QUESTION)),
+    "a function": messages(("function", "7"), ("user", QUESTION)),
+    "content that is a dictionary": messages(("user", part(QUESTION))),
+    "a part without text": messages(("user", [{"type": "text"}])),
+    "an image beside text": messages(
+        ("user", [part(QUESTION), {"type": "image_url"}])
+    ),
+    "images beside the content": [
+        {"role": "user", "content": QUESTION, "images": ["a.png"]}
+    ],
+    "thoughts beside the content": [
+        {"role": "assistant", "content": ANSWER, "reasoning_content": "We add."}
+    ],
+    "a dictionary of a message": {"role": "user", "content": QUESTION},
+}  # fmt: skip
 
 _READ_QUESTIONS = {
+    "the assistant first": messages(("assistant", "Hi."), ("user", QUESTION)),
+    "an empty system prompt": messages(("system", ""), ("user", QUESTION)),
+    "no thoughts and no images": [
+        {"role": "user", "content": QUESTION, "thinking": None, "images": []}
+    ],
     "a message": messages(("user", QUESTION)),
     "a part": messages(("user", [part(QUESTION)])),
     "two parts": messages(("user", [part("How many "), part("pens?")])),
@@ -249,7 +315,13 @@ def _fields() -> Iterator[Case]:
       reads=[QUESTION],
   )
   yield Case("answer/a number", _jsonl(record(answer=7)), reads=[QUESTION])
-  for name, value in (("blank", " \n"), ("half a character", "\ud800")):
+  for name, value in (
+      ("blank", " \n"),
+      ("half a character", "\ud800"),
+      ("of no width", "\u200b\ufeff"),
+      ("two halves, swapped", "7\ude00\ud83d"),
+      ("of wide spaces", "\u3000\u00a0"),
+  ):
     yield Case(
         f"answer/{name}", _jsonl(record(), record(answer=value)),
         ("record 2", "'answer'"),
@@ -260,6 +332,15 @@ def _fields() -> Iterator[Case]:
     )  # fmt: skip
   yield Case("question/blank, all", _jsonl(record(question=" ")),
              ("none can be used", "empty"))  # fmt: skip
+  for name, text in (("a stop alone", "<|im_end|>"), ("a tag", "<think>")):
+    yield Case(f"completion/{name}", _jsonl(record(completion=text)),
+               ("none can be used", "empty"))  # fmt: skip
+  for name, text in (("the system", "\udc00"), ("a turn before", "a\ud801")):
+    role = "system" if name == "the system" else "assistant"
+    turns = [{"role": role, "content": text}, *messages(("user", QUESTION))]
+    yield Case(f"question/half a character of {name}",
+               _jsonl(record(question=turns)),
+               ("none can be used", "surrogate"))  # fmt: skip
   yield Case("completion/blank, all", _jsonl(record(completion=" ")),
              ("none can be used", "empty"))  # fmt: skip
   yield Case("question/long, all", _jsonl(record(question="How many? " * 99)),
@@ -271,6 +352,9 @@ def _columns() -> Iterator[Case]:
   for name, value, kind in (
       ("bytes", QUESTION.encode(), None),
       ("a date", day, None),
+      ("a moment", datetime.datetime(2026, 1, 1), None),
+      ("a duration", datetime.timedelta(1), None),
+      ("a struct", {"value": QUESTION}, None),
       ("a decimal", decimal.Decimal("7.50"), None),
       ("a float", 7.5, None),
       ("a boolean", True, None),
@@ -321,7 +405,7 @@ def _choices() -> Iterator[Case]:
         f"choices/{name}", _jsonl(record(options=value, answer="A")),
         ("record 1", "options"), fields=fields,
     )  # fmt: skip
-  for name, value in (("a number", 1), ("of none", "C"), ("a word", "first")):
+  for name, value in (("a number", 2), ("of none", "C"), ("a word", "first")):
     yield Case(
         f"choices/the letter is {name}",
         _jsonl(record(options=["a", "b"], answer=value)),
@@ -401,6 +485,26 @@ _TEMPLATES = {
     "for the first message": (
         "{{ messages[3].content }}", "fails on messages",
     ),
+    "that asks for too much": (
+        "{% for i in range(10**9) %}a{% endfor %}", "fails on messages",
+    ),
+    "that calls itself": (
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails on messages",
+    ),
+    "in capitals": (
+        _TEMPLATE.replace("message.content", "message.content|upper"),
+        "leaves the question out",
+    ),
+    "turned round": (
+        _TEMPLATE.replace("message.content", "message.content|reverse"),
+        "leaves the question out",
+    ),
+    "that ends the assistant's turn": (
+        _TEMPLATE.replace(
+            "assistant\\n' }}", "assistant\\n<|im_end|>' }}"
+        ),
+        "ends it at once",
+    ),
     "that reaches out": (
         "{{ ().__class__.__base__.__subclasses__() }}", "fails on messages",
     ),
@@ -444,6 +548,42 @@ def _tokenizers() -> Iterator[Case]:
       yield Case(
           f"tokenizer/{file} {name}", _tokenizer(_put(file, content)), (says,)
       )
+  for name, listed in (
+      ("texts", ["a"]),
+      ("no names", [{"template": _TEMPLATE}]),
+      ("no templates", [{"name": "default"}]),
+  ):
+    yield Case(
+        f"tokenizer/templates of {name}",
+        _tokenizer(_both(drop, _set(setting, chat_template=listed))),
+        (setting, "without a name or a template"),
+    )
+  for name, listed in (("a number", 7), ("none", []), ("a mapping",
+                       {"rag": _TEMPLATE})):  # fmt: skip
+    yield Case(
+        f"tokenizer/a template that is {name}",
+        _tokenizer(_both(drop, _set(setting, chat_template=listed))),
+        ("model", "template"),
+    )
+  yield Case(
+      "tokenizer/a template of Latin-1",
+      _tokenizer(_put("chat_template.jinja", b"\xe9")),
+      ("chat_template.jinja is not UTF-8",),
+  )
+  yield Case(
+      "tokenizer/an end that is no token",
+      _tokenizer(_set(setting, eos_token="<|nope|>")),
+      ("eos_token '<|nope|>'", "tokenizer.json does not have"),
+  )
+  for name, text in (
+      ("a number", "468"), ("null", "null"), ("in UTF-16", "\ufeff{}"),
+      ("a text", '"468"'),
+  ):  # fmt: skip
+    encoding = "utf-16" if "UTF" in name else "utf-8"
+    yield Case(
+        f"tokenizer/a generation config that is {name}",
+        _tokenizer(_put(_GENERATION, text.encode(encoding))), (_GENERATION,),
+    )  # fmt: skip
   yield Case(
       "tokenizer/a generation config that is a list",
       _tokenizer(_put(_GENERATION, "[468]")), ("not a JSON object",),
@@ -456,6 +596,9 @@ def _tokenizers() -> Iterator[Case]:
       ("a list in a list", [[468]]),
       ("a dictionary", {"id": 468}),
       ("negative", -1),
+      ("no number", float("nan")),
+      ("a list of dictionaries", [{"id": 468}]),
+      ("of many digits", 10**30),
       ("a padded row", 471),
       ("beyond all rows", [468, 10**9]),
   ):
@@ -487,6 +630,11 @@ def _tokenizers() -> Iterator[Case]:
       "tokenizer/a generation config without stop tokens",
       _tokenizer(_put(_GENERATION, "{}")), reads=_STOPS,
   )  # fmt: skip
+  for file in ("tokenizer.json", setting):
+    yield Case(
+        f"tokenizer/{file} a list", _tokenizer(_put(file, "[]")),
+        (f"{file} is no JSON object",),
+    )  # fmt: skip
   yield Case(
       "tokenizer/no tokenizer.json", _tokenizer(_put("tokenizer.json", None)),
       ("model", "tokenizer"),

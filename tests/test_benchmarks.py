@@ -244,7 +244,9 @@ def test_options_that_are_not_a_list_of_texts_are_refused(
   assert "a list of 2 to 26 texts" in sentence
 
 
-@pytest.mark.parametrize("answer", ["D", "", "AB", 1, "option 1 of 0", "(A)"])
+@pytest.mark.parametrize(
+    "answer", ["D", "", "AB", "1", 3, -1, "option 1 of 0", "(A)"]
+)
 def test_answers_that_are_none_of_the_letters_are_refused(
     answer, copy, tokenizer
 ):
@@ -259,6 +261,14 @@ def test_a_letter_may_be_lower_case(copy, tokenizer):
   rows = schemas.rows("mmlu_pro", 1)
   rows[0]["answer"] = " b "
   assert _problems(copy("mmlu_pro", rows), tokenizer).answers == ["B"]
+
+
+def test_an_integer_is_the_number_of_the_right_option(copy, tokenizer):
+  rows = schemas.rows("mmlu_pro", 8)
+  wanted = [row["answer"] for row in rows]
+  for row in rows:
+    row["answer"] = row["answer_index"]
+  assert _problems(copy("mmlu_pro", rows), tokenizer).answers == wanted
 
 
 def test_sentences_number_random_records_as_the_source_does(copy, tokenizer):

@@ -18,6 +18,7 @@ from prefix_distill.distill.loss import ExactLoss
 from prefix_distill.distill.loss import Loss
 from prefix_distill.distill.loss import SampledLoss
 from prefix_distill.models.transformer import Model
+from prefix_distill.structs import Limits
 from prefix_distill.structs import Rollout
 from prefix_distill.structs import TeacherScores
 
@@ -31,9 +32,13 @@ EXACT = {
 }
 OBJECTIVES = EXACT | {
     "top k": ExactLoss(dataclasses.replace(MERGED, top_k=4)),
+    "bounded": ExactLoss(MERGED, "forward_kl", max_entry=0.05),
+    "bounded top k": ExactLoss(
+        dataclasses.replace(MERGED, top_k=4), "forward_kl", max_entry=0.05
+    ),
     "policy gradient": SampledLoss(MERGED),
     "k3": SampledLoss(MERGED, "direct", "k3"),
-    "relaxed": SampledLoss(MERGED, "policy_gradient", "k1", 0.5, 0.3),
+    "relaxed": SampledLoss(MERGED, floor=-1.0),
 }
 EVERY = pytest.mark.parametrize("name", OBJECTIVES)
 
@@ -62,10 +67,51 @@ def scores() -> TeacherScores:
   )  # fmt: skip
 
 
+def bounded_forward_kl(student, teacher, objective: ExactLoss) -> jax.Array:
+  """Merges events in sorted arrays, and cuts what each contributes."""
+  stops, singles = list(toys.STOPS), list(range(toys.STOPS[0]))
+  probs = [
+      jax.nn.softmax(x[..., : toys.NUM_TOKENS] / MERGED.temperature)
+      for x in (student, teacher)
+  ]
+  stop = [x[..., stops].sum(-1, keepdims=True) for x in probs]
+  singles = [x[..., singles] for x in probs]
+  if k := objective.dist.top_k:
+    order = jnp.argsort(-singles[1], axis=-1)
+    singles = [jnp.take_along_axis(x, order, -1) for x in singles]
+    stop = [
+        jnp.concatenate([x, y[..., k:].sum(-1, keepdims=True)], -1)
+        for x, y in zip(stop, singles, strict=True)
+    ]
+    singles = [x[..., :k] for x in singles]
+  p, q = (
+      jnp.concatenate([x, y], -1) for x, y in zip(singles, stop, strict=True)
+  )
+  return jnp.minimum(q * jnp.log(q / p), objective.max_entry).sum(-1)
+
+
+# Drops tokens by the reward, and more of them by the entropy while sampling.
+LIMITS = Limits(jnp.float32(-1.0), jnp.float32(0.4))
+ENTROPY = jnp.abs(normal(7, ROWS, LENGTH))
+
+
+def arguments(objective: Loss, hidden, head, weights, model=STUDENT):
+  limits, rollout = None, ROLLOUT
+  if getattr(objective, "floor", -np.inf) > -np.inf:
+    limits = LIMITS
+    rollout = dataclasses.replace(rollout, entropy=ENTROPY)
+  return objective.arguments(
+      model, {"head": {"weight": head}}, TEACHER_HEAD, hidden, rollout,
+      scores(), weights, limits,
+  )  # fmt: skip
+
+
 def dense_values(objective: Loss, hidden, head) -> jax.Array:
   """The loss of every token, from whole logits and plain JAX: [B, P]."""
   n, student = toys.NUM_TOKENS, hidden @ head.T
   teacher = TEACHER_HIDDEN @ TEACHER_HEAD.T
+  if isinstance(objective, ExactLoss) and objective.max_entry:
+    return bounded_forward_kl(student, teacher, objective)
   if isinstance(objective, ExactLoss):
     compare = {
         "reverse_kl": divergence.reverse_kl,
@@ -79,11 +125,15 @@ def dense_values(objective: Loss, hidden, head) -> jax.Array:
   event = jnp.where(
       jnp.isin(ROLLOUT.tokens, jnp.array(toys.STOPS)), stop, token
   )
-  plain = jax.nn.log_softmax(student[..., :n])
-  entropy = -(jnp.exp(plain) * plain).sum(-1)
-  return objective.of_tokens(
-      token, event, entropy, ROLLOUT.behavior_log_probs, scores().log_probs
+  values = objective.of_tokens(
+      token, event, ROLLOUT.behavior_log_probs, scores().log_probs
   )
+  if objective.floor == -np.inf:
+    return values
+  dropped = (scores().log_probs - event < LIMITS.reward) | (
+      ENTROPY < LIMITS.entropy
+  )
+  return jnp.where(dropped, 0, values)
 
 
 def dense(objective: Loss, hidden, head):
@@ -100,10 +150,7 @@ def ours(objective: Loss, mesh=None, hidden=HIDDEN, head=HEAD):
 
   def loss(hidden, head):
     value, metrics = chunked_head.weighted_sum(
-        *objective.arguments(
-            model, {"head": {"weight": head}}, TEACHER_HEAD, hidden, ROLLOUT,
-            scores(), ROLLOUT.mask,
-        )
+        *arguments(objective, hidden, head, ROLLOUT.mask, model)
     )
     return 2 * value, metrics
 
@@ -226,10 +273,7 @@ def test_weights_weigh_tokens_and_leave_the_metrics_alone(name):
 
   def loss(hidden, head):
     return chunked_head.weighted_sum(
-        *objective.arguments(
-            STUDENT, {"head": {"weight": head}}, TEACHER_HEAD, hidden, ROLLOUT,
-            scores(), weights,
-        )
+        *arguments(objective, hidden, head, weights)
     )
 
   def whole(hidden, head):
@@ -247,23 +291,6 @@ def test_weights_weigh_tokens_and_leave_the_metrics_alone(name):
   np.testing.assert_allclose(
       metrics["loss"][mask], wanted[mask], rtol=1e-4, atol=1e-5
   )
-
-
-def test_overlap_is_the_share_of_common_top_tokens():
-  objective = dataclasses.replace(EXACT["reverse_kl"], overlap_of=4)
-  (_, metrics), _ = ours(objective)
-  logits = HIDDEN @ HEAD.T, TEACHER_HIDDEN @ TEACHER_HEAD.T
-  tops = [
-      np.argsort(-np.asarray(x)[..., : toys.NUM_TOKENS], -1)[..., :4]
-      for x in logits
-  ]
-  wanted = np.array([
-      [len({*a} & {*b}) / 4 for a, b in zip(*rows, strict=True)]
-      for rows in zip(*tops, strict=True)
-  ])
-  assert 0 < wanted.mean() < 1
-  mask = np.asarray(ROLLOUT.mask)
-  np.testing.assert_allclose(metrics["overlap"][mask], wanted[mask])
 
 
 def test_no_token_at_all_is_a_loss_of_zero():

@@ -265,7 +265,11 @@ def test_missing_fields_are_named(name):
         ("prefix.drift.max_drifted", 0, "set it to 1 or more"),
         ("prefix.drift.patience_updates", 0, "set it to 1 or more"),
         ("prefix.plateau.min_reached_fraction", -0.5, "set it to 0 or more"),
+        ("prefix.plateau.smoothing", 1.0, "set it to 0.999999 or less"),
+        ("prefix.plateau.top_tokens", 0, "set it to 1 or more"),
         ("prefix.agreement.quantile", 2.0, "set it to 1 or less"),
+        ("prefix.agreement.low_windows", 0, "set it to 1 or more"),
+        ("prefix.agreement.warmup_updates", -1, "set it to 0 or more"),
         ("prefix.audited.min_nats", -0.1, "set it to 0 or more"),
         ("prefix.buckets", (64, 16, 128), "sort the lengths"),
         ("prefix.buckets", (64, 64, 128), "sort the lengths"),
@@ -283,14 +287,18 @@ def test_missing_fields_are_named(name):
         ("rollout.source", "web", "use one of 'student', 'teacher', 'data' or"),
         ("rollout.source_share", -0.5, "set it to 0 or more"),
         ("rollout.batch_tokens", -1, "set it to 0 or more"),
-        ("loss.form", "forward", "use one of 'exact', 'policy_gradient' or"),
+        ("loss.form", "forward", "use one of 'exact', 'policy_gradient',"),
         ("loss.jsd.beta", 1.5, "set it to 1 or less"),
         ("loss.exact.top_k", -1, "set it to 0 or more"),
         ("loss.exact.top_k_of", "both", "use one of 'teacher' or 'student'"),
         ("loss.policy_gradient.estimator", "k2", "use one of 'k1' or 'k3'"),
-        ("loss.policy_gradient.mixture", -0.1, "set it to 0 or more"),
-        ("loss.policy_gradient.min_entropy", -0.1, "set it to 0 or more"),
-        ("loss.normalize", "rows", "use one of 'rollouts' or 'tokens'"),
+        ("loss.exact.max_entry", -0.1, "set it to 0 or more"),
+        ("loss.relaxed.floor", "log2", "use one of 'log_odds', 'scaled_log'"),
+        ("loss.relaxed.weight", 0.0, "set it above 0"),
+        ("loss.relaxed.weight", 1.0, "set it below 1"),
+        ("loss.relaxed.entropy_share", 0.0, "set it above 0"),
+        ("loss.relaxed.switch_step", -1, "set it to 0 or more"),
+        ("loss.normalize", "rows", "use one of 'rollouts', 'tokens' or"),
         ("loss.logits_mib", 0, "set it to 1 or more"),
         ("optimizer.decay", "step", "use one of 'constant' or 'cosine'"),
         ("optimizer.learning_rate", 0.0, "set it above 0"),
@@ -318,6 +326,7 @@ def test_missing_fields_are_named(name):
         ("evaluation.between", ("easy",), "use test, hard"),
         ("checkpoint.every", 0, "set it to 1 or more"),
         ("checkpoint.keep", 0, "set it to 1 or more"),
+        ("teacher.refresh", -1, "set it to 0 or more"),
         ("steps", -1, "set it to 0 or more"),
         ("steps", 2**31, "set it to 2147483647 or less"),
         ("seed", -1, "set it to 0 or more"),
@@ -374,6 +383,16 @@ _SFT = {"method": "sft", "teacher": None, "rollout.per_prompt": 1}
             {"student.offload": False},
         ),
         (
+            {"student.refresh": 5},
+            ("student.refresh is 5", "it is the teacher", "teacher.refresh"),
+            {"student.refresh": 0},
+        ),
+        (
+            {"teacher.refresh": 5, "method": "seqkd", "rollout.per_prompt": 1},
+            ("method is 'seqkd'", "teacher.refresh is 5", "scores"),
+            {"teacher.refresh": 0},
+        ),
+        (
             {"loss.exact.top_k_of": "student"},
             ("loss.exact.top_k_of is 'student'", "loss.exact.top_k is 0"),
             {"loss.exact.top_k": 8},
@@ -419,7 +438,40 @@ _SFT = {"method": "sft", "teacher": None, "rollout.per_prompt": 1}
                 "schedule": "agreement", "agreement": {"window_tokens": 129},
             }},
             ("prefix.agreement.window_tokens is 129", "ever be cut"),
-            {"rollout.max_len": 129},
+            {"rollout.max_len": 133},
+        ),
+        (
+            {"loss.exact": {"divergence": "{}"}, "loss.jsd": {"beta": 0.1}},
+            ("loss.jsd.beta is 0.1", "loss.exact.divergence is '{}'"),
+            {"loss.exact": {"divergence": "jsd"}},
+        ),
+        (
+            {"prefix": {
+                "schedule": "agreement", "agreement": {"min_rollouts": 4097},
+            }},
+            ("prefix.agreement.min_rollouts is 4097", "rollouts is 4096"),
+            {"prefix": {
+                "schedule": "agreement", "agreement": {"min_rollouts": 4096},
+            }},
+        ),
+        (
+            {"loss": {"form": "relaxed"}},
+            ("loss.normalize is 'rollouts'", "loss.form is 'relaxed'",
+             "set loss.normalize to 'tokens'"),
+            {"loss.normalize": "tokens"},
+        ),
+        (
+            {"loss": {"form": "relaxed", "normalize": "tokens",
+                      "relaxed": {"weight": 0.5}}},
+            ("loss.relaxed.weight is 0.5", "loss.relaxed.floor is 'log_odds'",
+             "below 0.5"),
+            {"loss.relaxed.floor": "scaled_log"},
+        ),
+        (
+            {"loss": {"exact": {"max_entry": 0.05}}},
+            ("loss.exact.max_entry is 0.05",
+             "loss.exact.divergence is 'reverse_kl'", "'forward_kl' or 'jsd'"),
+            {"loss.exact.divergence": "forward_kl"},
         ),
         (
             _ENDLESS,
@@ -449,8 +501,8 @@ def test_values_that_do_not_fit_together_are_refused(changes, named, mend):
          {"loss.exact": {"divergence": "jsd"}}),
         ("loss.policy_gradient.estimator", "k3", "loss.form is 'exact'",
          {"loss.form": "policy_gradient"}),
-        ("loss.policy_gradient.mixture", 0.1, "loss.form is 'exact'",
-         {"loss.form": "policy_gradient"}),
+        ("loss.relaxed.weight", 0.1, "loss.form is 'exact'",
+         {"loss.form": "relaxed", "loss.normalize": "tokens"}),
     ),
 )  # fmt: skip
 def test_a_setting_of_a_group_that_is_not_in_use_is_refused(
@@ -489,7 +541,8 @@ def test_the_exact_loss_has_settings_of_its_own(changes, named):
     (
         (
             lambda: config_lib.MeshSpec(fsdp=0),
-            "mesh.fsdp is 0; set it to 1 or more.",
+            "mesh.fsdp is 0; set it to 1 or more, or to -1 for the devices that"
+            " are left.",
         ),
         (
             lambda: config_lib.MeshSpec(-1, True),

@@ -585,3 +585,26 @@ def test_a_batch_is_cut_to_the_smallest_bucket_that_holds_its_prompts():
     assert cut.tokens.shape == cut.mask.shape == (3, wanted)
     assert cut.mask.sum(axis=1).tolist() == list(lengths)
     np.testing.assert_array_equal(cut.tokens[cut.mask], tokens[mask])
+
+
+def test_every_record_of_a_data_set_is_checked_before_the_run(tmp_path):
+  """A column of messages may hold anything in any row."""
+  rows = [
+      {"asked": [{"role": "user", "content": f"What is {n}?"}]}
+      for n in range(600)
+  ]
+  folder = tmp_path / "set"
+  folder.mkdir()
+  spec = DatasetSpec(str(folder), question="asked")
+
+  def write(rows):
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(rows), folder / "train.parquet"
+    )
+
+  write(rows)
+  assert len(records.read(spec)) == 600
+  rows[555]["asked"][0]["role"] = "tool"
+  write(rows)
+  with pytest.raises(DataError, match="record 556"):
+    records.read(spec)

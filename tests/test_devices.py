@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import types
 
 import jax
@@ -182,3 +183,21 @@ def test_the_plan_computes_in_the_same(capability, dtype, monkeypatch):
   assert plan.models.student.dtype == plan.models.teacher.dtype == dtype
   lying = jax.tree.leaves(plan.teacher_params)
   assert {x.dtype.name for x in lying} == {"bfloat16"}
+
+
+@pytest.mark.parametrize(
+    "file, words",
+    [
+        ("proc/driver/nvidia/version", "NVIDIA GPU.*cuda13"),
+        ("dev/accel0", "a TPU.*tpu"),
+    ],
+)
+def test_an_accelerator_that_idles_is_told(file, words, tmp_path, monkeypatch):
+  monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+  monkeypatch.delenv("JAX_PLATFORM_NAME", raising=False)
+  assert not sharding.unused_accelerator(tmp_path)
+  (tmp_path / file).parent.mkdir(parents=True)
+  (tmp_path / file).touch()
+  assert re.search(words, sharding.unused_accelerator(tmp_path))
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # It is meant.
+  assert not sharding.unused_accelerator(tmp_path)

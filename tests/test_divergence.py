@@ -57,6 +57,19 @@ def groups64(student, teacher, dist: Distribution) -> list[np.ndarray]:
   return [np.array(g) for g in [*([t] for t in singles), *out]]
 
 
+BOUND = 0.05
+
+
+def bounded(p, q, kind: str) -> float:
+  """The same with each entry cut at `BOUND`."""
+  if kind == "forward_kl":
+    entries = q * np.log(q / p)
+  else:
+    m = (p + q) / 2
+    entries = (q * np.log(q / m) + p * np.log(p / m)) / 2
+  return float(np.minimum(entries, BOUND).sum())
+
+
 def summed(p, q, kind: str) -> float:
   """The divergence of two distributions, as a textbook writes it."""
   if kind == "reverse_kl":
@@ -70,18 +83,22 @@ def summed(p, q, kind: str) -> float:
   )
 
 
-def reference(student, teacher, dist: Distribution, kind: str) -> np.ndarray:
+def reference(
+    student, teacher, dist: Distribution, kind: str, total=summed
+) -> np.ndarray:
   """The divergence of each row of logits, in float64."""
   out = []
   for row, other in zip(student, teacher, strict=True):
     p, q = probs64(row, dist), probs64(other, dist)
     groups = groups64(np.asarray(row), np.asarray(other), dist)
     p, q = (np.array([x[g].sum() for g in groups]) for x in (p, q))
-    out.append(summed(p, q, kind))
+    out.append(total(p, q, kind))
   return np.array(out)
 
 
-def reference_gradient(student, teacher, dist, kind) -> np.ndarray:
+def reference_gradient(
+    student, teacher, dist, kind, total=summed
+) -> np.ndarray:
   """Central differences of `reference`."""
   student = np.asarray(student, np.float64)
   out, step = np.zeros_like(student), 1e-5
@@ -89,8 +106,8 @@ def reference_gradient(student, teacher, dist, kind) -> np.ndarray:
     delta = np.zeros(student.shape[1])
     delta[column] = step
     out[:, column] = (
-        reference(student + delta, teacher, dist, kind)
-        - reference(student - delta, teacher, dist, kind)
+        reference(student + delta, teacher, dist, kind, total)
+        - reference(student - delta, teacher, dist, kind, total)
     ) / (2 * step)
   return out
 
@@ -276,3 +293,81 @@ def test_improbable_events_stay_finite(kind):
         reference(student, teacher, MERGED, kind),
         rtol=1e-5,
     )
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("name", DISTS)
+def test_entries_are_cut_as_in_float64(kind, name):
+  dist, (student, teacher) = DISTS[name], (normal(0, 9, 16), normal(1, 9, 16))
+  these = divergence.events(student, teacher, dist)
+  probs = [divergence.log_probs(x, dist, these) for x in (student, teacher)]
+  term = divergence.named(kind, max_entry=BOUND)
+  values, gradient = divergence.compare_with_gradient(term, *probs, these, dist)
+  given = student, teacher, dist, kind
+  wanted = reference(*given, bounded)
+  np.testing.assert_allclose(values, wanted, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(
+      divergence.compare(term, *probs, these), values, rtol=1e-6
+  )
+  # Most rows have an entry that is cut.
+  assert (wanted < reference(*given) - 0.005).sum() > 6
+  slope = reference_gradient(*given, bounded)
+  assert np.abs(slope).max() > 0.01
+  np.testing.assert_allclose(gradient, slope, atol=1e-5 * np.abs(slope).max())
+
+
+def test_a_bound_that_nothing_reaches_changes_nothing():
+  student, teacher = normal(0, 9, 16), normal(1, 9, 16)
+  these = divergence.events(student, teacher, MERGED)
+  probs = [divergence.log_probs(x, MERGED, these) for x in (student, teacher)]
+  plain, high = (
+      divergence.compare_with_gradient(
+          divergence.named("forward_kl", max_entry=most), *probs, these, MERGED
+      )
+      for most in (0.0, 50.0)
+  )
+  for x, y in zip(plain, high, strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+def test_merged_stops_are_one_entry():
+  # Two stops of 0.2 against 0.1 each: 0.14 nats each, 0.28 as one.
+  teacher = jnp.log(jnp.array([[0.6, 0.2, 0.2]]))
+  student = jnp.log(jnp.array([[0.8, 0.1, 0.1]]))
+  first, stop = 0.6 * np.log(0.6 / 0.8), 0.2 * LN2
+  for stops, most, wanted in (
+      ((), 0.1, first + 2 * 0.1),
+      ((1, 2), 0.1, first + 0.1),
+      ((1, 2), 0.2, first + 0.2),
+      ((), 0.2, first + 2 * stop),
+  ):
+    dist = Distribution(1.0, 3, stops)
+    these = divergence.events(student, teacher, dist)
+    probs = [divergence.log_probs(x, dist, these) for x in (student, teacher)]
+    term = divergence.named("forward_kl", max_entry=most)
+    value = divergence.compare(term, *probs, these)
+    np.testing.assert_allclose(value, [wanted], rtol=1e-5)
+
+
+def test_where_a_cut_entry_leaves_the_student():
+  """What the docstring of `bounded` warns of, by hand."""
+  teacher = jnp.log(jnp.array([0.9, 0.1]))
+  near, far = (jnp.log(jnp.array([x, 1 - x])) for x in (0.86, 0.85))
+  dist = Distribution(1.0, 2)
+  these = divergence.events(teacher, teacher, dist)
+  q = divergence.log_probs(teacher, dist, these)
+
+  def slope(kind, logits):
+    return divergence.compare_with_gradient(
+        divergence.named(kind, max_entry=0.05),
+        divergence.log_probs(logits, dist, these), q, these, dist,
+    )  # fmt: skip
+
+  # 0.9 log(0.9 / 0.86) is 0.041 and is not cut: z moves by q - p.
+  _, gradient = slope("forward_kl", near)
+  np.testing.assert_allclose(gradient, [-0.04, 0.04], atol=1e-6)
+  # 0.9 log(0.9 / 0.85) is 0.051. The rest pulls 0.1 to the other token.
+  value, gradient = slope("forward_kl", far)
+  np.testing.assert_allclose(value, 0.05 + 0.1 * np.log(0.1 / 0.15), rtol=1e-5)
+  np.testing.assert_allclose(gradient, [0.085, -0.085], atol=1e-6)
+  assert (np.asarray(slope("jsd", far)[1]) * [-1, 1] > 0).all()

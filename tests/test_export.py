@@ -109,8 +109,28 @@ def test_stop_tokens_are_those_of_the_generation_config_or_the_config(tmp_path):
     hf.stop_ids(tmp_path, 10)
 
 
-def test_everybody_may_read_an_export(tmp_path):
-  old = os.umask(0o022)
+def test_an_export_names_no_code_and_says_once_how_it_samples(tmp_path):
+  left_out = {
+      "auto_map": {"AutoModelForCausalLM": "modeling_mine.Mine"},
+      "max_length": 2048,
+      "max_new_tokens": 16,
+      "do_sample": False,
+      "temperature": 0.1,
+      "repetition_penalty": 1.2,
+      "torch_dtype": "bfloat16",
+  }
+  auto_map = {"AutoTokenizer": ["tokenization_mine.Mine", None]}
+  out = _export(
+      tmp_path, config=left_out, tokenizer_config={"auto_map": auto_map}
+  )
+  assert not left_out.keys() & _read(out, "config").keys()
+  assert "auto_map" not in _read(out, "tokenizer_config")
+  assert _read(out, "config")["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("umask", (0o022, 0o027, 0o077))
+def test_everybody_may_read_an_export(tmp_path, umask):
+  old = os.umask(umask)
   try:
     out = _export(tmp_path)
   finally:
@@ -295,5 +315,56 @@ def test_transformers_ends_an_exports_answers_where_the_run_does(tmp_path):
     )[0, 9:].numpy()
     mine = np.asarray(ours.tokens[row])[np.asarray(ours.mask[row])]
     np.testing.assert_array_equal(mine, answer)
+    ended += int(mine[-1] in stops)
+  assert ended >= 10
+
+
+@pytest.mark.torch
+def test_an_exported_student_ends_its_answers_where_the_run_does(tmp_path):
+  """A base that ends with <|endoftext|>, and a teacher that has <|im_end|>."""
+  import torch
+  import transformers
+
+  from configs import math as experiment
+  from prefix_distill.evaluate import evaluator
+  from prefix_distill.rollout import generate
+  from prefix_distill.train import setup
+
+  config = config_lib.from_dict(experiment.get_config().to_dict())
+  torch.set_num_threads(1)  # Many threads on a busy machine take minutes.
+  inputs = setup.check(config)
+  tokenizers = [one.tokenizer for one in inputs.fed]
+  stops, _ = setup.stop_ids(config, tokenizers)
+  assert len(stops) == 2
+  model = Model(inputs.student.config)
+  one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  shardings = jax.tree.map(lambda _: one, model.abstract_params())
+  params = hf.load_params(config.student.path, model, shardings)
+  out = tmp_path / "out"
+  setup.export_student(config, params, stops, out, tmp_path, 0)
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(
+      out, dtype=torch.float32, attn_implementation="eager"
+  )
+  assert theirs.generation_config.eos_token_id == list(stops)
+  sampler = evaluator.sampler_config(tokenizers[0], config.evaluation, stops)
+  batch = jax.tree.map(lambda x: x[:20], inputs.problems["heldout"].batch)
+  length = 128
+
+  @jax.jit
+  def answer(params):
+    draw = generate.Draw.of(length, greedy=True)
+    key = jax.random.key(0)
+    return generate.sample(model, sampler, length, params, batch, key, draw)
+
+  ours, ended = answer(params), 0
+  for row in range(20):
+    prompt = batch.tokens[row][batch.mask[row]]
+    wanted = theirs.generate(
+        torch.from_numpy(prompt[None]).long(),
+        do_sample=False,
+        max_new_tokens=length,
+    )[0, len(prompt) :].numpy()
+    mine = np.asarray(ours.tokens[row])[np.asarray(ours.mask[row])]
+    np.testing.assert_array_equal(mine, wanted)
     ended += int(mine[-1] in stops)
   assert ended >= 10

@@ -124,6 +124,10 @@ def _changed(name, value):
     values["loss"]["exact"]["divergence"] = "jsd"
   elif group == "loss.policy_gradient":
     values["loss"]["form"] = "policy_gradient"
+  elif group == "loss.relaxed":
+    values["loss"] |= {"form": "relaxed", "normalize": "tokens"}
+  elif name == "loss.exact.max_entry":
+    values["loss"]["exact"]["divergence"] = "forward_kl"
   elif name == "optimizer.final_fraction":
     values["optimizer"]["decay"] = "cosine"
   elif group == "rollout.rewrite":
@@ -504,7 +508,8 @@ def test_flags_of_the_export_are_refused():
     def parse(*given):
       return export.parse(["export", *given])
 
-    assert vars(parse(*(f"--{k}={v}" for k, v in good.items()))) == good
+    found = vars(parse(*(f"--{k}={v}" for k, v in good.items())))
+    assert found == good | {"push": "", "public": False}
     for name in good:
       for value in (
           "", "gs://a/b", "a\0b", "a\nb", "\x1b", "\ud800", _DIGITS,

@@ -19,7 +19,7 @@ ORDER = (
         "assets", "errors", "lost_process", "strict_json", "structs", "worker",
     },
     {"config"},
-    {"sharding", "distributed"},
+    {"reference", "sharding", "distributed"},
     {"compilation"},
     {"models"},
     {"data", "rollout", "report"},
@@ -28,7 +28,8 @@ ORDER = (
     {"train"},
     {"preflight", "command_line"},
     {"main", "plan", "export"},
-    {"experiments"},
+    {"talk"},
+    {"commands", "eval", "experiments", "runs"},
 )
 RANK = {part: i for i, parts in enumerate(ORDER) for part in parts}
 

@@ -69,9 +69,8 @@ def expected_gradient(form: str, estimator: str, off_policy: bool):
   def expected(logits):
     log_probs = jax.nn.log_softmax(logits)
     values = loss.of_tokens(
-        log_probs, log_probs, jnp.zeros(13), sampler,
-        jax.nn.log_softmax(TEACHER),
-    )  # fmt: skip
+        log_probs, log_probs, sampler, jax.nn.log_softmax(TEACHER)
+    )
     return jnp.sum(jnp.exp(sampler) * values)
 
   return jax.value_and_grad(expected)(STUDENT)
@@ -112,8 +111,7 @@ def test_the_gradient_of_samples_averages_to_the_exact_one():
 
   # Each sample's gradient is a number times (one-hot - p).
   def values(log_probs):
-    entropy = jnp.zeros(SAMPLES)
-    return loss.of_tokens(log_probs, log_probs, entropy, sampler, teacher)
+    return loss.of_tokens(log_probs, log_probs, sampler, teacher)
 
   _, pull = jax.vjp(values, sampler)
   slope = np.asarray(pull(jnp.ones(SAMPLES))[0], np.float64)
@@ -143,27 +141,13 @@ def test_the_ratio_is_one_on_policy_and_the_estimate_has_no_gradient():
   np.testing.assert_allclose(grad[1], 0.5, rtol=1e-6)
 
 
-def test_a_mixture_bounds_the_verdict_from_below_only():
-  student, teacher = jnp.full(3, -1.0), jnp.array([-26.0, -1.5, -0.1])
-  signal = loss_lib.SampledLoss(DIST, mixture=0.1).signal(student, teacher)
-  # 25 nats become log 10; what is milder, or praise, stays.
-  np.testing.assert_allclose(signal, [np.log(10), 0.5, -0.9], rtol=1e-5)
-
-
-def test_tokens_of_low_entropy_are_left_out():
-  loss = loss_lib.SampledLoss(DIST, min_entropy=0.5)
-  zeros = jnp.zeros(2)
-  values = loss.of_tokens(zeros, zeros, jnp.array([0.4, 0.6]), zeros, zeros - 1)
-  np.testing.assert_allclose(values, [0, 1])
-
-
 def test_a_stop_is_an_event_and_its_ratio_that_of_the_token():
   dist = toys.distribution(stop_ids=toys.STOPS)
   assert dist.stop_ids == toys.STOPS
   loss = loss_lib.SampledLoss(DIST)
   token, sampler = jnp.log(jnp.array([0.2])), jnp.log(jnp.array([0.1]))
   event, teacher = jnp.log(jnp.array([0.5])), jnp.log(jnp.array([0.25]))
-  value = loss.of_tokens(token, event, jnp.ones(1), sampler, teacher)
+  value = loss.of_tokens(token, event, sampler, teacher)
   np.testing.assert_allclose(value, 2 * LN2, rtol=1e-5)
 
 

@@ -55,11 +55,14 @@ def run(models, workdir, **changes) -> list[dict]:
         PrefixSpec("drift", drift=DriftSpec(2, 3, min_reliable_fraction=0.0)),
         PrefixSpec("audited", audited=AuditedSpec(2, audit_every=1)),
         PrefixSpec(
-            "agreement", agreement=AgreementSpec(2, 1.0, warmup_updates=1)
+            "agreement",
+            agreement=AgreementSpec(2, 1.0, warmup_updates=1, min_rollouts=8),
         ),
         # Nothing but their rules sets these apart; see test_prefix_schedule.
         pytest.param(
-            PrefixSpec("plateau", plateau=PlateauSpec(2, 3, 0.0, 1)),
+            PrefixSpec(
+                "plateau", plateau=PlateauSpec(2, 3, patience_updates=2)
+            ),
             marks=pytest.mark.slow,
         ),
         pytest.param(

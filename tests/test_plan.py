@@ -375,6 +375,57 @@ def test_a_gpus_verdict_is_a_budget_and_a_tpus_the_compilers():
   assert not measured(refused="needs 17 of 15.75 GiB").verdict(tpu)
 
 
+def _result(price: float = 0.0) -> planner.Result:
+  """Ten updates of 1 to 10 hours, and 5 hours of evaluation, on 8 devices."""
+  return planner.Result(
+      machines.parse("h100:8"),
+      {},
+      [],
+      {},
+      [],
+      [],
+      [],
+      {},
+      {"student, 30 answers": 5.0},
+      [3600.0 * hours for hours in range(1, 11)],
+      4,
+      0.0,
+      [],
+      Assumptions(price=price),
+  )
+
+
+@pytest.mark.parametrize(
+    "hours, updates", [(4, 0), (6, 1), (8, 2), (59.9, 9), (60, 10), (1000, 10)]
+)
+def test_a_budget_pays_for_updates_after_the_evaluations(hours, updates):
+  assert _result().affordable(hours) == updates
+
+
+def test_a_plan_says_how_a_run_is_cut_and_what_a_kill_costs():
+  cut, given_up, kill = planner.turns(_result(), 24, 30, 0)
+  assert "60.0 h into 3 turns" in cut
+  assert "36,000 s" in given_up and "30 s" in given_up
+  # Updates 5 to 8 are the longest way from one checkpoint to the next.
+  assert "up to 26.0 h:" in kill
+
+
+def test_a_long_enough_limit_and_notice_cut_nothing():
+  ends, kill = planner.turns(_result(), 61, 40_000, 0)
+  assert ends == "It ends within a time limit of 61 h."
+  assert "every 4 updates" in kill
+
+
+def test_a_budget_is_a_sum_if_there_is_a_price():
+  *_, kill, paid = planner.turns(_result(price=2.0), 0, 40_000, 16 * 15)
+  assert "up to 26.0 h (416)" in kill
+  assert paid == (
+      "240 pays for 4 of 10 updates, evaluation included: --config.steps=4."
+  )
+  *_, paid = planner.turns(_result(), 0, 40_000, 60)
+  assert paid == "60 h pays for 10 of 10 updates, evaluation included."
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
   root = tmp_path_factory.mktemp("models")

@@ -374,7 +374,7 @@ def test_warnings_and_checks_take_any_question():
     assert not prompts.warnings(spec, question, tokenizer)
 
 
-def _changed(config, path, **changes):
+def _changed(config, path, /, **changes):
   """Changes fields of a group, named with dots."""
   name, _, rest = path.partition(".")
   inner = getattr(config, name)
@@ -400,6 +400,12 @@ def _on_completions(config, tmp_path, completion):
   train = DatasetSpec(str(source), completion="completion")
   config = _changed(config, "data", train=train)
   return _changed(config, "rollout", source="data")
+
+
+def _cut(directory, name):
+  model = _model(directory / "model", name)
+  (model / "generation_config.json").write_text('{"eos_token_id": [466')
+  return model
 
 
 # What a run refuses, and words of its sentence.
@@ -434,6 +440,36 @@ _REFUSED = {
         lambda c, d: _on_completions(c, d, ["We add."]),
         "a.jsonl line 1 has ['We add.'] (list) in field 'completion'",
     ),
+    "completions that are blank": (
+        lambda c, d: _on_completions(c, d, "<think>\n<|im_end|>"),
+        "none can be used (1: empty in a field that is used)",
+    ),
+    "completions of two turns": (
+        lambda c, d: _on_completions(c, d, "7<|im_end|>\n<|im_start|>user"),
+        "none can be used (1: the completion has a token that ends",
+    ),
+    "a field that the teacher's prompt lacks": (
+        lambda c, _: _changed(c, "data", teacher_prompt="{question} {hint}"),
+        "has no field 'hint'",
+    ),
+    "a tokenizer that is not there": (
+        lambda c, d: _changed(c, "student", tokenizer=str(d / "none")),
+        "none is not a directory",
+    ),
+    "a template that raises": (
+        lambda c, d: _changed(
+            c,
+            "teacher",
+            path=str(
+                _model(d / "t", "teacher", "{%- if", "{{- nothing.x }}{%- if")
+            ),
+        ),
+        "the chat template fails on messages of user",
+    ),
+    "a generation config that is cut": (
+        lambda c, d: _changed(c, "student", path=str(_cut(d, "capable"))),
+        "generation_config.json cannot be read",
+    ),
     "completions that are long": (
         lambda c, d: _on_completions(c, d, "We add. " * 999),
         "every one of the 1 records is longer",
@@ -462,8 +498,11 @@ def test_what_a_run_refuses_is_refused_before_weights(
   assert not (tmp_path / "workdir").exists()
 
 
-def test_a_batch_that_does_not_split_is_refused_for_other_devices(tmp_path):
-  flags = ("--config.data.batch_size=12",)
+@pytest.mark.parametrize("group", ("data", "evaluation"))
+def test_a_batch_that_does_not_split_is_refused_for_other_devices(
+    tmp_path, group
+):
+  flags = (f"--config.{group}.batch_size=12",)
   here = tmp_path / "here"
   here.mkdir()
   process = subprocess.run(
@@ -478,7 +517,8 @@ def test_a_batch_that_does_not_split_is_refused_for_other_devices(tmp_path):
       },
   )  # fmt: skip
   assert process.returncode == 1 and not process.stdout
-  assert "data.batch_size is 12, which is not divisible by 8" in process.stderr
+  words = f"{group}.batch_size is 12, which is not divisible by 8"
+  assert words in process.stderr
   assert "JAX_NUM_CPU_DEVICES" in process.stderr
 
 

@@ -21,6 +21,7 @@ import toys
 from prefix_distill import distributed
 from prefix_distill.errors import ConfigError
 from prefix_distill.report import report
+from prefix_distill.report import samples
 
 _CONFIG = pathlib.Path(__file__).parent / "programs" / "toy_config.py"
 # What depends on the clock, and on how often a run was started.
@@ -136,6 +137,20 @@ def test_a_run_goes_on_with_another_number_of_processes(parts, whole):
   for stage in ends[1:]:
     assert "Resuming after update" in stage[0][1]
   assert_same_lines(lines(workdir), lines(whole))
+
+
+def test_its_samples_are_those_of_one_process(parts, whole):
+  for ours, theirs in zip(
+      samples.read(parts[0]), samples.read(whole), strict=True
+  ):
+    assert len(ours) == len(theirs) > 12
+    for x, y in zip(ours, theirs, strict=True):
+      assert x.keys() == y.keys()
+      for name, wanted in y.items():
+        if name in ("divergence", "student", "teacher"):
+          wanted = pytest.approx(wanted, rel=2e-3, abs=1e-5)
+        if name != "alternatives":
+          assert x[name] == wanted, (y["step"], name)
 
 
 def test_its_export_is_that_of_one_process(parts, whole):

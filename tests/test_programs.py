@@ -242,8 +242,9 @@ def test_what_was_cut_off_is_not_trained_on():
   )
   _, shown = _update(made, 8, threshold=np.inf)
   assert shown.mask.all()
-  # All agree, which is seen at the fourth token.
-  assert shown.trained.any(axis=0).tolist() == [True] * 4 + [False] * 4
+  # All agree. The first window does not count, so the first low one starts at
+  # the second token.
+  assert shown.trained.any(axis=0).tolist() == [True] + [False] * 7
   np.testing.assert_array_equal(
       np.isfinite(shown.metrics["kl_position"]), shown.trained.any(axis=0)
   )

@@ -1,75 +1,48 @@
+import base64
+import hashlib
+import html
+import html.parser
 import json
+import re
 
+import pages
+from pages import evaluation
+from pages import EVIL
+from pages import RUN
+from pages import update
+from pages import write
 import pytest
 
 from prefix_distill.report import plots
 from prefix_distill.report import report
 
 
-def update(step: int, **changes) -> dict:
-  return {
-      "step": step,
-      "prefix_len": 4 * step,
-      "rollout_len": 3.5 * step,
-      "tokens": 100 * step,
-      "flops": 1e9 * step,
-      "flops_full_estimate": 3e9 * step,
-      "seconds": 2.0 * step,
-      "compilations_sample": 1,
-      "compilations_score": 1,
-      "compilations_update": 1,
-      "kl": 1 / step,
-      "kl_at_0": 1 / step,
-      "finish_rate": 0.25,
-      "cut": 0.75,
-      "rollout_len_p95": 4 * step,
-      "repetition": 0.01,
-      **changes,
-  }
+class _Reader(html.parser.HTMLParser):
+  """Reads the rows of tables, all addresses, and what scripts hold."""
 
+  def __init__(self, text: str):
+    super().__init__()
+    self.rows, self.addresses, self.scripts, self._open = [], [], [], ""
+    self.feed(text)
 
-def evaluation(step: int, finish: float = 1.0, **changes) -> dict:
-  return {
-      "step": step,
-      "model": "student",
-      "set": "heldout",
-      "mode": "sampled",
-      "flops": 1e9 * step,
-      "accuracy": 0.5 * finish,
-      "accuracy_low": 0.4 * finish,
-      "accuracy_high": 0.6 * finish,
-      "accuracy_finished": 0.5 if finish else 0.0,
-      "finish_rate": finish,
-      "cut": 1 - finish,
-      "mean_length": 120.4,
-      "length_p95": 231,
-      "repetition": 0.125,
-      "problems": 480,
-      "samples": 1,
-      **changes,
-  }
+  def handle_starttag(self, tag, attrs):
+    self._open = tag
+    if tag == "tr":
+      self.rows.append([])
+    if tag in ("td", "th"):
+      self.rows[-1].append("")
+    if tag == "script":
+      self.scripts.append("")
+    self.addresses += [v for k, v in attrs if k in ("src", "href")]
 
+  def handle_data(self, data):
+    if self._open in ("td", "th"):
+      self.rows[-1][-1] += data
+    if self._open == "script":
+      self.scripts[-1] += data
 
-RUN = [
-    evaluation(0),
-    evaluation(0, mode="greedy"),
-    *(update(step) for step in (1, 2)),
-    evaluation(2),
-    evaluation(2, mode="greedy"),
-    evaluation(2, model="teacher"),
-    evaluation(2, model="teacher", mode="greedy"),
-]
-
-
-def write(lines: list[dict], workdir) -> str:
-  """Writes a run's report; returns its text."""
-  config = {"method": "prefix", "evaluation": {"sets": {"heldout": {}}}}
-  (workdir / "config.json").write_text(json.dumps(config))
-  (workdir / "metrics.jsonl").write_text(
-      "".join(json.dumps(line) + "\n" for line in lines)
-  )
-  report.write(workdir)
-  return (workdir / "report" / "report.md").read_text()
+  def handle_endtag(self, tag):
+    self._open = ""
 
 
 def test_what_was_spent_is_told_by_both_accountings():
@@ -81,35 +54,100 @@ def test_what_was_spent_is_told_by_both_accountings():
 
 
 def test_the_reasons_of_what_was_dropped_are_told(tmp_path):
-  assert "dropped" not in write([update(1, dropped=0)], tmp_path)
+  text = write([update(1, dropped=0)], tmp_path)
+  assert "records were dropped" not in text
   some = {"dropped": 1, "dropped_long": 1}
   more = {"dropped": 5, "dropped_empty": 2, "dropped_long": 3}
   text = write([update(1, **some), update(2, **more)], tmp_path)
   assert "5 training records were dropped (2 empty, 3 long)." in text
 
 
-def test_the_table_holds_accuracy_and_how_answers_end(tmp_path):
-  text = write(RUN, tmp_path)
-  rows = [line for line in text.splitlines() if line.startswith("|")]
-  assert rows[0] == (
-      "|  | sampled (95 %) | greedy (95 %) | finish | right if finished |"
-      " tokens (mean / p95) | repetition |"
-  )
-  assert rows[3] == (
-      "| student before | 50.0 % (40.0-60.0) | 50.0 % (40.0-60.0) | 100.0% |"
-      " 50.0% | 120 / 231 | 12.5% |"
-  )
-  assert [row.split("|")[1].strip() for row in rows[2:]] == [
-      "teacher", "student before", "student after",
+def test_a_set_that_chose_the_checkpoint_is_no_held_out_score(tmp_path):
+  lines = [
+      *RUN, update(3), update(4), evaluation(4, accuracy=0.75), update(5),
+      evaluation(6, accuracy=0.7), evaluation(6, mode="greedy", accuracy=0.9),
+      evaluation(6, set="other", accuracy=0.99),
   ]  # fmt: skip
+  text = write(lines, tmp_path, best="heldout")
+  assert "heldout chose update 4 of 3 that were evaluated: 75.0%" in text
+  assert "no held-out score" in text and "--step=best" in text
+  assert "heldout chose" not in write(lines, tmp_path)
+  # The first evaluation is of no checkpoint.
+  assert "heldout chose" not in write(RUN[:2], tmp_path, best="heldout")
+
+
+def test_the_table_holds_accuracy_and_how_answers_end(tmp_path):
+  rows = _Reader(write(RUN, tmp_path)).rows
+  assert rows[:4] == [
+      [
+          "", "sampled (95 %)", "greedy (95 %)", "finish", "right if finished",
+          "tokens (mean / p95)", "repetition",
+      ],
+      *(
+          [
+              name, "50.0 % (40.0-60.0)", "50.0 % (40.0-60.0)", "100.0%",
+              "50.0%", "120 / 231", "12.5%",
+          ]
+          for name in ("teacher", "student before", "student after")
+      ),
+  ]  # fmt: skip
+  # And the updates, with what they have.
+  assert rows[4:] == [
+      ["update", "KL", "cap", "mean tokens", "finished", "FLOPs"],
+      ["1", "1", "4", "3.5", "25.0%", "1e+09"],
+      ["2", "0.5", "8", "7.0", "25.0%", "2e+09"],
+  ]
 
 
 def test_what_was_not_measured_is_a_dash(tmp_path):
-  text = write([evaluation(0, finish=0.0)], tmp_path)
-  row = next(x for x in text.splitlines() if "student before" in x)
-  _, sampled, greedy, finish, right, *_ = row.strip("| ").split(" | ")
+  rows = _Reader(write([evaluation(0, finish=0.0)], tmp_path)).rows
+  row = next(x for x in rows if x[0] == "student before")
+  _, sampled, greedy, finish, right, *_ = row
   assert (sampled, finish) == ("0.0 % (0.0-0.0)", "0.0%")
   assert greedy == right == "-"
+
+
+def test_many_updates_are_a_few_rows_with_both_ends(tmp_path):
+  text = write([update(step) for step in range(1, 201)], tmp_path)
+  rows = [x for x in _Reader(text).rows if x[0].isdigit()]
+  assert len(rows) == 50
+  assert (rows[0][0], rows[-1][0]) == ("1", "200")
+  assert "50 of 200 updates" in text
+
+
+def test_the_page_says_what_the_run_was(tmp_path):
+  text = write(RUN, tmp_path / "my & run")
+  for part in (
+      "<h1>my &amp; run</h1>", "bundled:teacher", "exact reverse KL",
+      "3 of 8 prompts x 2 rollouts", "math_task", "fixed",
+  ):  # fmt: skip
+    assert part in text
+  assert re.search(r"20\d\d-\d\d-\d\d \d\d:\d\d UTC", text)
+  for name in ("accuracy_flops", "termination", "kl_step", "kl_position"):
+    assert html.escape(plots.CAPTIONS[f"{name}.svg"]) in text.replace(
+        "&#39;", "&#x27;"
+    )
+
+
+def test_the_page_needs_no_network(tmp_path):
+  read = _Reader(write(RUN, tmp_path, pages.ROLLOUTS, pages.ANSWERS))
+  assert len(read.addresses) >= 5
+  assert all(x.startswith(("data:", "#")) for x in read.addresses)
+
+
+def test_texts_come_into_the_page_as_they_are_and_only_as_data(tmp_path):
+  text = write(RUN, tmp_path, pages.ROLLOUTS, pages.ANSWERS)
+  assert EVIL not in text and "<b>" not in text
+  samples, script = _Reader(text).scripts
+  found = json.loads(samples)
+  assert found["answers"] == pages.ANSWERS
+  assert [x | {"ids": [5, 6, 7, 8, 9]} for x in found["rollouts"]] == (
+      pages.ROLLOUTS
+  )
+  # The policy allows this script and no other.
+  digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+  assert f"script-src 'sha256-{digest}'" in html.unescape(text)
+  assert "innerHTML" not in script
 
 
 def test_the_widest_table_fits_a_terminal(tmp_path, capsys, monkeypatch):
@@ -141,15 +179,14 @@ def test_answers_that_end_less_often_are_warned_of(tmp_path, capsys):
       evaluation(2, finish=0.827),
       evaluation(2, finish=0.5, mode="greedy"),
   ]
-  text = write(lines, tmp_path)
+  text = html.unescape(write(lines, tmp_path))
   printed = " ".join(capsys.readouterr().out.split())
   for where in (text, printed):
     assert where.count("Warning") == 1
     assert "82.7% sampled, 100.0% before" in where
     assert "50.0% greedy, 100.0% before" in where
-    assert "loss.merge_stop_tokens" in where and "termination.png" in where
-  assert text.index("| student after") < text.index("Warning")
-  assert text.index("Warning") < text.index("![")
+    assert "loss.merge_stop_tokens" in where and "how answers end" in where
+  assert text.index("Warning") < text.index("<table")
 
 
 @pytest.mark.parametrize("mode", ["sampled", "greedy"])
@@ -188,8 +225,8 @@ AGREEMENT = {
     "top1_agreement": 0.9,
     "kl_special": 2.0,
 }
-ALWAYS = {"accuracy_flops.png", "termination.png"}
-KL = {"kl_step.png", "kl_position.png"}
+ALWAYS = {"accuracy_flops.svg", "termination.svg"}
+KL = {"kl_step.svg", "kl_position.svg"}
 
 
 @pytest.mark.parametrize(
@@ -198,11 +235,11 @@ KL = {"kl_step.png", "kl_position.png"}
         ([], set()),
         (RUN, ALWAYS | KL),
         ([x for x in RUN if "mode" in x], ALWAYS),
-        ([x for x in RUN if "kl" in x], KL | {"termination.png"}),
-        ([update(1, **AGREEMENT), *RUN], ALWAYS | KL | {"agreement.png"}),
+        ([x for x in RUN if "kl" in x], KL | {"termination.svg"}),
+        ([update(1, **AGREEMENT), *RUN], ALWAYS | KL | {"agreement.svg"}),
         ([{"step": 1, "rollout_len": 3.0, "cross_entropy": 0.5}],
-         {"loss_step.png"}),
-        *(([{"step": 1, name: value}], {"agreement.png"})
+         {"loss_step.svg"}),
+        *(([{"step": 1, name: value}], {"agreement.svg"})
           for name, value in AGREEMENT.items() if name != "entropy_teacher"),
     ],
 )  # fmt: skip
@@ -249,3 +286,37 @@ def test_a_number_that_json_lacks_leaves_a_gap(monkeypatch, tmp_path):
   assert found[2]["all tokens"] == [1.0, 0.5]
   gap, value = found[2]["special tokens"]
   assert gap != gap and value == 2.0
+
+
+@pytest.mark.parametrize(
+    "kl, scale", [([8, 4, 2, 1], "linear"), ([9, 0.1, 0.02, 0.01], "log"),
+                  ([0, 0], "linear"), ([9, 0, 0.01, 0.01], "log")],
+)  # fmt: skip
+def test_curves_that_would_lie_on_zero_have_a_log_scale(
+    monkeypatch, tmp_path, kl, scale
+):
+  lines = [update(i + 1, kl=x, kl_at_0=x) for i, x in enumerate(kl)]
+  axes = drawn(monkeypatch, lines, tmp_path, plots.kl_against_position)
+  assert axes[0].get_yscale() == scale
+  if scale == "linear":
+    assert axes[0].get_ylim()[0] == 0
+
+
+def test_ticks_of_updates_are_whole_numbers(monkeypatch, tmp_path):
+  lines = [update(1, **AGREEMENT), update(2, **AGREEMENT), *RUN]
+  for picture in (
+      plots.termination, plots.agreement, plots.kl_against_position
+  ):
+    axes = drawn(monkeypatch, lines, tmp_path, picture)[-1]
+    assert all(x == int(x) for x in axes.get_xticks())
+
+
+def test_no_legend_lies_on_a_curve(monkeypatch, tmp_path):
+  lines = [update(1, **AGREEMENT), update(2, **AGREEMENT), *RUN]
+  for picture in (
+      plots.termination, plots.agreement, plots.kl_against_position,
+  ):  # fmt: skip
+    for axes in drawn(monkeypatch, lines, tmp_path, picture):
+      axes.figure.draw_without_rendering()
+      legend = axes.get_legend().get_window_extent()
+      assert legend.y1 <= axes.get_window_extent().y0

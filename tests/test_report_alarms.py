@@ -73,7 +73,7 @@ def _evaluations(name):
 )
 def test_any_name_of_a_set_is_shown_as_it_is(name, tmp_path, capsys):
   lines = updates([0.3] * 3) + _evaluations(name)
-  assert "accuracy_flops.png" in plots.draw(lines, tmp_path, "prefix")
+  assert "accuracy_flops.svg" in plots.draw(lines, tmp_path, "prefix")
   assert "could not be drawn" not in capsys.readouterr().out
 
 
@@ -84,8 +84,8 @@ def test_a_picture_that_fails_is_a_warning(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(plots, "termination", fail)
   lines = updates([0.3] * 3) + _evaluations("heldout")
   drawn = plots.draw(lines, tmp_path, "prefix")
-  assert "accuracy_flops.png" in drawn and "termination.png" not in drawn
-  assert "termination.png could not be drawn (no ink)" in (
+  assert "accuracy_flops.svg" in drawn and "termination.svg" not in drawn
+  assert "termination.svg could not be drawn (no ink)" in (
       capsys.readouterr().out
   )
   assert np.all([(tmp_path / name).is_file() for name in drawn])

@@ -309,8 +309,22 @@ def test_the_differences_in_the_readmes_sentences():
       ("fixed-64-fast", "full-fast", 0.1),
       ("linear", "full", "end"),
       ("random", "linear", "end"),
+      ("linear", "seqkd", "equal"),
+      ("fixed-64", "seqkd", "equal"),
   ):
     assert _word(first, second, what).accuracy.points() in text
+
+
+def test_the_chains_in_the_table_of_methods():
+  text = (DOCS.parent / "methods.md").read_text()
+  runs = results.load(DOCS / "runs.jsonl")
+  found = results.curves(run for run in runs if "rate" not in run)
+  for cell in (
+      "linear", "full", "fixed-64", "fixed-16", "random", "audited", "seqkd"
+  ):  # fmt: skip
+    curve = found["chain", cell]
+    assert results.interval(results.at_end, curve).percent() in text
+    assert len(curve.seeds) == 5
 
 
 def test_what_the_readme_says_of_equal_flops():
@@ -318,6 +332,8 @@ def test_what_the_readme_says_of_equal_flops():
     assert _word(cell, "full", "equal").word() == "better"
   assert _word("fixed-64", "full-fast", "equal").word() == "better"
   for cell in ("linear", "fixed-16", "random", "audited"):
-    assert _word(cell, "full-fast", "equal").word() == "undecided"
+    assert _word(cell, "full-fast", "equal").word() in ("undecided", "as good")
   assert _word("linear", "full", "end").word() == "worse"
-  assert _word("random", "linear", "end").word() == "undecided"
+  assert _word("random", "linear", "end").word() == "as good"
+  assert _word("linear", "seqkd", "equal").word() == "worse"
+  assert _word("fixed-64", "seqkd", "equal").word() == "undecided"

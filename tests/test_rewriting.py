@@ -200,11 +200,9 @@ def test_no_token_at_all_is_a_rewriting_that_was_cut(tokenizer):
     ],
 )
 def test_what_needs_a_tokenizer_to_be_refused(tokenizer, changes, words):
-  config = _config(**changes)
-  data = dataclasses.replace(config.data, suffix="")
-  config = dataclasses.replace(config, data=data)
+  rewriting = _rewriting(tokenizer, **changes)
   with pytest.raises(ConfigError) as error:
-    Rewriting(config, tokenizer, tokenizer).check()
+    rewriting.check(["<think>", ""])
   assert words in str(error.value) and str(error.value).endswith(".")
 
 

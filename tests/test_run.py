@@ -76,9 +76,10 @@ def whole(tmp_path_factory, cache):
 def test_a_run_leaves_what_the_readme_promises(whole):
   workdir, out = whole
   for name in (
-      "config.json", "metrics.jsonl", "checkpoints/6", "report/report.md",
-      "report/accuracy_flops.png", "report/kl_step.png",
-      "report/kl_position.png", "report/termination.png",
+      "config.json", "metrics.jsonl", "checkpoints/6", "report/report.html",
+      "report/accuracy_flops.svg", "report/kl_step.svg",
+      "report/kl_position.svg", "report/termination.svg",
+      "samples/rollouts.jsonl", "samples/answers.jsonl",
       "export/model.safetensors",
       "export/config.json", "export/tokenizer.json",
       "export/chat_template.jinja",

@@ -9,6 +9,7 @@ import toys
 from prefix_distill import sharding
 from prefix_distill.config import MeshSpec
 from prefix_distill.errors import ConfigError
+from prefix_distill.models.config import Lora
 from prefix_distill.models.transformer import Model
 
 P = jax.sharding.PartitionSpec
@@ -29,14 +30,17 @@ def parameters(**changes) -> dict[str, tuple[int, ...]]:
 @FAMILIES
 def test_every_parameter_matches_exactly_one_rule(family):
   for tied in (False, True):
-    for name, shape in parameters(family=family, tied=tied).items():
+    found = parameters(family=family, tied=tied, lora=Lora(2))
+    for name, shape in found.items():
       rules = [axes for key, axes in sharding.RULES if re.search(key, name)]
       assert len(rules) == 1, name
       assert len(rules[0]) in (0, len(shape)), name
 
 
 def test_every_rule_matches_a_parameter():
-  names = {n for f in ("qwen3", "qwen2") for n in parameters(family=f)}
+  names = {
+      n for f in ("qwen3", "qwen2") for n in parameters(family=f, lora=Lora(2))
+  }
   for pattern, _ in sharding.RULES:
     assert any(re.search(pattern, name) for name in names), pattern
 
@@ -56,8 +60,24 @@ def test_matrices_are_split_over_both_axes_and_vectors_over_one_at_most(
       assert split == {"fsdp", "tensor"}
 
 
+def test_adapters_are_split_as_the_axes_of_their_products():
+  found, here = parameters(lora=Lora(2)), mesh(1, 2, 2)
+  for name, shape in found.items():
+    if not name.endswith("_a"):
+      continue
+    product, b = name.removesuffix("_a"), name[:-1] + "b"
+    whole = sharding.partition(product, found[product], here)
+    inputs = sharding.partition(name, shape, here)
+    outputs = sharding.partition(b, found[b], here)
+    # A [L, rank, inputs] and B [L, outputs, rank] of a weight [L, outputs,
+    # inputs]: what is not the rank lies as it does there.
+    count = len(outputs) - 2
+    assert (None, *outputs[1:-1], *inputs[2:]) == tuple(whole), name
+    assert inputs[1] is None and outputs[-1] is None and count > 0, name
+
+
 def test_layers_are_not_split():
-  for name, shape in parameters().items():
+  for name, shape in parameters(lora=Lora(2)).items():
     if name.startswith("layers/"):
       spec = sharding.partition(name, shape, mesh(1, 2, 2))
       assert not spec or spec[0] is None
@@ -141,6 +161,14 @@ def test_a_mesh_of_eight_devices_computes_what_one_device_does(runs, name):
   assert ours["losses"] == pytest.approx(one["losses"], rel=1e-4)
   assert ours["norms"] == pytest.approx(one["norms"], rel=1e-3)
   assert ours["tokens"] == one["tokens"]
+
+
+@pytest.mark.parametrize("name", ["eight devices", "two meshes"])
+def test_a_mesh_of_eight_devices_sees_the_same_in_rollouts(runs, name):
+  one, ours = (runs[x]["inspected"] for x in ("one device", name))
+  assert one.keys() == ours.keys() and len(one["tokens"]) > 12
+  for field, wanted in one.items():
+    np.testing.assert_allclose(ours[field], wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_weights_are_loaded_onto_the_mesh_as_they_are_without_one(runs):

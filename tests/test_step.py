@@ -9,12 +9,10 @@ import pytest
 import toys
 
 from prefix_distill import sharding
-from prefix_distill.config import DriftSpec
 from prefix_distill.config import MeshSpec
 from prefix_distill.config import OptimizerSpec
 from prefix_distill.distill import chunked_head
 from prefix_distill.distill import loss as loss_lib
-from prefix_distill.distill import prefix_schedule
 from prefix_distill.distill.loss import ExactLoss
 from prefix_distill.distill.loss import SampledLoss
 from prefix_distill.rollout import generate
@@ -244,16 +242,6 @@ def test_a_window_trains_on_its_tokens_and_measures_all():
   assert [int(s["loss"][1]) for _, s in parts] == [19, 17, 36]
 
 
-def test_reliability_counts_drifted_positions():
-  overlap = jnp.array([[1.0, 0.2, 1.0, 0.2, 1.0], [1.0, 1.0, 1.0, 1.0, 0.0]])
-  mask = jnp.arange(5) < jnp.array([[5], [3]])
-  spec = DriftSpec(min_overlap=0.5, max_drifted=2)
-  shown = prefix_schedule.Drift(5, spec).shown({"overlap": overlap}, mask)
-  # The second drifted position makes a rollout unreliable; padding always is.
-  sums, counts = shown["reliable"]
-  assert sums.tolist() == [2, 2, 2, 0, 0] and counts.tolist() == [2] * 5
-
-
 def test_position_bins_sum_to_the_whole():
   _, sums, *_ = loss_and_gradients(ROLLOUT, score("exact", ROLLOUT))
   assert step_lib.bin_width(4 * COLUMNS) == 2
@@ -292,13 +280,87 @@ def test_the_sampled_form_has_the_exact_gradient_in_expectation():
   assert_equal(ours, wanted, rtol=0, atol=1e-5)
 
 
+def by_length(*window: int) -> step_lib.LossFn:
+  """Returns the exact loss whose rollouts weigh the same, however long."""
+  window = step_lib.Window(*(window or (0, 0)), by_length=True)
+  return functools.partial(
+      step_lib.distillation_loss, STUDENT, OBJECTIVES["exact"], WATCH, window
+  )
+
+
+def mean_of_means(scores: TeacherScores):
+  """Returns sums and gradients from each rollout alone, divided by hand."""
+  gradient = jax.jit(jax.grad(LOSS, has_aux=True))
+  inputs, total = (PROMPTS, ROLLOUT, scores), 0.0
+  grads = jax.tree.map(jnp.zeros_like, PARAMS)
+  for i, length in enumerate(LENGTHS):
+    row = jax.tree.map(lambda x, i=i: x[i : i + 1], inputs)
+    own, sums = gradient(PARAMS, TEACHER_HEAD, row)
+    total += sums["loss"][0] / length
+    grads = jax.tree.map(lambda g, x, n=length: g + x / n, grads, own)
+  # All other metrics stay those of tokens.
+  sums = jax.jit(LOSS)(PARAMS, TEACHER_HEAD, inputs)[1]
+  return sums | {"loss": (total, len(LENGTHS))}, grads
+
+
+def test_a_mean_by_length_is_that_of_a_dense_reference():
+  """Against float64 in NumPy: the loss, and its gradients by formula."""
+  rng = np.random.default_rng(0)
+  window, lengths, vocab = (1, 6), np.array(LENGTHS), 13
+  rows = len(LENGTHS)
+  hidden, other = rng.normal(size=(2, rows, COLUMNS, 4))
+  head, other_head = rng.normal(size=(2, vocab, 4))
+  mask = np.arange(COLUMNS) < lengths[:, None]
+  inside = mask & (np.arange(COLUMNS) >= 1) & (np.arange(COLUMNS) < 6)
+
+  def log_softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+  log_p = log_softmax(hidden @ head.T)
+  log_q = log_softmax(other @ other_head.T)
+  terms = np.exp(log_p) * (log_p - log_q)
+  kl = terms.sum(-1, keepdims=True)
+  # Of rollouts with one token none is in the window: they add nothing.
+  share = inside / np.maximum(inside.sum(1, keepdims=True), 1) / rows
+  wanted = np.sum(share * kl[..., 0])
+  by_logits = share[..., None] * (terms - np.exp(log_p) * kl)
+  weights = step_lib.Window(*window, by_length=True).weights(jnp.array(mask))
+
+  def loss(hidden, head):
+    inputs = chunked_head.HeadInputs(
+        hidden, head, jnp.float32(other), jnp.float32(other_head)
+    )
+    tokens = chunked_head.TokenInputs(weights, jnp.array(mask))
+    exact = ExactLoss(DIST)
+    return chunked_head.weighted_sum(exact, inputs, tokens)[0] / rows
+
+  found, grads = jax.value_and_grad(loss, (0, 1))(
+      jnp.float32(hidden), jnp.float32(head)
+  )
+  assert wanted > 0.1
+  assert float(found) == pytest.approx(wanted, rel=1e-5)
+  np.testing.assert_allclose(grads[0], by_logits @ head, atol=1e-6)
+  by_head = np.einsum("bpv,bpd->vd", by_logits, hidden)
+  np.testing.assert_allclose(grads[1], by_head, atol=1e-6)
+  # The same from the whole loss: its mean is over the rollouts that have any.
+  _, sums = by_length(*window)(
+      PARAMS, TEACHER_HEAD, (PROMPTS, ROLLOUT, score("exact", ROLLOUT))
+  )
+  assert float(sums["loss"][1]) == pytest.approx((inside.sum(1) > 0).sum())
+
+
 @pytest.mark.parametrize(
-    "normalize, counts", [("rollouts", (1, 2, 4)), ("tokens", (2, 4))]
+    "normalize, counts",
+    [("rollouts", (1, 2, 4)), ("tokens", (2, 4)), ("length", (1, 2, 4))],
 )
 def test_parts_do_not_change_the_update(normalize, counts):
   if normalize == "rollouts":
     loss, count, scores = LOSS, len(LENGTHS), score("exact", ROLLOUT)
     _, sums, grads = loss_and_gradients(ROLLOUT, scores)
+  elif normalize == "length":
+    loss, count, scores = by_length(), len(LENGTHS), score("exact", ROLLOUT)
+    sums, grads = mean_of_means(scores)
   else:
     loss = functools.partial(
         step_lib.supervised_loss, STUDENT, DIST, 2**28

@@ -5,6 +5,7 @@ import pytest
 import toys
 
 from prefix_distill.report import report
+from prefix_distill.report import samples
 from prefix_distill.train import loop
 
 
@@ -98,6 +99,12 @@ def test_supervised_updates_say_nothing_of_rollouts(tmp_path):
     assert 0 <= evaluation["repetition"] <= 1
     assert 0 < evaluation["length_p95"] <= config.evaluation.max_len
   directory = tmp_path / "run" / "report"
-  assert {x.name for x in directory.glob("*.png")} == {
-      "accuracy_flops.png", "termination.png", "loss_step.png",
+  assert {x.name for x in directory.iterdir()} == {
+      "accuracy_flops.svg", "termination.svg", "loss_step.svg", "report.html",
   }  # fmt: skip
+  # Without a teacher, what is kept is how unlikely the answers are.
+  rollouts, _ = samples.read(tmp_path / "run")
+  assert [x["measure"] for x in rollouts] == ["cross_entropy"] * 4
+  assert all(x["source"] == "data" and x["finished"] for x in rollouts)
+  assert all("teacher" not in x for x in rollouts)
+  assert min(np.mean(x["divergence"]) for x in rollouts) > 1

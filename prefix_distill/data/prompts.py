@@ -11,7 +11,8 @@ and the records that are dropped do not depend on the number of processes.
 A record that is no use is left out of training, and counted in `dropped`:
 
   long      a prompt or a completion is longer than its static length
-  empty     the question, the teacher's prompt or the completion is blank
+  empty     the question, the completion or a field of the teacher's prompt is
+            blank
   broken    one of them has a lone surrogate, half of a character
   lost      the encoded prompt does not read as the question: the template left
             it out, or the tokenizer has no tokens for it
@@ -39,6 +40,7 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
+import functools
 import itertools
 import json
 import re
@@ -59,6 +61,8 @@ from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 
 _MARKUP = re.compile(r"<[^<>\s]+>")
+# How many records are looked at for their suffixes.
+_LOOKED = 1000
 # A row of tokens and its mask; None for a text that is too long.
 _Row = tuple[np.ndarray, np.ndarray] | None
 
@@ -145,6 +149,8 @@ def _encode_question(
     raise Dropped("broken")
   if faults[-1]:
     raise Dropped("empty")
+  if records.fault(suffix) == "broken":
+    raise Dropped("broken")
   if not tokenizer.fits(question, max_len):
     raise Dropped("long")
   try:
@@ -196,7 +202,11 @@ def encode_problem(
 
 
 def _encode_completion(
-    tokenizer: Tokenizer, text: str, max_len: int, opening: str
+    tokenizer: Tokenizer,
+    text: str,
+    max_len: int,
+    opening: str,
+    ends: Sequence[int] = (),
 ) -> tuple[tuple[np.ndarray, np.ndarray], list[str]]:
   """Encodes a completion, and says what was cut off.
 
@@ -205,13 +215,14 @@ def _encode_completion(
     text: the completion.
     max_len: of the row, with the stop token.
     opening: what the prompt ends with.
+    ends: tokens that end an answer besides the tokenizer's own.
 
   Raises:
     Dropped: it cannot be used.
   """
   if len(text) > max_len * tokenizer.longest_text:
     raise Dropped("long")
-  text, noted = _trimmed(tokenizer, text, opening)
+  text, noted = _trimmed(tokenizer, text, opening, ends)
   fault = records.fault(text)
   if fault:
     raise Dropped(fault)
@@ -227,7 +238,7 @@ def _encode_completion(
 
 
 def _trimmed(
-    tokenizer: Tokenizer, text: str, opening: str
+    tokenizer: Tokenizer, text: str, opening: str, ends: Sequence[int]
 ) -> tuple[str, list[str]]:
   """Cuts off what the prompt and the row's end have already."""
   noted, start = [], text.lstrip()
@@ -235,7 +246,7 @@ def _trimmed(
     text, noted = start[len(opening.strip()) :], ["opened"]
     # The white space behind it is the prompt's, too, if the prompt has any.
     text = text.removeprefix(opening[len(opening.rstrip()) :])
-  end = tokenizer.end_of_text(text)
+  end = tokenizer.end_of_text(text, ends)
   return text[:end], noted + ["ended"] * (end < len(text))
 
 
@@ -252,6 +263,20 @@ def questions(
     return question, None
   text = records.fill(record, spec.teacher_prompt, where)
   return question, with_last(question, text)
+
+
+def suffix_of(suffix: str, record: Mapping[str, Any], where: str) -> str:
+  """Returns the suffix of a record's prompts.
+
+  Args:
+    suffix: `data.suffix`, which may be a template over the record's fields.
+    record: the record.
+    where: the record's name in a sentence.
+
+  Raises:
+    DataError: see `records.fill`.
+  """
+  return records.fill(record, suffix, where)
 
 
 def with_last(question: Question, text: str) -> Question:
@@ -320,6 +345,8 @@ class PromptIterator:
     question: the first record's whose prompts can be encoded.
     teacher_question: what the teacher is asked there; None for the same.
     number: that record's, from 0.
+    suffixes: those of the records, the one of that record first; of many
+      records, some that lie far apart are looked at.
     notes: sentences about the first records, for the user to read.
     dropped: records so far that were no use.
     reasons: how many of them for which reason; see the module.
@@ -354,14 +381,16 @@ class PromptIterator:
       ConfigError: the prompt length leaves no room for a question, or no record
         can be used.
     """
-    self.records = records.read(spec.train, first, spec.teacher_fields)
+    more = (*spec.teacher_fields, *spec.suffix_fields)
+    self.records = records.read(spec.train, first, more)
     self._spec, self._chat, self._teacher_tokenizer = (
         spec,
         tokenizer,
         teacher_tokenizer,
     )
     self._completion_len = completion_len
-    self._opening = tokenizer.opening(spec.suffix) if completion_len else ""
+    self._opening = functools.cache(tokenizer.opening)
+    self._ends = teacher_tokenizer.stop_ids if teacher_tokenizer else ()
     self._asked = frozenset(
         row
         for batch in (asked if spec.train.is_gym else ())
@@ -428,9 +457,21 @@ class PromptIterator:
     spec, record = self._spec, self.records[self.number]
     where = f"{spec.train.source} record {self.number + 1}"
     self.question, self.teacher_question = questions(spec, record, where)
+    own = suffix_of(spec.suffix, record, where)
+    self.suffixes = list(dict.fromkeys([own, *self._some_suffixes()]))
+    spec = dataclasses.replace(spec, suffix=own)
     check_room(self._chat, spec, self.question)
     if self.teacher_question is not None:
       check_teacher_room(self._teacher_tokenizer, spec, self.teacher_question)
+
+  def _some_suffixes(self) -> Iterator[str]:
+    spec = self._spec
+    if not spec.suffix_fields:
+      return
+    last = self._epoch - 1
+    for number in np.unique(np.linspace(0, last, _LOOKED, dtype=int)):
+      where = f"{spec.train.source} record {number + 1}"
+      yield suffix_of(spec.suffix, self.records[int(number)], where)
 
   def _check_any(self, found: Sequence[Example | str]) -> None:
     """Refuses records of which none can be used.
@@ -470,8 +511,9 @@ class PromptIterator:
     spec, fields, tokenizer = self._spec, self._spec.train, self._chat
     where = f"{fields.source} record {number + 1}"
     question, theirs = questions(spec, record, where)
+    suffix = suffix_of(spec.suffix, record, where)
     prompt = _encode_question(
-        tokenizer, question, spec.max_prompt_len, spec.suffix
+        tokenizer, question, spec.max_prompt_len, suffix
     )
     if self.is_asked(*prompt):
       raise Dropped("asked")
@@ -480,13 +522,20 @@ class PromptIterator:
     if self._completion_len:
       text = records.completion(record, fields.completion, where)
       completion, cut = _encode_completion(
-          tokenizer, text, self._completion_len, self._opening
+          tokenizer,
+          text,
+          self._completion_len,
+          self._opening(suffix),
+          self._ends,
       )
       noted += cut
     if theirs is not None:
+      fields = (records.filled(record, x, where) for x in spec.teacher_fields)
+      if "empty" in map(records.fault, fields):
+        raise Dropped("empty")
       tokenizer, room = self._teacher_tokenizer, spec.teacher_prompt_len
       teachers = _encode_question(
-          tokenizer, theirs, room, spec.suffix, own=True
+          tokenizer, theirs, room, suffix, own=True
       )
       if tokenizer.has_markup(theirs) and not noted:
         noted = ["plain"]

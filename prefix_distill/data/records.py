@@ -23,16 +23,33 @@ prompt; this one is:
   B. Neon
 
   Reason step by step, and put the letter of the right option in \boxed{}.
+
+With `where` or `distinct` a source is read as a stream, and its records are
+chosen on the way. A source may have millions of rows and many answers to each
+question, as OpenThoughts3-1.2M does. Never more than `size` records are in
+memory, each with only the fields that the run reads, however long the source
+and however many its duplicates:
+
+  in order   the first `size` that fit; the stream ends there
+  random     those with the `size` smallest hashes of the seed and the question
+             (without `distinct`, of the seed and the record's number)
+
+Equal questions have equal hashes. So duplicates are found among the records
+that are kept, since one that was given up never comes back, and which records
+are chosen depends on the source and the seed alone.
 """
 
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import hashlib
+import heapq
 import itertools
 import json
 import os
 import pathlib
+import re
 import string
 from typing import Any
 from typing import TypeAlias
@@ -51,8 +68,28 @@ Question: TypeAlias = str | Sequence[Message]
 
 # How many records are looked at before a run begins.
 FIRST = 100
+# Of a long source that is searched for these: shards, and rows of each.
+_SHARDS, _ROWS = 16, 200
+# Rows of a .parquet file in memory at a time.
+_BATCH = 256
 
 _ROLES = ("system", "user", "assistant")
+# Fields of a message that would be lost, and what to do about them.
+_TOOLS = "take out records with calls of tools"
+_MEDIA = "take out records that are not text alone"
+_THOUGHTS = "write the thoughts into its content, between the model's own tags"
+_EXTRAS = {
+    "tool_calls": _TOOLS,
+    "function_call": _TOOLS,
+    "images": _MEDIA,
+    "audios": _MEDIA,
+    "videos": _MEDIA,
+    "reasoning_content": _THOUGHTS,
+    "reasoning": _THOUGHTS,
+    "thinking": _THOUGHTS,
+}
+# White space, and signs of no width.
+_BLANK = re.compile(r"[\s\u200b-\u200d\u2060\ufeff]*")
 
 
 class DataError(UserError):
@@ -170,7 +207,12 @@ def completion(record: Mapping[str, Any], name: str, where: str) -> str:
 
 
 def question(record: Mapping[str, Any], name: str, where: str) -> Question:
-  """Returns a field that holds text or messages that end with the user's."""
+  """Returns a field that holds text or messages that end with the user's.
+
+  Of a template, such as "{problem} Think aloud.", that is its text; see `fill`.
+  """
+  if FIELD.search(name):
+    return fill(record, name, where)
   found = value(record, name, where)
   if not _are_messages(found):
     return text(record, name, where)
@@ -207,7 +249,7 @@ def texts(asked: Question) -> list[str]:
 
 def fault(found: str) -> str:
   """Returns what makes a text useless: "empty", "broken" or nothing."""
-  if not found.strip():
+  if _BLANK.fullmatch(found):
     return "empty"
   try:
     found.encode()
@@ -234,13 +276,10 @@ def _messages(found: list[Any], name: str, where: str) -> list[Message]:
       raise _refuse(
           role, f"{at}.role", where, f"none of the roles {', '.join(_ROLES)}"
       )
-    for extra in ("tool_calls", "function_call"):
+    for extra, mend in _EXTRAS.items():
       if message.get(extra):
         raise _refuse(
-            message[extra],
-            f"{at}.{extra}",
-            where,
-            "not supported; take out records with calls of tools",
+            message[extra], f"{at}.{extra}", where, f"not supported; {mend}"
         )
     content = _content(message.get("content"), f"{at}.content", where)
     out.append({"role": role, "content": content})
@@ -312,11 +351,12 @@ def _parse(found: str, where: str) -> Any:
     raise DataError(f"{where} is not JSON ({error}); repair it.") from error
 
 
-def _read_jsonl(
-    path: pathlib.Path, spec: DatasetSpec, names: Sequence[str]
-) -> list[dict[str, Any]]:
-  """Reads and checks all lines; each line may have other fields."""
-  out = []
+# Records with their names in a sentence.
+_Stream: TypeAlias = Iterator[tuple[str, dict[str, Any]]]
+
+
+def _lines(path: pathlib.Path) -> _Stream:
+  """Yields the records of a .jsonl file."""
   with path.open(encoding="utf-8-sig") as lines:
     for number, line in enumerate(lines, 1):
       if not line.strip():
@@ -327,48 +367,84 @@ def _read_jsonl(
         raise DataError(
             f"{where} is not a JSON object; write one record a line."
         )
-      _check_fields(record, names, where)
-      check_kinds(record, spec, where)
-      out.append(record)
-  return out
+      yield where, record
 
 
-def _read_json(
-    path: pathlib.Path, spec: DatasetSpec, names: Sequence[str]
-) -> list[dict[str, Any]]:
-  """Reads a list of records, or lines as in .jsonl."""
+def _listed(path: pathlib.Path) -> _Stream:
+  """Yields a .json file's list of records, or its lines as in .jsonl."""
   whole = path.read_text(encoding="utf-8-sig")
   if not whole.lstrip().startswith("["):
-    return _read_jsonl(path, spec, names)
-  found = _parse(whole, str(path))
-  for number, record in enumerate(found, 1):
+    yield from _lines(path)
+    return
+  for number, record in enumerate(_parse(whole, str(path)), 1):
     if not isinstance(record, dict):
       raise DataError(
           f"{path} record {number} is not a JSON object; write a list of"
           " objects."
       )
-    _check_fields(record, names, f"{path} record {number}")
-    check_kinds(record, spec, f"{path} record {number}")
-  return found
+    yield f"{path} record {number}", record
 
 
-def _read_parquet(
-    path: pathlib.Path, spec: DatasetSpec, names: Sequence[str]
-) -> list[dict[str, Any]]:
+def _rows(path: pathlib.Path) -> _Stream:
+  """Yields the rows of a .parquet file, a few at a time."""
   import pyarrow.parquet  # Takes a second that most runs need not pay.
 
-  found = pyarrow.parquet.read_table(path).to_pylist()
-  for number, record in enumerate(found, 1):
-    _check_fields(record, names, f"{path} record {number}")
-    check_kinds(record, spec, f"{path} record {number}")
-  return found
+  number = 0
+  with pyarrow.parquet.ParquetFile(path) as file:
+    for batch in file.iter_batches(batch_size=_BATCH):
+      for record in batch.to_pylist():
+        number += 1
+        yield f"{path} record {number}", record
 
 
-_READERS = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-}
+_READERS = {".jsonl": _lines, ".json": _listed, ".parquet": _rows}
+
+
+def _check(
+    record: Mapping[str, Any],
+    spec: DatasetSpec,
+    names: Sequence[str],
+    where: str,
+) -> None:
+  """Refuses a record that lacks a field, or whose fields hold other kinds."""
+  _check_fields(record, names, where)
+  check_kinds(record, spec, where)
+
+
+def _read_file(
+    path: pathlib.Path, spec: DatasetSpec, names: Sequence[str]
+) -> list[dict[str, Any]]:
+  """Reads and checks all records; each may have other fields."""
+  out = []
+  for where, record in _file(path):
+    _check(record, spec, names, where)
+    out.append(record)
+  return out
+
+
+def _file(path: pathlib.Path) -> _Stream:
+  """Yields the records of a file of any kind.
+
+  Raises:
+    DataError: there is none, or it cannot be read.
+  """
+  kind = path.suffix.lower()
+  if kind not in _READERS:
+    raise DataError(
+        f"{path} is a file of a kind that is not read; write it as"
+        f" {', '.join(_READERS)}."
+    )
+  if not os.path.isfile(path):
+    raise DataError(f"The file {path} does not exist; check data.*.source.")
+  try:
+    yield from _READERS[kind](path)
+  except DataError:
+    raise
+  except Exception as error:  # pyarrow raises many kinds.
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    raise DataError(
+        f"{path} cannot be read as {kind[1:]} ({lines[0]}); write it again."
+    ) from error
 
 
 # More files than a data set's directory has; reading more would take minutes.
@@ -401,34 +477,64 @@ def _cache_of(directory: pathlib.Path, root: str) -> str:
   return str(pathlib.Path(root) / f"local-{random_key(*parts).hex()[:16]}")
 
 
-def _read_dataset(
-    spec: DatasetSpec, names: Sequence[str], first: bool = False
-) -> Sequence[dict[str, Any]]:
-  """Loads a data set, or a list of its first records, which are streamed."""
+def _load(spec: DatasetSpec, streaming: bool) -> Any:
+  """Loads a data set, whole or as a stream."""
   import datasets  # Takes seconds that most runs need not pay.
 
   local, cache = pathlib.Path(spec.source), None
   if os.path.isdir(local):
     cache = _cache_of(local.resolve(), datasets.config.HF_DATASETS_CACHE)
+  return datasets.load_dataset(
+      spec.source,
+      spec.subset or None,
+      split=spec.split,
+      cache_dir=cache,
+      streaming=streaming,
+  )
+
+
+def _not_loaded(spec: DatasetSpec, error: Exception) -> DataError:
+  reason = str(error).strip().splitlines()[0] if str(error) else repr(error)
+  return DataError(
+      f"The data set {spec.source} (subset {spec.subset!r}, split"
+      f" {spec.split!r}) cannot be loaded ({reason}); check the names, or"
+      " give the path of a .jsonl or .parquet file."
+  )
+
+
+def _read_dataset(
+    spec: DatasetSpec, names: Sequence[str], first: bool = False
+) -> Sequence[dict[str, Any]]:
+  """Loads a data set, or a list of its first records, which are streamed."""
   try:
-    loaded = datasets.load_dataset(
-        spec.source,
-        spec.subset or None,
-        split=spec.split,
-        cache_dir=cache,
-        streaming=first,
-    )
+    loaded = _load(spec, streaming=first)
     if first:
       return list(loaded.take(FIRST))
   except Exception as error:
-    reason = str(error).strip().splitlines()[0] if str(error) else repr(error)
-    raise DataError(
-        f"The data set {spec.source} (subset {spec.subset!r}, split"
-        f" {spec.split!r}) cannot be loaded ({reason}); check the names, or"
-        " give the path of a .jsonl or .parquet file."
-    ) from error
+    raise _not_loaded(spec, error) from error
   _check_nulls(loaded, spec.source, names)
+  _check_rows(loaded, spec, names)
   return loaded
+
+
+def _dataset_stream(spec: DatasetSpec, first: bool) -> _Stream:
+  """Yields the records of a data set, which is not kept.
+
+  If the first records are enough, some rows of shards that lie far apart come
+  before all others: a long data set may begin with what is not wanted.
+  """
+  try:
+    loaded = _load(spec, streaming=True)
+    parts = [loaded]
+    if first and loaded.num_shards > 1:
+      count = min(loaded.num_shards, _SHARDS)
+      places = (i * loaded.num_shards // count for i in range(count))
+      parts = [loaded.shard(loaded.num_shards, i).take(_ROWS) for i in places]
+      parts.append(loaded)
+    for number, record in enumerate(itertools.chain(*parts), 1):
+      yield f"{spec.source} record {number}", record
+  except Exception as error:
+    raise _not_loaded(spec, error) from error
 
 
 def _check_nulls(loaded: Any, source: str, names: Sequence[str]) -> None:
@@ -442,6 +548,26 @@ def _check_nulls(loaded: Any, source: str, names: Sequence[str]) -> None:
       _check_fields(
           loaded[number], [name], f"{source} record {number + 1}"
       )
+
+
+def _check_rows(loaded: Any, spec: DatasetSpec, names: Sequence[str]) -> None:
+  """Checks the records of a table whose columns are not all plain text.
+
+  A column of text needs no look at each row; one of messages may hold anything
+  in any of them.
+  """
+  wanted = {name.partition(".")[0] for name in names}
+  columns = [name for name in loaded.column_names if name in wanted]
+  kinds = {str(loaded.data.column(name).type) for name in columns}
+  if kinds <= {"string", "large_string"}:
+    return
+  table = loaded.select_columns(columns)
+  for start in range(0, len(table), _BATCH):
+    batch = table[start : start + _BATCH]
+    for i, values in enumerate(zip(*batch.values(), strict=True)):
+      record = dict(zip(batch, values, strict=True))
+      where = f"{spec.source} record {start + i + 1}"
+      _check(record, spec, names, where)
 
 
 def _is_data_set(spec: DatasetSpec) -> bool:
@@ -469,26 +595,154 @@ def _read(
       raise DataError(str(error)) from error
   if spec.is_gym:
     return gym.Entries(spec)
-  path = pathlib.Path(spec.source)
-  kind = path.suffix.lower()
   if _is_data_set(spec):
     return _read_dataset(spec, names, first)
-  if kind not in _READERS:
-    raise DataError(
-        f"{path} is a file of a kind that is not read; write it as"
-        f" {', '.join(_READERS)}."
+  return _read_file(pathlib.Path(spec.source), spec, names)
+
+
+def _fits(
+    record: Mapping[str, Any],
+    spec: DatasetSpec,
+    where: str,
+    others: dict[str, set[str]],
+) -> bool:
+  """Whether a record's fields hold what `where` wants.
+
+  Args:
+    record: the record.
+    spec: with `where`.
+    where: the record's name in a sentence.
+    others: gets some of what the fields of other records hold.
+  """
+  for name, wanted in spec.wanted.items():
+    try:
+      field(record, name)
+    except KeyError as error:
+      raise DataError(
+          f"{where} has no field {name!r}, which `where` {spec.where} wants;"
+          f" it has {', '.join(record)}, so name one of these there, or set"
+          " `where` to () for all records."
+      ) from error
+    found = answer(record, name, where)
+    if found != wanted:
+      seen = others.setdefault(name, set())
+      if len(seen) < 8:
+        seen.add(found[:40])
+      return False
+  return True
+
+
+def _pruned(found: Any, paths: Sequence[Sequence[str]]) -> Any:
+  """Returns the parts of a record, or of a value in it, that have a path."""
+  if not all(paths):  # A path ends here, so that all is wanted.
+    return found
+  inner: dict[str, list[Sequence[str]]] = {}
+  for head, *rest in paths:
+    inner.setdefault(head, []).append(rest)
+  if isinstance(found, list):
+    count = max(map(int, inner)) + 1
+    return [
+        _pruned(x, inner[str(i)]) if str(i) in inner else None
+        for i, x in enumerate(found[:count])
+    ]
+  return {name: _pruned(found[name], rest) for name, rest in inner.items()}
+
+
+def _identity(
+    record: Mapping[str, Any], spec: DatasetSpec, where: str
+) -> str:
+  """Returns the same text for equal questions, but for their white space."""
+  asked = texts(question(record, spec.question, where))
+  return random_key(*(" ".join(turn.split()) for turn in asked)).hex()
+
+
+class _Choice:
+  """The records that are chosen from a stream; see the module.
+
+  Attributes:
+    kept: the records by their numbers.
+  """
+
+  def __init__(self, spec: DatasetSpec, most: int, random: bool):
+    """Starts with none.
+
+    Args:
+      spec: which records.
+      most: how many at most; 0 for no limit.
+      random: whether they are drawn, or the first ones.
+    """
+    self._spec, self._most, self._random = spec, most, random
+    self._keys: set[int | str] = set()
+    # Ranks, keys and numbers; the first is the next to be given up.
+    self._heap: list[tuple[int, int | str, int]] = []
+    self.kept: dict[int, Mapping[str, Any]] = {}
+
+  @property
+  def is_full(self) -> bool:
+    return bool(self._most) and len(self.kept) == self._most
+
+  @property
+  def is_settled(self) -> bool:
+    """Whether no later record can change the choice."""
+    return self.is_full and not self._random
+
+  def offer(
+      self, number: int, record: Mapping[str, Any], where: str
+  ) -> bool:
+    """Takes a record, unless it is a duplicate or is not drawn."""
+    spec = self._spec
+    key = _identity(record, spec, where) if spec.distinct else number
+    if key in self._keys:
+      return False
+    if self._random:
+      rank = -int.from_bytes(random_key(spec.seed, key))
+      entry = (rank, key, number)
+      if not self.is_full:
+        heapq.heappush(self._heap, entry)
+      elif rank < self._heap[0][0]:
+        return False
+      else:
+        _, gone, place = heapq.heapreplace(self._heap, entry)
+        self._keys.remove(gone)
+        del self.kept[place]
+    self._keys.add(key)
+    self.kept[number] = record
+    return True
+
+
+def _choose(spec: DatasetSpec, names: Sequence[str], first: bool) -> "Records":
+  """Reads a source as a stream, and keeps the chosen records.
+
+  Raises:
+    DataError: see `read`; or no record fits.
+  """
+  stream = _file(pathlib.Path(spec.source))
+  if _is_data_set(spec):
+    stream = _dataset_stream(spec, first)
+  else:
+    first = False
+  chosen = _Choice(
+      spec, FIRST if first else spec.size, spec.random and not first
+  )
+  paths = [name.split(".") for name in names]
+  others: dict[str, set[str]] = {}
+  for number, (where, record) in enumerate(stream):
+    if _fits(record, spec, where, others):
+      _check(record, spec, names, where)
+      chosen.offer(number, _pruned(record, paths), where)
+    if chosen.is_settled:
+      break
+  if not chosen.kept and others:
+    found = "; ".join(
+        f"{name} holds {', '.join(map(repr, sorted(seen)))}"
+        for name, seen in others.items()
     )
-  if not os.path.isfile(path):
-    raise DataError(f"The file {path} does not exist; check data.*.source.")
-  try:
-    return _READERS[kind](path, spec, names)
-  except DataError:
-    raise
-  except Exception as error:  # pyarrow raises many kinds.
-    lines = str(error).strip().splitlines() or [type(error).__name__]
     raise DataError(
-        f"{path} cannot be read as {kind[1:]} ({lines[0]}); write it again."
-    ) from error
+        f"{spec.source} has no record with {', '.join(spec.where)}"
+        f" ({found}); change `where` in the data set's settings."
+    )
+  whole = not first or not chosen.is_full
+  return Records(spec.source, chosen.kept, sorted(chosen.kept), whole)
 
 
 def fill(record: Mapping[str, Any], template: str, where: str) -> str:
@@ -500,10 +754,11 @@ def fill(record: Mapping[str, Any], template: str, where: str) -> str:
   Raises:
     DataError: the record lacks one, or it holds something else.
   """
-  return FIELD.sub(lambda match: _filled(record, match[1], where), template)
+  return FIELD.sub(lambda match: filled(record, match[1], where), template)
 
 
-def _filled(record: Mapping[str, Any], name: str, where: str) -> str:
+def filled(record: Mapping[str, Any], name: str, where: str) -> str:
+  """Returns the text of one field; see `fill`."""
   found = value(record, name, where)
   if not _are_messages(found):
     return answer(record, name, where)
@@ -523,7 +778,7 @@ class Records(Sequence):
   def __init__(
       self,
       source: str,
-      records: Sequence[Any],
+      records: Sequence[Any] | Mapping[int, Any],
       numbers: Sequence[int],
       is_whole: bool = True,
   ):
@@ -568,16 +823,19 @@ def read(
   """
   if spec.is_gym:  # Not all of its tasks have one right answer.
     spec = dataclasses.replace(spec, answer="")
-  own = (spec.question, spec.answer, spec.completion)
+  asked = FIELD.findall(spec.question) or [spec.question]
+  own = (*asked, spec.answer, spec.completion)
   names = [name for name in dict.fromkeys((*own, *spec.choices, *more)) if name]
-  records = _read(spec, names, first)
+  streamed = bool(spec.where) or spec.distinct
+  records = (_choose if streamed else _read)(spec, names, first)
   if len(records) == 0:
     raise DataError(
         f"{spec.source} has no records; check its contents and the split."
     )
+  if streamed:
+    return records
   # Records of a table share their fields, so the first stands for all.
-  _check_fields(records[0], names, f"{spec.source} record 1")
-  check_kinds(records[0], spec, f"{spec.source} record 1")
+  _check(records[0], spec, names, f"{spec.source} record 1")
   is_whole = not (first and _is_data_set(spec)) or len(records) < FIRST
   return Records(
       spec.source, records, _numbers(spec, len(records)), is_whole
@@ -618,14 +876,18 @@ def _options(
 def _letter(
     record: Mapping[str, Any], name: str, count: int, where: str
 ) -> str:
-  """Returns the letter that a field holds."""
+  """Returns the letter that a field holds, or that of the number it holds."""
+  number = value(record, name, where)
+  if type(number) is int and 0 <= number < count:
+    return LETTERS[number]
   found = answer(record, name, where).strip()
   if found.upper() not in LETTERS[:count]:
     raise DataError(
         f"{where} has {found!r} in field {name!r}, which is none of the letters"
         f" A to {LETTERS[count - 1]} of its {count} options; name the field"
-        " that holds the right option's letter, or a field of dataset.choices"
-        " that always holds the right option."
+        " that holds the right option's letter, or its number as an integer"
+        " from 0, or a field of dataset.choices that always holds the right"
+        " option."
     )
   return found.upper()
 
@@ -651,7 +913,8 @@ def multiple_choice(
   Raises:
     DataError: the record lacks a field, or a field has the wrong content.
   """
-  question = text(record, spec.question, where)
+  read_text = fill if FIELD.search(spec.question) else text
+  question = read_text(record, spec.question, where)
   options = _options(record, spec, where)
   if spec.answer in spec.choices:
     order = _order(spec, question)

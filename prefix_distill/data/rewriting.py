@@ -110,8 +110,11 @@ class Rewriting:
   stop_ids: tuple[int, ...] = ()
   teacher_stop_ids: tuple[int, ...] = ()
 
-  def check(self) -> None:
+  def check(self, suffixes: Sequence[str]) -> None:
     """Refuses settings that leave no room, or close what is not open.
+
+    Args:
+      suffixes: of the student's prompts.
 
     Raises:
       ConfigError: so it is.
@@ -127,8 +130,8 @@ class Rewriting:
           f" data.max_prompt_len is {data.max_prompt_len}, which leaves no room"
           f" for an answer; set rollout.rewrite.max_prompt_len above {needed}."
       )
-    opening = self.student.prompt(_PROBE, data.suffix).rstrip()
-    if spec.final_mark and not opening.endswith(_OPEN):
+    openings = (self.student.prompt(_PROBE, x).rstrip() for x in suffixes)
+    if spec.final_mark and not all(x.endswith(_OPEN) for x in openings):
       raise ConfigError(
           f"rollout.rewrite.final_mark is {spec.final_mark!r}, before which"
           f" {_CLOSE} is put, but the student's prompt does not end with"

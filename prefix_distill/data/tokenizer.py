@@ -198,9 +198,14 @@ class Tokenizer:
         i for i, token in added.items() if token.special or i in self.stop_ids
     )
 
-  def end_of_text(self, text: str) -> int:
-    """Returns where the text of stop tokens at a text's end begins."""
-    stops, end = tuple(self._names(self.stop_ids)), len(text)
+  def end_of_text(self, text: str, more: Sequence[int] = ()) -> int:
+    """Returns where the text of stop tokens at a text's end begins.
+
+    Args:
+      text: an answer.
+      more: tokens that end it besides the model's own.
+    """
+    stops, end = self._names({*self.stop_ids, *more}), len(text)
     while True:
       last = end
       while last and text[last - 1].isspace():
@@ -395,12 +400,26 @@ def _check_config(directory: pathlib.Path) -> None:
 
 
 def _broken_file(directory: pathlib.Path) -> str:
-  """Says which of the tokenizer's files is no JSON; empty if all are."""
+  """Says which of the tokenizer's files is at fault; empty if none is."""
   for file in (directory / name for name in _FILES):
+    if not file.is_file():
+      continue
     try:
-      strict_json.read(file, finite=False) if file.is_file() else None
+      found = strict_json.read(file, finite=False)
     except strict_json.JsonError as error:
       return f"{file.name} is not JSON: {one_line(error)}"
+    if not isinstance(found, dict):
+      return f"{file.name} is no JSON object"
+    listed = found.get("chat_template")
+    if isinstance(listed, list) and not all(
+        isinstance(x, dict) and {"name", "template"} <= {*x} for x in listed
+    ):
+      return f"{file.name} lists chat templates without a name or a template"
+  template = directory / "chat_template.jinja"
+  try:
+    template.read_text("utf-8") if template.is_file() else None
+  except ValueError as error:
+    return f"{template.name} is not UTF-8: {one_line(error)}"
   return ""
 
 
@@ -430,6 +449,7 @@ def load(path: str, system: str | None = None) -> Tokenizer:
         " chat_template.jinja."
     )
   end = pretrained.eos_token_id
+  _check_known(path, directory, pretrained)
   stops = {*hf.stop_ids(directory, len(pretrained)), end} - {None}
   stops = tuple(sorted(stops))
   if not stops:
@@ -442,6 +462,23 @@ def load(path: str, system: str | None = None) -> Tokenizer:
   tokenizer = Tokenizer(path, pretrained, stops, pad, system)
   _check_probe(tokenizer)
   return tokenizer
+
+
+def _check_known(path: str, directory: pathlib.Path, pretrained: Any) -> None:
+  """Refuses an end-of-sequence token that tokenizer.json does not have.
+
+  transformers gives such a token the next free id, which may be a padded row.
+  """
+  file, end = directory / "tokenizer.json", pretrained.eos_token_id
+  if end is None or end < len(pretrained) - 4 or not file.is_file():
+    return  # It is known, and a large file need not be read again.
+  known = tokenizers.Tokenizer.from_file(str(file))
+  if known.token_to_id(pretrained.eos_token) is None:
+    raise TokenizerError(
+        f"{path}: tokenizer_config.json has the eos_token"
+        f" {pretrained.eos_token!r}, which tokenizer.json does not have; name"
+        " one of its tokens."
+    )
 
 
 def _check_probe(tokenizer: Tokenizer) -> None:
@@ -484,6 +521,11 @@ def _check_generation_prompt(tokenizer: Tokenizer, text: str) -> None:
   user, answer = {"role": "user", "content": _PROBE}, "It is 12."
   messages = tokenizer._messages([user])
   if text != tokenizer._render(messages, add_generation_prompt=False):
+    if text.endswith(tuple(tokenizer._names(tokenizer.stop_ids))):
+      raise TokenizerError(
+          f"{tokenizer.path}: the chat template opens the assistant's turn and"
+          f" ends it at once, with {text[-40:]!r}; repair chat_template.jinja."
+      )
     return
   try:
     whole = tokenizer._render(

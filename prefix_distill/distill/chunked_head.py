@@ -32,6 +32,8 @@ PerToken = dict[str, jax.Array]
 # logits, a gradient and what XLA does not fuse.
 _COPIES = 4
 _PartitionSpec = jax.sharding.PartitionSpec
+# Of the hidden states and of the head; None for a head that is not trained.
+_Gradients = tuple[jax.Array, jax.Array | None]
 
 
 class TokenLoss(Protocol):
@@ -94,13 +96,14 @@ class TokenInputs:
   extras: Any = None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4, 5))
 def weighted_sum(
     loss: TokenLoss,
     inputs: HeadInputs,
     tokens: TokenInputs,
     mesh: jax.sharding.Mesh | None = None,
     memory: int = 2**28,
+    trains_head: bool = True,
 ) -> tuple[jax.Array, PerToken]:
   """Sums a loss over tokens, straight from hidden states.
 
@@ -112,11 +115,13 @@ def weighted_sum(
     tokens: weights and the like.
     mesh: the device mesh; None for one device.
     memory: bytes of logits, roughly, that may exist at a time on a device.
+    trains_head: whether the head's gradient is wanted; it is 0 if not.
 
   Returns:
     The sum, float32 []; and the metrics, each [B, P], 0 where they were left
     out.
   """
+  del trains_head
   return _run(loss, inputs, tokens, mesh, memory, with_gradient=False)[0]
 
 
@@ -146,8 +151,9 @@ def _run(
     tokens: TokenInputs,
     mesh: jax.sharding.Mesh | None,
     memory: int,
+    trains_head: bool = True,
     with_gradient: bool = True,
-) -> tuple[tuple[jax.Array, PerToken], tuple[jax.Array, jax.Array] | None]:
+) -> tuple[tuple[jax.Array, PerToken], _Gradients | None]:
   """Runs `_local` on every device; returns the sum, metrics and gradients."""
   (rows, width), other_head = inputs.head.shape, inputs.other_head
   if other_head is not None and len(other_head) != rows:
@@ -157,7 +163,7 @@ def _run(
     inputs = dataclasses.replace(inputs, other_head=other_head)
   weights = tokens.weights.astype(jnp.float32)
   tokens = dataclasses.replace(tokens, weights=weights)
-  local = functools.partial(_local, loss, memory, with_gradient)
+  local = functools.partial(_local, loss, memory, trains_head, with_gradient)
   if mesh is None or mesh.size == 1:
     return local(_Axes(), inputs, tokens)
   axes = _Axes(
@@ -166,7 +172,9 @@ def _run(
       "fsdp" if width % mesh.shape["fsdp"] == 0 else None,
   )
   batch, head = _PartitionSpec(axes.batch), _PartitionSpec(axes.tensor)
-  gradients = (batch, _PartitionSpec(axes.tensor, axes.fsdp))
+  gradients = (batch, None)
+  if trains_head:
+    gradients = (batch, _PartitionSpec(axes.tensor, axes.fsdp))
   return jax.shard_map(
       functools.partial(local, axes),
       mesh=mesh,
@@ -196,16 +204,18 @@ class _Axes(NamedTuple):
 def _local(
     loss: TokenLoss,
     memory: int,
+    trains_head: bool,
     with_gradient: bool,
     axes: _Axes,
     inputs: HeadInputs,
     tokens: TokenInputs,
-) -> tuple[tuple[jax.Array, PerToken], tuple[jax.Array, jax.Array] | None]:
+) -> tuple[tuple[jax.Array, PerToken], _Gradients | None]:
   """One device's part: its rows, and its rows of the heads.
 
   Args:
     loss: of a chunk of tokens.
     memory: bytes of logits.
+    trains_head: whether the head has one.
     with_gradient: whether to return gradients.
     axes: what is split.
     inputs: with the part of the vocabulary that the device holds.
@@ -245,6 +255,7 @@ def _local(
     if with_gradient:
       d_logits = (d_logits * weights[:, None]).astype(dtype)
       d_hidden = d_logits @ head.astype(dtype)
+    if with_gradient and trains_head:
       d_head = jnp.einsum(
           "nv,nd->vd", d_logits, hidden, preferred_element_type=jnp.float32
       )
@@ -272,10 +283,12 @@ def _local(
     value = jax.lax.psum(value, axes.batch)
   if not with_gradient:
     return (value, metrics), None
-  d_head = d_head.astype(head.dtype)
   # Each part of the vocabulary has its own share in the states' gradient.
   if axes.tensor:
     d_hidden = jax.lax.psum(d_hidden, axes.tensor)
+  if not trains_head:
+    return (value, metrics), (d_hidden, None)
+  d_head = d_head.astype(head.dtype)
   if axes.fsdp:  # First, so that the replicas add a part up and not the whole.
     d_head = jax.lax.psum_scatter(
         d_head, axes.fsdp, scatter_dimension=1, tiled=True
@@ -289,13 +302,15 @@ def _scaled(
     loss: TokenLoss,
     mesh: jax.sharding.Mesh | None,
     memory: int,
-    gradients: tuple[jax.Array, jax.Array],
+    trains_head: bool,
+    gradients: _Gradients,
     cotangents: tuple[jax.Array, PerToken],
 ) -> tuple[HeadInputs, None]:
   """Returns the gradients of `weighted_sum`: those of states and head."""
-  del loss, mesh, memory
-  scaled = (g * cotangents[0] for g in gradients)
-  scaled = (s.astype(g.dtype) for s, g in zip(scaled, gradients, strict=True))
+  del loss, mesh, memory, trains_head
+  scaled = jax.tree.map(
+      lambda g: (g * cotangents[0]).astype(g.dtype), gradients
+  )
   return HeadInputs(*scaled), None
 
 

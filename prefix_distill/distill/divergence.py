@@ -46,6 +46,11 @@ class Distribution:
   top_k: int = 0
   top_k_of: str = "teacher"
 
+  @property
+  def plain(self) -> "Distribution":
+    """What metrics are taken of: temperature 1, no top-k."""
+    return dataclasses.replace(self, temperature=1.0, top_k=0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
@@ -150,8 +155,45 @@ TERMS = {
 }
 
 
-def named(name: str, beta: float = 0.5) -> Term:
+def bounded(term: Term, most: float) -> Term:
+  """Cuts each event's share: min(f(log p(e), log q(e)), most).
+
+  So a few tokens of style cannot make up most of a divergence (COPSD, arXiv
+  2605.09548, with 0.05 nats for the forward KL). An entry that is cut has no
+  gradient of its own. It is cut from above alone: shares of the forward KL are
+  negative where the student is more probable than the teacher, and stay whole;
+  those of the JSD never are.
+
+  An entry is an event: a token, all stop tokens where they are merged, or the
+  tail of top-k.
+
+  What is cut is no divergence. The teacher's distribution is still a local
+  minimum, for there all shares are 0. But of the forward KL only the cut share
+  is gone, and what the others pull takes its mass: the student moves away from
+  a teacher who gives a token 0.9 where the student gives it 0.85, for 0.9
+  log(0.9 / 0.85) is above 0.05. The sum may be negative. Each share of the JSD
+  pulls the right way by itself.
+
+  Args:
+    term: of the divergence.
+    most: above 0, in nats.
+  """
+
+  def cut(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    shares = term(log_p, log_q)
+    # A NaN stays one.
+    return jnp.where(shares > most, most, shares)
+
+  return cut
+
+
+def named(name: str, beta: float = 0.5, max_entry: float = 0.0) -> Term:
   """Returns the formula that the settings name.
+
+  Args:
+    name: of `TERMS`.
+    beta: of "jsd".
+    max_entry: see `bounded`; 0 for no bound.
 
   Raises:
     ConfigError: there is none.
@@ -161,7 +203,9 @@ def named(name: str, beta: float = 0.5) -> Term:
       f"loss.exact.divergence is {name!r}; use one of {', '.join(TERMS)}.",
   )
   found = TERMS[name]
-  return functools.partial(found, beta=beta) if name == "jsd" else found
+  if name == "jsd":
+    found = functools.partial(found, beta=beta)
+  return bounded(found, max_entry) if max_entry else found
 
 
 def events(

@@ -16,6 +16,20 @@ depends on what is differentiated. On policy, in expectation, the gradient of
   k3 directly               is that of the forward KL
   k1 directly               is zero
 
+The relaxed loss (REOPOLD, arXiv 2603.11137) is the policy gradient with k1 on
+some of the tokens. With the reward R = log q(y) - log p(y), it is the sum of
+
+  -(p(y) / p_sampler(y)) max(R, floor)  (no gradient through R)
+
+over the tokens that count, divided by their number in the whole update. In the
+first updates (exploration) a token counts if R is not below the floor; after
+that (refinement) if the student's entropy at it is among the largest of the
+update, such as the upper fifth of all tokens. Entropies are recorded while the
+student samples. That is elementwise work on probabilities which are there
+anyway, so the FLOP ledger charges nothing; to find them in a pass before the
+gradient would cost the student's forward pass. Dropped tokens are computed and
+charged as any other.
+
 Each loss is a `chunked_head.TokenLoss`: it takes the logits of a chunk of
 tokens and returns losses, their gradients by formula, and metrics. The metrics
 are the same for all losses as far as the teacher's scores allow, so that runs
@@ -24,6 +38,7 @@ can be compared.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 from typing import NamedTuple
 
@@ -31,16 +46,18 @@ import jax
 import jax.numpy as jnp
 
 from prefix_distill.config import Config
+from prefix_distill.config import RelaxedSpec
 from prefix_distill.distill import chunked_head
 from prefix_distill.distill import divergence
-from prefix_distill.distill import prefix_schedule
 from prefix_distill.distill.chunked_head import HeadInputs
 from prefix_distill.distill.chunked_head import PerToken
 from prefix_distill.distill.chunked_head import TokenInputs
 from prefix_distill.distill.divergence import Distribution
 from prefix_distill.distill.divergence import Shard
+from prefix_distill.distill.prefix_schedule import Schedule
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
+from prefix_distill.structs import Limits
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 from prefix_distill.structs import TeacherScores
@@ -67,6 +84,7 @@ class Loss:
       rollout: Rollout,
       scores: TeacherScores,
       weights: jax.Array,
+      limits: Limits | None = None,
   ) -> tuple[Any, ...]:
     """Returns the arguments of `chunked_head.weighted_sum`.
 
@@ -83,12 +101,20 @@ class Loss:
       rollout: [B, P].
       scores: the teacher's.
       weights: [B, P], of each token; 0 where the mask is false.
+      limits: of the tokens that count; None if all do.
     """
     inputs = HeadInputs(hidden, model.head(params), scores.hidden, teacher_head)
-    tokens = TokenInputs(weights, rollout.mask, self.extras(rollout, scores))
-    return self, inputs, tokens, model.mesh, self.memory
+    extras = self.extras(rollout, scores, limits)
+    tokens = TokenInputs(weights, rollout.mask, extras)
+    trains_head = model.config.lora is None
+    return self, inputs, tokens, model.mesh, self.memory, trains_head
 
-  def extras(self, rollout: Rollout, scores: TeacherScores) -> Any:
+  def extras(
+      self,
+      rollout: Rollout,
+      scores: TeacherScores,
+      limits: Limits | None,
+  ) -> Any:
     """Returns what the loss needs of each token, besides logits."""
     raise NotImplementedError
 
@@ -100,21 +126,25 @@ class ExactLoss(Loss):
   Attributes:
     kind: one of `divergence.TERMS`.
     beta: of "jsd".
-    overlap_of: how many of the most probable tokens of both models are
-      compared for the metric `overlap`; 0 for no such metric.
     score_tokens: whether the teacher scores the sampled tokens as well.
+    max_entry: see `divergence.bounded`; 0 for no bound.
   """
 
   kind: str = "reverse_kl"
   beta: float = 0.5
-  overlap_of: int = 0
   score_tokens: bool = False
+  max_entry: float = 0.0
 
   def __post_init__(self):
     divergence.named(self.kind)
 
-  def extras(self, rollout: Rollout, scores: TeacherScores) -> None:
-    del rollout, scores
+  def extras(
+      self,
+      rollout: Rollout,
+      scores: TeacherScores,
+      limits: Limits | None,
+  ) -> None:
+    del rollout, scores, limits
 
   def __call__(
       self,
@@ -131,10 +161,14 @@ class ExactLoss(Loss):
         divergence.log_probs(x, dist, these, shard) for x in both
     )
     value, gradient = divergence.compare_with_gradient(
-        divergence.named(self.kind, self.beta), student, teacher, these, dist,
+        divergence.named(self.kind, self.beta, self.max_entry),
+        student,
+        teacher,
+        these,
+        dist,
         shard,
     )
-    plain = _plain(dist)
+    plain = dist.plain
     if plain != dist:
       these = divergence.events(*both, plain, shard)
       student, teacher = (
@@ -150,8 +184,6 @@ class ExactLoss(Loss):
         "entropy_teacher": _entropy(teacher, plain, shard),
         "top1_agreement": agree.astype(jnp.float32),
     }
-    if self.overlap_of:
-      metrics["overlap"] = _overlap(both, self.overlap_of, dist, shard)
     return value, gradient, metrics
 
 
@@ -162,32 +194,39 @@ class SampledLoss(Loss):
   Attributes:
     form: "policy_gradient" or "direct".
     estimator: "k1" or "k3".
-    mixture: weight a of the student in the mixture a p + (1 - a) q that bounds
-      the teacher's verdict: log q - log p is clipped from below at log a, so
-      that a token which the teacher abhors does not outweigh all others
-      (relaxed distillation, arXiv 2603.11137). 0 for no bound.
-    min_entropy: in nats; tokens at which the student's entropy is lower have
-      no loss, for there was nothing to decide (the same paper). 0 for all.
+    floor: bounds the reward log q - log p from below, so that a token which
+      the teacher abhors does not outweigh all others; see `floor`.
   """
 
   form: str = "policy_gradient"
   estimator: str = "k1"
-  mixture: float = 0.0
-  min_entropy: float = 0.0
+  floor: float = -math.inf
 
   def extras(
-      self, rollout: Rollout, scores: TeacherScores
-  ) -> tuple[jax.Array, ...]:
-    return (
-        rollout.tokens, rollout.behavior_log_probs, scores.log_probs,
-        scores.entropy, scores.top1,
+      self,
+      rollout: Rollout,
+      scores: TeacherScores,
+      limits: Limits | None,
+  ) -> "_Drawn":
+    least = None
+    if limits is not None:
+      least = jnp.where(
+          rollout.entropy < limits.entropy, jnp.inf, limits.reward
+      )
+    return _Drawn(
+        rollout.tokens,
+        rollout.behavior_log_probs,
+        scores.log_probs,
+        scores.entropy,
+        scores.top1,
+        least,
     )
 
   def signal(self, student: jax.Array, teacher: jax.Array) -> jax.Array:
     """Returns the estimate from log-probabilities of events [...]."""
-    if self.mixture:
+    if self.floor > -math.inf:
       teacher = jnp.maximum(
-          teacher, jax.lax.stop_gradient(student) + jnp.log(self.mixture)
+          teacher, jax.lax.stop_gradient(student) + self.floor
       )
     return {"k1": k1, "k3": k3}[self.estimator](student, teacher)
 
@@ -195,7 +234,6 @@ class SampledLoss(Loss):
       self,
       tokens: jax.Array,
       events: jax.Array,
-      entropy: jax.Array,
       sampler: jax.Array,
       teacher: jax.Array,
   ) -> jax.Array:
@@ -204,45 +242,164 @@ class SampledLoss(Loss):
     Args:
       tokens: [...], the student's log-probabilities of the drawn tokens.
       events: [...], of what they stand for.
-      entropy: [...], the student's.
       sampler: [...], the drawn tokens' log-probabilities while sampling.
       teacher: [...], the teacher's, of what they stand for.
     """
     loss = {"policy_gradient": policy_gradient, "direct": direct}[self.form]
-    values = loss(tokens, sampler, self.signal(events, teacher))
-    return jnp.where(entropy >= self.min_entropy, values, 0)
+    return loss(tokens, sampler, self.signal(events, teacher))
 
   def __call__(
       self,
       logits: jax.Array,
       other_logits: None,
-      extras: tuple[jax.Array, ...],
+      extras: "_Drawn",
       shard: Shard,
   ) -> tuple[jax.Array, jax.Array, PerToken]:
-    """See `chunked_head.TokenLoss`."""
+    """See `chunked_head.TokenLoss`.
+
+    With limits there is a metric more, `counted`: 1 for tokens that count; the
+    others have no loss.
+    """
     del other_logits
     dist = self.dist
-    ids, sampler, teacher, teacher_entropy, teacher_top1 = extras
-    found = _tokens(logits, ids, dist, shard)
-    entropy = _plain_entropy(logits, dist, shard)
+    found = _tokens(logits, extras.ids, dist, shard)
     values, pull = jax.vjp(
         lambda token, event: self.of_tokens(
-            token, event, entropy, sampler, teacher
+            token, event, extras.sampler, extras.teacher
         ),
-        found.token, found.event,
+        found.token,
+        found.event,
     )
     by_token, by_event = pull(jnp.ones_like(values))
     gradient = by_token[:, None] * found.d_token
     gradient += by_event[:, None] * found.d_event
-    agree = _top1(logits, dist, shard) == teacher_top1
+    agree = _top1(logits, dist, shard) == extras.top1
     metrics = {
-        "loss": values,
-        "kl": found.event - teacher,
-        "entropy_student": entropy,
-        "entropy_teacher": teacher_entropy,
+        "kl": found.event - extras.teacher,
+        "entropy_student": _plain_entropy(logits, dist, shard),
+        "entropy_teacher": extras.entropy,
         "top1_agreement": agree.astype(jnp.float32),
     }
-    return values, gradient, metrics
+    if extras.least is not None:
+      # What is NaN counts, or nobody would see it.
+      counted = ~(extras.teacher - found.event < extras.least)
+      values = jnp.where(counted, values, 0)
+      gradient = jnp.where(counted[:, None], gradient, 0)
+      metrics["counted"] = counted.astype(jnp.float32)
+    return values, gradient, metrics | {"loss": values}
+
+
+class _Drawn(NamedTuple):
+  """What a sampled loss needs of each token, besides logits: [N] each.
+
+  Attributes:
+    ids: the drawn tokens.
+    sampler: their log-probabilities while sampling.
+    teacher: the teacher's log-probabilities of what they stand for.
+    entropy: the teacher's.
+    top1: its most probable tokens.
+    least: the reward below which a token does not count; None if all count.
+  """
+
+  ids: jax.Array
+  sampler: jax.Array
+  teacher: jax.Array
+  entropy: jax.Array
+  top1: jax.Array
+  least: jax.Array | None
+
+
+def floor(spec: RelaxedSpec) -> float:
+  """Returns the floor of the reward log q - log p, for a mixture's weight.
+
+  With a the weight of the student in the mixture m = a p + (1 - a) q:
+
+    log_odds    log(a / (1 - a))  there both shares of m are equal; below it
+                                  the mixture is more the student's
+    scaled_log  log(a) / (1 - a)  the least that log(m / p) / (1 - a) can be,
+                                  which is as steep as R where p = q
+    log         log(a)            the least that log(m / p) can be
+
+  Others' notes and implementations differ on the paper's equation 7: log_odds,
+  the default, is in four, and scaled_log in two; log is ours.
+  """
+  a = spec.weight
+  return {
+      "log_odds": math.log(a / (1 - a)),
+      "scaled_log": math.log(a) / (1 - a),
+      "log": math.log(a),
+  }[spec.floor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sight:
+  """What a schedule sees of both models at a token; hashable.
+
+  It is a `chunked_head.TokenLoss` without a loss, of whose metrics `names` are
+  kept. With S and T the student's and the teacher's most probable tokens, and
+  p and q both models' probabilities at the loss's temperature:
+
+    overlap           |S & T| / top_tokens
+    shared_mass       sum of p over S & T
+    shared_penalty    sum of p |log p - log q| over S & T
+    unshared_penalty  the same over S without T
+    top_kl            the reverse KL over S one by one and the others as one
+                      event; in nats, as the penalties are
+
+  Attributes:
+    dist: what is compared. Stop tokens are one event in `top_kl` alone.
+    names: of the metrics.
+    top_tokens: how many tokens S and T have; at most all real tokens.
+  """
+
+  dist: Distribution
+  names: tuple[str, ...]
+  top_tokens: int
+
+  def __call__(
+      self,
+      logits: jax.Array,
+      teacher_logits: jax.Array,
+      extras: None,
+      shard: Shard,
+  ) -> tuple[jax.Array, jax.Array, PerToken]:
+    """See `chunked_head.TokenLoss`."""
+    del extras
+    both, plain = (logits, teacher_logits), _single(self.dist)
+    count = min(self.top_tokens, plain.num_tokens)
+    own, theirs = (_top(x, count, plain, shard) for x in both)
+    log_p, log_q = (_log_probs(x, plain, shard) for x in both)
+    probs = jnp.exp(log_p)
+    penalty = probs * abs(log_p - log_q)
+
+    def summed(values: jax.Array, where: jax.Array) -> jax.Array:
+      return shard.sum(jnp.sum(jnp.where(where, values, 0), axis=-1))
+
+    overlap = summed(jnp.ones_like(probs), own & theirs) / count
+    found = {
+        "overlap": jnp.minimum(overlap, 1.0),
+        "shared_mass": summed(probs, own & theirs),
+        "shared_penalty": summed(penalty, own & theirs),
+        "unshared_penalty": summed(penalty, own & ~theirs),
+        "top_kl": self._top_kl(both, shard),
+    }
+    none = jnp.zeros(logits.shape[0])
+    kept = {name: found[name] for name in self.names}
+    return none, jnp.zeros_like(logits), kept
+
+  def _top_kl(
+      self, both: tuple[jax.Array, jax.Array], shard: Shard
+  ) -> jax.Array:
+    dist = dataclasses.replace(
+        self.dist, top_k=self.top_tokens, top_k_of="student"
+    )
+    these = divergence.events(*both, dist, shard)
+    student, teacher = (
+        divergence.log_probs(x, dist, these, shard) for x in both
+    )
+    return divergence.compare(
+        divergence.reverse_kl_term, student, teacher, these, shard
+    )
 
 
 def make(config: Config, num_tokens: int, stop_ids: tuple[int, ...]) -> Loss:
@@ -268,12 +425,17 @@ def make(config: Config, num_tokens: int, stop_ids: tuple[int, ...]) -> Loss:
   if spec.form == "direct":
     return SampledLoss(dist, "direct", "k3", memory=memory)
   if spec.form == "policy_gradient":
-    settings = dataclasses.asdict(spec.policy_gradient)
-    return SampledLoss(dist, **settings, memory=memory)
-  schedule = prefix_schedule.make(config)
+    estimator = spec.policy_gradient.estimator
+    return SampledLoss(dist, spec.form, estimator, memory=memory)
+  if spec.form == "relaxed":
+    least = floor(spec.relaxed)
+    return SampledLoss(dist, "policy_gradient", "k1", least, memory=memory)
   return ExactLoss(
-      dist, spec.exact.divergence, spec.jsd.beta, schedule.overlap_of,
-      schedule.score_tokens, memory=memory,
+      dist,
+      spec.exact.divergence,
+      spec.jsd.beta,
+      max_entry=spec.exact.max_entry,
+      memory=memory,
   )
 
 
@@ -385,6 +547,39 @@ def token_scores(
   )
 
 
+def seen(
+    model: Model,
+    loss: ExactLoss,
+    schedule: Schedule,
+    params: Params,
+    teacher_head: jax.Array,
+    hidden: jax.Array,
+    scores: TeacherScores,
+    mask: jax.Array,
+) -> PerToken:
+  """Returns what a schedule sees of each token, [B, P], without gradients.
+
+  Args:
+    model: the student's architecture.
+    loss: an exact one.
+    schedule: says what it sees.
+    params: the student's.
+    teacher_head: [V, D of the teacher].
+    hidden: [B, P, D], the student's states that predict each token.
+    scores: the teacher's.
+    mask: bool [B, P].
+  """
+  sight = Sight(loss.dist, schedule.sees, schedule.top_tokens)
+  inputs = HeadInputs(hidden, model.head(params), scores.hidden, teacher_head)
+  return chunked_head.per_token(
+      sight,
+      jax.lax.stop_gradient(inputs),
+      TokenInputs(mask, mask),
+      model.mesh,
+      loss.memory,
+  )
+
+
 def cross_entropy(
     model: Model,
     params: Params,
@@ -400,6 +595,7 @@ def cross_entropy(
       TokenInputs(rollout.mask, rollout.mask, rollout.tokens),
       model.mesh,
       memory,
+      model.config.lora is None,
   )
   return value
 
@@ -438,11 +634,6 @@ def token_divergence(
   return metrics["kl"]
 
 
-def _plain(dist: Distribution) -> Distribution:
-  """The distribution that metrics are taken of: temperature 1, no top-k."""
-  return dataclasses.replace(dist, temperature=1.0, top_k=0)
-
-
 def _entropy(
     probs: divergence.LogProbs, dist: Distribution, shard: Shard
 ) -> jax.Array:
@@ -465,24 +656,16 @@ def _top1(logits: jax.Array, dist: Distribution, shard: Shard) -> jax.Array:
   return token
 
 
-def _overlap(
-    both: tuple[jax.Array, jax.Array],
-    count: int,
-    dist: Distribution,
-    shard: Shard,
+def _top(
+    logits: jax.Array, count: int, dist: Distribution, shard: Shard
 ) -> jax.Array:
-  """Returns the share of the most probable tokens that are both models': [N].
+  """Returns which tokens are among the most probable: bool [N, V].
 
-  The count is at most that of the real tokens.
+  Tokens as probable as the last of them are among them.
   """
-  real = shard.ids(both[0].shape[-1]) < dist.num_tokens
-  count = min(count, dist.num_tokens)
-  tops = []
-  for logits in both:
-    ranked = jnp.where(real, logits, -jnp.inf)
-    tops.append(ranked >= shard.top_k_threshold(ranked, count))
-  shared = shard.sum(jnp.sum(tops[0] & tops[1], axis=-1))
-  return jnp.minimum(shared / count, 1.0)
+  real = shard.ids(logits.shape[-1]) < dist.num_tokens
+  ranked = jnp.where(real, logits, -jnp.inf)
+  return real & (ranked >= shard.top_k_threshold(ranked, count))
 
 
 class _Tokens(NamedTuple):
@@ -531,10 +714,23 @@ def _plain_entropy(
     logits: jax.Array, dist: Distribution, shard: Shard
 ) -> jax.Array:
   """Returns one model's `_entropy` at temperature 1: [N]."""
-  plain = dataclasses.replace(_plain(dist), stop_ids=())
+  plain = dataclasses.replace(dist.plain, stop_ids=())
   these = divergence.events(logits, logits, plain, shard)
   probs = divergence.log_probs(logits, plain, these, shard)
   return _entropy(probs, plain, shard)
+
+
+def _single(dist: Distribution) -> Distribution:
+  """The distribution whose events are all single tokens."""
+  return dataclasses.replace(dist, stop_ids=(), top_k=0)
+
+
+def _log_probs(
+    logits: jax.Array, dist: Distribution, shard: Shard
+) -> jax.Array:
+  """Returns the log-probabilities of tokens that are events: [N, V]."""
+  these = divergence.events(logits, logits, dist, shard)
+  return divergence.log_probs(logits, dist, these, shard).tokens
 
 
 def _look(

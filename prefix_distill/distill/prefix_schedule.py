@@ -5,21 +5,32 @@ in, the next cap comes out. What it remembers is a flat dict of numbers that is
 saved with every checkpoint, so a resumed run goes on with the cap that it
 would have had.
 
-  linear     the paper's: a fixed step after every update, or every so many
-             (POPD, arXiv 2605.31490)
+  linear     the paper's: a fixed step after every update, or every so many;
+             a step of 1 is POPD's (arXiv 2605.31490)
   fixed      the same cap throughout
   random     a cap drawn anew for every update: the control that a rule based
              on data has to beat
   drift      Prune-OPD (arXiv 2605.07804): grows while enough rollouts stay
-             close to the teacher up to the cap, and shrinks otherwise
-  plateau    Adaptive FastOPD (arXiv 2607.29494): grows when the divergence on
-             the last band before the cap has stopped falling and enough
-             rollouts reach it
+             close to the teacher up to the cap, and shrinks otherwise; tokens
+             after a drift weigh less in the loss
+  plateau    Adaptive FastOPD (arXiv 2607.29494): grows when four signals on
+             the last band before the cap have stopped falling, or when enough
+             rollouts reach the cap
   agreement  KAT (arXiv 2606.09471): full rollouts, each cut where student and
-             teacher have agreed for a while
+             teacher began to agree for a while
   audited    this package's: when a prefix has been learned, an update at full
              length shows where the divergence sits; the cap goes where the
-             first so much of it ends, and training stops when nothing is left
+             first so much of it ends, and training stops when nothing is left.
+             ADWIN (arXiv 2605.28396), whose full rollouts audit a prefix now
+             and then, is its closest published relative
+
+Of drift, plateau, agreement and ADWIN we know secondary accounts and
+abstracts. `docs/length_rules.md` says point by point what is published, what
+is inferred and what is ours.
+
+Some schedules see both models' distributions before the loss is summed. They
+choose which tokens are trained on, and with which weights. That takes both
+output heads once more, and no other pass.
 
 A new schedule is a class here, a line in `_SCHEDULES`, and its settings in
 `config.py`.
@@ -34,17 +45,21 @@ import numpy as np
 
 from prefix_distill import config as config_lib
 from prefix_distill.config import Config
-from prefix_distill.structs import Rollout
-from prefix_distill.structs import TeacherScores
 
 # JSON.
 State = dict[str, Any]
+# Sums and counts at each position, [P] each.
+Sums = dict[str, tuple[jax.Array, jax.Array]]
 # How many buckets there are unless the config names them, and below which
 # length one of its own saves nothing.
 _MAX_BUCKETS = 7
 _SMALLEST_BUCKET = 32
-# Windows running below the threshold after which KAT cuts, as in its paper.
-_CUT_AFTER = 4
+# Prune-OPD's weight of a token behind which nothing is reliable any more.
+_LEAST_WEIGHT = 0.5
+# Below it there is nothing left of a signal to improve.
+_NO_SIGNAL = 1e-6
+# What begins the names of those metrics of an update that `Stats.shown` has.
+SHOWN = "schedule_"
 # Sets the draws of sources apart from others made of the same seed.
 _SALT = 17
 
@@ -57,23 +72,38 @@ class Stats:
     lengths: [rollouts], tokens sampled of each.
     kl: [P], the mean divergence at each position; NaN where nobody was.
     count: [P], rollouts that reached the position.
-    reliable: [P], share of rollouts that are reliable up to the position, for
-      `drift`; None for the others.
-    minima: [rollouts], for `agreement`; None for the others.
+    shown: [P] each, the means of what `Schedule.choose` summed; NaN where
+      nobody was.
+    minima: [rollouts], see `Chosen`; None if the schedule has none.
   """
 
   lengths: np.ndarray
   kl: np.ndarray
   count: np.ndarray
-  reliable: np.ndarray | None = None
+  shown: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   minima: np.ndarray | None = None
 
-  def band(self, start: int, end: int) -> float:
-    """The mean divergence per token in [start, end); NaN without tokens."""
+  def band(self, name: str, start: int, end: int) -> float:
+    """Returns the mean of `shown[name]` per token in [start, end), or NaN."""
     count = self.count[start:end]
     if not count.sum():
       return float("nan")
-    return float(np.nansum(self.kl[start:end] * count) / count.sum())
+    return float(np.nansum(self.shown[name][start:end] * count) / count.sum())
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+  """What a schedule chose of a microbatch's rollouts.
+
+  Attributes:
+    trained: bool [B, P], the tokens that are trained on.
+    minima: float32 [B], the smallest windowed divergence of each rollout, inf
+      where it is shorter than the window; None if the schedule has no windows.
+  """
+
+  trained: jax.Array
+  minima: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,17 +114,17 @@ class Schedule:
     longest: the longest answer in tokens.
     is_planned: whether the caps are known before the run.
     varies: whether updates have different caps.
-    overlap_of: how many of both models' most probable tokens the loss is to
-      compare for `shown`; 0 for none.
-    score_tokens: whether the teacher must score the sampled tokens.
+    sees: names of what `choose` sees of each token, of `loss.Sight`; empty if
+      the schedule chooses nothing.
+    top_tokens: how many of each model's most probable tokens that compares.
   """
 
   longest: int
 
   is_planned = True
   varies = False
-  overlap_of = 0
-  score_tokens = False
+  sees = ()
+  top_tokens = 0
 
   def planned(self, step: int) -> int:
     """Returns the cap of update `step` (from 0) as far as it is known before.
@@ -121,17 +151,25 @@ class Schedule:
     """Below which rollouts agree; None if the schedule does not cut them."""
     del state
 
-  def shown(
-      self, metrics: dict[str, jax.Array], mask: jax.Array
-  ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Returns sums and counts [P] that `next` wants as statistics.
+  def choose(
+      self,
+      seen: dict[str, jax.Array],
+      mask: jax.Array,
+      threshold: jax.Array | None,
+  ) -> tuple[Chosen, jax.Array | None, Sums]:
+    """Chooses what is trained on, before the loss is summed; to be jitted.
 
     Args:
-      metrics: of each token, [B, P].
+      seen: what `sees` names, of each token, [B, P]; it means nothing where
+        the mask is false.
       mask: bool [B, P].
+      threshold: float32 [], that of `threshold`; None if there is none.
+
+    Returns:
+      The choice; each token's weight in the loss, float32 [B, P], or None if
+      all weigh the same; and what `next` wants as statistics.
     """
-    del metrics, mask
-    return {}
+    raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,29 +231,45 @@ class _Chosen(Schedule):
 
 @dataclasses.dataclass(frozen=True)
 class Drift(_Chosen):
-  """Prune-OPD's rule for the cap M.
+  """Prune-OPD's rule for the cap M, and its weights.
 
-  A rollout is reliable as long as fewer than `max_drifted` of its positions so
-  far had an overlap of student's and teacher's top tokens below `min_overlap`.
-  If the share of rollouts that are reliable up to M - increment is at least
-  `min_reliable_fraction`, M grows by `increment`; if it was below that for
-  `patience_updates` updates running, M shrinks by as much.
+  A position drifts if the overlap of student's and teacher's top tokens is
+  below `min_overlap`. With D_t the number of drifted positions up to t, the
+  reliability of a rollout at t is
+
+    R_t = max(0, 1 - D_t / max_drifted)
+
+  and a token's weight in the loss is R_t + 0.5. A rollout is reliable up to t
+  if R_t > 0. If the share of rollouts that are reliable up to M - increment is
+  at least `min_reliable_fraction`, M grows by `increment`; if it was below that
+  for `patience_updates` updates running, M shrinks by as much.
+
+  The source says that weights never rise along a rollout and are R_t + 0.5;
+  that R_t falls in a straight line is inferred.
   """
 
   spec: config_lib.DriftSpec
 
+  sees = ("overlap",)
+
   @property
-  def overlap_of(self) -> int:
+  def top_tokens(self) -> int:
     return self.spec.overlap_tokens
 
-  def shown(
-      self, metrics: dict[str, jax.Array], mask: jax.Array
-  ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    low = metrics["overlap"] < self.spec.min_overlap
+  def choose(
+      self,
+      seen: dict[str, jax.Array],
+      mask: jax.Array,
+      threshold: jax.Array | None,
+  ) -> tuple[Chosen, jax.Array | None, Sums]:
+    del threshold
+    low = seen["overlap"] < self.spec.min_overlap
     drifted = jnp.cumsum(mask & low, axis=1)
-    reliable = mask & (drifted < self.spec.max_drifted)
+    left = jnp.maximum(self.spec.max_drifted - drifted, 0)
+    weights = left / self.spec.max_drifted + _LEAST_WEIGHT
     rows = jnp.full(mask.shape[1], mask.shape[0])
-    return {"reliable": (jnp.sum(reliable, 0), rows)}
+    sums = {"reliable": (jnp.sum(mask & (left > 0), 0), rows)}
+    return Chosen(mask), weights, sums
 
   def start(self) -> State:
     return {"cap": self.least, "below": 0}
@@ -223,7 +277,7 @@ class Drift(_Chosen):
   def next(self, state: State, stats: Stats) -> State:
     spec, cap, below = self.spec, state["cap"], state["below"]
     last = max(cap - spec.increment, 1) - 1
-    if stats.reliable[last] >= spec.min_reliable_fraction:
+    if stats.shown["reliable"][last] >= spec.min_reliable_fraction:
       return {"cap": min(cap + spec.increment, self.longest), "below": 0}
     below += 1
     if below < spec.patience_updates:
@@ -233,30 +287,86 @@ class Drift(_Chosen):
 
 @dataclasses.dataclass(frozen=True)
 class Plateau(_Chosen):
-  """Adaptive FastOPD's rule: plateau and utilisation.
+  """Adaptive FastOPD's rule: plateau of four signals, and utilisation.
 
-  The divergence on the band [cap - increment, cap) has reached a plateau when
-  it did not fall below its best value for `patience_updates` updates. The cap
-  then grows by `increment` if at least `min_reached_fraction` of the rollouts
-  reach it.
+  The signals are means over the tokens of the band [cap - increment, cap).
+  With S and T the student's and the teacher's `top_tokens` most probable
+  tokens, p and q their probabilities:
+
+    1 - |S & T| / |S|                               top-k overlap
+    1 - sum of p over S & T                         shared mass
+    sum of p |log p - log q| over S & T             penalty on shared tokens
+    sum of p |log p - log q| over S without T       penalty on unshared tokens
+
+  Each is divided by its value in the first update at this cap, and the largest
+  quotient is smoothed: x' = smoothing x + (1 - smoothing) largest, from 1. The
+  cap grows by `increment` when x has not fallen by `min_progress` below its
+  best value for `patience_updates` updates, or as soon as
+  `min_reached_fraction` of the rollouts reach it. While no rollout reaches the
+  band there is no progress.
+
+  The source, of which we know a secondary account, names the four signals,
+  the quotient, the largest, the smoothing and both reasons to grow. The
+  formulas of the signals are ours.
   """
 
   spec: config_lib.PlateauSpec
 
+  sees = ("overlap", "shared_mass", "shared_penalty", "unshared_penalty")
+
+  @property
+  def top_tokens(self) -> int:
+    return self.spec.top_tokens
+
+  def choose(
+      self,
+      seen: dict[str, jax.Array],
+      mask: jax.Array,
+      threshold: jax.Array | None,
+  ) -> tuple[Chosen, jax.Array | None, Sums]:
+    del threshold
+    count = jnp.sum(mask, 0)
+    sums = {
+        name: (jnp.sum(jnp.where(mask, seen[name], 0), 0), count)
+        for name in self.sees
+    }
+    return Chosen(mask), None, sums
+
   def start(self) -> State:
-    return {"cap": self.least, "best": None, "stale": 0}
+    return self._entered(self.least)
+
+  def _entered(self, cap: int) -> State:
+    """Returns the state of a cap at which nothing has been seen."""
+    return {"cap": cap, "entry": None, "smooth": 1.0, "best": None, "stale": 0}
 
   def next(self, state: State, stats: Stats) -> State:
-    spec, cap, best = self.spec, state["cap"], state["best"]
-    value = stats.band(max(cap - spec.increment, 0), cap)
-    if not np.isnan(value) and (best is None or value < best):
-      return {"cap": cap, "best": value, "stale": 0}
-    stale = state["stale"] + 1
+    spec, cap, entry = self.spec, state["cap"], state["entry"]
+    smooth, best, stale = state["smooth"], state["best"], state["stale"] + 1
+    band = [
+        stats.band(name, max(cap - spec.increment, 0), cap)
+        for name in self.sees
+    ]
+    if not np.isnan(band[0]):
+      signals = [1 - band[0], 1 - band[1], *band[2:]]
+      entry = signals if entry is None else entry
+      largest = max(
+          now / first if first > _NO_SIGNAL else 0.0
+          for now, first in zip(signals, entry, strict=True)
+      )
+      smooth = spec.smoothing * smooth + (1 - spec.smoothing) * largest
+      if best is None or smooth < best - spec.min_progress:
+        best, stale = smooth, 0
     reached = float(np.mean(stats.lengths >= cap))
-    if stale < spec.patience_updates or reached < spec.min_reached_fraction:
-      return {"cap": cap, "best": best, "stale": stale}
-    grown = min(cap + spec.increment, self.longest)
-    return {"cap": grown, "best": None, "stale": 0}
+    full = 0 < spec.min_reached_fraction <= reached
+    if full or stale >= spec.patience_updates:
+      return self._entered(min(cap + spec.increment, self.longest))
+    return {
+        "cap": cap,
+        "entry": entry,
+        "smooth": smooth,
+        "best": best,
+        "stale": stale,
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,6 +379,12 @@ class Audited(_Chosen):
   `divergence_fraction` of all of it, so it moves past what has been learned,
   and back if something was forgotten. An audit that finds less than `min_nats`
   in a whole rollout ends the training: there is nothing left to distil.
+
+  ADWIN (arXiv 2605.28396) came to the same means: short prefixes, and now and
+  then full rollouts that audit them. As its abstract has it, those audit how
+  well the prefix is aligned with the full rollout, are delayed, and are
+  discounted when stale. Here an audit is an update like the others, it measures
+  where the divergence is, and it can end the training.
   """
 
   spec: config_lib.AuditedSpec
@@ -292,34 +408,60 @@ class Audited(_Chosen):
 
 @dataclasses.dataclass(frozen=True)
 class Agreement(Schedule):
-  """KAT's threshold; `cut` makes the cuts.
+  """KAT's rule: rollouts end where the models have come to agree.
 
-  Every rollout has a smallest windowed divergence; a rollout is cut once it
-  stays below the `quantile` of those of the last `memory_rollouts` rollouts.
-  Nothing is cut in the first `warmup_updates` updates.
+  d_t is the reverse KL over the student's `top_tokens` most probable tokens
+  one by one and the others as one event, the tail; z_t is the mean of the last
+  `window_tokens` of them. A rollout ends when z_t has been below the threshold
+  `low_windows` times running, and what follows the start of the first of these
+  windows is not trained on. The window that starts with the rollout never
+  counts as low, so at least one token is left.
+
+  The threshold is the `quantile` of the smallest z of the last
+  `memory_rollouts` rollouts. A rollout without a whole window has no smallest
+  z and is not among them. Nothing is cut in the first `warmup_updates` updates
+  and before there are `min_rollouts` of them.
 
   In the paper sampling itself stops; here whole segments of rollouts are
   sampled and scored at a time, so what follows the cut is sampled and scored,
-  and only not trained on. The FLOP ledger charges it accordingly.
+  and only not trained on. The FLOP ledger charges it accordingly. The smallest
+  z is that of the windows that the paper's sampling would have reached.
   """
 
   spec: config_lib.AgreementSpec
 
   is_planned = False
-  score_tokens = True
+  sees = ("top_kl",)
+
+  @property
+  def top_tokens(self) -> int:
+    return self.spec.top_tokens
 
   def start(self) -> State:
     return {"step": 0, "minima": []}
 
   def threshold(self, state: State) -> float:
-    if state["step"] < self.spec.warmup_updates or not state["minima"]:
+    spec, minima = self.spec, state["minima"]
+    if state["step"] < spec.warmup_updates or len(minima) < spec.min_rollouts:
       return float("-inf")
-    return float(np.quantile(state["minima"], self.spec.quantile))
+    return float(np.quantile(minima, spec.quantile))
 
   def next(self, state: State, stats: Stats) -> State:
-    minima = [*state["minima"], *(float(x) for x in stats.minima)]
-    kept = minima[-self.spec.memory_rollouts :]
+    new = [float(x) for x in stats.minima if np.isfinite(x)]
+    kept = [*state["minima"], *new][-self.spec.memory_rollouts :]
     return {"step": state["step"] + 1, "minima": kept}
+
+  def choose(
+      self,
+      seen: dict[str, jax.Array],
+      mask: jax.Array,
+      threshold: jax.Array | None,
+  ) -> tuple[Chosen, jax.Array | None, Sums]:
+    spec = self.spec
+    chosen = cut(
+        spec.window_tokens, spec.low_windows, seen["top_kl"], mask, threshold
+    )
+    return chosen, None, {}
 
 
 _SCHEDULES = {
@@ -377,41 +519,47 @@ def needed(config: Config) -> tuple[int, ...]:
 
 def cut(
     window: int,
-    rollout: Rollout,
-    scores: TeacherScores,
+    low_windows: int,
+    kl: jax.Array,
+    mask: jax.Array,
     threshold: jax.Array,
-    after: int = _CUT_AFTER,
-) -> tuple[Rollout, jax.Array]:
-  """Shortens rollouts where both models agree; to be jitted, `window` static.
-
-  With z_t the mean of the last `window` tokens' divergences (k1 on the sampled
-  token), a rollout ends at the first t at which z has been below the threshold
-  `after` times running.
+) -> Chosen:
+  """Ends rollouts where both models agree; see `Agreement`.
 
   Args:
-    window: tokens.
-    rollout: [B, P], with log-probabilities.
-    scores: with the teacher's log-probabilities of the same tokens.
+    window: tokens that a mean is of; static.
+    low_windows: how many means running must be below the threshold; static.
+    kl: [B, P], each token's divergence.
+    mask: bool [B, P].
     threshold: float32 [].
-    after: times.
-
-  Returns:
-    The rollouts with shorter masks, and the smallest z of each, inf where a
-    rollout is shorter than the window: float32 [B].
   """
-  kl = rollout.log_probs - scores.log_probs
-  total = jnp.cumsum(jnp.where(rollout.mask, kl, 0), axis=1)
-  before = jnp.pad(total, ((0, 0), (window, 0)))[:, : total.shape[1]]
-  full = jnp.arange(total.shape[1]) >= window - 1
-  z = jnp.where(rollout.mask & full, (total - before) / window, jnp.inf)
-  running = jnp.stack([
-      jnp.pad(z < threshold, ((0, 0), (i, 0)))[:, : z.shape[1]]
-      for i in range(after)
-  ]).all(axis=0)
-  # The token at which it is seen still counts.
-  seen = jnp.cumsum(running, axis=1) - running
-  mask = rollout.mask & (seen == 0)
-  return dataclasses.replace(rollout, mask=mask), jnp.min(z, axis=1)
+  position = jnp.arange(mask.shape[1])
+  means = _last(jnp.where(mask, kl, 0.0), window) / window
+  z = jnp.where(mask & (position >= window - 1), means, jnp.inf)
+  # The first window ends at `window - 1`.
+  low = (z < threshold) & (position >= window)
+  running = _last(low.astype(jnp.int32), low_windows) == low_windows
+  seen = jnp.argmax(running, axis=1)[:, None]
+  is_cut = jnp.any(running, axis=1, keepdims=True)
+  # The first of these windows ends so many tokens earlier, and begins so many
+  # before that.
+  start = seen - (low_windows - 1) - (window - 1)
+  trained = mask & (~is_cut | (position < start))
+  sampled = ~is_cut | (position <= seen)
+  return Chosen(trained, jnp.min(jnp.where(sampled, z, jnp.inf), axis=1))
+
+
+def _last(x: jax.Array, count: int) -> jax.Array:
+  """Sums the last `count` of [B, P] at each position, or those there are.
+
+  These are no differences of running sums, beside which a small sum of late
+  positions would be lost.
+  """
+  zero = np.zeros((), x.dtype)
+  padding = ((0, 0), (count - 1, 0))
+  return jax.lax.reduce_window(
+      x, zero, jax.lax.add, (1, count), (1, 1), padding
+  )
 
 
 def source(config: Config, step: int) -> str:
@@ -435,6 +583,10 @@ def stats(
       lengths=mask.sum(1),
       kl=np.asarray(metrics.get("kl_position", np.zeros(0))),
       count=mask.sum(0),
-      reliable=metrics.get("reliable"),
+      shown={
+          name.removeprefix(SHOWN): value
+          for name, value in metrics.items()
+          if name.startswith(SHOWN)
+      },
       minima=minima,
   )

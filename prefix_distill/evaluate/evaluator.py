@@ -38,6 +38,7 @@ import numpy as np
 from prefix_distill import sharding
 from prefix_distill.config import DatasetSpec
 from prefix_distill.config import EvaluationSpec
+from prefix_distill.config import FIELD
 from prefix_distill.data import gym
 from prefix_distill.data import prompts
 from prefix_distill.data import records
@@ -46,6 +47,7 @@ from prefix_distill.evaluate import grading
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.report import report
+from prefix_distill.report.samples import spread
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
 from prefix_distill.rollout.sampling import Truncation
@@ -84,6 +86,7 @@ PROBLEMS: Mapping[str, int] = {
     "HuggingFaceH4/aime_2024": 30,
     "math-ai/aime25": 30,
     "Idavidrein/gpqa": 198,
+    "cais/mmlu": 14_042,
     "MathArena/hmmt_feb_2025": 30,
     "math-ai/amc23": 40,
 }
@@ -138,8 +141,8 @@ class Problems:
     dropped: how many problems were longer than the static prompt length, or
       could not be made by reasoning-gym.
     grading: the grader, a key of `grading.GRADERS`.
-    opening: what the prompts end with, such as `<think>`: the grader has to see
-      that it was opened.
+    opening: what the prompts end with, such as `<think>`, up to the first field
+      of a record in it: the grader has to see that it was opened.
   """
 
   name: str
@@ -161,19 +164,21 @@ class Completions:
     finished: bool [problems, samples], whether the answer ended with a stop
       token; the others were cut at the longest length.
     repetition: float [problems, samples], see `report.repetition`.
+    tokens: of the first answer to each problem that was asked for, with the
+      stop token.
   """
 
   texts: Sequence[Sequence[str]]
   lengths: np.ndarray
   finished: np.ndarray
   repetition: np.ndarray
+  tokens: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def _read_problem(
-    source: records.Records, number: int, spec: DatasetSpec
+    record: Mapping[str, Any], spec: DatasetSpec, where: str
 ) -> tuple[records.Question, str]:
   """Returns what is asked and the right answer."""
-  record, where = source[number], source.where(number)
   if spec.choices:
     return records.multiple_choice(record, spec, where)
   return (
@@ -210,22 +215,26 @@ def load_problems(
     spec: the set's records.
     tokenizer: the tokenizer.
     max_prompt_len: S, unless the set has its own.
-    suffix: what follows the chat template's generation prompt.
+    suffix: what follows the chat template's generation prompt; it may be a
+      template over the records' fields.
 
   Raises:
     DataError: the records cannot be read, lack a field, hold what cannot be
       used, or are all too long.
   """
   rows, answers = [], []
-  source = records.read(spec)
+  source = records.read(spec, more=FIELD.findall(suffix))
   room = spec.max_prompt_len or max_prompt_len
   for number in range(len(source)):
+    where = source.where(number)
     try:
-      question, answer = _read_problem(source, number, spec)
+      record = source[number]
     except gym.NotMade:
       continue
+    question, answer = _read_problem(record, spec, where)
+    filled = prompts.suffix_of(suffix, record, where)
     encoded = prompts.encode_problem(
-        tokenizer, question, room, suffix, source.where(number)
+        tokenizer, question, room, filled, where
     )
     if encoded is not None:
       rows.append((number, *encoded))
@@ -254,7 +263,7 @@ def load_problems(
       spec.samples,
       len(source) - len(answers),
       spec.grading,
-      suffix,
+      suffix[: FIELD.search(suffix + "{_}").start()],
   )
 
 
@@ -270,6 +279,7 @@ def complete(
     seed: int,
     draw: generate.Draw,
     answers: Answers = continuous_batching.Engine.answers,
+    shown: int = 0,
 ) -> Completions:
   """Decodes every answer to its end.
 
@@ -282,6 +292,7 @@ def complete(
       differ by their weights alone.
     draw: the longest answer, the temperature, and whether to decode greedily.
     answers: `Engine.answers`, or what keeps the answers too.
+    shown: of how many problems, evenly over the set, to return tokens.
   """
   key = jax.random.key(seed)
   key = jax.random.fold_in(key, zlib.crc32(problems.name.encode()))
@@ -295,12 +306,15 @@ def complete(
   lengths = np.zeros((count, samples), int)
   finished = np.zeros((count, samples), bool)
   repetition = np.zeros((count, samples))
+  wanted, kept = spread(range(count), shown), {}
   for answer, tokens, stopped in answers(engine, batch, key, draw):
     at = divmod(answer, samples)
     texts[at[0]][at[1]] = tokenizer.answer(tokens, np.ones(len(tokens), bool))
     lengths[at], finished[at] = len(tokens), stopped
     repetition[at] = report.repetition(tokens)
-  return Completions(texts, lengths, finished, repetition)
+    if at[0] in wanted and at[1] == 0:
+      kept[at[0]] = tokens
+  return Completions(texts, lengths, finished, repetition, kept)
 
 
 def summarize(
@@ -370,9 +384,10 @@ def evaluate(
     stop_ids: tuple[int, ...],
     rows: int,
     seed: int,
-    write: Callable[[dict[str, Any]], None],
+    write: Callable[[dict[str, Any], Completions], None],
     files: Callable[[str, str], pathlib.Path | None],
     poll: Callable[[], None],
+    shown: int = 0,
 ) -> None:
   """Evaluates on every set, sampled (mean@k) and greedy.
 
@@ -386,10 +401,11 @@ def evaluate(
     rows: the most answers decoded at a time.
     seed: see `complete`.
     write: called with each set's metrics, and with its `set`, `mode`, `grading`
-      and number of `dropped` problems.
+      and number of `dropped` problems; and with the answers.
     files: returns the file that keeps the answers of a set and a mode until
       `write` has been called; None if these were evaluated before.
     poll: see `Engine.answers`.
+    shown: see `complete`.
   """
   modes = ("sampled", "greedy") if spec.greedy else ("sampled",)
   todo = [
@@ -414,16 +430,17 @@ def evaluate(
         continuous_batching.kept_answers, file=file, poll=poll
     )
     completions = complete(
-        engine, tokenizer, problems, samples, seed, draw, keep
+        engine, tokenizer, problems, samples, seed, draw, keep, shown
     )
     result = summarize(
         completions, problems.answers, problems.grading, problems.opening
     )
-    write({
+    values = {
         "set": name,
         "mode": mode,
         "grading": problems.grading,
         "dropped": problems.dropped,
         **result,
-    })
+    }
+    write(values, completions)
     continuous_batching.forget_answers(file)

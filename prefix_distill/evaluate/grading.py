@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import fractions
 import math
 import re
+import unicodedata
 
 import numpy as np
 
@@ -25,17 +26,26 @@ _JUDGE = judge.Judge()
 _LONGEST = 1000
 
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
+_BOX = re.compile(r"\\(?:boxed|f(?:rame)?box)(?![a-zA-Z])\s*")
+# What a box holds that shows where an answer goes.
+_PLACE = re.compile(
+    r"(?:\\(?:[lcdv]?dots[a-z]?|square|Box|underline|_)(?![a-zA-Z])"
+    r"|(?<!\\)[{}()\[\]]|[ ?_.]|\b(?:your|the|final|answer|here)\b)*",
+    re.IGNORECASE,
+)
 # What stands behind a \boxed without braces: one word or formula.
 _BARE = re.compile(
     r"(?:[^\s${}\\]|\\(?![)\]])(?:[a-zA-Z]+|.)|\{(?:[^{}]|\{[^{}]*\})*\})+"
 )
+
+_SUBSCRIPT_AFTER = re.compile(r"\s*_\s*(?:\{[^{}]*\}|\d)")
 
 _TEXT = (
     r"\\(?:text(?:bf|it|normal|rm|sf|tt|up)?|math(?:bf|it|rm|sf|tt)|mbox"
     r"|operatorname\*?)"
 )
 _WORDS = rf"{_TEXT}\s*\{{[^{{}}]*\}}"
+_PLAIN_TEXT = re.compile(rf"{_TEXT}\s*\{{([^{{}}]*)\}}")
 _INNER = r"((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)"
 
 # Unicode that math-verify does not know, or not everywhere.
@@ -50,6 +60,14 @@ _UNICODE = {
     "\uff0e": ".",
     "\u2026": "...",
     "\u2044": "/",
+    "\u0305": "",
+    "\u2103": r"^\circ C",
+    "\u2109": r"^\circ F",
+    "\u03a9": r"\Omega ",
+    "\u2126": r"\Omega ",
+    "\u00b5": r"\mu ",
+    "\u03bc": r"\mu ",
+    "º": r"^\circ ",
     "×": r"\times ",
     "·": r"\cdot ",
     "\u22c5": r"\cdot ",
@@ -65,40 +83,76 @@ _UNICODE = {
     "∈": r"\in ",
     "∅": r"\emptyset ",
     "°": r"^\circ ",
-    "½": r"\frac{1}{2}",
-    "⅓": r"\frac{1}{3}",
-    "⅔": r"\frac{2}{3}",
-    "¼": r"\frac{1}{4}",
-    "¾": r"\frac{3}{4}",
+} | {
+    sign: "\\frac{{{}}}{{{}}}".format(
+        *unicodedata.normalize("NFKC", sign).split("\u2044")
+    )
+    for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"
 }
 _SYMBOLS = str.maketrans(_UNICODE)
 _RAISED, _LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "₀₁₂₃₄₅₆₇₈₉₋₊"
 _SCRIPTS = re.compile(f"([{_RAISED}]+)|([{_LOWERED}]+)")
 _LEVEL = str.maketrans(_RAISED + _LOWERED, "0123456789-+" * 2)
 _ROOT = re.compile(
-    r"([√∛∜])\s*(?:\(([^()]*)\)|\{([^{}]*)\}"
-    r"|(\d+(?:\.\d+)?|[a-zA-Z]|\\pi|\\frac\{[^{}]*\}\{[^{}]*\}))"
+    r"([√∛∜])\s*(?:\(((?:[^()√∛∜]|\([^()√∛∜]*\))*)\)|\{([^{}]*)\}"
+    r"|(\d+(?:\.\d+)?|[a-zA-Z]|\\pi|\\frac\{[^{}]*\}\{[^{}]*\}"
+    r"|\\sqrt(?:\[\d\])?\{[^{}]*\}))"
 )
+# Digits with a line or a dot above.
+_LINED = re.compile(r"(?:\d[\u0304\u0305])+")
+_DOTTED_DIGIT = re.compile(r"(\d)\u0307")
 _DEGREES = {"√": "", "∛": "[3]", "∜": "[4]"}
 
 _STYLE = re.compile(
     r"(?<!\\)(?:\\(?:left|right)\s*\.|\\(?:left|right)(?![a-zA-Z])"
-    r"|\\(?:(?:display|text)style|limits|boxed|fbox)(?![a-zA-Z])"
-    r"|\\?\$|\\[()\[\]#]|\\!|\\(?:pounds|euro)(?![a-zA-Z]))|[€£¥]"
+    r"|\\(?:(?:display|text)style|limits|boxed|f(?:rame)?box|tiny"
+    r"|small|normalsize|large|Large|LARGE|huge|Huge)(?![a-zA-Z])"
+    r"|\\(?:checkmark|blacksquare|therefore)(?![a-zA-Z])"
+    r"|\\[hv]?phantom\s*\{[^{}]*\}|\\color\s*\{\w+\}(?!\s*\{)"
+    r"|\\?\$|\\[()\[\]#]|\\!|\\(?:pounds|euro|cents?)(?![a-zA-Z]))|[€£¥¢₹]"
+)
+# {\rm cm} and \bf{7} are \mathrm{cm} and \mathrm{7}.
+_OLD_STYLE = re.compile(
+    r"\\(?:rm|bf|it|sf|tt)(?![a-zA-Z])\s*(?:\{([^{}]*)\}|([\w ]+))"
 )
 _FRACTION = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
 _SPACE = re.compile(
     r"(?<!\\)(?:\\[,;: ]|\\q?quad(?![a-zA-Z])|\\thinspace"
     r"|\\hspace\*?\{[^{}]*\})|~|\s+"
 )
-_DEGREE = re.compile(r"\\degree(?![a-zA-Z])")
+_DEGREE = re.compile(
+    rf"\\deg(?:ree)?(?![a-zA-Z])|(?<=\d)\s*\^\s*(?:o\b|{_TEXT}\s*\{{\s*o\s*\}})"
+)
+# An array of one cell.
+_CELL = re.compile(
+    r"\\begin\{(?:aligned|align\*?|gathered|array)\}(?:\{[lcr|]*\})?"
+    r"([^&\\]*(?:\\(?![\\e])[^&\\]*)*)\\end\{[a-z*]+\}"
+)
+# \text{7 cm}^2 is 7 \text{cm}^2.
+_WHOLE = re.compile(
+    rf"{_TEXT}\s*\{{\s*([-+]?[\d.,]*\d)\s*([^{{}}\d]+)\}}"
+    r"(\s*\^\s*(?:-?\d|\{\s*-?\d\s*\}))"
+)
+_NEARLY = re.compile(
+    rf"(?:{_TEXT}\s*\{{\s*)?(?:about|approximately|around|roughly|exactly)\b"
+    r"\s*\}?\s*(?=[-+.\d\\])",
+    re.IGNORECASE,
+)
+_AFTER_NOON = re.compile(r"(?<=\d)\s*\b([ap])\.?\s?m\.?$", re.IGNORECASE)
+_STOP_IN_TEXT = re.compile(rf"{_TEXT}\s*\{{[ .,;:]*\}}\s*$")
 # (a + b) / 2, for which math-verify needs a fraction if it has a \pm.
 _OVER = re.compile(r"(-?)\(([^()]*)\)\s*/\s*(\d+)")
-# In 10\,080, 10{,}080 and 10,\!080; and in 10,080, but not in (10,080).
-_APART = re.compile(
-    r"(?<![\d.])(\d{1,3})((?:(?:\{\s*(?:,|\\,)\s*\}|,?\\!|\\[,;: ]|~"
-    r"|\\thinspace\s?)\d{3})+)(?!\d)"
+# In 10\,080, 10{,}080 and 10,\!080; and in 10,080, but not in (10,080), though
+# in (10,080, 7): no number of a list begins with 0.
+_GAP = (
+    r"(?:\{\s*(?:,|\\,)\s*\}|,?\\!|,\{\\!\}|\\[,;: ]|~|\\thinspace\s?"
+    r"|\\(?:text|mathord|mathpunct)\s*\{,\})"
 )
+_APART = re.compile(
+    rf"(?<![\d.])(\d{{1,3}})((?:,\d{{3}})*{_GAP}\d{{3}}(?:(?:,|{_GAP})\d{{3}})*)"
+    r"(?!\d)"
+)
+_ZEROS = re.compile(r"(?<=[(\[{])(\d{1,3}(?:,0\d\d)+)(?=[)\]\s}]|,\s|\\)")
 _COMMAS = re.compile(r"(?<![\d.,(\[])(?<!\\\{)(\d{1,3}(?:,\d{3})+)(?!\d|,\d)")
 _SPACES = re.compile(r"(?<![\d.,] )(?<![\d.,])(\d{1,3}(?: \d{3})+)(?![\d ])")
 _STYLED = re.compile(
@@ -113,19 +167,22 @@ _LABEL = re.compile(
     r"\s*(?:(?:is|are)\b:?|:|=)\s*\}?\s*",
     re.IGNORECASE,
 )
+# \text{Direction: north} and \text{The area is } 7.
+_TITLE = re.compile(rf"({_TEXT}\s*\{{)\s*[a-zA-Z][a-zA-Z ]*:\s+(?=[^{{}}\s])")
+_IS = re.compile(rf"({_TEXT}\s*\{{[^{{}}]*?)\s*\b(?:is|equals)\s*\}}\s*")
 _SCIENTIFIC = re.compile(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d+)")
 _TIMES = re.compile(r"(?<=\d)\s*(?:[x*]|\\ast|\\cdot)\s*(?=10\s*\^)")
 _POWER_OF_10 = re.compile(r"(?<=10)\s*\^\s*(?:\(\s*(-?\d+)\s*\)|(-?\d+))")
 
 # 0.1\overline{6}, 0.1(6) and 0.\dot{1}4285\dot{7}; then 0.1666...
 _REPEATING = re.compile(
-    r"(?<![\d.])(\d*)\.(\d*)"
+    r"(?<![\d.])(\d*)\.(\d*)\s*"
     r"(?:\\(?:overline|bar|overbar)\s*(?:\{\s*(\d+)\s*\}|(\d))|\((\d+)\)"
     r"|\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?)"
     r"\s*(?:\.{3}|\\[lc]?dots)?(?![\d(])"
 )
 _DOTTED = re.compile(r"(?<![\d.])(\d*)\.(\d+)\s*(?:\.{3}|\\[lc]?dots)(?!\s*\d)")
-_CYCLE = re.compile(r"(\d*?)(?:(\d)\2{2,}|(\d{2,})\3+)")
+_CYCLE = re.compile(r"(\d*?)(?:(\d)\2{2,}|(\d{2,})\3+)|()(\d)\5")
 
 _EQUALS = re.compile(r"(?<![\\<>!:=])=(?!=)")
 # What a value may be called: x, x_1, f(2), AB, \theta, \text{Area of ABC}.
@@ -137,6 +194,7 @@ _OPERATION = re.compile(
     r"\\(?:sqrt|frac|sin|cos|tan|log|ln|cdot|times|sum|int|leq?|geq?|neq?|pm"
     r"|div|to|approx|equiv|pmod|mod)(?![a-zA-Z])"
 )
+_RELATION = re.compile(r"[<>]|\\(?:l|g)(?:eq?|t)(?![a-z])")
 _ELEMENT = re.compile(r"[a-zA-Z]\s*\\in(?![a-zA-Z])\s*")
 _SEVERAL = re.compile(
     rf"[,;&]|\b(?:and|or)\b|\\pm|\\mp|{_TEXT}\s*\{{\s*(?:and|or)\s*\}}"
@@ -155,13 +213,34 @@ _MAGNITUDE = re.compile(
     re.DOTALL,
 )
 _EXPONENT = r"(?:\s*\^\s*(?:-?\d|\{\s*-?\d\s*\}))?"
+_ONE_UNIT = (
+    rf"(?:{_WORDS}{_EXPONENT}|\\frac\s*\{{\s*{_WORDS}{_EXPONENT}\s*\}}"
+    rf"\s*\{{\s*{_WORDS}{_EXPONENT}\s*\}}|\\(?:Omega|ohm)(?![a-zA-Z])"
+    rf"|\\mu(?![a-zA-Z])\s*(?:{_WORDS}|[a-zA-Z]){_EXPONENT})"
+)
 _TEXT_UNIT = re.compile(
     rf"(?:\^\s*(?:\\circ|\{{\s*\\circ\s*\}}))?"
-    rf"(?:[\s/]|\\cdot|\\circ|{_WORDS}{_EXPONENT})*{_WORDS}{_EXPONENT}\s*"
+    rf"(?:[\s/]|\\cdot|\\circ|{_ONE_UNIT})*{_ONE_UNIT}\s*"
 )
 # A unit in brackets: 7 (cm).
 _ASIDE = re.compile(rf"(.*[\d}}])\s*\(\s*({_WORDS}|[a-zA-Z]{{2,}})\s*\)")
-_UNIT_START = re.compile(r"\^\s*\{?\s*\\circ|\\(?:text|math|mbox)|[ /]")
+_UNIT_START = re.compile(
+    r"\^\s*\{?\s*\\circ|[ /]"
+    r"|\\(?:text|math|mbox|operatorname|frac|Omega|ohm|mu)"
+)
+# 7 squared, 7 cubed and 7 factorial, but not 7 cm squared.
+_RAISES = {"squared": "^{2}", "cubed": "^{3}", "factorial": "!"}
+_RAISED_WORDS = re.compile(
+    rf"(?<=\d)\s*(?:{_TEXT}\s*\{{\s*)?\b(squared|cubed|factorial)\b(?:\s*\}})?",
+    re.IGNORECASE,
+)
+# A currency before a number.
+_CURRENCY = re.compile(
+    rf"^\s*(?:{_TEXT}\s*\{{\s*)?(?:Rs\.?|USD?|EUR|GBP|INR|CNY|JPY|AUD|CAD)\s*"
+    r"(?:\}\s*)?(?=[-+.\d\\])"
+)
+_PERCENT = re.compile(r"(?<=[\d}])\s*\\?%$")
+_DOT = re.compile(r"(?<=\d)\{([.:])\}(?=[\d\\])")
 _NUMBER_HEAD = re.compile(
     r"[-+]?\s*(?:\d+(?:[.,]\d+)*|\.\d+)?\s*"
     r"(?:\\frac\s*(?:\{[-\d. ]+\}\s*\{[\d. ]+\}|\d\d)|/\s*\d+|\\pi"
@@ -169,11 +248,13 @@ _NUMBER_HEAD = re.compile(
 )
 _UNIT = re.compile(
     rf"(?:\^\s*(?:\\circ|\{{\s*\\circ\s*\}}))?\s*"
-    rf"[a-zA-Z][a-zA-Z .\-/]*{_EXPONENT}(?:\s*/\s*[a-zA-Z]+{_EXPONENT})?"
+    rf"[a-zA-Z](?:[a-zA-Z .\-/]|\\cdot )*{_EXPONENT}"
+    rf"(?:\s*/\s*[a-zA-Z]+{_EXPONENT})?"
 )
 _SHORT_UNITS = frozenset(
     "cm mm km nm ft in kg mg lb lbs oz hr hrs ml mL cc yd mi Hz kHz MHz ms kJ"
-    " kN kW eV min sec mph kph day gal mol cal pts yen men deg rad rev cup bit"
+    " kWh Wh kB MB GB TB kN kW eV min sec mph kph day gal mol cal pts yen men"
+    " deg rad rev cup bit"
     " Pa kPa atm USD EUR sq cu m s g h L J N W V A K F C".split()
 )
 _NO_UNITS = frozenset(
@@ -199,7 +280,7 @@ _BASES = {name: i for i, name in enumerate(_NUMERALS.split(), 2)} | {
 }
 _BASED = re.compile(
     r"\(?([0-9A-Za-z]+?(?:\.[0-9A-Za-z]+?)?)\)?"
-    r"(?:_\{?\(?(?:base)?([0-9a-z]+)\)?\}?|,?\(?(?:in)?base([0-9a-z]+)\)?"
+    r"(?:_\{?\(?(?:base-?)?([0-9a-z]+)\)?\}?|,?\(?(?:in)?base([0-9a-z]+)\)?"
     r"|,?\(?(?:in)?(binary|octal|hexadecimal)\)?)",
     re.IGNORECASE,
 )
@@ -214,7 +295,8 @@ _DECIMAL = re.compile(
 )
 
 _STATED = re.compile(
-    r"(?<!incorrect )(?<!wrong )\banswer\s*(?:is\b|:)"
+    r"(?<!incorrect )(?<!wrong )\banswer"
+    r"\s*(?:is\b|(?:must|should|would) be\b|:)"
     r"|\b(?:correct|right|best)\s+(?:option|choice|letter)\s*(?:is\b|:)",
     re.IGNORECASE,
 )
@@ -227,15 +309,15 @@ _IS_RIGHT = re.compile(
 )
 # What only changes how a letter looks.
 _MARKUP = re.compile(
-    r"\\(?:boxed|fbox|boldsymbol|mbox"
+    r"\\(?:boxed|f(?:rame)?box|boldsymbol|mbox|left|right"
     r"|(?:text|math)(?:bf|it|normal|rm|sf|tt)?)(?![a-z])"
-    r"|\\[()\[\],;:! ]|[{}$*`~]"
+    r"|\\[()\[\],;:! ]|[{}$*`~\"\u201c\u201d]|(?<![a-zA-Z])'|'(?![a-zA-Z])"
 )
 # A letter that is set apart from the text of its option.
 _SET_APART = re.compile(
     r"(?<![a-zA-Z\\])([A-Z])([)\]}.]*)(?:\\[,;: ]|~|\s)*"
-    r"(?:\\q?quad(?![a-z])|\\\\|\\newline(?![a-z])"
-    r"|\\(?:text|math)[a-z]*\s*\{(?!\s*(?:and|or)\b))"
+    r"(?:\\q?quad(?![a-z])|\\\\|\\newline(?![a-z])|\\hspace\*?\{[^{}]*\}|\|\s"
+    r"|\\(?:text|math)[a-z]*\s*\{(?!\s*(?:(?:and|or)\b|\))))"
 )
 # A letter in brackets, or one that is no word: "a gas" and "I think" are not
 # answers, and neither are two letters.
@@ -246,7 +328,7 @@ _LETTER = re.compile(
       [(\[] \s* ([a-z]) \s* [)\]]
       | ([a-z]) (?= \s* (?: $ | [,;:)\]] | \.(?!\w) | (?:as|because|since)\b
           | [\u2013\u2014] | (?<=\s)-+\s (?!\s*[a-z]\s*$)
-          | = \s* (?: [-+]?[\d.] | \\ | [a-z]{3} )
+          | = \s* (?: [-+(]?[\d.] | \\ | [a-z]{3} ) | \s*[-=]+> \s*
           | \s*\\(?: approx | (?:right)?arrow | to ) (?![a-z])
           | \s+\(\s* [\d\\a-z] [^()\s] ))
     )
@@ -263,12 +345,21 @@ _LINE = re.compile(
 )
 
 
+_OPENED, _CLOSED = (
+    re.compile(rf"<\s*{slash}think(?:ing)?\s*>", re.IGNORECASE)
+    for slash in ("", "/")
+)
+
+
 def _after_thinking(completion: str) -> str:
   """Returns what is no thinking: none of it is before the last `</think>`.
 
-  Nor does a `<think>` count that has no end.
+  Nor does a `<think>` count that has no end, nor `<thinking>`.
   """
-  return completion.rpartition("</think>")[2].partition("<think>")[0]
+  if "<" not in completion:
+    return completion
+  final = _CLOSED.split(completion)[-1]
+  return _OPENED.split(final, maxsplit=1)[0]
 
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
@@ -276,7 +367,7 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
 
   Boxes in boxes are left out, and those that are empty or have no end.
   """
-  if "\\boxed" not in text and "\\fbox" not in text:
+  if "box" not in text:
     return []
   closing, stack = {}, []
   for brace in _BRACES.finditer(text):
@@ -294,9 +385,12 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
       inner, stop = (bare[0].rstrip(".,;:"), bare.end()) if bare else ("", at)
     elif at in closing:
       inner, stop = text[at + 1 : closing[at]], closing[at] + 1
+      outside = _SUBSCRIPT_AFTER.match(text, stop)  # Of \boxed{12}_5.
+      if outside:
+        inner, stop = inner + outside[0], outside.end()
     else:
       continue
-    if re.sub(_TEXT, "", _clean(inner)).strip("{} ?_"):
+    if not _PLACE.fullmatch(re.sub(_TEXT, "", _clean(inner))):
       out.append((start, stop, inner))
       end = stop
   return out
@@ -322,6 +416,10 @@ def _spelled(text: str) -> str:
   """Returns a text with LaTeX for symbols that math-verify does not know."""
   if text.isascii():
     return text
+  text = _LINED.sub(
+      lambda m: rf"\overline{{{''.join(filter(str.isdecimal, m[0]))}}}", text
+  )
+  text = _DOTTED_DIGIT.sub(r"\\dot{\1}", text)
   for _ in range(4):  # Roots of roots.
     text = _ROOT.sub(
         lambda m: f"\\sqrt{_DEGREES[m[1]]}{{{m[2] or m[3] or m[4]}}}", text
@@ -347,9 +445,9 @@ def _dotted(match: re.Match) -> str:
     kept = decimals[: len(decimals) - cut]
     cycle = _CYCLE.fullmatch(kept)
     if cycle:
-      part = cycle[2] or cycle[3]
+      part = cycle[2] or cycle[3] or cycle[5]
       if part.startswith(decimals[len(kept) :]):
-        return _as_fraction(whole, cycle[1], part)
+        return _as_fraction(whole, cycle[1] or "", part)
   return f"{whole}.{decimals}"
 
 
@@ -377,9 +475,21 @@ def _clean(text: str) -> str:
     return text.strip()
   text = _APART.sub(lambda m: m[1] + re.sub(r"\D", "", m[2]), text)
   text = _STYLE.sub("", text)
+  text = _OLD_STYLE.sub(lambda m: rf"\mathrm{{{m[1] or m[2]}}}", text)
   text = _DEGREE.sub(r"^\\circ ", text)
   text = _SPACE.sub(" ", _FRACTION.sub(r"\\frac", text)).strip()
   text = _LABEL.sub("", text) if _LABEL.match(text) else text
+  text = _TITLE.sub(r"\1", text, count=1) if _TITLE.match(text) else text
+  text = _IS.sub(r"\1} = ", text)
+  text = _DOT.sub(r"\1", text)
+  text = _NEARLY.sub("", text) if _NEARLY.match(text) else text
+  text = _AFTER_NOON.sub(r" \\text{ \1.m.}", text)
+  text = _STOP_IN_TEXT.sub("", text)
+  for form, inner in ((_CELL, r"\1"), (_WHOLE, r"\1 \\text{\2}\3")):
+    whole = form.fullmatch(text)
+    text = whole.expand(inner).strip() if whole else text
+  text = _RAISED_WORDS.sub(lambda m: _RAISES[m[1].lower()], text)
+  text = _CURRENCY.sub("", text)
   if "." in text:
     text = _DOTTED.sub(_dotted, _REPEATING.sub(_repeated, text))
   before = ""
@@ -392,7 +502,8 @@ def _clean(text: str) -> str:
     styled = _STYLED.fullmatch(text) or re.fullmatch(rf"\{{{_INNER}\}}", text)
     if styled and (text[0] == "{" or re.search(r"[\d=\\]", styled[1])):
       text = styled[1]
-  text = _COMMAS.sub(lambda m: m[1].replace(",", ""), text)
+  for commas in (_COMMAS, _ZEROS):
+    text = commas.sub(lambda m: m[1].replace(",", ""), text)
   text = _SPACES.sub(lambda m: m[1].replace(" ", ""), text)
   text = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", text) if (
       _SCIENTIFIC.fullmatch(text)
@@ -441,9 +552,15 @@ def _squeezed(text: str) -> str:
   return re.sub(r"\s+", "", text)
 
 
+def _unstyled(text: str) -> str:
+  return _squeezed(_PLAIN_TEXT.sub(r"\1", text))
+
+
 def _words(text: str) -> tuple[str, ...]:
   """Returns a text's words in lower case, sorted parts of a list of them."""
-  plain = re.sub(rf"{_TEXT}|[{{}}()\[\].'\"]", " ", text).replace("\\&", ",")
+  plain = re.sub(rf"{_TEXT}|[{{}}()\[\].'\"`\u201c\u201d]", " ", text).replace(
+      "\\&", ","
+  )
   if not re.fullmatch(r"[a-zA-Z ,\-]*[a-zA-Z][a-zA-Z ,\-]*", plain):
     return ()
   parts = re.split(r",|\band\b|\bor\b", plain.lower())
@@ -488,7 +605,7 @@ def _is_unit(text: str) -> bool:
 
 def _is_named(tail: str, text: str) -> bool:
   """Whether plain letters behind a number are a unit, and not variables."""
-  names = re.findall("[a-zA-Z]+", tail.replace("\\circ", ""))
+  names = re.findall("[a-zA-Z]+", re.sub(r"\\c(?:irc|dot)", "", tail))
   if _NO_UNITS & {name.lower() for name in names}:
     return False
   # One letter may be a variable, and math-verify knows most units.
@@ -569,7 +686,7 @@ def _equal(answer: str, found: str, verbatim: bool = True) -> bool:
   gold, given = _clean(answer), _clean(found)
   if not gold or not given:
     return False
-  if verbatim and _squeezed(gold) == _squeezed(given):
+  if verbatim and _unstyled(gold) == _unstyled(given):
     return True
   gold, given = _without_names(gold, given)
   for compare in (_compare_bases, _compare_marks, _compare_words):
@@ -579,15 +696,26 @@ def _equal(answer: str, found: str, verbatim: bool = True) -> bool:
   gold, given = _without_unit(gold), _without_unit(given)
   if verbatim and _squeezed(gold) == _squeezed(given):
     return True
+  if all(_PERCENT.search(text) for text in (gold, given)):
+    gold, given = (_PERCENT.sub("", text) for text in (gold, given))
   numbers = _number(gold), _number(given)
   if all(numbers):
     return _same_number(*numbers)
+  # math-verify takes an interval for an inequality, but not the other way.
+  if gold[:1] in ("(", "[") and _RELATION.search(given):
+    gold, given = given, gold
   return _JUDGE.equal(_boxed(gold), _boxed(given))
 
 
 def _compare_bases(gold: str, given: str) -> bool | None:
   """Compares numbers of which one has a base at least; None for others."""
-  (right, base), (digits, other) = map(_based, (gold, given))
+  right, base = _based(gold)
+  # Of 21_3 = 7_{10} that side counts which has the right answer's base.
+  sides = [_based(side) for side in _EQUALS.split(given)]
+  given_in = {other: digits for digits, other in sides}
+  if base and 0 not in given_in and base in given_in:
+    return given_in[base] == right
+  digits, other = _based(given)
   if not base and not other:
     return None
   if base and other:

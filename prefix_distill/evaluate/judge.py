@@ -14,7 +14,7 @@ from prefix_distill import worker
 # Seconds for one question.
 LIMIT = 5.0
 # Text in which a number below 0.001 may be.
-_TINY = re.compile(r"\^|0\.000")
+_TINY = re.compile(r"\^|0\.000|\d{4}|!|binom")
 
 
 class Judge(worker.Worker):

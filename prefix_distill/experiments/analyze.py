@@ -230,7 +230,7 @@ def _window_gradient(
     window: step_lib.Window,
     params: Params,
     teacher_params: Params,
-    inputs: step_lib.Inputs,
+    inputs: step_lib.Microbatch,
 ) -> jax.Array:
   """Returns the gradient of the loss on a window, as one vector."""
   head = None if inputs[2].hidden is None else teacher.head(teacher_params)
@@ -372,6 +372,11 @@ def _analyze(config: Config, workdir: pathlib.Path) -> None:
       f"method is {config.method!r}, which has no teacher to compare with; use"
       " 'prefix' or 'full'.",
   )
+  check(
+      not config.lora.rank,
+      f"lora.rank is {config.lora.rank}, and an analysis compares whole models;"
+      " set lora.rank to 0, and name exports in --students.",
+  )
   setup = setup_lib.prepare(config, workdir)
   with workdir_lib.claimed(config, workdir, setup.contents):
     _write(setup, workdir / "analysis")
@@ -407,4 +412,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=command_line.parse)
+  app.run(
+      main,
+      flags_parser=functools.partial(command_line.parse, about=__doc__),
+  )

@@ -129,31 +129,37 @@ CELLS = {
         "prefix of 32", _prefix("fixed", length=32), "fixed-16"
     ),
     "popd": _ablation(
-        "growing every five updates (POPD)",
-        _prefix("linear", start=8, every=5),
+        "growing by one token (POPD)",
+        _prefix("linear", start=8, increment=1),
         "linear",
     ),
     "drift": _ablation(
-        "drift budget (Prune-OPD)",
+        "drift budget and weights (Prune-OPD)",
         _prefix(
-            "drift",
-            start=16,
-            increment=16,
-            min_overlap=0.4,
-            max_drifted=50,
-            min_reliable_fraction=0.1,
+            "drift", start=16, increment=16, min_overlap=0.4, max_drifted=50
         ),
         "linear",
     ),
     "plateau": _ablation(
-        "plateau and utilisation (after Adaptive FastOPD)",
-        _prefix("plateau", start=16, increment=16, patience_updates=2),
+        "plateau of four signals, or utilisation (Adaptive FastOPD)",
+        # While nine tenths of the answers reach the cap, it grows at once.
+        _prefix(
+            "plateau",
+            start=16,
+            increment=16,
+            min_reached_fraction=0.9,
+            patience_updates=2,
+        ),
         "linear",
     ),
     "agreement": _ablation(
         "agreement stop (KAT)",
         _prefix(
-            "agreement", window_tokens=16, memory_rollouts=512, warmup_updates=5
+            "agreement",
+            window_tokens=16,
+            memory_rollouts=512,
+            warmup_updates=5,
+            min_rollouts=64,
         ),
         "full",
     ),
@@ -194,7 +200,6 @@ TASKS = {
         _BUCKETS,
         {
             "linear": {"prefix.linear.increment": "2"},
-            "popd": {"prefix.linear.increment": "10"},
             "seqkd": {"steps": "100"},
         },
     ),
@@ -206,7 +211,6 @@ TASKS = {
         _BUCKETS,
         {
             "linear": {"prefix.linear.increment": "4"},
-            "popd": {"prefix.linear.increment": "20"},
             "seqkd": {"steps": "100"},
         },
     ),
@@ -218,7 +222,6 @@ TASKS = {
         {"prefix.buckets": "(32,64,128,240)"},
         {
             "linear": {"prefix.linear.increment": "4"},
-            "popd": {"prefix.linear.increment": "20"},
             "seqkd": {"steps": "120"},
         },
     ),

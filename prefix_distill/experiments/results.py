@@ -495,6 +495,10 @@ COMPARISONS = (
         Comparison(_OTHERS, cell, "full-fast", "equal")
         for cell in ("fixed-64", "random", "audited", "seqkd")
     ),
+    *(
+        Comparison(_OTHERS, cell, "seqkd", "equal")
+        for cell in ("linear", "fixed-64")
+    ),
 )
 
 

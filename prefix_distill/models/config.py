@@ -22,6 +22,16 @@ _OPTIONS = {
     "transformers_weights": None,
 }
 _LAYER_TYPE = "full_attention"
+# A layer's products, as Hugging Face calls them and as this package does.
+PRODUCTS = {
+    "q_proj": "query",
+    "k_proj": "key",
+    "v_proj": "value",
+    "o_proj": "out",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +68,21 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+  """Low-rank adapters (arXiv 2106.09685): W x becomes W x + scale * B A x.
+
+  Attributes:
+    rank: rows of A and columns of B.
+    scale: what the adapters' product is multiplied by.
+    targets: the products that have adapters, values of `PRODUCTS`.
+  """
+
+  rank: int
+  scale: float = 1.0
+  targets: tuple[str, ...] = tuple(PRODUCTS.values())
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """A decoder-only transformer; hashable, so jit takes it as static.
 
@@ -75,6 +100,8 @@ class ModelConfig:
     tied: whether the embedding table is the output head.
     max_length: the config's `max_position_embeddings`, in tokens.
     rotary: for each layer whether it rotates queries and keys; () if all do.
+    lora: the adapters that are trained, beside weights that are not; None for a
+      model without any.
   """
 
   family: str
@@ -90,6 +117,7 @@ class ModelConfig:
   tied: bool
   max_length: int
   rotary: tuple[bool, ...] = ()
+  lora: Lora | None = None
 
   @property
   def qk_norm(self) -> bool:
@@ -253,8 +281,37 @@ def from_hf(config: transformers.PretrainedConfig, where: str) -> ModelConfig:
   )
 
 
+def sides(config: ModelConfig) -> dict[str, tuple[int, int]]:
+  """Returns the outputs and inputs of each of a layer's products."""
+  c = config
+  heads, groups = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+  return {
+      "query": (heads, c.dim),
+      "key": (groups, c.dim),
+      "value": (groups, c.dim),
+      "out": (c.dim, heads),
+      "gate": (c.mlp_dim, c.dim),
+      "up": (c.mlp_dim, c.dim),
+      "down": (c.dim, c.mlp_dim),
+  }
+
+
+def num_adapters(config: ModelConfig) -> int:
+  """Counts the numbers in all adapters; 0 without `lora`."""
+  if config.lora is None:
+    return 0
+  found = sides(config)
+  ends = sum(sum(found[name]) for name in config.lora.targets)
+  return config.num_layers * config.lora.rank * ends
+
+
+def num_trained(config: ModelConfig) -> int:
+  """Counts the parameters that the optimizer updates."""
+  return num_params(config) if config.lora is None else num_adapters(config)
+
+
 def num_params(config: ModelConfig, embeddings: bool = True) -> int:
-  """Counts parameters; a tied table counts once.
+  """Counts parameters; a tied table counts once, and adapters do not.
 
   Args:
     config: the model.
@@ -273,7 +330,9 @@ def num_params(config: ModelConfig, embeddings: bool = True) -> int:
   return c.num_layers * layer + c.dim + tables * table
 
 
-def _qwen3(layers: int, dim: int, mlp: int, heads: int) -> ModelConfig:
+def _qwen3(
+    layers: int, dim: int, mlp: int, heads: int, positions: int = 32768
+) -> ModelConfig:
   return ModelConfig(
       family="qwen3",
       vocab_size=151936,
@@ -286,10 +345,48 @@ def _qwen3(layers: int, dim: int, mlp: int, heads: int) -> ModelConfig:
       norm_eps=1e-6,
       rope=RopeConfig(1e6),
       tied=dim < 4096,
-      max_length=32768,
+      max_length=positions,
+  )
+
+
+def _r1_qwen(
+    dim: int, mlp: int, heads: int, kv_heads: int, vocab: int
+) -> ModelConfig:
+  return ModelConfig(
+      family="qwen2",
+      vocab_size=vocab,
+      dim=dim,
+      mlp_dim=mlp,
+      num_layers=28,
+      num_heads=heads,
+      num_kv_heads=kv_heads,
+      head_dim=128,
+      norm_eps=1e-6,
+      rope=RopeConfig(1e4),
+      tied=False,
+      max_length=131072,
   )
 
 
 # Published architectures, for what needs no weights: plans and tables.
+QWEN3_0_6B = _qwen3(28, 1024, 3072, 16)
 QWEN3_1_7B = _qwen3(28, 2048, 6144, 16)
+QWEN3_4B = _qwen3(36, 2560, 9728, 32)
 QWEN3_8B = _qwen3(36, 4096, 12288, 32)
+R1_QWEN_1_5B = _r1_qwen(1536, 8960, 12, 2, 151936)
+R1_QWEN_7B = _r1_qwen(3584, 18944, 28, 4, 152064)
+QWEN3_14B = _qwen3(40, 5120, 17408, 40, 40960)
+R1_DISTILL_LLAMA_8B = ModelConfig(
+    family="llama",
+    vocab_size=128256,
+    dim=4096,
+    mlp_dim=14336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    norm_eps=1e-5,
+    rope=RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 8192),
+    tied=False,
+    max_length=131072,
+)

@@ -31,6 +31,7 @@ from prefix_distill import strict_json
 from prefix_distill.errors import UserError
 from prefix_distill.models import config as model_config
 from prefix_distill.models import families
+from prefix_distill.models import lora
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.families import Family
 from prefix_distill.models.families.family import Index
@@ -47,11 +48,28 @@ _TOKENIZER = "tokenizer_config.json"
 # What an export takes along from the model it was made of.
 _COMPANIONS = (
     "tokenizer.json",
+    "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+)
+# Code of a repository, which an export does not have, and how answers were
+# sampled, which old config.json say and generation_config.json says now.
+_LEFT_OUT = (
+    "auto_map",
+    "torch_dtype",
+    "do_sample",
+    "max_length",
+    "max_new_tokens",
+    "min_length",
+    "min_new_tokens",
+    "num_beams",
+    "repetition_penalty",
+    "temperature",
+    "top_k",
+    "top_p",
 )
 # What an export's config.json repeats from the tokenizer.
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -72,7 +90,7 @@ _SIZES = {
 }
 _MOST_LAYERS = 10_000
 # Dtypes of tensors, and the bits that are all set in what is not finite.
-_FLOATS = {
+FLOATS = {
     "F64": (np.uint64, 0x7FF0_0000_0000_0000),
     "F32": (np.uint32, 0x7F80_0000),
     "F16": (np.uint16, 0x7C00),
@@ -112,7 +130,7 @@ def resolve(path: str, weights: bool = False) -> pathlib.Path:
         f"{path} is not a directory; give the directory of a Hugging Face"
         " model, a hub id (OWNER/NAME or OWNER/NAME@REVISION) or bundled:NAME."
     )
-  wanted = ["*.json", "*.txt", "*.jinja"]
+  wanted = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
   if weights:
     wanted.append("*.safetensors")
   try:
@@ -261,13 +279,19 @@ def _stacked(ours: str) -> bool:
   return ours.startswith("layers/")
 
 
-class _Weights:
+class Weights:
   """The tensors of a model directory, read a slice at a time."""
 
-  def __init__(self, directory: pathlib.Path):
+  def __init__(self, directory: pathlib.Path, file: str = ""):
+    """Opens the files of a model, or only the one that is named.
+
+    Raises:
+      ModelFilesError: a file is missing, cut, or contradicts the index.
+    """
     self._files = {}
     self._paths = {}
-    for file, promised in self._file_names(directory).items():
+    files = {file: set()} if file else self._file_names(directory)
+    for file, promised in files.items():
       path = directory / file
       if not path.is_file():
         raise ModelFilesError(
@@ -349,7 +373,7 @@ class _Weights:
       ModelFilesError: a number in it is not finite.
     """
     block = self._files[name].get_slice(name)[index]
-    kind, bits = _FLOATS[self.dtype(name)]
+    kind, bits = FLOATS[self.dtype(name)]
     numbers = np.ascontiguousarray(block).view(kind).reshape(-1)
     for start in range(0, numbers.size, _CHUNK):
       if ((numbers[start : start + _CHUNK] & kind(bits)) == bits).any():
@@ -382,7 +406,7 @@ def _leaves(tree: Any, family: Family) -> Iterator[tuple[str, Any, Any]]:
     yield name, leaf, family.tensors[name]
 
 
-def _check_tensors(weights: _Weights, model: Model, path: str) -> None:
+def _check_tensors(weights: Weights, model: Model, path: str) -> None:
   """Refuses missing, unexpected and misshapen tensors, by name."""
   config = model.config
   family = families.FAMILIES[config.family]
@@ -412,10 +436,10 @@ def _check_tensors(weights: _Weights, model: Model, path: str) -> None:
           f" does not implement this variant of {config.family}."
       )
   for name in sorted((set(wanted) | harmless) & found):
-    if weights.dtype(name) not in _FLOATS:
+    if weights.dtype(name) not in FLOATS:
       raise ModelFilesError(
           f"{weights.path(name)}: tensor {name} is of dtype"
-          f" {weights.dtype(name)}, and only {', '.join(_FLOATS)} are read;"
+          f" {weights.dtype(name)}, and only {', '.join(FLOATS)} are read;"
           " give the model before it was quantized."
       )
   if harmless & found and not weights.equal(_HEAD, _TABLE):
@@ -434,7 +458,7 @@ def check_weights(path: str, config: ModelConfig) -> None:
   Raises:
     ModelFilesError: the files are incomplete or do not fit the config.
   """
-  weights = _Weights(resolve(path, weights=True))
+  weights = Weights(resolve(path, weights=True))
   _check_tensors(weights, Model(config), path)
 
 
@@ -460,7 +484,7 @@ def load_params(
   Raises:
     ModelFilesError: the files are incomplete or do not fit the config.
   """
-  weights = _Weights(resolve(path, weights=True))
+  weights = Weights(resolve(path, weights=True))
   _check_tensors(weights, model, path)
   target, config = jnp.dtype(dtype), model.config
   tensors = families.FAMILIES[config.family].tensors
@@ -497,26 +521,41 @@ def load_params(
   )
 
 
-def _to_host(array: jax.Array) -> np.ndarray:
+def to_host(array: jax.Array) -> np.ndarray:
+  """Returns a whole array in every process; every process must call it."""
   if jax.process_count() > 1:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
   return np.asarray(array)
 
 
 def _write_weights(
-    params: Params, family: Family, directory: pathlib.Path, dtype: jnp.dtype
+    params: Params,
+    family: Family,
+    directory: pathlib.Path,
+    dtype: jnp.dtype,
+    scale: float,
 ) -> None:
   """Writes the weights in as many files as they need, as the hub has it.
 
   Every process gathers every file's tensors, and the first one writes them.
+  Adapters are merged into a tensor as it is written.
   """
-  # Of each tensor: its bytes, the parameter, the layer's number, how it lies.
+  base, adapters = lora.split(params)
+  changes = {name: leaf for name, leaf, _ in _leaves(adapters, family)}
+  # Of each tensor: its bytes, the parameter, the layer's number, how it lies,
+  # and its adapters.
   tensors = {}
-  for ours, leaf, tensor in _leaves(params, family):
+  for ours, leaf, tensor in _leaves(base, family):
     count = leaf.shape[0] if _stacked(ours) else 1
     size = leaf.size * dtype.itemsize // count
+    pair = [
+        (changes[f"{ours}_{x}"], family.tensors[f"{ours}_{x}"])
+        for x in "ba"
+        if f"{ours}_{x}" in changes
+    ]
     for i, name in enumerate(tensor.names(count)):
-      tensors[name] = (size, leaf, i if _stacked(ours) else None, tensor)
+      i = i if _stacked(ours) else None
+      tensors[name] = (size, leaf, i, tensor, pair)
   split = huggingface_hub.split_state_dict_into_shards_factory(
       tensors,
       get_storage_size=lambda entry: entry[0],
@@ -527,24 +566,26 @@ def _write_weights(
   for file, names in split.filename_to_tensors.items():
     arrays = {}
     for name in names:
-      _, leaf, i, tensor = tensors[name]
-      whole = tensor.write(_to_host(leaf if i is None else leaf[i]))
+      _, leaf, i, tensor, pair = tensors[name]
+      whole = tensor.write(to_host(leaf if i is None else leaf[i]))
+      if pair:
+        b, a = (place.write(to_host(part[i])) for part, place in pair)
+        whole = whole.astype(np.float32) + scale * (b @ a)
       arrays[name] = np.ascontiguousarray(whole.astype(dtype))
     if writes:
       safetensors.numpy.save_file(
           arrays, directory / file, metadata={"format": "pt"}
       )
-      # safetensors lets nobody else read it.
-      (directory / file).chmod(0o644)
   if split.is_sharded and writes:
     index = {
         "metadata": split.metadata,
         "weight_map": split.tensor_to_filename,
     }
-    _write_json(directory / INDEX, index)
+    write_json(directory / INDEX, index)
 
 
-def _write_json(file: pathlib.Path, value: Mapping[str, Any]) -> None:
+def write_json(file: pathlib.Path, value: Mapping[str, Any]) -> None:
+  """Writes JSON as the hub has it."""
   file.write_text(json.dumps(value, indent=2) + "\n")
 
 
@@ -617,6 +658,7 @@ def _old_rope(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _tokenizer_settings(file: pathlib.Path) -> dict[str, Any]:
   """Returns a tokenizer's settings in words that transformers 4 knows too."""
   settings = read_json(file)
+  settings.pop("auto_map", None)
   if settings.get("tokenizer_class") in _NEW_TOKENIZERS:
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings.pop("backend", None)
@@ -634,18 +676,22 @@ def export(
     directory: pathlib.Path,
     dtype: str,
     serving: Serving | None = None,
+    card: str = "",
+    scale: float = 1.0,
 ) -> None:
   """Writes a Hugging Face model directory; every process must call it.
 
   The directory appears whole or not at all.
 
   Args:
-    params: the weights.
+    params: the weights; adapters among them are merged.
     source: the model they were made of, whose config goes along.
     tokenizer: the model whose tokenizer and template do.
     directory: where to; replaced if it exists.
     dtype: what the weights are stored in, "float32" or "bfloat16".
     serving: what goes into the generation config; None for that of `tokenizer`.
+    card: the README.md; empty for none.
+    scale: what the adapters' products are multiplied by.
 
   Raises:
     ModelFilesError: there is no such model.
@@ -658,18 +704,22 @@ def export(
   if writes:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    settings.pop("torch_dtype", None)
+    settings = {k: v for k, v in settings.items() if k not in _LEFT_OUT}
     ids = read_json(companion / "config.json")
     settings |= {name: ids[name] for name in _TOKEN_IDS if name in ids}
     settings["dtype"] = dtype
     settings |= _old_rope(settings)
     if serving:
       settings["eos_token_id"] = _one_or_all(serving.stop_ids)
-      _write_json(partial / _GENERATION, _served(companion, serving))
-    _write_json(partial / "config.json", settings)
+      write_json(partial / _GENERATION, _served(companion, serving))
+    write_json(partial / "config.json", settings)
     _copy_companions(companion, partial, with_generation=serving is None)
-  _write_weights(params, family, partial, jnp.dtype(dtype))
+    if card:
+      (partial / "README.md").write_text(card, encoding="utf-8")
+  _write_weights(params, family, partial, jnp.dtype(dtype), scale)
   if writes:
+    for file in partial.iterdir():  # Whatever the umask lets others read.
+      file.chmod(0o644)
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
 
@@ -683,4 +733,4 @@ def _copy_companions(
       shutil.copyfile(source / name, directory / name)
   if (source / _TOKENIZER).is_file():
     settings = _tokenizer_settings(source / _TOKENIZER)
-    _write_json(directory / _TOKENIZER, settings)
+    write_json(directory / _TOKENIZER, settings)

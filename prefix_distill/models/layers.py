@@ -292,16 +292,59 @@ class RMSNorm(nnx.Module):
     return rms_norm(x, mean_square(x), self.scale[...], self.eps)
 
 
-class Attention(nnx.Module):
+class _Products(nnx.Module):
+  """Products with weights, each with its low-rank adapter if it has one."""
+
+  def __init__(self, config: ModelConfig):
+    self.config = config
+
+  def _add(
+      self,
+      name: str,
+      outputs: tuple[int, ...],
+      inputs: tuple[int, ...],
+      rngs: nnx.Rngs,
+  ) -> None:
+    """Adds a weight [outputs, inputs], and adapters that change nothing yet.
+
+    A, [rank, inputs], is drawn as PEFT draws it, and B, [outputs, rank], is
+    zero.
+    """
+    fan_in, lora = math.prod(inputs), self.config.lora
+    setattr(self, name, _normal(rngs, (*outputs, *inputs), fan_in))
+    if lora is not None and name in lora.targets:
+      most = fan_in**-0.5
+      drawn = jax.random.uniform(
+          rngs.lora(), (lora.rank, *inputs), minval=-most, maxval=most
+      )
+      setattr(self, f"{name}_a", nnx.Param(drawn))
+      setattr(self, f"{name}_b", nnx.Param(jnp.zeros((*outputs, lora.rank))))
+
+  def _product(self, name: str, x: jax.Array, axes: int = 1) -> jax.Array:
+    """Multiplies [..., inputs] by a weight with so many axes of inputs."""
+
+    def flat(weight: nnx.Param) -> jax.Array:
+      weight = weight[...]
+      return weight.reshape(*weight.shape[:-axes], x.shape[-1])
+
+    out, lora = linear(x, flat(getattr(self, name))), self.config.lora
+    if lora is None or name not in lora.targets:
+      return out
+    low = linear(x, flat(getattr(self, f"{name}_a")))
+    return out + lora.scale * linear(low, getattr(self, f"{name}_b")[...])
+
+
+class Attention(_Products):
   """Projections of grouped-query attention, with Qwen's norms or biases."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    super().__init__(config)
     c = config
     query, key = (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
-    self.query = _normal(rngs, (*query, c.dim), c.dim)
-    self.key = _normal(rngs, (*key, c.dim), c.dim)
-    self.value = _normal(rngs, (*key, c.dim), c.dim)
-    self.out = _normal(rngs, (c.dim, *query), c.num_heads * c.head_dim)
+    self._add("query", query, (c.dim,), rngs)
+    self._add("key", key, (c.dim,), rngs)
+    self._add("value", key, (c.dim,), rngs)
+    self._add("out", (c.dim,), query, rngs)
     if c.qkv_bias:
       self.query_bias = nnx.Param(jnp.zeros(query))
       self.key_bias = nnx.Param(jnp.zeros(key))
@@ -309,7 +352,6 @@ class Attention(nnx.Module):
     if c.qk_norm:
       self.query_norm = RMSNorm(c.head_dim, c.norm_eps)
       self.key_norm = RMSNorm(c.head_dim, c.norm_eps)
-    self.config = config
 
   def project(
       self, x: jax.Array, rotation: Rotation | None
@@ -320,9 +362,9 @@ class Attention(nnx.Module):
       x: [B, T, D].
       rotation: the rotation at each position; None for a layer without one.
     """
-    query = linear(x, self.query[...])
-    key = linear(x, self.key[...])
-    value = linear(x, self.value[...])
+    query = self._product("query", x)
+    key = self._product("key", x)
+    value = self._product("value", x)
     if self.config.qkv_bias:
       query = query + self.query_bias[...]
       key = key + self.key_bias[...]
@@ -355,24 +397,22 @@ class Attention(nnx.Module):
   def merge(self, attended: jax.Array) -> jax.Array:
     """Mixes the heads: [B, T, N, H] to [B, T, D]."""
     batch, length = attended.shape[:2]
-    weight = self.out[...]
-    return linear(
-        attended.reshape(batch, length, -1), weight.reshape(len(weight), -1)
-    )
+    return self._product("out", attended.reshape(batch, length, -1), axes=2)
 
 
-class MLP(nnx.Module):
+class MLP(_Products):
   """SwiGLU (arXiv 2002.05202)."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    super().__init__(config)
     c = config
-    self.gate = _normal(rngs, (c.mlp_dim, c.dim), c.dim)
-    self.up = _normal(rngs, (c.mlp_dim, c.dim), c.dim)
-    self.down = _normal(rngs, (c.dim, c.mlp_dim), c.mlp_dim)
+    self._add("gate", (c.mlp_dim,), (c.dim,), rngs)
+    self._add("up", (c.mlp_dim,), (c.dim,), rngs)
+    self._add("down", (c.dim,), (c.mlp_dim,), rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    gate = jax.nn.silu(linear(x, self.gate[...]))
-    return linear(gate * linear(x, self.up[...]), self.down[...])
+    gate = jax.nn.silu(self._product("gate", x))
+    return self._product("down", gate * self._product("up", x))
 
 
 class Block(nnx.Module):

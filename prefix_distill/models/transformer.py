@@ -60,8 +60,14 @@ class Model:
   def dtype(self) -> jnp.dtype:
     return jnp.dtype(self.compute_dtype)
 
+  @property
+  def base(self) -> "Model":
+    """The same model without adapters."""
+    config = dataclasses.replace(self.config, lora=None)
+    return dataclasses.replace(self, config=config)
+
   def init(self, key: jax.Array) -> Params:
-    """Returns random float32 parameters."""
+    """Returns random float32 parameters; those of `base`, and adapters."""
     c = self.config
     embed_key, head_key, layer_key = jax.random.split(key, 3)
 
@@ -70,7 +76,9 @@ class Model:
       return {"weight": normal * c.dim**-0.5}
 
     def block(block_key: jax.Array) -> Params:
-      module = layers.Block(c, nnx.Rngs(params=block_key))
+      lora_key = jax.random.fold_in(block_key, 1)
+      rngs = nnx.Rngs(params=block_key, lora=lora_key)
+      module = layers.Block(c, rngs)
       return nnx.to_pure_dict(nnx.state(module))
 
     params = {

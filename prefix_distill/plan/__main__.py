@@ -10,6 +10,7 @@ status is 0 if all fits, 1 if not, 2 if the question is wrong.
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -78,6 +79,18 @@ _MEASURED = flags.DEFINE_string(
 _PRICE = flags.DEFINE_float(
     "price", 0.0, "Of a device and hour, in any currency; 0 for none."
 )
+_LIMIT = flags.DEFINE_float(
+    "time_limit",
+    24.0,
+    "Hours after which a turn of the run ends, as of launch/slurm.sh --time; 0"
+    " for no limit. --notice is how many seconds before that it is told.",
+)
+_BUDGET = flags.DEFINE_float(
+    "budget",
+    0.0,
+    "Hours of the machine, or with --price a sum, that the run may cost; says"
+    " how many updates that are. 0 for none.",
+)
 _SEARCH = flags.DEFINE_bool(
     "search",
     False,
@@ -102,6 +115,11 @@ def _assumptions() -> Assumptions:
       0 <= _PRICE.value <= 1e9,
       f"--price={_PRICE.value:g} is no price of an hour; set it from 0 to 1e9.",
   )
+  for name, flag in {"time_limit": _LIMIT, "budget": _BUDGET}.items():
+    check(
+        0 <= flag.value <= 1e9,
+        f"--{name}={flag.value:g} cannot be; set it from 0 to 1e9.",
+    )
   check_path("measured", _MEASURED.value)
   if not _MEASURED.value:
     return Assumptions(_UTILIZATION.value, price=_PRICE.value)
@@ -234,6 +252,9 @@ def _show(result: Result, console: rich.console.Console) -> None:
   console.print(_updates(result))
   console.print(Text(_assumed(result)))
   console.print(_hours(result))
+  notice = command_line.NOTICE.value
+  for line in planner.turns(result, _LIMIT.value, notice, _BUDGET.value):
+    console.print(Text(line))
   _verdict(result, console)
 
 
@@ -319,5 +340,11 @@ def main(argv: list[str]) -> None:
     sys.exit(f"error: {_short(result)}.")
 
 
+def start() -> None:
+  """Reads the command line and plans."""
+  parse = functools.partial(command_line.parse, about=__doc__)
+  app.run(main, flags_parser=parse)
+
+
 if __name__ == "__main__":
-  app.run(main, flags_parser=command_line.parse)
+  start()

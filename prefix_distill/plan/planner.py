@@ -33,8 +33,11 @@ from prefix_distill.errors import ConfigError
 from prefix_distill.errors import shown
 from prefix_distill.errors import UserError
 from prefix_distill.evaluate import evaluator
+from prefix_distill.models import lora
 from prefix_distill.models.config import ModelConfig
+from prefix_distill.models.config import num_adapters
 from prefix_distill.models.config import num_params
+from prefix_distill.models.config import num_trained
 from prefix_distill.plan import machines
 from prefix_distill.plan import programs
 from prefix_distill.plan.machines import Machine
@@ -160,22 +163,27 @@ def least_sent(plan: Plan) -> float:
   Layers are gathered over fsdp twice, forward and backward, in the compute
   dtype. The output head is gathered once, and for an exact loss so is the
   teacher's. Gradients are scattered once and then summed over data: those of
-  the layers in the compute dtype, the head's in float32. What is looked up of
-  the embeddings travels too and is not counted here.
+  the layers in the compute dtype, the head's in float32. With adapters theirs
+  are the only ones; half of an adapter's numbers, about, are split over fsdp,
+  and all are counted. What is looked up of the embeddings travels too and is
+  not counted here.
   """
   setup, sizes = plan.models, plan.models.mesh.shape
   n, data, tensor = sizes["fsdp"], sizes["data"], sizes["tensor"]
   width, c = setup.student.dtype.itemsize, setup.student.config
   table = c.vocab_size * c.dim
-  weights = num_params(c) - table * (1 if c.tied else 2)
+  weights = num_params(c) + num_adapters(c) - table * (1 if c.tied else 2)
   gathered = width * (2 * weights + table)
   scattered = width * weights + _FLOAT32 * table
+  if c.lora is not None:
+    scattered = width * num_adapters(c)
   if isinstance(setup.loss, ExactLoss):
     t = setup.teacher.config
     gathered += setup.teacher.dtype.itemsize * t.vocab_size * t.dim
   around = (n - 1) / n * (gathered + scattered) / tensor
   # The gradient of a separate embedding table is in parts from the start.
-  summed = scattered + (0 if c.tied else _FLOAT32 * table)
+  apart = c.lora is None and not c.tied
+  summed = scattered + (_FLOAT32 * table if apart else 0)
   return around + 2 * (data - 1) / data * summed / tensor / n
 
 
@@ -243,8 +251,12 @@ def suggest_mesh(
   """
   budget = machine.chip.memory
   inside = machine.size // machine.slices
-  held = 16 * num_params(student)
-  held += _width(config.teacher.param_dtype) * num_params(teacher)
+  trained, held = num_trained(student), 0
+  if student.lora is not None:
+    held += _width(config.student.param_dtype) * num_params(student)
+  if not config.shares_weights:
+    held += _width(config.teacher.param_dtype) * num_params(teacher)
+  held += 4 * _FLOAT32 * trained
   if machine.chip.platform == "gpu":
     host = min(machine.chip.host, inside)
     if held / host <= _HELD * budget:
@@ -256,7 +268,7 @@ def suggest_mesh(
   if config.evaluation.sets and config.evaluation.teacher:
     answer = prompt + config.evaluation.max_len
     decoding = max(decoding, _decoding(config.teacher, teacher, answer))
-  resting = held - _FLOAT32 * num_params(student)  # Gradients come later.
+  resting = held - _FLOAT32 * trained  # Gradients come later.
   most = min(inside, student.num_kv_heads)
   tensor = 1
   while tensor < most and config.data.batch_size % (machine.size // tensor):
@@ -289,8 +301,8 @@ def check_weights(plan: Plan, machine: Machine) -> None:
   teacher's weights lie side by side, and the moments unless they are offloaded.
   To check that takes no compiler.
   """
-  parts = bytes_held(plan)
-  parts["gradient"] = parts["student"]
+  parts, state = bytes_held(plan), plan.programs.abstract_state()
+  parts["gradient"] = float(sharding.bytes_per_device(state.params))
   config, offload = plan.models.config, ", or optimizer.offload=True"
   if config.optimizer.offload:
     del parts["moments"]
@@ -309,13 +321,17 @@ def check_weights(plan: Plan, machine: Machine) -> None:
 
 
 def bytes_held(plan: Plan) -> dict[str, float]:
-  """Returns bytes on a device of what a run keeps throughout."""
+  """Returns bytes on a device of what a run keeps throughout.
+
+  A teacher that shares the student's weights adds none.
+  """
   state = plan.programs.abstract_state()
   size = sharding.bytes_per_device
+  shared = plan.models.shares_weights
   return {
-      "student": float(size(state.params)),
+      "student": float(size(plan.student_params)),
       "moments": float(size(state.opt_state)),
-      "teacher": float(size(plan.teacher_params)),
+      "teacher": 0.0 if shared else float(size(plan.teacher_params)),
   }
 
 
@@ -357,6 +373,9 @@ def read_lengths(given: Sequence[str]) -> tuple[int, ...]:
 def _choose_mesh(question: Question) -> tuple[Config, str]:
   """Returns the config with a mesh that fills the machine, and a note.
 
+  An fsdp axis that takes all devices is kept inside one host; of a larger
+  machine the mesh is chosen.
+
   Raises:
     ConfigError: the mesh that was asked for is none.
   """
@@ -372,17 +391,18 @@ def _choose_mesh(question: Question) -> tuple[Config, str]:
         *map(int, text.split("x")), sampling_tensor=given.sampling_tensor
     )
     return dataclasses.replace(config, mesh=mesh), "Mesh: as asked for."
-  rest = given.fsdp * given.tensor
-  data = machine.size // rest if given.data == -1 else given.data
-  if data * rest == machine.size:
-    return config, "Mesh: the config's."
+  if given.fsdp != -1 or machine.size <= machine.chip.host:
+    full = given.filled(machine.size)
+    if full.data * full.fsdp * full.tensor == machine.size:
+      return dataclasses.replace(config, mesh=full), "Mesh: the config's."
   student, teacher = (
       programs.architecture(spec.path)[0]
       for spec in (config.student, config.teacher)
   )
+  student = lora.adapted(student, config)
   mesh = suggest_mesh(config, student, teacher, machine)
   note = (
-      "Mesh: chosen; that of the config does not fill the machine. Use"
+      "Mesh: chosen; that of the config is for other machines. Use"
       f" --config.mesh.data={mesh.data} --config.mesh.fsdp={mesh.fsdp}"
       f" --config.mesh.tensor={mesh.tensor}"
       f" --config.mesh.sampling_tensor={mesh.sampling_tensor}."
@@ -448,6 +468,8 @@ class Result:
     updates: one for each bucket.
     hours: least time of the run's updates, and of full distillation's.
     evaluation: hours of a run's evaluations, by what is evaluated.
+    each: seconds of each of the run's updates, in order.
+    saved_every: updates from one checkpoint to the next.
     least_sent: bytes that one run of `gradient` has to send.
     advice: the settings of `mended`, or what cannot be made to fit.
     assumptions: what seconds are reckoned with.
@@ -462,6 +484,8 @@ class Result:
   updates: list[Update]
   hours: dict[str, float]
   evaluation: dict[str, float]
+  each: list[float]
+  saved_every: int
   least_sent: float
   advice: list[str]
   assumptions: Assumptions
@@ -469,6 +493,78 @@ class Result:
   @property
   def fits(self) -> bool:
     return all(one.verdict(self.machine) for one in self.programs)
+
+  @property
+  def total_hours(self) -> float:
+    """Of the run's updates and evaluations."""
+    return (sum(self.each) / 3600) + sum(self.evaluation.values())
+
+  @property
+  def unsaved_hours(self) -> float:
+    """The longest time between two checkpoints, without evaluation."""
+    every = self.saved_every
+    parts = [
+        sum(self.each[i : i + every]) for i in range(0, len(self.each), every)
+    ]
+    return max(parts, default=0.0) / 3600
+
+  def affordable(self, hours: float) -> int:
+    """Returns how many updates fit into so many hours.
+
+    Evaluations are taken as they are; what is left is for updates.
+    """
+    left, count = (hours - sum(self.evaluation.values())) * 3600, 0
+    for seconds in self.each:
+      left -= seconds
+      if left < 0:
+        break
+      count += 1
+    return count
+
+
+def turns(
+    result: Result, limit: float, notice: float, budget: float
+) -> list[str]:
+  """Says how often the run starts, what a kill costs, and what is affordable.
+
+  Args:
+    result: the plan.
+    limit: hours of a turn; 0 for no limit.
+    notice: seconds between a SIGTERM and the end of the process.
+    budget: hours or a sum; 0 for none.
+  """
+  total, unsaved = result.total_hours, result.unsaved_hours
+  price = result.assumptions.price * result.machine.size
+  cost = f" ({price * unsaved:,.0f})" if price else ""
+  lines = []
+  if limit:
+    turns = math.ceil(total / limit)
+    lines.append(
+        f"A time limit of {limit:g} h cuts {total:.1f} h into {turns} turns;"
+        " each goes on from the one before."
+        if turns > 1
+        else f"It ends within a time limit of {limit:g} h."
+    )
+  longest = max(result.each, default=0.0)
+  if longest > notice:
+    lines.append(
+        f"The longest update takes {longest:,.0f} s, more than the notice of"
+        f" {notice:g} s (--notice): a preemption gives that update up, and the"
+        " state before it is saved."
+    )
+  lines.append(
+      f"Without notice a kill costs up to {unsaved:.1f} h{cost}: a checkpoint"
+      f" comes every {result.saved_every} updates (checkpoint.every)."
+  )
+  if budget:
+    hours = budget / price if price else budget
+    count, steps = result.affordable(hours), len(result.each)
+    unit = f"{budget:,.0f}" if price else f"{budget:g} h"
+    text = f"{unit} pays for {count} of {steps} updates, evaluation included"
+    if count < steps and count:
+      text += f": --config.steps={count}"
+    lines.append(f"{text}.")
+  return lines
 
 
 class _Reckoner:
@@ -512,8 +608,8 @@ class _Reckoner:
     bucket = min(b for b in prefix_schedule.buckets(config) if b >= cap)
     seconds, limits, flops = {}, {}, 0.0
     for stage in self._plan.stages(cap):
-      if stage.name not in programs.ORDER:
-        continue
+      if stage.name not in programs.ORDER or stage.name == "refresh":
+        continue  # A refresh moves weights once in many updates.
       time, limits[stage.name], work = self._run(stage, bucket)
       seconds[stage.name] = seconds.get(stage.name, 0.0) + time
       flops += work
@@ -558,6 +654,8 @@ def plan(question: Question, console: rich.console.Console) -> Result:
   look = Look(machine, machines.devices(machine), console)
   check_weights(look.build(config), machine)
   notes = [note]
+  if config.shares_weights:
+    notes.append("The teacher's weights are those beside the adapters.")
   for spec in (config.student, config.teacher):
     if not programs.architecture(spec.path)[1]:
       notes.append(
@@ -578,14 +676,15 @@ def plan(question: Question, console: rich.console.Console) -> Result:
   built = look.build(settled)
   reckoner = full = _Reckoner(built, latest, question)
   caps = [prefix_schedule.cap(settled, step) for step in range(settled.steps)]
-  seconds = sum(reckoner.update(cap).total for cap in caps)
+  totals = {cap: reckoner.update(cap).total for cap in set(caps)}
+  each = [totals[cap] for cap in caps]
   whole = dataclasses.replace(settled, method="full")
   longest = prefix_schedule.longest(whole)
   if prefix_schedule.longest(settled) < longest:
     full = _Reckoner(look.build(whole), latest, question)
   every = f"Full distillation's, all answers of {longest:,} tokens"
   hours = {
-      "This run's updates": seconds / 3600,
+      "This run's updates": sum(each) / 3600,
       every: settled.steps * full.update(longest).total / 3600,
   }
   return Result(
@@ -598,8 +697,10 @@ def plan(question: Question, console: rich.console.Console) -> Result:
       [reckoner.update(bucket) for bucket in prefix_schedule.needed(settled)],
       hours,
       reckoner.evaluation(),
+      each,
+      settled.checkpoint.every,
       least_sent(built),
-      advice(question.config, found),
+      advice(dataclasses.replace(question.config, mesh=config.mesh), found),
       question.assumptions,
   )
 

@@ -30,10 +30,18 @@ from prefix_distill.distill import chunked_head
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.errors import ConfigError
 from prefix_distill.models import huggingface as hf
+from prefix_distill.models import lora
 from prefix_distill.models.config import ModelConfig
+from prefix_distill.models.config import num_adapters
 from prefix_distill.models.config import num_params
+from prefix_distill.models.config import QWEN3_0_6B
 from prefix_distill.models.config import QWEN3_1_7B
+from prefix_distill.models.config import QWEN3_4B
 from prefix_distill.models.config import QWEN3_8B
+from prefix_distill.models.config import QWEN3_14B
+from prefix_distill.models.config import R1_DISTILL_LLAMA_8B
+from prefix_distill.models.config import R1_QWEN_1_5B
+from prefix_distill.models.config import R1_QWEN_7B
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.plan import cost
@@ -60,16 +68,22 @@ _MOVE, _PREFILL, _LAYOUT, _DECODE = REWRITING = tuple(
 REWRITING_ROWS = (_PREFILL, _DECODE)
 # The programs to compile, cheap ones first. The cut moves a few tokens.
 _TRAINING = (
-    *("move", "layout", _MOVE, _LAYOUT),
+    *("refresh", "move", "layout", _MOVE, _LAYOUT),
     *("apply", "score", "prefill", _PREFILL),
 )
 ORDER = (*_TRAINING, *EVALUATION.values(), "decode", _DECODE, "gradient")
 # These programs are the same for all lengths of the prefix.
-_ONCE = ("move", "layout", "apply", *REWRITING)
-# The architectures of the paper's models, for a laptop without a network.
+_ONCE = ("refresh", "move", "layout", "apply", *REWRITING)
+# The architectures of the recipes' models, for a laptop without a network.
 _KNOWN = {
+    "Qwen/Qwen3-0.6B": QWEN3_0_6B,
     "Qwen/Qwen3-1.7B": QWEN3_1_7B,
+    "Qwen/Qwen3-4B": QWEN3_4B,
     "Qwen/Qwen3-8B": QWEN3_8B,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": R1_QWEN_1_5B,
+    "Skywork/Skywork-OR1-7B": R1_QWEN_7B,
+    "Qwen/Qwen3-14B": QWEN3_14B,
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": R1_DISTILL_LLAMA_8B,
 }
 # A collective needs no plan if a device sends no more than so many bytes, nor
 # than this share of the largest weight. Counters and the like are so small.
@@ -161,6 +175,12 @@ class Plan:
     """Shapes of the teacher's weights on the devices."""
     return self.programs.on_device(self.programs.abstract_teacher())
 
+  @property
+  def student_params(self) -> Params:
+    """Shapes of the student's weights, adapters included."""
+    trained = self.programs.abstract_state().params
+    return lora.join(self.programs.abstract_base(), trained)
+
   def stages(self, cap: int) -> list[Stage]:
     """Returns the programs of an update whose rollouts all reach a cap."""
     calls: list[Variant] = []
@@ -246,6 +266,8 @@ class Plan:
     resting = self.programs.resting()
     rows = microbatch.answers(models, model, config, resting, prompt)
     params = sharding.with_shardings(model.abstract_params(), models.mesh)
+    if name == EVALUATION["student"]:
+      params = self.student_params
     prompts = PromptBatch(
         jax.ShapeDtypeStruct((rows, prompt), np.int32),
         jax.ShapeDtypeStruct((rows, prompt), bool),
@@ -280,15 +302,20 @@ class Plan:
         config.teacher.offload
         and (name in _SAMPLING or evaluated == "student")
     )
-    takes_teacher = ["score", _MOVE]
-    takes_student = ["move", "gradient", "apply"]
+    shared = models.shares_weights
+    takes_teacher = ["score", "refresh", _MOVE]
+    takes_student = ["refresh", "move", "gradient", "apply"]
     if not two_meshes:
       takes_teacher += [_PREFILL, _LAYOUT]
       takes_student += ["prefill", "layout"]
-    if not teacher_waits and name not in takes_teacher:
+    if not (teacher_waits or shared or name in takes_teacher):
       lying["teacher"] = self.teacher_params
-    if name not in takes_student:
+    if name == "apply":  # It takes what is trained alone.
+      lying["student"] = self.programs.abstract_base()
+    elif shared and name in takes_teacher:
       lying["student"] = state.params
+    elif name not in takes_student:
+      lying["student"] = self.student_params
     if two_meshes and evaluated:  # Prompts are read between two segments.
       model = models.teacher if evaluated == "teacher" else models.student
       weights = jax.eval_shape(model.cast, model.abstract_params())
@@ -307,7 +334,7 @@ class Plan:
       c = model.config
       tables.append(_FLOAT32 * c.vocab_size * c.dim)
       rest = num_params(c, False) - c.vocab_size * c.dim
-      layers.append(_FLOAT32 * (rest // c.num_layers))
+      layers.append(_FLOAT32 * (rest + num_adapters(c)) // c.num_layers)
     return max(layers), max(tables)
 
   def unplanned(
@@ -353,13 +380,13 @@ class Plan:
 
 
 def architecture(path: str) -> tuple[ModelConfig, bool]:
-  """Reads a model's architecture; those of the paper's models are known.
+  """Reads a model's architecture; those of the recipes' models are known.
 
   Returns:
     The architecture, and whether it was read.
 
   Raises:
-    UserError: it cannot be read, and the model is none of the paper's.
+    UserError: it cannot be read, and the model is none of the recipes'.
   """
   try:
     return hf.read_config(path), True
@@ -380,7 +407,7 @@ def build(config: Config, devices: list, memory: float | None = None) -> Plan:
 
   Raises:
     ConfigError: the mesh does not fill the devices, a batch does not split
-      over the mesh, or there is no teacher.
+      over the mesh, there is no teacher, or it cannot be refreshed.
   """
   if config.teacher is None:
     raise ConfigError(
@@ -389,10 +416,17 @@ def build(config: Config, devices: list, memory: float | None = None) -> Plan:
     )
   mesh = sharding.make_mesh(config.mesh, devices)
   setup_lib.check_batches(config, mesh)
+  student, teacher = (
+      architecture(spec.path)[0] for spec in (config.student, config.teacher)
+  )
   models = [
-      setup_lib.make_model(architecture(spec.path)[0], spec, mesh)
-      for spec in (config.student, config.teacher)
+      setup_lib.make_model(found, spec, mesh)
+      for found, spec in (
+          (lora.adapted(student, config), config.student),
+          (teacher, config.teacher),
+      )
   ]
+  setup_lib.check_refresh(config, *(model.config for model in models))
   built = Models(
       config,
       mesh,
@@ -524,7 +558,7 @@ def _with_others(variant: Variant, others: Any) -> jax.stages.Lowered:
   So the compiler's memory estimate counts arrays that lie there meanwhile.
   """
   program = variant.program
-  options = dict(program.options)
+  options = program.options | {"keep_unused": True}
   donated = options.pop("donate_argnums", None)
   if donated is not None:
     options["donate_argnums"] = donated + 1
@@ -535,7 +569,6 @@ def _with_others(variant: Variant, others: Any) -> jax.stages.Lowered:
   jitted = jax.jit(
       function,
       static_argnums=tuple(range(1, program.static + 1)),
-      keep_unused=True,
       **options,
   )
   return jitted.trace(others, *variant.args).lower()

@@ -8,7 +8,8 @@ pass. Tests compare each phase with the compiler's own count.
 
 The `paper_` functions are the paper's formula, by which its tables compare
 methods. The formula is coarser: every rollout reads its prompt again, the
-student's log-probabilities take their own pass, and the optimizer is free.
+student's log-probabilities take their own pass, the optimizer is free, and all
+weights are trained, even those that LoRA leaves alone.
 
 A product of [m, k] and [k, n] is 2 m k n FLOPs.
 """
@@ -19,7 +20,9 @@ import dataclasses
 import numpy as np
 
 from prefix_distill.models.config import ModelConfig
+from prefix_distill.models.config import num_adapters
 from prefix_distill.models.config import num_params
+from prefix_distill.models.config import num_trained
 
 # AdamW's operations per parameter: mean of the gradient 1, its norm 2, clipping
 # 3, moments 3 + 4, bias corrections 2, root, epsilon and quotient 3, decay 2,
@@ -129,9 +132,10 @@ def layers(config: ModelConfig, lengths: Array, cached: Array = 0) -> float:
 
     2 P (T - C) + 4 L n_heads d_head (T (T + 1) - C (C + 1)) / 2
 
-  P is the number of weights in the layers' matrices. A token at position t
-  attends to t tokens, itself included, in two products of n_heads d_head each.
-  The first C of the T tokens are in the cache.
+  P is the number of weights in the layers' matrices, and in their adapters,
+  which are not merged in a run. A token at position t attends to t tokens,
+  itself included, in two products of n_heads d_head each. The first C of the T
+  tokens are in the cache.
 
   Args:
     config: the model.
@@ -141,7 +145,7 @@ def layers(config: ModelConfig, lengths: Array, cached: Array = 0) -> float:
   new, old = np.asarray(lengths, float), np.asarray(cached, float)
   pairs = (new * (new + 1) - old * (old + 1)) / 2
   width = config.num_layers * config.num_heads * config.head_dim
-  dense = 2.0 * _matrices(config) * (new - old)
+  dense = 2.0 * (_matrices(config) + num_adapters(config)) * (new - old)
   return float(np.sum(dense + 4.0 * width * pairs))
 
 
@@ -208,24 +212,37 @@ def _recomputed(config: ModelConfig, lengths: Array, remat: str) -> float:
   """
   if remat == "none":
     return 0.0
-  products = 2.0 * _matrices(config) * float(np.sum(lengths))
+  lora, width = config.lora, config.mlp_dim
   if remat == "dots":
-    return layers(config, lengths) - products
-  last = 2.0 * config.num_layers * config.dim * config.mlp_dim
+    weights = _matrices(config) + num_adapters(config)
+    pairs = layers(config, lengths) - 2.0 * weights * float(np.sum(lengths))
+    # Of the two products only a gradient of `out` needs the second.
+    needs_both = lora is None or "out" in lora.targets
+    return pairs if needs_both else pairs / 2
+  if lora is not None and "down" in lora.targets:
+    width += lora.rank  # Of its adapters the product with A is needed.
+  last = 2.0 * config.num_layers * config.dim * width
   return layers(config, lengths) - last * float(np.sum(lengths))
 
 
 def _training(
     student: ModelConfig, read: Array, learned: Array, remat: str
 ) -> dict[str, float]:
-  """FLOPs of the update; a product's backward pass is two such products."""
+  """FLOPs of the update; a product's backward pass is two such products.
+
+  Of a weight that is not trained it is one: its input's gradient, and none of
+  its own.
+  """
   once = forward(student, read, learned)
   fed = np.asarray(read, float) + np.maximum(np.asarray(learned) - 1, 0)
-  again = _recomputed(student, fed, remat)
+  again, frozen = _recomputed(student, fed, remat), 0.0
+  if student.lora is not None:
+    frozen = 2.0 * _matrices(student) * float(np.sum(fed))
+    frozen += head(student, learned)
   return {
       "forward": once,
-      "backward": 2 * once + again,
-      "optimizer": float(ADAMW_OPERATIONS * num_params(student)),
+      "backward": 2 * once - frozen + again,
+      "optimizer": float(ADAMW_OPERATIONS * num_trained(student)),
   }
 
 
@@ -242,6 +259,7 @@ def distillation(
     lengths: Lengths,
     source: str = "student",
     remat: str = "none",
+    sees: bool = False,
 ) -> StepFlops:
   """FLOPs of a distillation update, as this package computes it.
 
@@ -256,11 +274,21 @@ def distillation(
     source: the model that sampled the answers, "student" or "teacher"; "data"
       for given answers, and "rewrite" for both models, in turn.
     remat: the recomputation in the backward pass, see `ModelSpec`.
+    sees: whether the schedule sees all sampled tokens before it chooses those
+      that train. Then the student's forward pass has all of them, and both
+      output heads run once more.
   """
   cost = StepFlops(
       score=forward(teacher, lengths.teacher_read, lengths.sampled),
       **_training(student, lengths.read, lengths.learned, remat),
   )
+  if sees:
+    cost = dataclasses.replace(
+        cost,
+        score=cost.score + head(teacher, lengths.sampled),
+        forward=forward(student, lengths.read, lengths.sampled)
+        + head(student, lengths.learned),
+    )
   if source == "rewrite":
     these = lengths.rewriting
     drafts = decode(student, lengths.read, these.drafts)

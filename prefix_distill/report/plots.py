@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib import colors
+from matplotlib import ticker
 from matplotlib.figure import Figure
 import numpy as np
 
@@ -21,6 +22,7 @@ _STYLE = {
     "grid.alpha": 0.3,
     "legend.frameon": False,
     "savefig.dpi": 120,
+    "svg.hashsalt": "prefix_distill",  # The same picture is the same file.
 }
 _styled = matplotlib.rc_context(_STYLE)
 
@@ -43,13 +45,45 @@ _AGREEMENT = (
         {"kl_special": "special tokens", "kl": "all tokens"},
     ),
 )
+# On a linear scale, half of the values may lie in this part at the bottom.
+_FLAT = 20
+# What `draw` draws, and a sentence on each.
+CAPTIONS = {
+    "accuracy_flops.svg": (
+        "How many problems the student answers right, over the FLOPs that"
+        " training has spent; bars are 95 % intervals, and dashed lines the"
+        " teacher."
+    ),
+    "termination.svg": (
+        "Above, how many answers end by themselves, beside the training"
+        " rollouts that the cap cuts; below, how long both are."
+    ),
+    "kl_step.svg": (
+        "How far the student's next tokens are from the teacher's on the"
+        " student's own prefixes, and how many tokens were compared."
+    ),
+    "kl_position.svg": (
+        "Where in the answer student and teacher differ, averaged over each"
+        " quarter of the run."
+    ),
+    "agreement.svg": (
+        "How often both models would choose the same token, how unsure each of"
+        " them is, and what special tokens such as the stop cost."
+    ),
+    "loss_step.svg": (
+        "How unlikely the given answers are to the student, and how many"
+        " tokens it learned from."
+    ),
+}
 # The bins of `signal_against_position`, in tokens.
 _BIN = 8
 
 
 def _save(figure: Figure, path: pathlib.Path) -> str:
-  figure.tight_layout()
-  figure.savefig(path)
+  more = {}
+  if path.suffix == ".svg":  # The page has a background, light or dark.
+    more = {"transparent": True, "metadata": {"Date": None}}
+  figure.savefig(path, **more)
   return path.name
 
 
@@ -58,7 +92,7 @@ def _label(axes: Any, title: str, x: str, y: str) -> None:
 
 
 def _axes(title: str, x: str, y: str) -> tuple[Figure, Any]:
-  figure = Figure(figsize=(6, 4))
+  figure = Figure(figsize=(5.4, 4), layout="constrained")
   axes = figure.subplots()
   _label(axes, title, x, y)
   return figure, axes
@@ -66,12 +100,39 @@ def _axes(title: str, x: str, y: str) -> tuple[Figure, Any]:
 
 def _panels(count: int) -> tuple[Figure, Sequence[Any]]:
   """Returns a figure, and axes below each other over the same updates."""
-  figure = Figure(figsize=(8, 0.5 + 2.5 * count))
-  return figure, figure.subplots(count, sharex=True, squeeze=False)[:, 0]
+  size = (5.4, 0.5 + 2.5 * count)
+  figure = Figure(figsize=size, layout="constrained")
+  panels = figure.subplots(count, sharex=True, squeeze=False)[:, 0]
+  _count(panels[-1].xaxis)
+  return figure, panels
 
 
-def _legend_beside(axes: Any) -> None:
-  axes.legend(bbox_to_anchor=(1, 1), loc="upper left")
+def _count(axis: Any) -> None:
+  """Puts ticks on whole numbers: there is no half of an update."""
+  axis.set_major_locator(ticker.MaxNLocator(8, integer=True, min_n_ticks=1))
+
+
+def _legend(axes: Any, **more: Any) -> None:
+  """Puts the legend below the axes, where no curve is."""
+  below = -0.2 if axes.get_xlabel() else -0.04
+  axes.legend(
+      loc="upper center", bbox_to_anchor=(0.5, below), ncols=2, fontsize=9,
+      **more,
+  )
+
+
+def _scale(axes: Any) -> None:
+  """Begins at 0, or takes a log scale if most values would lie on 0.
+
+  What is smaller than a hundred-thousandth of the largest value is left out.
+  """
+  values = np.concatenate([[0.0], *(x.get_ydata() for x in axes.get_lines())])
+  values = values[np.isfinite(values) & (values > 0)]
+  if not len(values) or np.median(values) >= values.max() / _FLAT:
+    axes.set_ylim(bottom=0)
+    return
+  axes.set_yscale("log", nonpositive="mask")
+  axes.set_ylim(bottom=0.8 * max(values.min(), values.max() / 1e5))
 
 
 def _curve(axes: Any, lines: Sequence[Line], name: str, **style: Any) -> Any:
@@ -119,7 +180,7 @@ def accuracy_against_flops(
             color=drawn.lines[0].get_color(),
             label=f"teacher, {dataset}",
         )
-  axes.legend()
+  _legend(axes)
   return _save(figure, path)
 
 
@@ -132,20 +193,20 @@ def loss_against_step(
   figure, axes = _axes(title, "update", "nats per token")
   steps = [x["step"] for x in updates]
   axes.plot(steps, [x[name] for x in updates], color="C0", label=title)
-  axes.set_ylim(bottom=0)
+  _scale(axes)
+  _count(axes.xaxis)
   right = axes.twinx()
   right.plot(
       steps,
       [x["rollout_len"] for x in updates],
       color="C1",
-      alpha=0.7,
       label="mean tokens supervised",
   )
   right.set_ylabel("tokens per rollout")
   right.set_ylim(bottom=0)
   right.spines["right"].set_visible(True)
   right.grid(False)
-  axes.legend(handles=axes.get_lines() + right.get_lines())
+  _legend(axes, handles=axes.get_lines() + right.get_lines())
   return _save(figure, path)
 
 
@@ -175,9 +236,10 @@ def kl_against_position(lines: Sequence[Line], path: pathlib.Path) -> str:
           color=color,
           label=f"updates {part[0]['step']}-{part[-1]['step']}",
       )
-  axes.set_ylim(bottom=0)
+  _scale(axes)
+  _count(axes.xaxis)
   if axes.get_legend_handles_labels()[0]:
-    axes.legend()
+    _legend(axes)
   return _save(figure, path)
 
 
@@ -210,7 +272,7 @@ def termination(lines: Sequence[Line], path: pathlib.Path) -> str:
   ends.set_ylim(-0.03, 1.03)
   lengths.set_ylim(bottom=0)
   for axes in (ends, lengths):
-    _legend_beside(axes)
+    _legend(axes)
   return _save(figure, path)
 
 
@@ -224,8 +286,11 @@ def agreement(lines: Sequence[Line], path: pathlib.Path) -> str:
     for name, label in names.items():
       if updates := [x for x in lines if name in x]:
         _curve(axes, updates, name, marker=".", label=label)
-    _legend_beside(axes)
-  all_axes[-1].set_xlabel("update")
+    if axes is all_axes[-1]:
+      axes.set_xlabel("update")
+    if name.startswith("kl"):
+      _scale(axes)
+    _legend(axes)
   return _save(figure, path)
 
 
@@ -240,7 +305,7 @@ def _agreement_panels(lines: Sequence[Line]) -> list[tuple]:
 @_styled
 def signal_against_position(found: dict[str, Any], path: pathlib.Path) -> str:
   """Draws |log ratio| and exact KL over positions, in bins of 8 tokens."""
-  figure = Figure(figsize=(10, 4))
+  figure = Figure(figsize=(10, 4), layout="constrained")
   panels = figure.subplots(1, 2)
   titles = {
       "log_ratio": "|log p_S - log p_T| of sampled tokens",
@@ -288,7 +353,10 @@ def accuracy_against_prefix(found: dict[str, Any], path: pathlib.Path) -> str:
 
 
 def draw(
-    lines: Sequence[Line], directory: pathlib.Path, method: str
+    lines: Sequence[Line],
+    directory: pathlib.Path,
+    method: str,
+    kind: str = "svg",
 ) -> list[str]:
   """Draws the pictures that the metrics allow; returns their file names.
 
@@ -311,15 +379,16 @@ def draw(
   )
   accuracy = functools.partial(accuracy_against_flops, label=method)
   pictures = (
-      ("mode" in fields, "accuracy_flops.png", accuracy),
-      ("finish_rate" in fields, "termination.png", termination),
-      ("kl" in fields, "kl_step.png", kl),
-      ("kl" in fields, "kl_position.png", kl_against_position),
-      (_agreement_panels(lines), "agreement.png", agreement),
-      ("cross_entropy" in fields, "loss_step.png", cross_entropy),
+      ("mode" in fields, "accuracy_flops.svg", accuracy),
+      ("finish_rate" in fields, "termination.svg", termination),
+      ("kl" in fields, "kl_step.svg", kl),
+      ("kl" in fields, "kl_position.svg", kl_against_position),
+      (_agreement_panels(lines), "agreement.svg", agreement),
+      ("cross_entropy" in fields, "loss_step.svg", cross_entropy),
   )
   out = []
   for wanted, name, picture in pictures:
+    name = name.replace("svg", kind)
     if wanted:
       try:
         out.append(picture(lines, directory / name))

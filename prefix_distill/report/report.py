@@ -1,7 +1,7 @@
 """`metrics.jsonl`, how answers end, and what the user sees; no jax.
 
-`metrics.jsonl` has one flat JSON object a line. The report is made from it: the
-lines in the terminal, the closing table and the plots.
+`metrics.jsonl` has one flat JSON object a line. From it come the lines in the
+terminal, the closing table and the plots; `page` puts them together.
 
 The report says how answers end, since a distilled student may forget how to
 stop. Its loss looks good and its answers are right when they end, but fewer and
@@ -29,12 +29,10 @@ from prefix_distill import strict_json
 from prefix_distill.config import Config
 from prefix_distill.config import LossSpec
 from prefix_distill.errors import UserError
-from prefix_distill.report import plots
 
 Line = dict[str, Any]
 
-# A line break in a cell is a space in report.md. The terminal needs the breaks,
-# so that all columns fit side by side.
+# The terminal needs the line breaks, so that all columns fit side by side.
 HEADER = (
     "",
     "sampled\n(95 %)",
@@ -64,38 +62,22 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
   return out
 
 
-class MetricsWriter:
+class LineWriter:
   """Appends lines; a line is on the disk when `write` returns.
 
   Attributes:
     kept: the lines that the file already had and keeps.
   """
 
-  def __init__(self, path: pathlib.Path, resume_step: int | None):
-    """Opens the file.
-
-    Args:
-      path: the file.
-      resume_step: keeps lines up to this step; the run writes later lines
-        again. None starts with an empty file.
+  def __init__(self, path: pathlib.Path, kept: list[dict[str, Any]]):
+    """Opens the file, with nothing but the kept lines.
 
     Raises:
       UserError: it cannot be written.
     """
-    kept = []
-    if resume_step is not None:
-      kept = [x for x in read_metrics(path) if x["step"] <= resume_step]
-      missing = resume_step - sum("prefix_len" in x for x in kept)
-      if missing > 0:
-        print(
-            f"Warning: {path} lacks the lines of {missing} of the first"
-            f" {resume_step} updates; it was damaged or deleted. The report"
-            " will lack them too.",
-            file=sys.stderr,
-            flush=True,
-        )
     partial = path.with_suffix(".partial")
     try:
+      path.parent.mkdir(exist_ok=True)
       partial.write_text("".join(_json_line(values) for values in kept))
       partial.rename(path)
     except OSError as error:
@@ -131,6 +113,35 @@ class MetricsWriter:
       self._failed = True
     else:
       self._waiting, self._failed = [], False
+
+
+class MetricsWriter(LineWriter):
+  """Writes `metrics.jsonl`."""
+
+  def __init__(self, path: pathlib.Path, resume_step: int | None):
+    """Opens the file.
+
+    Args:
+      path: the file.
+      resume_step: keeps lines up to this step; the run writes later lines
+        again. None starts with an empty file.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    kept = []
+    if resume_step is not None:
+      kept = [x for x in read_metrics(path) if x["step"] <= resume_step]
+      missing = resume_step - sum("prefix_len" in x for x in kept)
+      if missing > 0:
+        print(
+            f"Warning: {path} lacks the lines of {missing} of the first"
+            f" {resume_step} updates; it was damaged or deleted. The report"
+            " will lack them too.",
+            file=sys.stderr,
+            flush=True,
+        )
+    super().__init__(path, kept)
 
 
 def _json_line(values: dict[str, Any]) -> str:
@@ -216,15 +227,17 @@ def headline(
   if not config.is_supervised:
     text += (
         f"\ntemperature {config.rollout.temperature:g} in sampling and loss,"
-        f" {_loss_name(config.loss)}"
+        f" {loss_name(config.loss)}"
     )
   return text
 
 
-def _loss_name(loss: LossSpec) -> str:
+def loss_name(loss: LossSpec) -> str:
   """Names the loss, such as "exact reverse KL"."""
   if loss.form == "policy_gradient":
     return f"policy gradient with {loss.policy_gradient.estimator}"
+  if loss.form == "relaxed":
+    return f"relaxed policy gradient, weight {loss.relaxed.weight:g}"
   if loss.form == "direct":
     return "direct with k3"
   exact = loss.exact
@@ -233,6 +246,8 @@ def _loss_name(loss: LossSpec) -> str:
     text = f"exact JSD, beta {loss.jsd.beta:g}"
   if exact.top_k:
     text += f" of the {exact.top_k_of}'s top {exact.top_k}"
+  if exact.max_entry:
+    text += f", each entry cut at {exact.max_entry:g}"
   return text
 
 
@@ -248,14 +263,17 @@ def progress(line: Line) -> dict[str, str]:
 
 def evaluation_line(which: str, step: int, values: Line) -> str:
   """Returns one evaluation as a line of text."""
+  if values.get("teacher_update"):
+    which += f" (the student after update {values['teacher_update']})"
   return (
       f"step {step:>4}  {which} on {values['set']}, {values['mode']}:"
-      f" {_accuracy(values)}, {values['finish_rate']:.1%} finish,"
+      f" {accuracy(values)}, {values['finish_rate']:.1%} finish,"
       f" {values['mean_length']:.0f} tokens"
   )
 
 
-def _accuracy(line: Line) -> str:
+def accuracy(line: Line) -> str:
+  """Returns an evaluation's accuracy in % with its 95 % interval."""
   low, high = 100 * line["accuracy_low"], 100 * line["accuracy_high"]
   return f"{100 * line['accuracy']:.1f} % ({low:.1f}-{high:.1f})"
 
@@ -275,8 +293,8 @@ def _row(
   sampled = found["sampled"]
   return (
       name,
-      _stacked(_accuracy(sampled)),
-      _stacked(_accuracy(found["greedy"])) if "greedy" in found else "-",
+      _stacked(accuracy(sampled)),
+      _stacked(accuracy(found["greedy"])) if "greedy" in found else "-",
       f"{sampled['finish_rate']:.1%}",
       f"{sampled['accuracy_finished']:.1%}" if sampled["finish_rate"] else "-",
       f"{sampled['mean_length']:.0f} / {sampled['length_p95']}",
@@ -296,8 +314,10 @@ def closing_rows(lines: Sequence[Line], dataset: str) -> list[tuple]:
   steps = [x["step"] for x in lines if x.get("model") == "student"]
   if not steps:
     return []
+  update = max(x.get("teacher_update", 0) for x in lines)
+  teacher = f"teacher\n(update {update})" if update else "teacher"
   rows = (
-      _row("teacher", lines, steps[-1], "teacher", dataset),
+      _row(teacher, lines, steps[-1], "teacher", dataset),
       _row("student\nbefore", lines, steps[0], "student", dataset),
       _row("student\nafter", lines, steps[-1], "student", dataset),
   )
@@ -320,7 +340,7 @@ def warning(lines: Sequence[Line], dataset: str) -> str:
     return ""
   return (
       f"Warning: on {dataset}, fewer answers end by themselves than before"
-      f" training ({'; '.join(falls)}): look at termination.png in the report,"
+      f" training ({'; '.join(falls)}): look at how answers end in the report,"
       " check loss.merge_stop_tokens, and let the cap grow to the answers' end"
       " (prefix.linear.increment, prefix.fixed.length)."
   )
@@ -409,20 +429,34 @@ def dropped(lines: Sequence[Line]) -> str:
   return f"{last['dropped']} training records were dropped ({counts})."
 
 
-def _markdown(lines: Sequence[Line], pictures: Sequence[str]) -> str:
-  parts = ["# Report\n", spent(lines) + "\n"]
-  updates = [line for line in lines if "prefix_len" in line]
-  parts += [f"{text}\n" for text in [dropped(updates)] if text]
-  parts += [f"> **{text}**\n" for text in alarms(lines).values()]
-  for dataset in sorted({line["set"] for line in lines if "set" in line}):
-    parts.append(f"## {dataset}\n")
-    table = [HEADER, ("---",) * len(HEADER), *closing_rows(lines, dataset)]
-    rows = ["| " + " | ".join(row) + " |" for row in table]
-    parts.append("\n".join(row.replace("\n", " ") for row in rows) + "\n")
-    if text := warning(lines, dataset):
-      parts.append(f"> **{text}**\n")
-  parts += [f"![{name}]({name})\n" for name in pictures]
-  return "\n".join(parts)
+def chosen(lines: Sequence[Line], dataset: str) -> str:
+  """Says which update a set chose, and that its score there is no held-out one.
+
+  Args:
+    lines: of the metrics.
+    dataset: `checkpoint.best`.
+
+  Returns:
+    A sentence; "" if no set chooses, or nothing was evaluated on it.
+  """
+  found = {
+      line["step"]: line
+      for line in lines
+      if line.get("set") == dataset
+      and line.get("mode") == "sampled"
+      and line.get("model") == "student"
+      and line["step"] > 0
+      and line.get("accuracy") is not None
+  }
+  if not found:
+    return ""
+  best = max(sorted(found), key=lambda step: found[step]["accuracy"])
+  return (
+      f"{dataset} chose update {best} of {len(found)} that were evaluated:"
+      f" {found[best]['accuracy']:.1%} there, the highest of them, so it is no"
+      f" held-out score. `python -m prefix_distill.export --step=best` writes"
+      " that update's model; the tables have the last update's."
+  )
 
 
 def _print_table(
@@ -445,23 +479,13 @@ def _print_table(
     console.print(text, style="bold red", highlight=False, markup=False)
 
 
-def write(workdir: pathlib.Path) -> None:
-  """Writes `report/` from `metrics.jsonl`, and prints the closing table."""
-  lines = read_metrics(workdir / "metrics.jsonl")
-  config = strict_json.read(workdir / "config.json")
-  directory = workdir / "report"
-  directory.mkdir(exist_ok=True)
-  pictures = plots.draw(lines, directory, config["method"])
-  (directory / "report.md").write_text(_markdown(lines, pictures))
+def print_closing(lines: Sequence[Line], config: Config) -> None:
+  """Prints the closing tables, warnings, and what was spent."""
   console = rich.console.Console()
-  for dataset in config["evaluation"]["sets"]:
+  for dataset in config.evaluation.sets:
     _print_table(console, lines, dataset)
   for text in alarms(lines).values():
     console.print(text, style="bold red", highlight=False, markup=False)
   console.print(spent(lines), highlight=False)
-  console.print(
-      f"Report in {directory}, model in {workdir / 'export'}.",
-      highlight=False,
-      markup=False,
-      soft_wrap=True,
-  )
+  if text := chosen(lines, config.checkpoint.best):
+    console.print(text, highlight=False, markup=False)

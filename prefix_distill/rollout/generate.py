@@ -41,6 +41,7 @@ class SamplerConfig:
     truncation: which tokens may be drawn.
     cache_dtype: what keys and values are kept in, "float32", "bfloat16" or
       "int8"; empty for the model's compute dtype.
+    entropy: whether to record the entropy at each token.
   """
 
   stop_ids: tuple[int, ...]
@@ -49,6 +50,7 @@ class SamplerConfig:
   per_prompt: int = 1
   truncation: Truncation = Truncation()
   cache_dtype: str = ""
+  entropy: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -237,7 +239,8 @@ def start(length: int, pad_id: int, first: Rollout) -> Rollout:
     room = length - x.shape[1]
     return jnp.pad(x, ((0, 0), (0, room)), constant_values=fill)
 
-  fills = Rollout(pad_id, False, 0, 0)
+  entropy = None if first.entropy is None else 0
+  fills = Rollout(pad_id, False, 0, 0, entropy)
   return jax.tree.map(lengthen, first, fills)
 
 
@@ -441,6 +444,9 @@ def _draw(
           for x in (distribution, allowed)
       ),
   )
+  if config.entropy:
+    entropy = jnp.where(live, sampling.entropy(distribution), 0.0)
+    drawn = dataclasses.replace(drawn, entropy=entropy)
   count = state.count + live
   is_stop = jnp.isin(token, jnp.array(config.stop_ids, jnp.int32))
   state = dataclasses.replace(

@@ -53,6 +53,12 @@ def log_probs(
   return jax.nn.log_softmax(scaled, axis=-1)
 
 
+def entropy(distribution: jax.Array) -> jax.Array:
+  """Returns -sum p log p in nats, of log-probabilities [..., V]: [...]."""
+  shares = jnp.exp(distribution) * distribution
+  return -jnp.sum(jnp.where(distribution > -jnp.inf, shares, 0), axis=-1)
+
+
 def truncate(distribution: jax.Array, truncation: Truncation) -> jax.Array:
   """Keeps the most probable tokens and renormalises: [..., V] to [..., V].
 

@@ -35,6 +35,8 @@ from prefix_distill.train.step import TrainState
 # In a workdir, and in a checkpoint.
 _DIRECTORY = "checkpoints"
 _STATE, _HOST = "state", "host"
+# Beside the fields of the state, if the teacher was refreshed.
+_TEACHER = "teacher"
 # The field of the host's JSON that holds the SHA-256 of the others.
 _SEAL = "sha256"
 # Of a checksum's formula, see `checksums_of`.
@@ -59,6 +61,8 @@ class Totals:
       answers.
     skipped: updates that were skipped because numbers were not finite.
     skipped_running: how many of the last updates were skipped.
+    teacher_update: after which update the teacher's weights were the student's;
+      0 if the teacher is as it was loaded.
   """
 
   schedule: dict[str, Any]
@@ -70,6 +74,7 @@ class Totals:
   flops_full: float = 0.0
   skipped: int = 0
   skipped_running: int = 0
+  teacher_update: int = 0
 
   def to_json(self) -> dict[str, Any]:
     return dataclasses.asdict(self)
@@ -123,6 +128,7 @@ class Prices:
     remat: what the student computes again, see `ModelSpec`.
     compares: whether full distillation's cost is estimated too.
     bought: answers that the updates use.
+    sees: whether the schedule sees the tokens before the loss is summed.
   """
 
   student: ModelConfig
@@ -130,6 +136,7 @@ class Prices:
   remat: str = "none"
   compares: bool = False
   bought: Bought = Bought()
+  sees: bool = False
 
   def charge(
       self,
@@ -163,7 +170,8 @@ class Prices:
       if lengths.rewriting is not None:  # Whole ones are at hand.
         answers, by = lengths.rewriting.kept, source
       answers = dataclasses.replace(lengths, sampled=answers, trained=None)
-      full = self._cost(answers, by).total
+      whole_answers = dataclasses.replace(self, sees=False)
+      full = whole_answers._cost(answers, by).total
     return dataclasses.replace(
         totals,
         tokens=totals.tokens + lengths.drawn,
@@ -177,7 +185,7 @@ class Prices:
     if self.teacher is None:
       return flops.supervised(self.student, lengths, self.remat)
     return flops.distillation(
-        self.student, self.teacher, lengths, source, self.remat
+        self.student, self.teacher, lengths, source, self.remat, self.sees
     )
 
   def _paper(self, lengths: Lengths, source: str) -> float:
@@ -205,12 +213,14 @@ class Restored:
     state: what the next update starts from.
     data: the position of the data stream.
     totals: the running sums.
+    teacher: the teacher's weights; None if they were never refreshed.
   """
 
   step: int
   state: TrainState
   data: str
   totals: Totals
+  teacher: Params | None = None
 
 
 def listed(workdir: pathlib.Path) -> list[int]:
@@ -404,6 +414,11 @@ def checksums_of(tree: Any) -> tuple[Checksums, list[str]]:
   return sums, [n for n, row in zip(names, found, strict=True) if row[2]]
 
 
+def _fields(state: TrainState) -> dict[str, Any]:
+  """Returns the state as a tree of the same names, to which more can come."""
+  return {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+
+
 def _sealed(values: dict[str, Any]) -> dict[str, Any]:
   """Adds the SHA-256 of JSON values to them."""
   values = json.loads(json.dumps(values))  # As they will be read.
@@ -552,13 +567,20 @@ class Checkpointer:
         ),
     )
 
-  def save(self, state: TrainState, data: str, totals: Totals) -> None:
+  def save(
+      self,
+      state: TrainState,
+      data: str,
+      totals: Totals,
+      teacher: Params | None = None,
+  ) -> None:
     """Saves after an update; every process must call it.
 
     Args:
       state: what the next update starts from.
       data: the position of the data stream, the same in all processes.
       totals: the running sums.
+      teacher: its weights, if they are no longer those that were loaded.
 
     Raises:
       CheckpointError: a value of the state is not finite.
@@ -566,7 +588,10 @@ class Checkpointer:
     step = int(state.step)
     if self._manager.latest_step() == step:
       return
-    checksums, not_finite = checksums_of(state)
+    saved = state
+    if teacher is not None:
+      saved = {**_fields(state), _TEACHER: teacher}
+    checksums, not_finite = checksums_of(saved)
     if not_finite:
       raise CheckpointError(
           f"After update {step} the array {not_finite[0]} has values that are"
@@ -581,14 +606,14 @@ class Checkpointer:
         "checksums": checksums,
     }
     _silence_orbax()
-    saved = self._manager.save(
+    done = self._manager.save(
         step,
         args=ocp.args.Composite(**{
-            _STATE: ocp.args.StandardSave(state),
+            _STATE: ocp.args.StandardSave(saved),
             _HOST: ocp.args.JsonSave(_sealed(host)),
         }),
     )
-    if not saved:
+    if not done:
       raise CheckpointError(
           f"The state after update {step} is not saved, for {self._directory}"
           f" has a checkpoint of step {self._manager.latest_step()}; choose"
@@ -606,7 +631,9 @@ class Checkpointer:
       return "there is no checkpoint"
     return f"the last checkpoint is that of step {step}"
 
-  def restore(self, abstract: TrainState) -> Restored | None:
+  def restore(
+      self, abstract: TrainState, teacher: Params | None = None
+  ) -> Restored | None:
     """Restores the last checkpoint that is whole, straight into its shards.
 
     Those after it are moved to `damaged/` in the workdir, with a warning each,
@@ -615,6 +642,7 @@ class Checkpointer:
 
     Args:
       abstract: shapes, dtypes and shardings of the state.
+      teacher: those of the teacher's weights; None if there is no teacher.
 
     Returns:
       What it held; None if nothing was ever saved.
@@ -626,7 +654,7 @@ class Checkpointer:
     steps = distributed.from_first("checkpoints", listed(self._workdir))
     damage = {}
     for step in steps:
-      found = self._try(step, abstract)
+      found = self._try(step, abstract, teacher)
       if isinstance(found, Restored):
         self._set_aside(damage, step)
         return found
@@ -639,24 +667,29 @@ class Checkpointer:
       )
     return None
 
-  def _try(self, step: int, abstract: TrainState) -> Restored | str:
+  def _try(
+      self, step: int, abstract: TrainState, teacher: Params | None
+  ) -> Restored | str:
     """Returns what a checkpoint held, or how it is damaged in any process."""
     directory, said = self._directory / str(step), ""
+    wanted = _fields(abstract)
     try:
       host = _read_host(directory, step)
-      state = _read_arrays(directory, abstract)
+      if any(name.startswith(f"{_TEACHER}/") for name in host["checksums"]):
+        wanted[_TEACHER] = teacher
+      tree = _read_arrays(directory, wanted)
     except _Damage as error:
       said = str(error)
     said = next(filter(None, distributed.from_all("damage", said)), "")
     if said:
       return said
     try:
-      _check_arrays(state, host)
+      _check_arrays(tree, host)
     except _Damage as error:  # The same in all processes.
       return str(error)
-    return Restored(
-        step, state, host["data"], Totals.from_json(host["totals"])
-    )
+    teacher = tree.pop(_TEACHER, None)
+    totals = Totals.from_json(host["totals"])
+    return Restored(step, TrainState(**tree), host["data"], totals, teacher)
 
   def _set_aside(self, damage: dict[int, str], good: int) -> None:
     """Moves damaged checkpoints away, with a warning each."""

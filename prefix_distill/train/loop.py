@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import pathlib
 import signal
@@ -28,6 +29,7 @@ import numpy as np
 import safetensors.numpy
 import tqdm
 
+from prefix_distill import config as config_lib
 from prefix_distill import distributed
 from prefix_distill import sharding
 from prefix_distill.config import Config
@@ -38,9 +40,13 @@ from prefix_distill.distill import prefix_schedule
 from prefix_distill.errors import one_line
 from prefix_distill.errors import UserError
 from prefix_distill.evaluate import evaluator
+from prefix_distill.models import lora
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
+from prefix_distill.report import page
 from prefix_distill.report import report
+from prefix_distill.report import samples
+from prefix_distill.report import trackers
 from prefix_distill.report.flops import Lengths
 from prefix_distill.structs import PromptBatch
 from prefix_distill.train import answers
@@ -53,6 +59,7 @@ from prefix_distill.train.checkpoint import Bought
 from prefix_distill.train.checkpoint import Checkpointer
 from prefix_distill.train.checkpoint import Prices
 from prefix_distill.train.checkpoint import Totals
+from prefix_distill.train.samples import Keeper
 from prefix_distill.train.step import TrainState
 from prefix_distill.train.update import Programs
 
@@ -119,6 +126,8 @@ _RETRY = 20.0
 _EVERY = 8
 # An update is slow that takes so many times the others, and so many seconds.
 _SLOW, _SLOW_SECONDS = 10, 10.0
+# Answers of an evaluation that a tracker gets.
+_TEXTS = 4
 # What a disk that is full or read-only raises.
 _DISK_ERRORS = (OSError, safetensors.SafetensorError)
 # Updates after which their time is known; the first ones compile.
@@ -151,6 +160,7 @@ class Run:
       bought: Bought = _NOTHING,
       stop: Stop | None = None,
       lock: workdir_lib.Lock | None = None,
+      tracker: str = "none",
   ):
     """Starts or goes on.
 
@@ -160,7 +170,10 @@ class Run:
       bought: answers that were made before the first update.
       stop: says when the user or the machine wants the run to stop.
       lock: the workdir's lock, in the process that holds it.
+      tracker: what `trackers.check` returned.
     """
+    self.tracker = trackers.Tracker()
+    self._tracker_name = tracker
     models, self.lock = setup.models, lock
     self.setup, self.models, self.workdir = setup, models, workdir
     self.config = config = models.config
@@ -173,14 +186,19 @@ class Run:
         models.student.remat,
         compares=config.method == "prefix",
         bought=bought,
+        sees=bool(self.schedule.sees),
     )
     self.totals = Totals(self.schedule.start())
     self.key = jax.random.key(config.seed)
     self.teacher_params: Params | None = None
+    # The student's weights beside adapters, which nothing changes.
+    self.base: Params | None = None
     self.stop = stop or Stop()
     # Seconds of the last updates, and of the slowest save.
     self._durations: collections.deque[float] = collections.deque(maxlen=9)
     self._save_seconds, self._polls = 0.0, 0
+    # Of an answer of the last evaluation.
+    self._answer_seconds = 0.0
     self._recent: collections.deque = collections.deque(maxlen=11)
     self._alarms = {"skipped"}  # Each skipped update is said at once.
     self.writes = jax.process_index() == 0
@@ -192,11 +210,17 @@ class Run:
   def _start(self) -> TrainState:
     """Restores the last whole checkpoint, or loads the student."""
     models = self.models
-    found = self.checkpointer.restore(self.programs.abstract_state())
+    has_adapters = models.student.config.lora is not None
+    found = self.checkpointer.restore(
+        self.programs.abstract_state(), self.programs.abstract_teacher()
+    )
     self.last_saved = step = found and found.step
     if found is None:
       workdir_lib.check_not_lost(self.workdir)
-      params = self._load(self.config.student, models.student)
+      if has_adapters:
+        params = setup_lib.load_adapters(self.config, models.student)
+      else:
+        params = self._load(self.config.student, models.student)
       state = self.programs.init(params)
     else:
       state, self.totals = found.state, found.totals
@@ -206,11 +230,31 @@ class Run:
     if self.writes:
       self.writer = report.MetricsWriter(self.workdir / "metrics.jsonl", step)
       lines = self.writer.kept
+      self.tracker = trackers.make(
+          self._tracker_name,
+          self.workdir,
+          config_lib.plain(self.config),
+          step,
+      )
     # Evaluations that are done: model, set, mode; and their answers' length.
     self.evaluated, self.answer_len = distributed.from_first(
         "evaluations", _evaluations(lines, step)
     )
-    if models.teacher is not None:
+    if has_adapters:
+      self.base = self._load(self.config.student, models.student)
+    self.keeper = Keeper(
+        self.config,
+        self.setup.tokenizer,
+        models.stop_ids,
+        samples.Writer(self.workdir, step, self.evaluated)
+        if self.writes
+        else None,
+    )
+    if found is not None and found.teacher is not None:
+      self.teacher_params = found.teacher
+    elif models.shares_weights:
+      self.teacher_params = self.base
+    elif models.teacher is not None:
       self.teacher_params = self._load(self.config.teacher, models.teacher)
     return state
 
@@ -221,6 +265,11 @@ class Run:
     )
 
   @property
+  def student_params(self) -> Params:
+    """The student's weights, adapters included."""
+    return lora.join(self.base, self.state.params)
+
+  @property
   def cap(self) -> int:
     """The next update's cap in tokens; 0 if the schedule ends the run."""
     return self.schedule.cap(self.totals.schedule)
@@ -229,11 +278,36 @@ class Run:
     """Whether no update comes after update `step`, counted from 1."""
     return step == self.config.steps or self.cap == 0
 
+  def is_due(self, step: int) -> bool:
+    """Whether the student is evaluated after update `step`."""
+    every = self.config.evaluation.every
+    return not step or self.is_last(step) or bool(every and step % every == 0)
+
+  def seconds_left(self, step: int) -> float:
+    """Guesses how long the run takes after update `step`, evaluations too.
+
+    Updates are taken to last as the last ones did, and answers as those that
+    were evaluated.
+    """
+    steps = range(step + 1, self.config.steps + 1)
+    evaluated = [self._sets(one) for one in steps if self.is_due(one)]
+    if self.models.teacher is not None and self.config.evaluation.teacher:
+      evaluated.append(self.setup.problems)
+    answers = sum(map(self._count, evaluated))
+    update = statistics.median(self._durations) if self._durations else 0.0
+    return len(steps) * update + answers * self._answer_seconds
+
+  def _count(self, sets: dict[str, evaluator.Problems]) -> int:
+    """Returns how many answers an evaluation of some sets has."""
+    greedy = int(self.config.evaluation.greedy)
+    return sum(len(x.answers) * (x.samples + greedy) for x in sets.values())
+
   def write(self, values: dict[str, Any]) -> None:
     if self.lock is not None:
       self.lock.check()
     if self.writes:
       self.writer.write(values)
+      self.tracker.write(values)
 
   def save(self, must: bool = False) -> None:
     """Saves; if the disk fails, the run goes on with the last checkpoint.
@@ -248,7 +322,10 @@ class Run:
     while True:
       try:
         self.checkpointer.save(
-            self.state, self.setup.data.get_state(), self.totals
+            self.state,
+            self.setup.data.get_state(),
+            self.totals,
+            self.teacher_params if self.totals.teacher_update else None,
         )
       except UserError:
         raise
@@ -316,10 +393,33 @@ class Run:
             " update that it interrupts."
         )
 
+  def _refresh(self, step: int) -> None:
+    """Makes the teacher the student if update `step`, from 0, is to see that.
+
+    A copy that no update would see is not made: after the last update the
+    teacher is the one that scored it.
+    """
+    every = self.config.teacher.refresh if self.models.teacher else 0
+    if every and step and step % every == 0:
+      self.teacher_params = self.programs.refresh(
+          self.state.params, self.teacher_params
+      )
+      self.totals = dataclasses.replace(self.totals, teacher_update=step)
+
+  def _teacher_update(self) -> dict[str, int]:
+    """Returns what lines say of a teacher that is refreshed."""
+    if not (self.models.teacher and self.config.teacher.refresh):
+      return {}
+    return {"teacher_update": self.totals.teacher_update}
+
   def evaluate(self, step: int, which: str = "student") -> None:
-    """Evaluates the student or the teacher on all sets."""
+    """Evaluates the student or the teacher on all sets.
+
+    A teacher that is refreshed is the one of the last update, and its lines
+    say after which update it was the student.
+    """
     setup, models = self.setup, self.models
-    model, params = models.student, self.state.params
+    model, params = models.student, self.student_params
     stop_ids = models.stop_ids
     if which == "teacher":
       model = models.teacher
@@ -333,9 +433,31 @@ class Run:
       file = f"step-{step}-{which}-{name}-{mode}.jsonl"
       return self.workdir / "unfinished" / file.replace("/", "_")
 
-    def write(values: dict[str, Any]) -> None:
+    def write(
+        values: dict[str, Any], completions: evaluator.Completions
+    ) -> None:
+      self.keeper.write_answers(
+          step,
+          which,
+          values["mode"],
+          sets[values["set"]],
+          completions,
+          values["verdicts"],
+      )
+      verdicts = values["verdicts"][:: values["samples"]]
+      shown = zip(completions.texts, verdicts, strict=True)
+      self.tracker.text(
+          f"{which}/{values['set']}/{values['mode']}",
+          "\n\n".join(
+              f"[{'right' if right == '1' else 'wrong'}] {texts[0]}"
+              for texts, right in itertools.islice(shown, _TEXTS)
+          ),
+          step,
+      )
       if which == "student" and values["mode"] == "sampled":
         self.answer_len = values["mean_length"]
+      if which == "teacher":
+        values = values | self._teacher_update()
       self.write({
           "step": step,
           "model": which,
@@ -370,7 +492,10 @@ class Run:
         write,
         file,
         self._poll_evaluation,
+        self.keeper.problems(step, self.is_last(step)),
     )
+    passed = time.perf_counter() - start
+    self._answer_seconds = passed / max(self._count(sets), 1)
 
   def _sets(self, step: int) -> dict[str, evaluator.Problems]:
     """Returns the sets to evaluate after update `step`."""
@@ -384,6 +509,7 @@ class Run:
     begin, clock, config = time.perf_counter(), update_lib.Clock(), self.config
     poll = functools.partial(self._poll_update, time.monotonic())
     self.evaluated = []
+    self._refresh(step)
     cap, source = self.cap, prefix_schedule.source(config, step)
     place = self.setup.data.get_state()
     prompts, completions = next(self.setup.data)
@@ -397,7 +523,9 @@ class Run:
         jax.random.fold_in(self.key, step),
         None if config.is_supervised else source,
         self.schedule.threshold(self.totals.schedule),
+        config.loss.refines(step),
         poll,
+        self.keeper.wants_rollouts(step + 1),
         asking,
     )
     try:
@@ -408,10 +536,15 @@ class Run:
             *sharding.global_batch((prompts, completions), self.models.mesh),
             request,
             clock,
+            self.base,
         )
     except Abandoned:
       self.setup.data.set_state(place)
       raise
+    if done.inspected is not None:
+      self.keeper.write_rollouts(
+          step + 1, request.source or "data", done.inspected
+      )
     mask, trained = done.mask, done.trained
     stats = prefix_schedule.stats(done.metrics, mask, done.minima)
     rewriting = done.rewritten and done.rewritten.lengths
@@ -439,11 +572,14 @@ class Run:
     line = {"step": step + 1, "prefix_len": cap}
     line |= _flatten(done.metrics, config)
     line["skipped"] = totals.skipped
+    line |= self._teacher_update()
     line |= {"rollout_len": float(mask.sum(1).mean())} | totals.line()
     if config.rollout.source != "student":
       line["source"] = source
     if done.rewritten is not None:
       line |= done.rewritten.metrics()
+    if "least_entropy" in done.metrics:
+      line["phase"] = "refinement" if request.refines else "exploration"
     if done.minima is not None:
       line["trained_len"] = float(trained.sum(1).mean())
     if not config.is_supervised:
@@ -535,15 +671,19 @@ def _flatten(metrics: dict[str, Any], config: Config) -> dict[str, float]:
   """Makes flat JSON of the update's metrics.
 
   Bins of positions and special tokens that no token belonged to are left out,
-  and so are the statistics that only the schedule reads.
+  and so are a threshold that is off and the statistics that only the schedule
+  reads.
   """
   out = {}
   width = step_lib.bin_width(config.rollout.max_len)
   for name, value in metrics.items():
-    if name in ("kl_position", "reliable", "sampler", "finite"):
+    if name in ("kl_position", "sampler", "finite"):
+      continue
+    if name.startswith(prefix_schedule.SHOWN):
       continue
     if np.ndim(value) == 0:
-      if name != "kl_special" or np.isfinite(value):
+      optional = name in ("kl_special", "least_entropy")
+      if not optional or np.isfinite(value):
         out[name] = float(value)
       continue
     for i, part in enumerate(value):
@@ -595,12 +735,7 @@ def _evaluations(
 
 def _steps(run: Run, traced: Collection[int]) -> None:
   """Evaluates, then updates until the last step."""
-  config, first = run.config, int(run.state.step)
-
-  def is_due(step: int) -> bool:
-    every = config.evaluation.every
-    return not step or run.is_last(step) or bool(every and step % every == 0)
-
+  config, first, is_due = run.config, int(run.state.step), run.is_due
   if not first:
     run.save()
   if is_due(first):
@@ -611,6 +746,8 @@ def _steps(run: Run, traced: Collection[int]) -> None:
       desc=config.method,
       unit="update",
       disable=not run.writes,
+      # What tqdm takes for the time left knows no evaluations.
+      bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
       # A log file gets a line now and then instead of a moving bar.
       mininterval=0.1 if sys.stderr.isatty() else 10,
   )
@@ -632,7 +769,9 @@ def _steps(run: Run, traced: Collection[int]) -> None:
       run.write(line)
       run.warn(line)
       run.check_skipped(step + 1)
-      bar.set_postfix(report.progress(line), refresh=step == first)
+      left = tqdm.tqdm.format_interval(run.seconds_left(step + 1))
+      shown = {"left": left} | report.progress(line)
+      bar.set_postfix(shown, refresh=step == first)
       bar.update()
       done, stopping = step + 1, run.stops()
       due = is_due(done)
@@ -650,7 +789,7 @@ def _steps(run: Run, traced: Collection[int]) -> None:
 def _write_report(workdir: pathlib.Path) -> None:
   """Writes the report; that it cannot be written does not fail the run."""
   try:
-    report.write(workdir)
+    page.write(workdir)
   except Exception as error:  # pylint: disable=broad-except
     print(
         f"Warning: the report could not be written ({error}); the model is in"
@@ -664,6 +803,7 @@ def train(
     workdir: pathlib.Path,
     traced: Collection[int] = (),
     notice: float = math.inf,
+    tracker: str = "none",
 ) -> None:
   """Runs to the last update, and writes the report and the export.
 
@@ -672,14 +812,16 @@ def train(
     workdir: see the README.
     traced: updates, counted from 1, whose trace is written to workdir/trace.
     notice: seconds between a SIGTERM and the end of the process.
+    tracker: one of `trackers.NAMES`.
 
   Raises:
     ValueError: a setting, file or model does not fit; see `setup.prepare`.
     Stopped: the user asked for it; the state is saved.
   """
+  tracker = trackers.check(tracker)
   setup = setup_lib.prepare(config, workdir)
   with workdir_lib.claimed(config, workdir, setup.contents) as lock:
-    _train(setup, workdir, traced, notice, lock)
+    _train(setup, workdir, traced, notice, lock, tracker)
 
 
 def _train(
@@ -688,6 +830,7 @@ def _train(
     traced: Collection[int],
     notice: float,
     lock: workdir_lib.Lock | None,
+    tracker: str,
 ) -> None:
   """Does what `train` says in a workdir that is held."""
   config, writes = setup.models.config, jax.process_index() == 0
@@ -695,12 +838,15 @@ def _train(
     if writes:
       shape = setup.models.mesh.shape
       print(report.headline(config, shape, workdir), flush=True)
+      print(f"on {sharding.describe_devices()}", flush=True)
+      if idle := sharding.unused_accelerator():
+        print(f"Warning: {idle}", file=sys.stderr, flush=True)
     bought = _NOTHING
     with stop_on_signal(notice) as stop:
       if config.method == "seqkd":
         poll = functools.partial(_poll, stop, "while the teacher answers")
         setup, bought = answers.with_answers(setup, workdir, poll)
-      run = Run(setup, workdir, bought, stop, lock)
+      run = Run(setup, workdir, bought, stop, lock, tracker)
       try:
         _steps(run, traced)
         if setup.models.teacher is not None and config.evaluation.teacher:
@@ -710,11 +856,22 @@ def _train(
       except BaseException:
         run.programs.close()
         raise
+      else:
+        if run.writes and tracker != "none":
+          lines = report.read_metrics(workdir / "metrics.jsonl")
+          trackers.show_figures(run.tracker, lines, config.method)
+      finally:
+        run.tracker.close()
     run.programs.close()
     run.checkpointer.close()
     try:
       setup_lib.export_student(
-          config, run.state.params, setup.models.stop_ids, workdir / "export"
+          config,
+          run.student_params,
+          setup.models.stop_ids,
+          workdir / "export",
+          workdir,
+          int(run.state.step),
       )
     except _DISK_ERRORS as error:
       raise SaveError(

@@ -4,10 +4,10 @@ A batch that is too large for the memory is sampled in microbatches, and each of
 those is scored and differentiated in microbatches. How many there are depends
 on the prefix: early in a schedule thousands of rollouts fit, at its end a few.
 
-Where the settings name no limit, sampling and evaluation take as many rows as
-the memory holds. Weights are read once a token for all rows together, so a
-token of more rows costs less. What a row takes is computed, not tried;
-`python -m prefix_distill.plan` compiles the result.
+Where the settings name no limit, sampling, evaluation, scoring and training
+take as many rows as the memory holds. Weights are read once a token for all
+rows together, so a token of more rows costs less. What a row takes is computed,
+not tried; `python -m prefix_distill.plan` compiles the result.
 """
 
 from collections.abc import Iterable
@@ -23,18 +23,25 @@ import numpy as np
 from prefix_distill import sharding
 from prefix_distill.compilation import Program
 from prefix_distill.distill import prefix_schedule
+from prefix_distill.models.config import num_params
 from prefix_distill.models.transformer import Model
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
-from prefix_distill.structs import TeacherScores
 from prefix_distill.train.setup import Models
 
 # Share of the memory that is left to the compiler and to fragments.
 _SPARE = 0.04
 # Arrays of [B, V] in float32 that exist while a token is drawn.
 _LOGITS = 4
+# Copies of what a layer's products make that exist in its backward pass. That
+# is what the compiled gradient of Qwen3-8B takes; of 1.7B it takes less.
+_WORK = 2
+_FLOAT32 = 4
+# More of the memory is left to scoring and training, whose products XLA tunes
+# where there is a device; on an H200 they took 5 and 7 % more.
+_TUNED = 0.08
 # Answers at a time where no memory is known, as on a CPU.
 _DEFAULT_ROWS = 64
 
@@ -129,6 +136,7 @@ class Microbatches:
     self._models, self._samplers = models, tuple(samplers)
     self._resting = resting
     self._capacity = functools.cache(self.rollouts_at_a_time)
+    self._trained = functools.cache(self.trained_at_a_time)
     self._sampling_mesh = models.sampling_mesh
     self._buckets = buckets or prefix_schedule.buckets(models.config)
     self._shards = sharding.batch_shards(models.mesh)
@@ -145,9 +153,6 @@ class Microbatches:
     self._take = Program("take", take, 2, out_shardings=rows)
     self._shorten = Program("shorten", _shorten, 1, out_shardings=rows)
     self._lengthen = Program("lengthen", _lengthen, 1, out_shardings=rows)
-    self._agree = Program(
-        "agree", prefix_schedule.cut, 1, out_shardings=rows
-    )
 
   def bucket(self, cap: int) -> int:
     """Returns the static length that holds a cap."""
@@ -167,6 +172,10 @@ class Microbatches:
         )
         for sampler in self._samplers
     )
+
+  def trained_at_a_time(self, prompt: int, length: int) -> int:
+    """Returns how many rows a device scores and differentiates at a time."""
+    return trained(self._models, self._resting, prompt, length)
 
   def sampling_count(self, prompts: PromptBatch, bucket: int) -> int:
     """Returns in how many microbatches prompts [B, S] are sampled."""
@@ -195,6 +204,8 @@ class Microbatches:
     prompt = max(batch.tokens.shape[1], batch.for_teacher().tokens.shape[1])
     rows, length = rollout.tokens.shape
     most = self._models.config.optimizer.batch_tokens
+    if not most and self._models.memory is not None:
+      most = self._trained(prompt, length) * (prompt + length) * self._shards
     return count(rows, prompt + length, most, self._shards)
 
   def for_scoring(
@@ -223,13 +234,6 @@ class Microbatches:
         else self._lengthen(longest, rollout)
         for rollout in rollouts
     ]
-
-  def agree(
-      self, rollout: Rollout, scores: TeacherScores, threshold: float
-  ) -> tuple[Rollout, jax.Array]:
-    """Cuts rollouts short; see `prefix_schedule.cut`."""
-    window = self._models.config.prefix.agreement.window_tokens
-    return self._agree(window, rollout, scores, np.float32(threshold))
 
 
 def _split(
@@ -325,6 +329,91 @@ def rollouts(
   """
   row = _row_bytes(model, config, prompt, length, reading)
   return max(int(_free(models, model, resting) // row), 1)
+
+
+def _width(model: Model) -> float:
+  """Returns numbers a token that a layer's products make on a device."""
+  c, split = model.config, model.mesh.shape["tensor"]
+  heads = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+  return 2 * c.dim + (heads + 3 * c.mlp_dim) / split
+
+
+def _kept(model: Model) -> float:
+  """Returns numbers a token that the forward pass keeps for the backward."""
+  c = model.config
+  each = {
+      "none": 2 * _width(model),
+      "dots": c.dim + _width(model),
+      "full": c.dim,
+      "offload": 0,
+  }[model.remat]
+  return c.num_layers * each
+
+
+def _trained_bytes(models: Models, prompt: int, length: int) -> float:
+  """Returns bytes that a row takes on a device while it is differentiated.
+
+  What the forward pass keeps of each layer, the work of one layer and its
+  gradient, and the final states of both models, with their gradient. A row that
+  is only scored takes less, unless the teacher is far wider.
+  """
+  student, teacher = models.student, models.teacher
+  tokens, width = prompt + length, student.dtype.itemsize
+  work = _kept(student) + _WORK * _width(student)
+  final = length * student.config.dim * (width + 2 * _FLOAT32)
+  row = tokens * width * work + final
+  if teacher is None:
+    return row
+  width = teacher.dtype.itemsize
+  hidden = length * teacher.config.dim * width
+  scored = tokens * width * _WORK * _width(teacher)
+  return max(row, scored) + hidden
+
+
+def _beside_training(models: Models, resting: Any) -> float:
+  """Returns bytes that lie on a device while rows are differentiated.
+
+  What rests there, the gradient and its sum, the logits of a chunk, and of both
+  heads and of two layers what is gathered over fsdp; the head's gradient is
+  whole before it is scattered.
+  """
+  size, split = sharding.bytes_per_device, models.mesh.shape["tensor"]
+  state, base, teacher = resting
+  on_device = [
+      x
+      for x in jax.tree.leaves((state, base, teacher))
+      if not sharding.is_on_host(x.sharding)
+  ]
+  total = size(on_device) + 2 * size(state.params)
+  if models.config.teacher is not None and models.config.teacher.offload:
+    total += size(sharding.moved(sharding.on_device, teacher or ()))
+  total += models.config.loss.logits_mib * 2**20
+  for model in (models.student, models.teacher):
+    if model is None:
+      continue
+    c, width = model.config, model.dtype.itemsize
+    table = c.vocab_size * c.dim
+    layer = (num_params(c) - table) / c.num_layers
+    total += width * (table + 2 * layer) / split
+  student = models.student.config
+  if student.lora is not None:  # Its head has no gradient.
+    return total
+  return total + _FLOAT32 * student.vocab_size * student.dim / split
+
+
+def trained(models: Models, resting: Any, prompt: int, length: int) -> int:
+  """Returns how many rows a device scores and trains on; at least one.
+
+  Args:
+    models: whose `memory` is known.
+    resting: shapes of the state, of the weights beside adapters and of the
+      teacher, where they rest.
+    prompt: S, the longer one of the student's and the teacher's.
+    length: P.
+  """
+  room = (1 - _SPARE - _TUNED) * models.memory
+  free = room - _beside_training(models, resting)
+  return max(int(free // _trained_bytes(models, prompt, length)), 1)
 
 
 def answers(

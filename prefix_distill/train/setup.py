@@ -22,11 +22,16 @@ from prefix_distill.distill import loss as loss_lib
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.distill.loss import Loss
 from prefix_distill.errors import ConfigError
+from prefix_distill.errors import shown
 from prefix_distill.evaluate import evaluator
 from prefix_distill.models import huggingface as hf
+from prefix_distill.models import lora
+from prefix_distill.models import peft
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
+from prefix_distill.report import card
+from prefix_distill.report import report
 from prefix_distill.train import workdir as workdir_lib
 from prefix_distill.train.workdir import Contents
 
@@ -61,6 +66,11 @@ class Models:
   stop_ids: tuple[int, ...] = ()
   teacher_stop_ids: tuple[int, ...] = ()
   memory: float | None = None
+
+  @property
+  def shares_weights(self) -> bool:
+    """Whether the teacher's weights are those beside the student's adapters."""
+    return self.teacher is not None and self.config.shares_weights
 
   @property
   def sampling_mesh(self) -> jax.sharding.Mesh:
@@ -133,7 +143,7 @@ def check_batches(config: Config, mesh: jax.sharding.Mesh) -> None:
 
 def _check_weights(spec: ModelSpec, model: Model) -> None:
   if not spec.random_init:
-    hf.check_weights(spec.path, model.config)
+    hf.check_weights(spec.path, model.base.config)
 
 
 def make_model(
@@ -171,6 +181,30 @@ def _dtype_note(
       f" which {sharding.describe_device(device)} lacks; float32 is used"
       " instead."
   )
+
+
+def check_refresh(
+    config: Config, student: ModelConfig, teacher: ModelConfig
+) -> None:
+  """Refuses to copy a student's weights into another architecture.
+
+  How many positions a model's config.json allows may differ.
+
+  Raises:
+    ConfigError: the two differ in something else.
+  """
+  if not config.teacher.refresh:
+    return
+  for field in dataclasses.fields(ModelConfig):
+    mine, theirs = (getattr(x, field.name) for x in (student, teacher))
+    if field.name != "max_length" and mine != theirs:
+      raise ConfigError(
+          f"teacher.refresh is {config.teacher.refresh}, but {field.name} is"
+          f" {shown(mine)} in the student {config.student.path} and"
+          f" {shown(theirs)} in the teacher {config.teacher.path}; set"
+          " teacher.path to a model of the student's architecture, or"
+          " teacher.refresh to 0."
+      )
 
 
 def _check_lengths(
@@ -294,6 +328,10 @@ def check(config: Config, first: bool = False) -> Inputs:
   check_batches(config, mesh)
   divergence.named(config.loss.exact.divergence)  # Or there is none.
   student, teacher = _read_models(config, mesh)
+  if config.lora.path:
+    peft.check_config(config.lora)
+  if teacher is not None:
+    check_refresh(config, student.config, teacher.config)
   fed = _load_tokenizers(config, student, teacher)
   _check_lengths(config, student, teacher)
   problems = {}
@@ -308,15 +346,56 @@ def check(config: Config, first: bool = False) -> Inputs:
       first=first,
       asked=[found.batch for found in problems.values()],
   )
-  prompts.check(
-      config.data, data.question, *fed, teacher_question=data.teacher_question
-  )
+  for suffix in data.suffixes:
+    prompts.check(
+        dataclasses.replace(config.data, suffix=suffix),
+        data.question,
+        *fed,
+        teacher_question=data.teacher_question,
+    )
   rewriting = rewriting_of(config, fed)
   if rewriting is not None:
-    rewriting.check()
+    rewriting.check(data.suffixes)
   problems = problems or _load_problems(config, fed[0].tokenizer)
   _check_problems(config, student, problems)
   return Inputs(mesh, fed, student, teacher, data, problems)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationInputs:
+  """What an evaluation without training reads besides weights, checked.
+
+  Attributes:
+    model: the architecture.
+    tokenizer: its tokenizer.
+    problems: the evaluation sets.
+  """
+
+  model: Model
+  tokenizer: Tokenizer
+  problems: dict[str, evaluator.Problems]
+
+
+def read_evaluation(
+    config: Config, mesh: jax.sharding.Mesh
+) -> EvaluationInputs:
+  """Checks what an evaluation of the student alone reads.
+
+  Args:
+    config: the settings; of the training prompts only the lengths and what
+      stands around a prompt count.
+    mesh: the device mesh.
+
+  Raises:
+    UserError: one sentence that names what does not fit, and the mend.
+  """
+  spec = config.student
+  model = make_model(hf.read_config(spec.path), spec, mesh)
+  tokenizer = tokenizer_lib.load(spec.tokenizer_path, config.data.system)
+  problems = _load_problems(config, tokenizer)
+  _check_problems(config, model, problems)
+  _check_weights(spec, model)
+  return EvaluationInputs(model, tokenizer, problems)
 
 
 def _load_problems(
@@ -337,13 +416,15 @@ def _load_problems(
 def _read_models(
     config: Config, mesh: jax.sharding.Mesh
 ) -> tuple[Model, Model | None]:
-  specs = [config.student]
-  if config.method != "sft":
-    specs.append(config.teacher)
-  student, *others = (
-      make_model(hf.read_config(spec.path), spec, mesh) for spec in specs
+  student = make_model(
+      lora.adapted(hf.read_config(config.student.path), config),
+      config.student,
+      mesh,
   )
-  return student, others[0] if others else None
+  if config.method == "sft":
+    return student, None
+  spec = config.teacher
+  return student, make_model(hf.read_config(spec.path), spec, mesh)
 
 
 def _load_tokenizers(
@@ -414,6 +495,8 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
   tokenizers = [model.tokenizer for model in inputs.fed]
   student_stop_ids, teacher_stop_ids = stop_ids(config, tokenizers)
   _check_weights(config.student, student)
+  if config.lora.path:
+    peft.check_weights(config.lora.path, student)
   if teacher is not None:
     _check_weights(config.teacher, teacher)
   contents = workdir_lib.read_contents(config, data.records, inputs.problems)
@@ -452,16 +535,28 @@ def export_student(
     params: Params,
     stop_ids: tuple[int, ...],
     directory: pathlib.Path,
+    workdir: pathlib.Path,
+    step: int,
 ) -> None:
   """Writes the student as a Hugging Face model that ends as in the run.
 
   Args:
     config: the settings.
-    params: the student's weights.
+    params: the student's weights, adapters included.
     stop_ids: tokens that end the student's answers.
-    directory: where to; it appears whole or not at all.
+    directory: where to; it appears whole or not at all. Adapters are merged
+      there, and before that written alone to a directory beside it.
+    workdir: of the run, whose results go into the model card.
+    step: the update after which the weights are.
   """
+  lines = report.read_metrics(workdir / "metrics.jsonl")
+  licence = card.licence(hf.resolve(config.student.path))
   stored_like, spec = config.teacher or config.student, config.evaluation
+  if config.lora.rank:
+    peft.export(
+        lora.split(params)[1], config.lora, config.student.path,
+        adapter_directory(directory),
+    )  # fmt: skip
   hf.export(
       params,
       config.student.path,
@@ -469,7 +564,14 @@ def export_student(
       directory,
       hf.export_dtype(config.export.dtype, stored_like.path),
       hf.Serving(stop_ids, spec.temperature, spec.top_k, spec.top_p),
+      card.text(config, lines, step, licence),
+      config.lora.scale,
   )
+
+
+def adapter_directory(export: pathlib.Path) -> pathlib.Path:
+  """Returns where the adapters of an export are."""
+  return export.with_name(f"{export.name}-adapter")
 
 
 def load_model(
@@ -483,17 +585,35 @@ def load_model(
 
   Args:
     spec: where they are, and where they go.
-    model: the architecture.
+    model: the architecture, whose adapters do not count.
     mesh: the device mesh.
     seed: of random weights.
     poll: see `hf.load_params`.
   """
+  model = model.base
   shardings = sharding.param_shardings(model.abstract_params(), mesh)
   if spec.offload:
     shardings = sharding.on_host(shardings)
   if spec.random_init:
-    init = jax.jit(model.init, out_shardings=shardings)
-    return init(jax.random.key(seed))
+
+    def init(key: jax.Array) -> Params:
+      drawn = model.init(key)
+      return jax.tree.map(lambda x: x.astype(spec.param_dtype), drawn)
+
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
   return hf.load_params(
       spec.path, model, shardings, spec.param_dtype, poll
   )
+
+
+def load_adapters(config: Config, model: Model) -> Params:
+  """Loads the adapters of `lora.path`, or draws A at random with B zero."""
+
+  def init(key: jax.Array) -> Params:
+    return lora.split(model.init(key))[1]
+
+  key = jax.random.key(config.seed)
+  places = sharding.param_shardings(jax.eval_shape(init, key), model.mesh)
+  if config.lora.path:
+    return peft.load(config.lora.path, model, places)
+  return jax.jit(init, out_shardings=places)(key)

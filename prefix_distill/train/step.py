@@ -4,8 +4,10 @@
 """
 
 from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,20 +19,40 @@ from prefix_distill.distill import chunked_head
 from prefix_distill.distill import loss as loss_lib
 from prefix_distill.distill.divergence import Distribution
 from prefix_distill.distill.loss import Loss
+from prefix_distill.distill.prefix_schedule import Chosen
 from prefix_distill.distill.prefix_schedule import Schedule
+from prefix_distill.distill.prefix_schedule import SHOWN
+from prefix_distill.models import lora
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
+from prefix_distill.structs import Limits
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 from prefix_distill.structs import TeacherScores
 
 # Sums over the batch and their counts; a metric is sum / count.
 Sums = dict[str, tuple[jax.Array, jax.Array]]
-# (params, the teacher's output head, microbatch) -> summed loss, metrics.
-Inputs = tuple[PromptBatch, Rollout, TeacherScores | None]
-LossFn = Callable[
-    [Params, jax.Array | None, Inputs], tuple[jax.Array, Sums]
-]
+
+
+class Microbatch(NamedTuple):
+  """A microbatch.
+
+  Attributes:
+    batch: prompts [B, S], one row for each rollout.
+    rollout: [B, P].
+    scores: the teacher's; None for supervised training.
+    limits: of the tokens that count; None if all do.
+  """
+
+  batch: PromptBatch
+  rollout: Rollout
+  scores: TeacherScores | None = None
+  limits: Limits | None = None
+
+
+# (params, the teacher's output head, microbatch, and the schedule's threshold
+# if it has one) -> summed loss, metrics.
+LossFn = Callable[..., tuple[jax.Array, Sums]]
 # Answers are divided into so many bins of positions in the metrics.
 POSITION_BINS = 16
 
@@ -42,7 +64,7 @@ class TrainState:
 
   Attributes:
     step: int32 [], updates done.
-    params: float32 master weights.
+    params: float32 master weights, all or the adapters alone.
     opt_state: optax's.
   """
 
@@ -60,11 +82,14 @@ class Gradient:
     grads: of the summed loss, like the parameters.
     sums: the metrics.
     rows: int32 [], rollouts with a token at least.
+    chosen: what the schedule chose of the last microbatch, which is no sum and
+      is taken out before the next one; None if it chooses nothing.
   """
 
   grads: Params
   sums: Sums
   rows: jax.Array
+  chosen: Chosen | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +99,7 @@ class Watch:
   Attributes:
     max_len: the longest answer, which is divided into bins of positions.
     special_ids: tokens such as `<think>` and the stop tokens.
-    schedule: says what it wants to be shown of each update.
+    schedule: chooses among an update's tokens, if it sees them.
   """
 
   max_len: int
@@ -89,18 +114,29 @@ class Window:
   Attributes:
     start, end: positions [start, end); negative ones count from the rollout's
       own end, and an end of 0 is that end.
+    by_length: whether the tokens of a rollout share a weight of 1, so that
+      their weighted sum is the rollout's mean; else each weighs 1.
   """
 
   start: int = 0
   end: int = 0
+  by_length: bool = False
 
   def weights(self, mask: jax.Array) -> jax.Array:
-    """Returns bool [B, P], true where the mask is and in the window."""
+    """Returns the weights [B, P] of tokens in the loss.
+
+    They are bool, true where the mask is and in the window. With `by_length`
+    that is divided, in float32, by the number of such tokens of the rollout,
+    and not by the rollout's whole length.
+    """
     length = jnp.sum(mask, axis=1, keepdims=True)
     start = self.start if self.start >= 0 else length + self.start
     end = self.end if self.end > 0 else length + self.end
     position = jnp.arange(mask.shape[1])
-    return mask & (position >= start) & (position < end)
+    inside = mask & (position >= start) & (position < end)
+    if not self.by_length:
+      return inside
+    return inside / jnp.maximum(jnp.sum(inside, axis=1, keepdims=True), 1)
 
 
 def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
@@ -187,24 +223,31 @@ def distillation_loss(
     window: Window,
     params: Params,
     teacher_head: jax.Array | None,
-    inputs: Inputs,
+    inputs: Microbatch,
+    threshold: jax.Array | None = None,
 ) -> tuple[jax.Array, Sums]:
   """Sums the loss over all prefix tokens of all rollouts.
 
   Divided by the number of rollouts it is the paper's: the mean over rollouts
   of the *sum* over prefix tokens (section 2). A rollout that was cut at the
-  cap counts as any other.
+  cap counts as any other. If the window weighs by length, it is the mean over
+  rollouts of their *means* over tokens.
+
+  A schedule that sees the tokens first chooses which of them count, and their
+  weights. What it does not choose is as if it had not been sampled.
 
   Returns:
-    The summed loss, and metrics in nats: `loss` and `kl` per token,
+    The summed loss, and metrics in nats: `loss` and `kl` per token (`loss` is
+    the mean of the rollouts' means if the window weighs by length),
     `kl_rollout` per rollout, `kl_at` per token in each bin of positions,
     `kl_position` at each position, `kl_special` per special token, both
     entropies, and the share of tokens at which the most probable one is the
-    same. All but `loss` are of the whole rollout, whatever the window.
+    same. All but `loss` are of the whole rollout, whatever the window. With
+    limits also `counted`, the share of tokens that have a loss, which `loss`
+    is then per one of. What the schedule chose, if it does, is under `chosen`.
   """
-  batch, rollout, scores = inputs
+  batch, rollout, scores, limits = Microbatch(*inputs)
   mask = rollout.mask
-  weights = window.weights(mask)
   # Inputs and not only terms: the gradient of a discarded NaN is 0 * NaN.
   with jax.named_scope("student"):
     hidden = _masked(model.prefix_hidden(params, batch, rollout), mask)
@@ -212,14 +255,28 @@ def distillation_loss(
       lambda x: _masked(x, mask), (scores, rollout.behavior_log_probs)
   )
   rollout = dataclasses.replace(rollout, behavior_log_probs=sampler)
+  schedule, shown, given = watch.schedule, {}, None
+  if schedule.sees:
+    found = loss_lib.seen(
+        model, token_loss, schedule, params, teacher_head, hidden, scores, mask
+    )
+    chosen, given, sums = schedule.choose(found, mask, threshold)
+    mask = chosen.trained
+    rollout = dataclasses.replace(rollout, mask=mask)
+    shown = {SHOWN + name: pair for name, pair in sums.items()}
+    shown["chosen"] = chosen
+  weights = window.weights(mask)
+  if given is not None:
+    weights = weights * given
   loss, metrics = chunked_head.weighted_sum(
       *token_loss.arguments(
-          model, params, teacher_head, hidden, rollout, scores, weights
+          model, params, teacher_head, hidden, rollout, scores, weights, limits
       )
   )
-  shown = watch.schedule.shown(metrics, mask)
-  metrics.pop("overlap", None)
   sums = {name: _sum_and_count(x, mask) for name, x in metrics.items()}
+  if "counted" in metrics:
+    weights = weights * (metrics["counted"] > 0)
+    sums["counted"] = (jnp.sum(weights > 0), jnp.sum(mask))
   sums["loss"] = (loss, jnp.sum(weights))
   if sampler is not None:
     sums["sampler"] = _sum_and_count(sampler, mask)
@@ -234,17 +291,75 @@ def distillation_loss(
   return loss, sums | shown
 
 
+def limits(
+    window: Window,
+    floor: float,
+    share: float,
+    refines: jax.Array,
+    rollouts: Sequence[Rollout],
+) -> Limits:
+  """Says which tokens of an update count in the relaxed loss; to be jitted.
+
+  Args:
+    window: the tokens that may count.
+    floor: the reward below which a token is dropped in the first phase.
+    share: of the tokens, that count in the second phase.
+    refines: bool [], whether the update is in the second phase.
+    rollouts: all of the update, with entropies, whatever their microbatches.
+  """
+  masks = [window.weights(rollout.mask) > 0 for rollout in rollouts]
+  least = top_share(share, [r.entropy for r in rollouts], masks)
+  off = jnp.float32(-jnp.inf)
+  return Limits(
+      jnp.where(refines, off, jnp.float32(floor)),
+      jnp.where(refines, least, off),
+  )
+
+
+def top_share(
+    share: float, values: Sequence[jax.Array], masks: Sequence[jax.Array]
+) -> jax.Array:
+  """Returns the least of the largest numbers: float32 [].
+
+  Numbers from 0 on have the order of their bits. So the bits are found one
+  after the other, by counting the numbers that are as large: arrays stay on
+  their devices, and counts are exact in any order.
+
+  Args:
+    share: of all numbers, that are the largest; one at least. Numbers as large
+      as the last one of them are not told apart.
+    values: float32 [...] each; what is negative is taken for 0.
+    masks: bool, like the values; false for numbers that are left out.
+  """
+  bits = []
+  for x, mask in zip(values, masks, strict=True):
+    x = jnp.abs(jnp.maximum(x, 0))  # -0.0 has the sign's bit.
+    bits.append(jnp.where(mask, jax.lax.bitcast_convert_type(x, jnp.int32), -1))
+
+  def as_large(least: jax.Array) -> jax.Array:
+    return sum(jnp.sum(x >= least) for x in bits)
+
+  wanted = jnp.maximum(jnp.round(share * as_large(0)), 1).astype(jnp.int32)
+
+  def bit(i: jax.Array, found: jax.Array) -> jax.Array:
+    tried = found | (1 << (30 - i))
+    return jnp.where(as_large(tried) >= wanted, tried, found)
+
+  found = jax.lax.fori_loop(0, 31, bit, jnp.int32(0))
+  return jax.lax.bitcast_convert_type(found, jnp.float32)
+
+
 def supervised_loss(
     model: Model,
     dist: Distribution,
     memory: int,
     params: Params,
     teacher_head: None,
-    inputs: Inputs,
+    inputs: Microbatch,
 ) -> tuple[jax.Array, Sums]:
   """Sums the cross-entropy of the completions, stop token included."""
   del teacher_head  # There is no teacher.
-  batch, rollout, _ = inputs
+  batch, rollout, *_ = inputs
   hidden = model.prefix_hidden(params, batch, rollout)
   loss = loss_lib.cross_entropy(
       model, params, hidden, rollout, dist, memory
@@ -257,24 +372,48 @@ def gradient(
     loss_fn: LossFn,
     params: Params,
     teacher_head: jax.Array | None,
-    inputs: Inputs,
+    inputs: Microbatch,
     before: Gradient | None = None,
+    threshold: jax.Array | None = None,
+    base: Params | None = None,
 ) -> Gradient:
   """Adds a microbatch's gradient and metrics; to be jitted, `before` donated.
 
   Args:
     loss_fn: returns a sum and metrics as (sum, count).
-    params: the student's.
+    params: those of the student that are trained.
     teacher_head: [V, D of the teacher]; None if the loss does not need it.
-    inputs: prompts [B, S], one row for each rollout; rollouts [B, P]; the
-      teacher's scores of them, None for supervised training.
-    before: of the microbatches so far; None for none.
+    inputs: the microbatch.
+    before: of the microbatches so far, without what was chosen; None for none.
+    threshold: float32 [], the schedule's; None if it has none.
+    base: the student's weights that are not trained; None if all are.
   """
-  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-  (_, sums), grads = grad_fn(params, teacher_head, inputs)
-  rows = jnp.sum(jnp.any(inputs[1].mask, axis=1), dtype=jnp.int32)
+  more = () if threshold is None else (threshold,)
+
+  def loss(params: Params) -> tuple[jax.Array, Sums]:
+    return loss_fn(lora.join(base, params), teacher_head, inputs, *more)
+
+  (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
+  chosen = sums.pop("chosen", None)
+  rows = jnp.sum(jnp.any(inputs.rollout.mask, axis=1), dtype=jnp.int32)
   total = Gradient(grads, sums, rows)
-  return total if before is None else jax.tree.map(jnp.add, before, total)
+  if before is not None:
+    total = jax.tree.map(jnp.add, before, total)
+  return dataclasses.replace(total, chosen=chosen)
+
+
+def refreshed(dtype: str, params: Params, old: Params | None) -> Params:
+  """Returns a copy of the student's weights for the teacher; to be jitted.
+
+  It is a copy in the same dtype, too: the next update donates the student's.
+
+  Args:
+    dtype: of the teacher's weights.
+    params: the student's.
+    old: the teacher's, to be donated; None for none.
+  """
+  del old
+  return jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), params)
 
 
 def guarded(finite: jax.Array, new: Any, old: Any) -> Any:
@@ -301,7 +440,9 @@ def apply(
 
   Args:
     tx: the optimizer.
-    normalize: "rollouts" or "tokens", what the loss is divided by.
+    normalize: `loss.normalize`: "tokens" divides by the number of tokens, the
+      others by that of rollouts. For "length" the gradient is that of a loss
+      whose window weighs by length.
     state: before.
     total: of all microbatches.
 
@@ -309,7 +450,7 @@ def apply(
     The state after, and metrics as means.
   """
   # Of all microbatches and devices, or it would be a mean of means.
-  count = total.rows if normalize == "rollouts" else total.sums["loss"][1]
+  count = total.sums["loss"][1] if normalize == "tokens" else total.rows
   grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1), total.grads)
   with jax.named_scope("optimizer"):
     updates, opt_state = tx.update(grads, state.opt_state, state.params)

@@ -22,13 +22,17 @@ from prefix_distill import compilation
 from prefix_distill import sharding
 from prefix_distill.compilation import Program
 from prefix_distill.data.rewriting import Asking
+from prefix_distill.distill import inspection
 from prefix_distill.distill import loss as loss_lib
 from prefix_distill.distill import prefix_schedule
+from prefix_distill.distill.prefix_schedule import Chosen
+from prefix_distill.models import lora
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
 from prefix_distill.rollout.sampling import Truncation
+from prefix_distill.structs import Limits
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 from prefix_distill.structs import TeacherScores
@@ -36,8 +40,10 @@ from prefix_distill.train import microbatch
 from prefix_distill.train import rewriting
 from prefix_distill.train import step as step_lib
 from prefix_distill.train.microbatch import Microbatches
+from prefix_distill.train.samples import Inspected
 from prefix_distill.train.setup import Models
 from prefix_distill.train.step import Gradient
+from prefix_distill.train.step import Microbatch
 from prefix_distill.train.step import TrainState
 
 
@@ -75,8 +81,10 @@ class Request:
       "rewrite"; None for supervised training, which learns from the given
       answers, whole.
     threshold: below which rollouts agree; None if they are not cut.
+    refines: whether a relaxed loss is in its second phase.
     poll: called between segments and microbatches. It may raise: no state has
       been changed then.
+    inspected: whether to look at a few rollouts token by token.
     asking: how the teacher is asked to rewrite, if the source is "rewrite".
   """
 
@@ -84,7 +92,9 @@ class Request:
   key: jax.Array
   source: str | None = "student"
   threshold: float | None = None
+  refines: bool = False
   poll: Callable[[], None] = lambda: None
+  inspected: bool = False
   asking: Asking | None = None
 
 
@@ -93,11 +103,14 @@ class Outcome:
   """What an update showed: whole arrays, in every process.
 
   Attributes:
-    metrics: means over all rollouts.
+    metrics: means over all rollouts; with a relaxed loss also `least_entropy`,
+      at which tokens count, -inf in its first phase.
     tokens: int32 [rollouts, P], as they were sampled or given.
     mask: bool [rollouts, P].
-    trained: bool [rollouts, P], what was left of the mask after cutting.
-    minima: [rollouts], see `prefix_schedule.cut`; None if nothing is cut.
+    trained: bool [rollouts, P], what the schedule chose of the mask.
+    minima: [rollouts], see `prefix_schedule.Chosen`.
+    inspected: a few of the rollouts, as the models before the update see them;
+      None if that was not asked for.
     rewritten: how the rollouts were rewritten; None if they were not.
   """
 
@@ -106,6 +119,7 @@ class Outcome:
   mask: np.ndarray
   trained: np.ndarray
   minima: np.ndarray | None
+  inspected: Inspected | None = None
   rewritten: rewriting.Rewritten | None = None
 
 
@@ -131,6 +145,7 @@ def sampler(
       per_prompt=spec.per_prompt,
       truncation=Truncation(spec.top_k, spec.top_p),
       cache_dtype=spec.cache_dtype,
+      entropy=models.config.loss.form == "relaxed",
   )
   return generate.Sampler(
       models.for_sampling(model),
@@ -171,20 +186,22 @@ class Programs:
     )
     self._rewriter = None
     if config.rollout.source == "rewrite":
+      *mine, teacher = resting = self.resting()
+      writing = (*mine, teacher and self.on_device(teacher))
       self._rewriter = rewriting.Rewriter(
-          models,
-          self.microbatches,
-          self.resting(),
-          (state, self.on_device(self.abstract_teacher())),
+          models, self.microbatches, resting, writing
       )
     self._score = Program("score", loss_lib.score, 2, out_shardings=rows)
+    self._inspect = Program(
+        "inspect", inspection.inspect, 5, out_shardings=rows
+    )
     self._init = Program(
         "init",
         functools.partial(step_lib.init_state, tx=self._tx),
         out_shardings=working,
         donate_argnums=0,
     )
-    totals = Gradient(working.params, replicated, replicated)
+    totals = Gradient(working.params, replicated, replicated, rows)
     gradient = functools.partial(step_lib.gradient, self._loss())
     self.gradient = Program(
         "gradient", gradient, out_shardings=totals, donate_argnums=3
@@ -192,7 +209,18 @@ class Programs:
     self.zeros = Program(
         "zeros",
         functools.partial(_zeros_of, gradient),
-        out_shardings=totals,
+        out_shardings=dataclasses.replace(totals, chosen=None),
+    )
+    self._refresh = self._refreshing()
+    self._limits = Program(
+        "limits",
+        functools.partial(
+            step_lib.limits,
+            self._window,
+            loss_lib.floor(config.loss.relaxed),
+            config.loss.relaxed.entropy_share,
+        ),
+        out_shardings=replicated,
     )
     normalize = "tokens" if config.is_supervised else config.loss.normalize
     self._apply = Program(
@@ -200,6 +228,23 @@ class Programs:
         functools.partial(step_lib.apply, self._tx, normalize),
         out_shardings=(working, replicated),
         donate_argnums=0,
+    )
+
+  def _refreshing(self) -> Program | None:
+    """Returns the program of `refresh`; None if there is no teacher."""
+    teacher = self.abstract_teacher()
+    if teacher is None:
+      return None
+    places = jax.tree.map(lambda x: x.sharding, teacher)
+    return Program(
+        "refresh",
+        functools.partial(
+            step_lib.refreshed, self._models.config.teacher.param_dtype
+        ),
+        out_shardings=sharding.on_device(places),
+        # The old weights are not read: their memory takes the new ones.
+        donate_argnums=1,
+        keep_unused=True,
     )
 
   def _loss(self) -> step_lib.LossFn:
@@ -214,16 +259,25 @@ class Programs:
         models.special_ids,
         prefix_schedule.make(config),
     )
-    window = step_lib.Window(config.loss.window_start, config.loss.window_end)
     return functools.partial(
-        step_lib.distillation_loss, models.student, loss, watch, window
+        step_lib.distillation_loss, models.student, loss, watch, self._window
+    )
+
+  @property
+  def _window(self) -> step_lib.Window:
+    spec = self._models.config.loss
+    return step_lib.Window(
+        spec.window_start, spec.window_end, spec.normalize == "length"
     )
 
   def abstract_state(self) -> TrainState:
     """Shapes, dtypes and shardings of the state between updates."""
+    student = self._models.student
+    params = student.abstract_params()
+    if student.config.lora is not None:
+      _, params = lora.split(params)
     shapes = jax.eval_shape(
-        functools.partial(step_lib.init_state, tx=self._tx),
-        self._models.student.abstract_params(),
+        functools.partial(step_lib.init_state, tx=self._tx), params
     )
     state = sharding.with_shardings(shapes, self._models.mesh)
     if not self._models.config.optimizer.offload:
@@ -238,19 +292,32 @@ class Programs:
     if models.teacher is None:
       return None
     spec = models.config.teacher
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, spec.param_dtype),
-        models.teacher.abstract_params(),
-    )
-    shapes = sharding.with_shardings(shapes, models.mesh)
+    shapes = self._abstract_weights(models.teacher, spec.param_dtype)
     return sharding.moved(sharding.on_host, shapes) if spec.offload else shapes
+
+  def abstract_base(self) -> Params | None:
+    """Shapes, dtypes and shardings of the weights beside adapters, if any."""
+    models = self._models
+    if models.student.config.lora is None:
+      return None
+    dtype = models.config.student.param_dtype
+    return self._abstract_weights(models.student.base, dtype)
+
+  def _abstract_weights(self, model: Model, dtype: str) -> Params:
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype),
+        model.abstract_params(),
+    )
+    return sharding.with_shardings(shapes, self._models.mesh)
 
   def resting(self) -> Any:
     """Returns shapes of what lies in the memory while answers are sampled."""
-    return self.abstract_state(), self.abstract_teacher()
+    shared = self._models.shares_weights
+    teacher = None if shared else self.abstract_teacher()
+    return self.abstract_state(), self.abstract_base(), teacher
 
   def init(self, params: Params) -> TrainState:
-    """Builds the first state; the parameters are donated."""
+    """Builds the first state; the trained parameters are donated."""
     return self._move_moments(self._init(params), self._resting)
 
   def _move_moments(self, state: TrainState, places: TrainState) -> TrainState:
@@ -265,6 +332,26 @@ class Programs:
     if not any(map(sharding.is_on_host, jax.tree.leaves(places))):
       return params
     return sharding.put(params, sharding.on_device(places))
+
+  def refresh(self, params: Params, teacher_params: Params) -> Params:
+    """Makes the teacher a copy of the student.
+
+    A teacher that rests on the host goes back there; meanwhile the devices
+    hold as much as while it scores.
+
+    Args:
+      params: the student's.
+      teacher_params: the old ones, where they rest; they are donated.
+
+    Returns:
+      The new ones, in the old ones' dtypes and places.
+    """
+    places = jax.tree.map(lambda x: x.sharding, teacher_params)
+    if not any(map(sharding.is_on_host, jax.tree.leaves(places))):
+      return self._refresh(params, teacher_params)
+    if not sharding.is_abstract(teacher_params):
+      jax.tree.map(lambda x: x.delete(), teacher_params)
+    return sharding.put(self._refresh(params, None), places)
 
   def sample(
       self,
@@ -285,6 +372,52 @@ class Programs:
     models = self._models
     return self._score(models.teacher, models.loss, params, batch, rollout)
 
+  def inspect(
+      self,
+      params: Params,
+      teacher_params: Params | None,
+      batch: PromptBatch,
+      rollout: Rollout,
+  ) -> Inspected:
+    """Looks at a few rollouts token by token.
+
+    There is one program for each length of the prompt, whatever the cap. Each
+    batch shard looks at one rollout at least, so some come twice.
+
+    Args:
+      params: the student's.
+      teacher_params: on the devices; None for supervised training.
+      batch: prompts [B, S], one row for each rollout.
+      rollout: [B, P].
+    """
+    models, spec = self._models, self._models.config.samples
+    rollout = Rollout(rollout.tokens, rollout.mask)
+    batch, rollout = continuous_batching.to_host(
+        (batch, rollout), models.mesh
+    )
+    rows, shards = len(rollout.tokens), sharding.batch_shards(models.mesh)
+    count = min(spec.rollouts, rows)
+    picked = np.arange(count) * (rows // count)
+    picked = np.resize(picked, -(-count // shards) * shards)
+    batch, rollout = jax.tree.map(lambda x: x[picked], (batch, rollout))
+    most = min(prefix_schedule.longest(models.config), spec.max_tokens)
+    behind = max(most - rollout.tokens.shape[1], 0)
+    fitted = jax.tree.map(
+        lambda x: np.pad(x[:, :most], ((0, 0), (0, behind))), rollout
+    )
+    found = self._inspect(
+        models.student,
+        models.teacher,
+        models.loss.dist,
+        spec.alternatives,
+        models.loss.memory,
+        params,
+        teacher_params,
+        *sharding.global_batch((batch, fitted), models.mesh),
+    )
+    found = continuous_batching.to_host(found, models.mesh)
+    return Inspected(batch, rollout.tokens, rollout.mask, found)
+
   def update(
       self,
       state: TrainState,
@@ -293,6 +426,7 @@ class Programs:
       given: Rollout | None,
       request: Request,
       clock: Clock,
+      base: Params | None = None,
   ) -> tuple[TrainState, Outcome | None]:
     """Does one update; or on shapes, calls the same programs on shapes.
 
@@ -302,48 +436,67 @@ class Programs:
       prompts: [B, S].
       given: answers [B, C], if the source or supervised training wants them.
       request: see there.
-      clock: gets the seconds of the phases sample, score and update.
+      clock: gets the seconds of the phases sample, score and update, and of
+        inspect if that is asked for.
+      base: the student's weights beside adapters; None without any.
 
     Returns:
       The next state, and what the update showed; None on shapes.
     """
     microbatches, rewritten = self.microbatches, None
+    student = lora.join(base, state.params)
     if request.source == "rewrite":
       sampled, rewritten, teacher = self._rewrite(
-          state.params, teacher_params, prompts, request, clock
+          student, teacher_params, prompts, request, clock
       )
     else:
       sampled = self._answers(
-          state.params, teacher_params, prompts, given, request, clock
+          student, teacher_params, prompts, given, request, clock
       )
       teacher = teacher_params and self.on_device(teacher_params)
     split = [
         part for batch in sampled for part in microbatches.for_scoring(*batch)
     ]
-    total, shown = None, []
+    total, shown, inspected = None, [], None
+    if request.inspected:
+      with clock.phase("inspect"):
+        inspected = self.inspect(student, teacher, *split[0])
+    del student
+    limits = self._limits_of(sampled, request)
+    threshold = request.threshold
+    if threshold is not None:
+      threshold = np.float32(threshold)
     for batch, rollout in split:
       request.poll()
-      scores, minima, trained = None, None, rollout
+      scores = None
       if request.source is not None:
         with clock.phase("score"):
           scores = self.score(teacher, batch, rollout)
           jax.block_until_ready(scores)
-      if request.threshold is not None:
-        trained, minima = microbatches.agree(rollout, scores, request.threshold)
       with clock.phase("update"):
         head = self.teacher_head(teacher, scores)
-        inputs = (batch, trained, scores)
+        inputs = Microbatch(batch, rollout, scores, limits)
         if total is None and len(split) > 1:
-          total = self.zeros(state.params, head, inputs)
-        shown.append((rollout.tokens, rollout.mask, trained.mask, minima))
-        total = self.gradient(state.params, head, inputs, total)
+          total = self.zeros(
+              state.params, head, inputs, None, threshold, base
+          )
+        total = self.gradient(
+            state.params, head, inputs, total, threshold, base
+        )
+        chosen = total.chosen or Chosen(rollout.mask)
+        total = dataclasses.replace(total, chosen=None)
+        shown.append(
+            (rollout.tokens, rollout.mask, chosen.trained, chosen.minima)
+        )
     with clock.phase("update"):
       if sharding.is_abstract(total):
         return self.apply(state, total)[0], None
       arrays = self._gather(shown, len(sampled))
       state, metrics = self.apply(state, total)
+      if limits is not None:
+        metrics["least_entropy"] = limits.entropy
       metrics = jax.device_get(metrics)
-    return state, Outcome(metrics, *arrays, rewritten)
+    return state, Outcome(metrics, *arrays, inspected, rewritten)
 
   def apply(
       self, state: TrainState, total: Gradient
@@ -409,6 +562,15 @@ class Programs:
       jax.block_until_ready(sampled)
     return [sampled], rewritten, teacher
 
+  def _limits_of(
+      self, sampled: list[tuple[PromptBatch, Rollout]], request: Request
+  ) -> Limits | None:
+    """Says which tokens of the whole update count; None for all."""
+    if request.source is None or self._models.config.loss.form != "relaxed":
+      return None
+    rollouts = [rollout for _, rollout in sampled]
+    return self._limits(np.bool_(request.refines), rollouts)
+
   def teacher_head(
       self, params: Params | None, scores: TeacherScores | None
   ) -> Any:
@@ -452,16 +614,20 @@ class Programs:
       source: see `Request`; empty for the first of `sources`.
     """
     state, config = self.abstract_state(), self._models.config
+    teacher = self.abstract_teacher()
     key = jax.eval_shape(lambda: jax.random.key(0))
     adaptive = prefix_schedule.make(config)
     threshold = adaptive.threshold(adaptive.start())
+    if teacher is not None and config.teacher.refresh:
+      teacher = self.refresh(state.params, teacher)
     self.update(
         state,
-        self.abstract_teacher(),
+        teacher,
         self._abstract_prompts(),
         None,
         Request(cap, key, source or self.sources[0], threshold),
         Clock(),
+        self.abstract_base(),
     )
 
   def _abstract_prompts(self) -> PromptBatch:
@@ -525,5 +691,5 @@ class Programs:
 
 def _zeros_of(gradient: Any, *args: Any) -> Gradient:
   """Returns a zero accumulator for `gradient(*args)`."""
-  shapes = jax.eval_shape(gradient, *args)
+  shapes = dataclasses.replace(jax.eval_shape(gradient, *args), chosen=None)
   return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

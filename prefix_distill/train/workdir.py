@@ -46,6 +46,7 @@ from prefix_distill.errors import one_line
 from prefix_distill.errors import UserError
 from prefix_distill.evaluate.evaluator import Problems
 from prefix_distill.models import huggingface as hf
+from prefix_distill.models import peft
 from prefix_distill.report import report
 from prefix_distill.train import checkpoint
 
@@ -423,6 +424,10 @@ def read_contents(
   out = dict(_model_files("student", config.student))
   if config.method != "sft":
     out |= _model_files("teacher", config.teacher)
+  if config.lora.path:
+    directory = hf.resolve(config.lora.path, weights=True)
+    for name in (peft.CONFIG, peft.WEIGHTS):
+      out[f"lora.path/{name}"] = fingerprint(directory / name)
   out |= _data_files("data.train", config.data.train, records)
   for name, found in problems.items():
     out[f"evaluation.sets.{name}"] = _problems(found)

@@ -33,7 +33,7 @@ _note("loading")
 # Imported now, after the first line, since that takes most of the loading.
 from prefix_distill.evaluate import evaluator  # noqa: E402
 from prefix_distill.models import huggingface  # noqa: E402
-from prefix_distill.report import report  # noqa: E402
+from prefix_distill.report import page  # noqa: E402
 from prefix_distill.train import checkpoint  # noqa: E402
 from prefix_distill.train import loop  # noqa: E402
 from prefix_distill.train import update  # noqa: E402
@@ -56,7 +56,7 @@ class _Clock(update.Clock):
 update.Clock = _Clock
 evaluator.evaluate = _noted("evaluation", evaluator.evaluate)
 huggingface.export = _noted("export", huggingface.export)
-report.write = _noted("report", report.write)
+page.write = _noted("report", page.write)
 checkpoint.Checkpointer.save = _noted("saving", checkpoint.Checkpointer.save)
 loop.Run.__init__ = _noted("loading", loop.Run.__init__)
 

@@ -76,6 +76,23 @@ def layer_tensors(
   }
 
 
+def _adapters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+  """Returns the adapters of products, as PEFT calls them.
+
+  A has the product's inputs and B its outputs, and so their heads.
+  """
+  out = {}
+  for ours, tensor in tensors.items():
+    if ours.startswith(("layers/attention/", "layers/mlp/")):
+      stem, heads = tensor.name.removesuffix("weight"), tensor.heads
+      for end, letter, axis in (("a", "A", 1), ("b", "B", 0)):
+        out[f"{ours}_{end}"] = Tensor(
+            f"base_model.model.{stem}lora_{letter}.weight",
+            heads if heads == axis else None,
+        )
+  return out
+
+
 # What every family has: our path of a parameter to the file's tensor.
 TENSORS = {
     "embed/weight": Tensor("model.embed_tokens.weight"),
@@ -92,6 +109,7 @@ TENSORS = {
     "mlp/up": ("mlp.up_proj.weight", None),
     "mlp/down": ("mlp.down_proj.weight", None),
 })
+TENSORS |= _adapters(TENSORS)
 
 
 def _everywhere(config: Any, where: str) -> tuple[bool, ...]:

@@ -1,0 +1,273 @@
+"""Looks at runs: one's report again, or several in one table and one figure.
+
+  prefix-distill report --workdir=runs/math
+  prefix-distill compare runs/full runs/prefix --to=runs/compared
+
+In a comparison the first run is the one that the others are compared with. A
+difference of accuracies has a 95 % interval from a paired bootstrap over the
+problems of the set; it says nothing of other seeds of the same run
+(`prefix_distill/experiments/reproduce.py` does runs with several).
+"""
+
+import argparse
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+import pathlib
+import sys
+from typing import Any
+
+from matplotlib.figure import Figure
+import numpy as np
+import rich.box
+import rich.console
+import rich.table
+from rich.text import Text
+from scipy import stats
+
+from prefix_distill.config import Config
+from prefix_distill.errors import ArgumentParser
+from prefix_distill.errors import check
+from prefix_distill.errors import check_path
+from prefix_distill.errors import UserError
+from prefix_distill.report import page
+from prefix_distill.report import report
+from prefix_distill.train import workdir as workdir_lib
+
+_HEADER = (
+    "run", "method", "updates", "FLOPs", "seconds", "before, %", "last, %",
+    "minus the first's, points",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSummary:
+  """A run as it is compared.
+
+  Attributes:
+    name: how tables and figures call it.
+    config: its settings.
+    updates: its lines of updates.
+    sets: by set, the lines of the student's sampled evaluations.
+  """
+
+  name: str
+  config: Config
+  updates: Sequence[Mapping[str, Any]]
+  sets: Mapping[str, Sequence[Mapping[str, Any]]]
+
+  @property
+  def method(self) -> str:
+    """The method, and the schedule if there is one."""
+    if self.config.method != "prefix":
+      return self.config.method
+    return f"prefix, {self.config.schedule}"
+
+
+def read(workdir: pathlib.Path, name: str) -> RunSummary:
+  """Reads a run; it may still go on.
+
+  Raises:
+    UserError: no run is there.
+  """
+  config = workdir_lib.read_config(workdir)
+  lines = report.read_metrics(workdir / "metrics.jsonl")
+  sampled = [
+      x
+      for x in lines
+      if x.get("mode") == "sampled" and x["model"] == "student"
+  ]
+  check(
+      bool(sampled),
+      f"{workdir} has no evaluation yet; leave it out, or wait for one.",
+  )
+  names = dict.fromkeys(x["set"] for x in sampled)
+  return RunSummary(
+      name,
+      config,
+      [x for x in lines if "prefix_len" in x],
+      {n: [x for x in sampled if x["set"] == n] for n in names},
+  )
+
+
+def difference(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any]
+) -> tuple[float, float, float]:
+  """Returns the difference of two accuracies and its 95 % interval.
+
+  Args:
+    ours: a line of an evaluation, with `verdicts`.
+    theirs: one of the same problems.
+  """
+  first, second = (
+      np.array([*map(int, x["verdicts"])], float)
+      .reshape(-1, x["samples"])
+      .mean(1)
+      for x in (ours, theirs)
+  )
+  found = first - second
+  if np.ptp(found) == 0:  # No resampling changes it.
+    return found[0], found[0], found[0]
+  low, high = stats.bootstrap(
+      (found,),
+      np.mean,
+      method="percentile",
+      rng=np.random.default_rng(0),
+  ).confidence_interval
+  return float(found.mean()), float(low), float(high)
+
+
+def _same_problems(ours: RunSummary, theirs: RunSummary, name: str) -> bool:
+  """Whether two runs were asked the same."""
+  a, b = (run.config.evaluation.sets[name] for run in (ours, theirs))
+  x, y = (run.sets[name][-1] for run in (ours, theirs))
+  return a == b and all(x[k] == y[k] for k in ("problems", "dropped"))
+
+
+def _row(run: RunSummary, first: RunSummary, name: str) -> tuple[str, ...]:
+  lines = run.sets[name]
+  last = run.updates[-1] if run.updates else {"flops": 0, "seconds": 0}
+  start = report.accuracy(lines[0]) if lines[0]["step"] == 0 else "-"
+  shown = "-"
+  if run is not first and _same_problems(run, first, name):
+    values = difference(lines[-1], first.sets[name][-1])
+    value, low, high = (100 * x for x in values)
+    shown = f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+  elif run is not first:
+    shown = "other problems"
+  return (
+      run.name,
+      run.method,
+      f"{len(run.updates)}",
+      f"{last['flops']:.3g}",
+      f"{last['seconds']:.0f}",
+      start.replace(" %", ""),
+      report.accuracy(lines[-1]).replace(" %", ""),
+      shown,
+  )
+
+
+def rows(runs: Sequence[RunSummary], name: str) -> list[tuple[str, ...]]:
+  """Returns the table of a set, without its header."""
+  mine = [run for run in runs if name in run.sets]
+  return [_row(run, mine[0], name) for run in mine]
+
+
+def figure(runs: Sequence[RunSummary], name: str) -> Figure:
+  """Draws accuracy over cumulative training FLOPs, a curve for each run."""
+  out = Figure(figsize=(8, 4.5), layout="constrained")
+  axes = out.subplots()
+  for run in runs:
+    lines = run.sets.get(name, ())
+    if not lines:
+      continue
+    mean, low, high = (
+        np.array([100 * x[key] for x in lines])
+        for key in ("accuracy", "accuracy_low", "accuracy_high")
+    )
+    cost = [x["flops"] for x in lines]
+    drawn = axes.plot(cost, mean, "o-", label=f"{run.name} ({run.method})")
+    color = drawn[0].get_color()
+    axes.fill_between(cost, low, high, alpha=0.15, color=color, linewidth=0)
+  axes.set(
+      title=f"{name}: sampled accuracy",
+      xlabel="cumulative training FLOPs",
+      ylabel="accuracy, %",
+      ylim=(0, 100),
+      xlim=(0, None),
+  )
+  axes.grid(alpha=0.3)
+  axes.spines[["top", "right"]].set_visible(False)
+  out.legend(loc="outside right upper", frameon=False)
+  return out
+
+
+def _names(workdirs: Sequence[pathlib.Path]) -> list[str]:
+  """Returns the shortest ends of the paths that tell them apart."""
+  whole = [workdir.absolute().parts for workdir in workdirs]
+  for count in range(1, max(map(len, whole)) + 1):
+    names = ["/".join(parts[-count:]) for parts in whole]
+    if len(set(names)) == len(names):
+      return names
+  return [str(workdir) for workdir in workdirs]
+
+
+def compare(
+    workdirs: Sequence[pathlib.Path],
+    to: pathlib.Path | None,
+    console: rich.console.Console,
+) -> None:
+  """Prints a table for each set, and writes a figure for each.
+
+  Raises:
+    UserError: a directory holds no run, or no set is common to two runs.
+  """
+  runs = [
+      read(workdir, name)
+      for workdir, name in zip(workdirs, _names(workdirs), strict=True)
+  ]
+  names = list(dict.fromkeys(name for run in runs for name in run.sets))
+  shared = [n for n in names if sum(n in run.sets for run in runs) > 1]
+  check(
+      bool(shared),
+      "The runs have no evaluation set in common; they have"
+      f" {', '.join(names)}.",
+  )
+  for name in shared:
+    table = rich.table.Table(
+        title=Text(name), box=rich.box.SIMPLE_HEAD, show_edge=False
+    )
+    for column in _HEADER:
+      table.add_column(column)
+    for row in rows(runs, name):
+      table.add_row(*map(Text, row))
+    console.print(table)
+    if to is not None:
+      file = to / f"{name.replace('/', '_')}.png"
+      to.mkdir(parents=True, exist_ok=True)
+      figure(runs, name).savefig(file, dpi=120)
+      console.print(Text(f"Figure in {file}."), soft_wrap=True)
+
+
+def _report(args: argparse.Namespace) -> None:
+  check(bool(args.workdir), "--workdir is missing; set it.")
+  check_path("workdir", args.workdir)
+  workdir = pathlib.Path(args.workdir)
+  workdir_lib.read_config(workdir)  # Or no run is there.
+  check(
+      (workdir / "metrics.jsonl").is_file(),
+      f"{workdir} has no metrics.jsonl; the run has not begun yet.",
+  )
+  page.write(workdir)
+
+
+def _compare(args: argparse.Namespace) -> None:
+  check(len(args.workdirs) > 1, "Give the directories of two runs or more.")
+  for name in [*args.workdirs, args.to]:
+    check_path("to", name)
+  to = pathlib.Path(args.to) if args.to else None
+  workdirs = [pathlib.Path(name) for name in args.workdirs]
+  compare(workdirs, to, rich.console.Console(highlight=False))
+
+
+def start() -> None:
+  """Does what the command line says, or exits with one sentence."""
+  command = sys.argv[0].split()[-1]
+  parser = ArgumentParser(
+      prog=f"prefix-distill {command}",
+      description=__doc__,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+      allow_abbrev=False,
+  )
+  if command == "report":
+    parser.add_argument("--workdir", default="", help="Where the run is kept.")
+  else:
+    parser.add_argument("workdirs", nargs="*", help="Two runs or more.")
+    parser.add_argument("--to", default="", help="A directory for figures.")
+  args = parser.parse_args(sys.argv[1:])
+  try:
+    {"report": _report, "compare": _compare}[command](args)
+  except UserError as error:
+    sys.exit(f"error: {error}")
+  except OSError as error:
+    sys.exit(f"error: what was asked for cannot be written ({error}).")

@@ -1,0 +1,256 @@
+"""The commands of the console script, and the settings in words."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import toys
+
+from prefix_distill import command_line
+from prefix_distill import commands
+from prefix_distill import config as config_lib
+from prefix_distill import reference
+from prefix_distill import runs
+from prefix_distill import talk
+from prefix_distill.errors import ConfigError
+
+_ROOT = pathlib.Path(__file__).parents[1]
+
+
+def _command(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
+  return subprocess.run(
+      [sys.executable, "-m", "prefix_distill.commands", *arguments],
+      capture_output=True,
+      text=True,
+      timeout=600,
+      **kwargs,
+  )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> pathlib.Path:
+  """A finished run of seconds."""
+  workdir = tmp_path_factory.mktemp("run") / "one"
+  done = _command("train", *toys.SMALL_RUN, f"--workdir={workdir}", cwd=_ROOT)
+  assert done.returncode == 0, done.stderr
+  return workdir
+
+
+def test_help_names_every_command():
+  done = _command("--help")
+  assert done.returncode == 0
+  for name in commands.COMMANDS:
+    assert f"\n  {name} " in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["trian"], "did you mean train?"),
+        (["eval"], "--config is missing"),
+        (["sample"], "--model is missing"),
+        (["sample", "--model=nowhere", "--num=0", "--prompt=a"], "--num=0"),
+        (["sample", "--model=nowhere"], "give --prompt=TEXT"),
+        (["chat", "--model=nowhere"], "nowhere"),
+        (["report"], "--workdir is missing"),
+        (["report", "--workdir=nowhere"], "no run is there"),
+        (["compare", "runs"], "two runs or more"),
+        (["compare", "nowhere", "nothing"], "no run is there"),
+        (["train", "--config=nowhere"], "nowhere"),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments, words, tmp_path):
+  done = _command(*arguments, cwd=tmp_path)
+  assert done.returncode not in (0, None)
+  # The hub's client may warn before.
+  *before, line = done.stderr.strip().splitlines()
+  assert line.startswith("error: ") and words in line
+  assert "Traceback" not in "".join(before)
+
+
+def test_no_command_shows_them():
+  done = _command()
+  assert done.returncode == 2 and "prefix-distill COMMAND" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_help_has_every_setting(command):
+  done = _command(command, "--help")
+  assert done.returncode == 0 and not done.stderr
+  for group in reference.groups():
+    for setting in group.settings:
+      assert f"--config.{setting.name}  " in done.stdout
+  assert "--workdir" in done.stdout
+
+
+def test_every_field_has_words():
+  """`groups` fails on a field that its docstring leaves out."""
+  found = {x.name: x for group in reference.groups() for x in group.settings}
+  leaves = config_lib.plain(_config("math"))
+
+  def check(values, before):
+    for name, value in values.items():
+      at = f"{before}{name}"
+      if isinstance(value, dict) and at != "evaluation.sets":
+        check(value, f"{at}.")
+      elif at != "evaluation.sets":
+        assert found[at].about
+
+  check(leaves, "")
+  assert found["steps"].kind == "int, at least 0"
+  assert found["steps"].default == "required"
+  assert found["prefix.schedule"].default == "'linear'"
+  assert found["rollout.top_p"].kind == "float, above 0, at most 1"
+
+
+def test_the_page_of_settings_is_of_today():
+  page = (_ROOT / "docs" / "configuration.md").read_text()
+  assert page == reference.page(), (
+      "run python -m prefix_distill.reference > docs/configuration.md"
+  )
+
+
+def _config(name: str) -> config_lib.Config:
+  done = _command("train", f"--config={name}", "--print_config", cwd="/")
+  assert done.returncode == 0, done.stderr
+  return config_lib.from_dict(json.loads(done.stdout))
+
+
+def test_a_config_that_ships_is_found_by_its_name():
+  assert _config("math:tiny-weak").student.path == "bundled:weak"
+  assert command_line.config_file("math").endswith("configs/math.py")
+  assert command_line.config_file("somewhere/math.py") == "somewhere/math.py"
+
+
+def test_printed_settings_are_a_config(tmp_path):
+  first = _config("math:chain,method=full")
+  file = tmp_path / "kept.json"
+  file.write_text(json.dumps(config_lib.plain(first)))
+  assert _config(str(file)) == first
+
+
+def test_a_runs_settings_can_be_changed(tmp_path):
+  file = tmp_path / "kept.json"
+  file.write_text(json.dumps(config_lib.plain(_config("math"))))
+  done = _command(
+      "train",
+      f"--config={file}",
+      "--config.prefix.buckets=(8,16)",
+      "--config.data.system=Be brief.",
+      "--print_config",
+  )
+  found = config_lib.from_dict(json.loads(done.stdout))
+  assert found.prefix.buckets == (8, 16)
+  assert found.data.system == "Be brief."
+
+
+def test_what_holds_no_settings_is_refused(tmp_path):
+  file = tmp_path / "model.json"
+  file.write_text("{}")
+  done = _command("train", f"--config={file}")
+  assert done.returncode == 1 and "no field 'method'" in done.stderr
+
+
+def test_eval_grades_a_run_as_the_run_did(run, tmp_path):
+  """Same weights, prompts and draws: the same verdicts, one by one."""
+  lines = [
+      json.loads(line) for line in (run / "metrics.jsonl").open()
+  ]
+  last = [x for x in lines if x.get("model") == "student"][-1]
+  file = tmp_path / "found.jsonl"
+  done = _command("eval", f"--model={run}", f"--json={file}", cwd=_ROOT)
+  assert done.returncode == 0, done.stderr
+  (found,) = map(json.loads, file.open())
+  for name in ("verdicts", "accuracy", "mean_length", "finish_rate"):
+    assert found[name] == last[name]
+  assert "heldout" in done.stdout
+
+
+def test_eval_takes_any_checkpoint_and_any_model(run):
+  early = _command("eval", f"--model={run}", "--step=4", cwd=_ROOT)
+  assert early.returncode == 0 and "8 x 1" in early.stdout
+  missing = _command("eval", f"--model={run}", "--step=5", cwd=_ROOT)
+  assert missing.returncode == 1 and "--step=5" in missing.stderr
+  other = _command(
+      "eval",
+      "--model=bundled:weak",
+      f"--config={run / 'config.json'}",
+      cwd=_ROOT,
+  )
+  assert other.returncode == 0, other.stderr
+
+
+def test_sample_answers_a_prompt_as_often_as_asked(run, tmp_path):
+  file = tmp_path / "answers.jsonl"
+  done = _command(
+      "sample",
+      f"--model={run}",
+      "--prompt=What is 7 + 5?",
+      "--num=3",
+      "--max_len=8",
+      f"--json={file}",
+  )
+  assert done.returncode == 0, done.stderr
+  lines = [json.loads(line) for line in file.open()]
+  assert [x["question"] for x in lines] == ["What is 7 + 5?"] * 3
+  assert all(1 <= x["tokens"] <= 8 for x in lines)
+
+
+def test_chat_keeps_the_turns_and_ends_with_an_empty_line(run):
+  done = _command(
+      "chat",
+      f"--model={run}",
+      "--max_len=4",
+      "--greedy",
+      input="What is 1 + 1?\nAnd 2 + 2?\n\n",
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.count("you:") == 3
+
+
+def test_a_run_is_no_model_and_a_model_no_run(run):
+  assert talk.is_run(str(run)) and not talk.is_run(str(run / "export"))
+  with pytest.raises(ConfigError, match="no directory of a run"):
+    with talk.found("bundled:weak", "3"):
+      pass
+
+
+def test_report_is_written_again(run):
+  for file in (run / "report").iterdir():
+    file.unlink()
+  done = _command("report", f"--workdir={run}")
+  assert done.returncode == 0, done.stderr
+  assert any((run / "report").iterdir())
+
+
+def test_compare_puts_runs_side_by_side(run, tmp_path):
+  other = tmp_path / "two"
+  done = _command(
+      "train",
+      *toys.SMALL_RUN,
+      "--config.seed=1",
+      f"--workdir={other}",
+      cwd=_ROOT,
+  )
+  assert done.returncode == 0, done.stderr
+  to = tmp_path / "figures"
+  done = _command("compare", str(run), str(other), f"--to={to}")
+  assert done.returncode == 0, done.stderr
+  assert (to / "heldout.png").stat().st_size > 1000
+  assert "one" in done.stdout and "two" in done.stdout
+
+
+def test_a_difference_is_paired():
+  """As good on every problem: no doubt; else the interval holds the mean."""
+  ours = {"verdicts": "1100" * 30, "samples": 2}
+  same = runs.difference(ours, ours)
+  assert same == (0, 0, 0)
+  theirs = {"verdicts": "1000" * 25 + "1111" * 5, "samples": 2}
+  value, low, high = runs.difference(ours, theirs)
+  # Problems 2 and 1 of a pair: +0.5 and 0, then 0 and -1.
+  assert value == pytest.approx((25 * 0.5 - 5) / 60)
+  assert low < value < high
+  back = runs.difference(theirs, ours)
+  assert back[0] == -value
