@@ -229,7 +229,7 @@ def test_settings_are_sane_or_refused():
       _assert_sane(answer)
     else:
       _assert_names(answer, name)
-  assert 200 < accepted < 1_500
+  assert 150 < accepted < 1_500
 
 
 @pytest.mark.parametrize("value", [None, 3, "a", [], [1], {1: 2}, {"": 1}])
