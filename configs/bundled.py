@@ -7,6 +7,7 @@
   python -m prefix_distill.main --config=configs/bundled.py:guided
   python -m prefix_distill.main --config=configs/bundled.py:chain-teacher
   python -m prefix_distill.main --config=configs/bundled.py:chain-weak
+  python -m prefix_distill.main --config=configs/bundled.py:rewriter
 
 The teacher learns from clean solutions. The students stand for base models:
 they go on from the teacher with the sloppy solutions that stand for the web.
@@ -28,6 +29,11 @@ problems, sampled and greedy, and the sampled answers' mean length:
 its teacher with sums of which 5 % are wrong, always the same ones. On one core
 of a busy machine they took 35 minutes (10 of them its own) and 4. Sampled
 accuracy on 480 problems of the validation split: 98.8 and 26.9 %.
+
+`rewriter` goes on from `guided` with solutions to be written in short lines,
+for `configs/mixed_policy.py`. Its 150 updates took 30 minutes on a machine that
+others kept busy. Of 400 held-out solutions, half of them sloppy, it rewrites
+7.9 % right before and 83.4 % (79.4-86.7) after, sampled, in 91 and 46 tokens.
 """
 
 import dataclasses
@@ -81,14 +87,19 @@ _STAGES = {
         tokenizer="bundled:chain-weak", max_prompt_len=21, task="chain_task",
         max_len=237,
     ),  # fmt: skip
+    "rewriter": _Stage(
+        "bundled:guided", False, "rewrite", 150, 7e-4, max_prompt_len=300,
+        max_len=72,
+    ),  # fmt: skip
 }
+_PROMPTED = ("guided", "rewrite")
 
 
 def _problems(stage: _Stage) -> config_lib.DatasetSpec:
   return config_lib.DatasetSpec(
       source=stage.task,
       subset=stage.style,
-      question="prompt" if stage.style == "guided" else "question",
+      question="prompt" if stage.style in _PROMPTED else "question",
       answer="answer",
       completion="completion",
       size=1_000_000,
@@ -107,7 +118,7 @@ def _heldout(stage: _Stage) -> dict[str, config_lib.DatasetSpec]:
 
 
 def get_config(name: str) -> ml_collections.ConfigDict:
-  """Returns the config of a stage: teacher, capable, weak or guided."""
+  """Returns the config of a stage, one of `_STAGES`."""
   if name not in _STAGES:
     raise errors.ConfigError(
         f"configs/bundled.py has no argument {name!r}; use one of"

@@ -466,6 +466,71 @@ class DataSpec:
     return self.max_teacher_prompt_len or self.max_prompt_len
 
 
+# What the teacher is asked by default.
+_REWRITE = (
+    "{question}\n\nHere is an attempt at this problem:\n\n{answer}\n\nWrite the"
+    " attempt again in as few words as a reader needs: the steps that lead to"
+    " the result, in order, with no detours, no repetition and no remarks about"
+    " the attempt. Mend what is wrong in it, and bring it to its end if it has"
+    " none. Put the final answer into \\boxed{}."
+)
+
+
+@_settings("rollout.rewrite")
+class RewriteSpec:
+  """The teacher rewrites what the student has sampled.
+
+  Mixed-policy distillation (arXiv 2605.08776, of which we know the abstract);
+  `data/rewriting.py` says what is taken of what the teacher writes.
+
+  Attributes:
+    prompt: is what the teacher is asked in a chat turn of its own, with the
+      problem in the place of {question} and the student's answer in that of
+      {answer}.
+    suffix: follows the generation prompt of that turn.
+    thoughts: says what becomes of what the teacher thinks before it answers:
+      "cut" takes what follows `</think>`, "keep" takes all.
+    final_mark: is text with which the teacher's final answer begins, and before
+      which the student's thoughts are closed by `</think>`; empty if the
+      teacher closes them, or if there are none.
+    scored_in: says after what the teacher scores the rewritten answer:
+      "prompt", what it reads when it scores the student's own answers, or
+      "rewriting", the turn in which it wrote it.
+    max_draft_len: is the longest answer in tokens that the student samples to
+      be rewritten; 0 stands for `rollout.max_len`.
+    max_prompt_len: is the static length in tokens of the teacher's turn; of a
+      longer answer of the student only the beginning is shown.
+    max_len: is the longest rewriting in tokens, the teacher's thoughts
+      included; what has not ended by then is not learned, and 0 stands for
+      `rollout.max_len`.
+  """
+
+  prompt: _Text = _REWRITE
+  suffix: _Text = ""
+  thoughts: Literal["cut", "keep"] = "cut"
+  final_mark: _Str = ""
+  scored_in: Literal["prompt", "rewriting"] = "prompt"
+  max_draft_len: _NotNegative = 0
+  max_prompt_len: _NotNegative = 0
+  max_len: _NotNegative = 0
+
+  def __post_init__(self):
+    fields = FIELD.findall(self.prompt)
+    _check(
+        {*fields} == {"question", "answer"},
+        f"rollout.rewrite.prompt is {shown(self.prompt)}, which names"
+        f" {', '.join(fields) or 'no field'} in braces; name {{question}} and"
+        " {answer}, and nothing else.",
+    )
+    _check(
+        not self.final_mark or self.scored_in == "prompt",
+        f"rollout.rewrite.final_mark is {self.final_mark!r} but"
+        f" rollout.rewrite.scored_in is {self.scored_in!r}, and the teacher did"
+        " not write the `</think>` there; set rollout.rewrite.scored_in to"
+        " 'prompt', or rollout.rewrite.final_mark to ''.",
+    )
+
+
 @_settings("rollout")
 class RolloutSpec:
   """How the student samples.
@@ -477,7 +542,8 @@ class RolloutSpec:
     temperature: is that of sampling *and* of both models in the loss.
     source: says whose answers are learned from besides the student's:
       "student" for none, "teacher" samples prefixes from the teacher, "data"
-      takes the beginnings of the records' completions.
+      takes the beginnings of the records' completions, and "rewrite" those of
+      the student's answers as the teacher has rewritten them.
     source_share: is the share of updates on the source's answers (1 - lambda
       of GKD, arXiv 2306.13649).
     cache_dtype: is the dtype of keys and values while answers are sampled;
@@ -489,17 +555,19 @@ class RolloutSpec:
     batch_tokens: bounds the tokens of prompts and prefixes that are sampled at
       a time, over all devices; 0 takes what an accelerator's memory holds, and
       all on a CPU.
+    rewrite: is the group of that source.
   """
 
   per_prompt: _Positive
   max_len: _Positive
   temperature: _Temperature = 1.0
-  source: Literal["student", "teacher", "data"] = "student"
+  source: Literal["student", "teacher", "data", "rewrite"] = "student"
   source_share: _Share = 1.0
   cache_dtype: Literal["", "float32", "bfloat16", "int8"] = ""
   top_k: _NotNegative = 0
   top_p: _Part = 1.0
   batch_tokens: _NotNegative = 0
+  rewrite: RewriteSpec = RewriteSpec()
 
   def __post_init__(self):
     _check(
@@ -508,6 +576,33 @@ class RolloutSpec:
         " 'student'; set rollout.source to 'teacher' or 'data', or"
         " rollout.source_share to 1.",
     )
+    _check_idle(
+        self,
+        self.idle(self.source),
+        "rollout",
+        f"rollout.source is {self.source!r}; set rollout.source to '{{}}'",
+    )
+    _check(
+        self.source != "rewrite" or self.rewrite.max_prompt_len > 0,
+        "rollout.rewrite.max_prompt_len is 0 but rollout.source is 'rewrite';"
+        " set rollout.rewrite.max_prompt_len to the tokens of a problem, an"
+        " answer and rollout.rewrite.prompt together.",
+    )
+
+  @staticmethod
+  def idle(source: str) -> set[str]:
+    """Names the groups that a source does not use."""
+    return set(_groups(RolloutSpec)) - {source}
+
+  @property
+  def draft_len(self) -> int:
+    """The longest answer that is sampled to be rewritten."""
+    return self.rewrite.max_draft_len or self.max_len
+
+  @property
+  def rewriting_len(self) -> int:
+    """The longest rewriting, with what the teacher thinks before it."""
+    return self.rewrite.max_len or self.max_len
 
 
 @_settings("prefix.linear")
@@ -668,8 +763,8 @@ def _check_idle(values: Any, idle: Iterable[str], at: str, mend: str) -> None:
       where = f"{at}.{name}.{field.name}"
       _check(
           value == field.default,
-          f"{where} is {value!r} but {mend.format(name)}, or leave {where} at"
-          f" {field.default!r}.",
+          f"{where} is {shown(value)} but {mend.format(name)}, or leave"
+          f" {where} at {shown(field.default)}.",
       )
 
 
@@ -1296,6 +1391,20 @@ class Config:
     )
     supervised = self.is_supervised
     _check(
+        not supervised or self.rollout.source != "rewrite",
+        f"method is {self.method!r} but rollout.source is 'rewrite', and"
+        " supervised training samples nothing; set method to 'prefix' or"
+        " 'full'.",
+    )
+    scored_in = self.rollout.rewrite.scored_in
+    _check(
+        scored_in == "prompt" or not self.data.teacher_prompt,
+        f"rollout.rewrite.scored_in is {scored_in!r} but data.teacher_prompt is"
+        f" {shown(self.data.teacher_prompt)}, and the teacher scores in one"
+        " context; leave data.teacher_prompt empty, or set"
+        " rollout.rewrite.scored_in to 'prompt'.",
+    )
+    _check(
         not supervised or self.rollout.per_prompt == 1,
         f"method is {self.method!r} but rollout.per_prompt is"
         f" {self.rollout.per_prompt}, and a record has one completion; set"
@@ -1368,6 +1477,8 @@ class Config:
         f" rollout.max_len {rollout.max_len} is {tokens} tokens in an update;"
         f" lower one of them, for {_MOST} tokens at most.",
     )
+    if rollout.source == "rewrite":
+      self._check_rewriting(prompt)
     lengths = {"data.max_prompt_len": data.max_prompt_len} | {
         f"evaluation.sets.{name}.max_prompt_len": spec.max_prompt_len
         for name, spec in graded.sets.items()
@@ -1380,6 +1491,21 @@ class Config:
         f" {longest} {prompt} and evaluation.max_len {graded.max_len} is"
         f" {tokens} tokens at a time; lower one of them, for {_MOST} tokens at"
         " most.",
+    )
+
+  def _check_rewriting(self, prompt: int) -> None:
+    """Bounds what is sampled, given what the longest prompt is."""
+    rollout = self.rollout
+    spec, most = rollout.rewrite, max(rollout.rewriting_len, rollout.max_len)
+    longest = max(prompt + rollout.draft_len, spec.max_prompt_len + most)
+    tokens = self.rollouts_per_step * longest
+    _check(
+        tokens <= _MOST,
+        f"rollout.rewrite.max_prompt_len is {spec.max_prompt_len},"
+        f" rollout.rewrite.max_draft_len {spec.max_draft_len} and"
+        f" rollout.rewrite.max_len {spec.max_len}, which for"
+        f" {self.rollouts_per_step} rollouts is {tokens} tokens in an update;"
+        f" lower one of them, for {_MOST} tokens at most.",
     )
 
   def _check_best(self) -> None:
@@ -1538,6 +1664,9 @@ def without_idle_groups(
         exact.get("divergence", ExactSpec.divergence),
     )
     idle |= {("loss", name) for name in names}
+  if "rollout.source" in given:
+    names = RolloutSpec.idle(values["rollout"]["source"])
+    idle |= {("rollout", name) for name in names}
   for group, name in idle:
     if not any(n.startswith(f"{group}.{name}.") for n in given):
       inner = values[group].items()

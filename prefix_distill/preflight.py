@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import dataclasses
 import itertools
 
+import numpy as np
 import rich.box
 import rich.console
 import rich.panel
@@ -46,6 +47,7 @@ def run(config: Config, console: rich.console.Console) -> None:
         models[1].tokenizer.encode_own(data.teacher_question, suffix)
     )
   _print_prompts(console, config, models, encoded, data.number)
+  _print_turn(console, config, models, data)
   console.print(_special_tokens(models, encoded), _facts(config, models))
   shown = dataclasses.replace(config.data, suffix=suffix)
   filled = dataclasses.replace(config, data=shown)
@@ -123,6 +125,30 @@ def _print_prompts(
     )
     body = _prompt(model.tokenizer, tokens)
     console.print(rich.panel.Panel(body, border_style=_QUIET))
+
+
+def _print_turn(
+    console: rich.console.Console,
+    config: Config,
+    models: Sequence[PromptReader],
+    data: prompts.PromptIterator,
+) -> None:
+  """Prints what the teacher is asked to rewrite, with a short answer in it."""
+  rewriting = setup.rewriting_of(config, models)
+  if rewriting is None:
+    return
+  answer = models[0].tokenizer.encode("(the student's answer)")
+  asked = rewriting.ask([data.question], np.zeros(1), [answer]).prompts
+  tokens = asked.tokens[0][asked.mask[0]].tolist()
+  console.print(
+      Text(
+          "What the teacher is asked to rewrite for record"
+          f" {data.number + 1}: {len(tokens)} tokens, at most"
+          f" {config.rollout.rewrite.max_prompt_len}"
+      )
+  )
+  body = _prompt(models[1].tokenizer, tokens)
+  console.print(rich.panel.Panel(body, border_style=_QUIET))
 
 
 def _prompt(tokenizer: Tokenizer, tokens: Sequence[int]) -> Text:

@@ -762,6 +762,33 @@ _KEEPING = (
     ),
 )
 
+_REWRITING = (
+    _fault(
+        "a rewriting that was cut is learned",
+        "if not body or body[-1] not in self.teacher_stop_ids:",
+        "if not body:",
+        "rewriting.py::test_a_rewriting_that_fails_says_why",
+    ),
+    _fault(
+        "rewritten tokens are decoded and encoded again",
+        "return Taken((*body, stop))",
+        "return Taken((*self.teacher.encode(self.teacher.decode(body)), stop))",
+        "rewriting.py::test_what_is_learned_is_what_was_sampled",
+    ),
+    _fault(
+        "masked rows count in the mean over rollouts",
+        "rows = jnp.sum(jnp.any(inputs.rollout.mask, axis=1), dtype=jnp.int32)",
+        "rows = jnp.int32(inputs.rollout.mask.shape[0])",
+        "rewriting.py::test_the_gradient_is_that_of_a_dense_float64_reference",
+    ),
+    _fault(
+        "an update without a token moves the weights",
+        "finite & (total.rows > 0),",
+        "finite,",
+        "rewriting.py::test_if_all_rewritings_fail_nothing_is_learned",
+    ),
+)
+
 _LORA = (
     _fault(
         "adapters forget their scale",
@@ -796,5 +823,6 @@ _LORA = (
 )
 
 FAULTS = (
-    *_DISTILL, *_ROLLOUT, *_TRAIN, *_DATA, *_GYM, *_KEEPING, *_LORA
+    *_DISTILL, *_ROLLOUT, *_TRAIN, *_DATA, *_GYM, *_KEEPING, *_LORA,
+    *_REWRITING,
 )  # fmt: skip

@@ -284,7 +284,7 @@ def test_missing_fields_are_named(name):
         ("rollout.temperature", 1e4, "set it to 1000 or less"),
         ("rollout.temperature", math.nan, "give a float"),
         ("rollout.temperature", math.inf, "give a float"),
-        ("rollout.source", "web", "use one of 'student', 'teacher' or 'data'"),
+        ("rollout.source", "web", "use one of 'student', 'teacher', 'data' or"),
         ("rollout.source_share", -0.5, "set it to 0 or more"),
         ("rollout.batch_tokens", -1, "set it to 0 or more"),
         ("loss.form", "forward", "use one of 'exact', 'policy_gradient',"),

@@ -68,7 +68,10 @@ def test_evaluation_sets_can_be_chosen():
 
 @pytest.mark.parametrize(
     "name",
-    ["teacher", "capable", "weak", "guided", "chain-teacher", "chain-weak"],
+    [
+        "teacher", "capable", "weak", "guided", "chain-teacher", "chain-weak",
+        "rewriter",
+    ],
 )
 def test_bundled_configs_are_valid(name):
   settings = bundled.get_config(name)

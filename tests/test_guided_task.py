@@ -50,6 +50,21 @@ def test_records_are_those_of_the_task():
     bundled_tasks.GuidedTask("dev", 3)
 
 
+def test_a_rewriting_shows_an_answer_and_wants_the_short_lines():
+  wrong = 0
+  for i, record in enumerate(bundled_tasks.RewriteTask("test", 200)):
+    prob = bundled_tasks.problem("test", i)
+    start, end = bundled_tasks.REWRITE.split("{answer}")
+    asked, shown = record["prompt"].removesuffix(end).split("Solution:\n", 1)
+    assert asked.endswith(start.split("}")[1].removesuffix("Solution:\n"))
+    assert prob.question in asked and record["question"] == prob.question
+    assert shown.startswith("\n") and "</think>" in shown
+    wrong += _boxed(shown) != record["answer"]
+    assert bundled_tasks.short_lines(prob) in record["completion"]
+    assert _boxed(record["completion"]) == record["answer"]
+  assert 20 < wrong < 100
+
+
 def test_short_lines_are_right():
   for i in range(300):
     prob = bundled_tasks.problem("test", i)

@@ -51,6 +51,11 @@ behave so; a real model does so by itself. The short lines are
   Ann finds 4 pens: 7 + 4 = 11.
   Ann gives Bob 2 pens: 11 - 2 = 9.
 
+`RewriteTask` asks for a short version of an answer that is there. The prompt is
+the problem, somebody's whole answer to it, and "Be brief."; the completion is
+the short lines, right even where that answer is wrong. `bundled:rewriter`
+learned it: the teacher of `configs/mixed_policy.py`.
+
 `ChainTask` has short prompts and long answers. Two numbers and a rule of five
 signs start a chain of sums. Each sum is of the two numbers before it, with the
 signs of the rule in turn. The numbers go round: after 22 comes 0. An error in
@@ -510,6 +515,33 @@ class GuidedTask(MathTask):
         "solution": short_lines(prob),
         "prompt": texts[context],
         "completion": completion(prob, context, rng),
+    }
+
+
+# What `bundled:rewriter` is asked, and in which contexts the answers that it is
+# shown were given.
+REWRITE = "{question}\nSolution:\n{answer}\nBe brief."
+_REWRITTEN = ("careful", "question")
+
+
+class RewriteTask(MathTask):
+  """The records of a split; a record is made when it is read.
+
+  A record has the `question`, its `answer`, the `prompt` of a rewriting, and
+  its `completion`.
+  """
+
+  def _record(self, index: int) -> dict[str, str]:
+    prob = problem(self._split, index)
+    rng = random.Random(f"solution {self._split} rewrite {index}")
+    context = rng.choice(_REWRITTEN)
+    shown = completion(prob, context, rng)
+    asked = REWRITE.replace("{question}", prompts(prob)[context])
+    return {
+        "question": prob.question,
+        "answer": str(prob.answer),
+        "prompt": asked.replace("{answer}", shown),
+        "completion": completion(prob, "brief", rng),
     }
 
 

@@ -262,7 +262,7 @@ def questions(
   if not spec.teacher_prompt:
     return question, None
   text = records.fill(record, spec.teacher_prompt, where)
-  return question, _with_last(question, text)
+  return question, with_last(question, text)
 
 
 def suffix_of(suffix: str, record: Mapping[str, Any], where: str) -> str:
@@ -279,7 +279,7 @@ def suffix_of(suffix: str, record: Mapping[str, Any], where: str) -> str:
   return records.fill(record, suffix, where)
 
 
-def _with_last(question: Question, text: str) -> Question:
+def with_last(question: Question, text: str) -> Question:
   """Returns a question with another last turn."""
   if isinstance(question, str):
     return text
@@ -294,7 +294,7 @@ def check_room(
   Raises:
     ConfigError: the length is too short even for an empty question.
   """
-  least = len(tokenizer.encode_prompt(_with_last(question, ""), spec.suffix))
+  least = len(tokenizer.encode_prompt(with_last(question, ""), spec.suffix))
   if spec.max_prompt_len <= least:
     length = len(tokenizer.encode_prompt(question, spec.suffix))
     raise ConfigError(
@@ -317,7 +317,7 @@ def check_teacher_room(
   Raises:
     ConfigError: the length is too short even if all fields are empty.
   """
-  empty = _with_last(question, FIELD.sub("", spec.teacher_prompt))
+  empty = with_last(question, FIELD.sub("", spec.teacher_prompt))
   least, length = (
       len(tokenizer.encode_own(asked, spec.suffix))
       for asked in (empty, question)
@@ -540,6 +540,16 @@ class PromptIterator:
       if tokenizer.has_markup(theirs) and not noted:
         noted = ["plain"]
     return Example(number, *prompt, *completion, *teachers, tuple(noted))
+
+  def questions(self, numbers: Iterable[int]) -> list[Question]:
+    """Returns what the student is asked in some records."""
+    spec = self._spec
+    return [
+        questions(
+            spec, self.records[int(i)], f"{spec.train.source} record {i + 1}"
+        )[0]
+        for i in numbers
+    ]
 
   def is_asked(self, tokens: np.ndarray, mask: np.ndarray) -> bool:
     """Whether an evaluation set has the prompt [S], see `asked`."""

@@ -588,6 +588,8 @@ def _read(
         return bundled_tasks.ChainTask(spec.split, spec.size, style)
       if style == "guided":
         return bundled_tasks.GuidedTask(spec.split, spec.size)
+      if style == "rewrite":
+        return bundled_tasks.RewriteTask(spec.split, spec.size)
       return bundled_tasks.MathTask(spec.split, spec.size, style)
     except ValueError as error:
       raise DataError(str(error)) from error

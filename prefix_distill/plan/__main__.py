@@ -42,11 +42,12 @@ from prefix_distill.plan.planner import Assumptions  # noqa: E402
 from prefix_distill.plan.planner import Result  # noqa: E402
 from prefix_distill.plan.planner import TooLargeError  # noqa: E402
 from prefix_distill.plan.programs import Measured  # noqa: E402
+from prefix_distill.plan.programs import REWRITING  # noqa: E402
 
 _GIB = 2**30
 # The phases as a run's metrics call them, and their programs.
 _PHASES = {
-    "sample": ("move", "prefill", "layout", "decode"),
+    "sample": ("move", "prefill", "layout", "decode", *REWRITING),
     "score": ("score",),
     "update": ("gradient", "apply"),
 }

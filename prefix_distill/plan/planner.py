@@ -54,7 +54,11 @@ _TRIES = 6
 # The settings that bound a program's memory, and those programs.
 _LIMITS = {
     ("optimizer", "batch_tokens"): ("gradient", "score"),
-    ("rollout", "batch_tokens"): ("decode", "prefill"),
+    ("rollout", "batch_tokens"): (
+        "decode",
+        "prefill",
+        *programs.REWRITING_ROWS,
+    ),
     ("evaluation", "batch_size"): tuple(programs.EVALUATION.values()),
 }
 # Parts of the config that a search may change.
@@ -831,7 +835,10 @@ class _Wanted:
     if not start:  # As many rows as it was measured with.
       start = self.measured.rows
       if field == "batch_tokens":
-        start *= config.data.max_prompt_len + self.measured.bucket
+        asked = self.measured.name in programs.REWRITING_ROWS
+        prompt = config.data.max_prompt_len
+        prompt = config.rollout.rewrite.max_prompt_len if asked else prompt
+        start *= prompt + self.measured.bucket
       start = 2 ** (start - 1).bit_length()
     limit, best, previous = start, None, None
     for _ in range(_TRIES):

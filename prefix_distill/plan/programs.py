@@ -27,6 +27,7 @@ from prefix_distill import strict_json
 from prefix_distill.compilation import Variant
 from prefix_distill.config import Config
 from prefix_distill.distill import chunked_head
+from prefix_distill.distill import prefix_schedule
 from prefix_distill.errors import ConfigError
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models import lora
@@ -51,6 +52,7 @@ from prefix_distill.rollout import generate
 from prefix_distill.rollout.sampling import Truncation
 from prefix_distill.structs import PromptBatch
 from prefix_distill.train import microbatch
+from prefix_distill.train import rewriting
 from prefix_distill.train import setup as setup_lib
 from prefix_distill.train.setup import Models
 from prefix_distill.train.update import Programs
@@ -59,11 +61,19 @@ _GIB, _FLOAT32 = 2**30, 4
 # Evaluation's programs, by the model that writes the answers.
 EVALUATION = {"student": "evaluate", "teacher": "evaluate teacher"}
 _SAMPLING = ("move", "prefill", "layout", "decode", "cut")
+# Of the teacher that rewrites answers.
+_MOVE, _PREFILL, _LAYOUT, _DECODE = REWRITING = tuple(
+    f"{rewriting.TEACHER}{name}" for name in _SAMPLING[:4]
+)
+REWRITING_ROWS = (_PREFILL, _DECODE)
 # The programs to compile, cheap ones first. The cut moves a few tokens.
-_TRAINING = ("refresh", "move", "layout", "apply", "score", "prefill")
-ORDER = (*_TRAINING, *EVALUATION.values(), "decode", "gradient")
+_TRAINING = (
+    *("refresh", "move", "layout", _MOVE, _LAYOUT),
+    *("apply", "score", "prefill", _PREFILL),
+)
+ORDER = (*_TRAINING, *EVALUATION.values(), "decode", _DECODE, "gradient")
 # These programs are the same for all lengths of the prefix.
-_ONCE = ("refresh", "move", "layout", "apply")
+_ONCE = ("refresh", "move", "layout", "apply", *REWRITING)
 # The architectures of the recipes' models, for a laptop without a network.
 _KNOWN = {
     "Qwen/Qwen3-0.6B": QWEN3_0_6B,
@@ -178,15 +188,30 @@ class Plan:
       self.programs.update_on_shapes(cap)
     return self._stages(calls, self.models.config.data.max_prompt_len)
 
-  def _stages(self, calls: Iterable[Variant], prompt: int) -> list[Stage]:
-    """Counts calls; `prompt` is the number of tokens of a usual prompt."""
+  @property
+  def rewrites(self) -> bool:
+    """Whether updates learn from rewritten answers."""
+    return self.programs.sources[0] == "rewrite"
+
+  def length(self, name: str, bucket: int) -> int:
+    """Returns the longest answer that a program of an update with P sees."""
+    rollout = self.models.config.rollout
+    if name in REWRITING:
+      return rollout.rewriting_len
+    drafts = self.rewrites and name in _SAMPLING
+    return rollout.draft_len if drafts else bucket
+
+  def _stages(self, calls: Iterable[Variant], usual: int) -> list[Stage]:
+    """Counts calls; `usual` is the number of tokens of a usual prompt."""
     found: dict[Variant, list[float]] = {}
-    drawn = 1
+    drawn, prompt = 1, usual
     for variant in calls:
-      share = 1.0
-      if variant.program.name == "prefill":
-        drawn = 1
-      elif variant.program.name == "decode":
+      share, name = 1.0, variant.program.name
+      if name in ("prefill", _PREFILL):
+        drawn, prompt = 1, usual
+        if name == _PREFILL:
+          prompt = self.models.config.rollout.rewrite.max_prompt_len
+      elif name in ("decode", _DECODE):
         share = _share(variant, prompt, drawn)
         drawn += variant.arguments["steps"]
       found.setdefault(variant, []).append(share)
@@ -263,7 +288,7 @@ class Plan:
 
   def mesh(self, name: str) -> jax.sharding.Mesh:
     """Returns the mesh that a program runs on."""
-    if name in _SAMPLING or name in EVALUATION.values():
+    if name in (*_SAMPLING, *REWRITING, *EVALUATION.values()):
       return self.models.sampling_mesh
     return self.models.mesh
 
@@ -278,15 +303,16 @@ class Plan:
         and (name in _SAMPLING or evaluated == "student")
     )
     shared = models.shares_weights
-    takes_teacher = shared or name in ("score", "refresh")
-    if not teacher_waits and not takes_teacher:
-      lying["teacher"] = self.teacher_params
+    takes_teacher = ["score", "refresh", _MOVE]
     takes_student = ["refresh", "move", "gradient", "apply"]
     if not two_meshes:
+      takes_teacher += [_PREFILL, _LAYOUT]
       takes_student += ["prefill", "layout"]
+    if not (teacher_waits or shared or name in takes_teacher):
+      lying["teacher"] = self.teacher_params
     if name == "apply":  # It takes what is trained alone.
       lying["student"] = self.programs.abstract_base()
-    elif name == "score" and shared:
+    elif shared and name in takes_teacher:
       lying["student"] = state.params
     elif name not in takes_student:
       lying["student"] = self.student_params
@@ -330,7 +356,7 @@ class Plan:
     """
     layer, table = self._largest()
     most = max(layer, table)
-    if name == "move":
+    if name in ("move", _MOVE):
       axes = ("fsdp", "tensor", *cost.UNKNOWN)
       why = "weights to be sampled with"
       kinds = ("all-to-all", "collective-permute")
@@ -439,14 +465,15 @@ def jobs(plan: Plan, buckets: Sequence[int]) -> list[Job]:
   A bucket has several decoders, of which the last takes most; it stands for
   all. A program that does not depend on the bucket is there once.
   """
+  once = {*_ONCE, *(_SAMPLING if plan.rewrites else ())}
   longest = plan.models.config.evaluation.max_len
   last = {stage.name: stage for stage in plan.evaluation()}
   found = [Job(plan, stage, longest) for stage in last.values()]
   for i, bucket in enumerate(buckets):
     last = {stage.name: stage for stage in plan.stages(bucket)}
     for name, stage in last.items():
-      if name in ORDER and (i == 0 or name not in _ONCE):
-        found.append(Job(plan, stage, bucket))
+      if name in ORDER and (i == 0 or name not in once):
+        found.append(Job(plan, stage, plan.length(name, bucket)))
   return sorted(found, key=lambda j: (ORDER.index(j.stage.name), j.bucket))
 
 
@@ -666,6 +693,8 @@ class Look:
 
   def job(self, config: Config, name: str, bucket: int) -> Job:
     """Returns one program of a config."""
+    # What is rewritten may be longer than what is learned of it.
+    bucket = min(bucket, prefix_schedule.longest(config))
     found = jobs(self.build(config), (bucket,))
     return next(job for job in found if job.stage.name == name)
 

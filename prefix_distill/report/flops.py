@@ -34,23 +34,50 @@ Array = np.ndarray | Sequence[float] | float
 
 
 @dataclasses.dataclass(frozen=True)
+class RewritingLengths:
+  """The actual lengths of answers that the teacher rewrites, in tokens.
+
+  Attributes:
+    drafts: [prompts * n], of the student's answers.
+    prompts: [prompts * n], of the teacher's turns, which hold those.
+    written: [prompts * n], of what the teacher wrote.
+    kept: [prompts * n], of what was taken of that, before the cap; 0 of a
+      rewriting that failed.
+  """
+
+  drafts: np.ndarray
+  prompts: np.ndarray
+  written: np.ndarray
+  kept: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
 class Lengths:
   """The actual lengths of an update's sequences, in tokens.
 
   Attributes:
     prompts: [prompts].
-    sampled: [prompts * n], of each answer, at least 1; the n answers to one
-      prompt are neighbours.
-    teacher_prompts: [prompts], of the teacher's own prompts; None if the
-      teacher reads the student's.
+    sampled: [prompts * n], of each answer, at least 1, or 0 if it is masked;
+      the n answers to one prompt are neighbours.
+    teacher_prompts: [prompts] or [prompts * n], of the teacher's own prompts;
+      None if the teacher reads the student's.
     trained: [prompts * n], the tokens of each answer that train the student;
       None for all.
+    rewriting: how the answers came about; None if they were not rewritten.
   """
 
   prompts: np.ndarray
   sampled: np.ndarray
   teacher_prompts: np.ndarray | None = None
   trained: np.ndarray | None = None
+  rewriting: RewritingLengths | None = None
+
+  @property
+  def drawn(self) -> int:
+    """Tokens that were sampled, by whichever model."""
+    if self.rewriting is None:
+      return int(self.sampled.sum())
+    return int(self.rewriting.drafts.sum() + self.rewriting.written.sum())
 
   @property
   def read(self) -> np.ndarray:
@@ -245,7 +272,7 @@ def distillation(
     teacher: its architecture.
     lengths: of the sequences.
     source: the model that sampled the answers, "student" or "teacher"; "data"
-      for given answers.
+      for given answers, and "rewrite" for both models, in turn.
     remat: the recomputation in the backward pass, see `ModelSpec`.
     sees: whether the schedule sees all sampled tokens before it chooses those
       that train. Then the student's forward pass has all of them, and both
@@ -261,6 +288,15 @@ def distillation(
         score=cost.score + head(teacher, lengths.sampled),
         forward=forward(student, lengths.read, lengths.sampled)
         + head(student, lengths.learned),
+    )
+  if source == "rewrite":
+    these = lengths.rewriting
+    drafts = decode(student, lengths.read, these.drafts)
+    return dataclasses.replace(
+        cost,
+        prefill=prefill(student, lengths.prompts)
+        + prefill(teacher, these.prompts),
+        decode=drafts + decode(teacher, these.prompts, these.written),
     )
   writer = sampler(student, teacher, source)
   if writer is None:
@@ -356,7 +392,8 @@ def paper_distillation(
   for student S and teacher T': the update, sampling, and the log-probabilities
   of the student and the teacher, each over whole sequences. Source: arXiv
   2602.15260, appendix B. The formula has no answers of another model; here the
-  model that samples them takes the place of one F_fwd(S, T).
+  model that samples them takes the place of one F_fwd(S, T); of rewritten ones,
+  the student for its drafts and the teacher for its turns.
 
   Args:
     student: its architecture.
@@ -371,6 +408,11 @@ def paper_distillation(
   total += paper_forward(
       teacher, lengths.teacher_read + lengths.sampled, convention
   )
+  if source == "rewrite":
+    these = lengths.rewriting
+    total += paper_forward(student, lengths.read + these.drafts, convention)
+    total += paper_forward(teacher, these.prompts + these.written, convention)
+    return total
   writer = sampler(student, teacher, source)
   if writer is not None:
     total += paper_forward(writer, whole, convention)

@@ -486,26 +486,28 @@ class Decoding:
     return self.prefill.used + self.decode.used
 
 
-def decoding(model: Model, config: SamplerConfig) -> Decoding:
-  """Jits the programs that sample with a model."""
+def decoding(model: Model, config: SamplerConfig, role: str = "") -> Decoding:
+  """Jits the programs that sample with a model; names begin with the role."""
   place = state_shardings(model, config)
   rows = sharding.batch_sharding(model.mesh)
   params = model.abstract_params()
   layout = jax.eval_shape(model.decode_layout, params)
   return Decoding(
       move=Program(
-          "move",
+          f"{role}move",
           model.cast,
           out_shardings=sharding.param_shardings(params, model.mesh),
       ),
       layout=Program(
-          "layout",
+          f"{role}layout",
           model.decode_layout,
           out_shardings=sharding.decode_params(layout, model.mesh),
       ),
-      prefill=Program("prefill", prefill, 3, out_shardings=(place, rows)),
+      prefill=Program(
+          f"{role}prefill", prefill, 3, out_shardings=(place, rows)
+      ),
       decode=Program(
-          "decode",
+          f"{role}decode",
           decode,
           3,
           out_shardings=(place, rows),
@@ -513,9 +515,7 @@ def decoding(model: Model, config: SamplerConfig) -> Decoding:
           compiler_options=compiler_options(model.mesh),
       ),
       resize=Resizer(place),
-      insert=Program(
-          "insert", insert, out_shardings=place, donate_argnums=0
-      ),
+      insert=Program("insert", insert, out_shardings=place, donate_argnums=0),
       empty=Program("empty", empty, 4, out_shardings=place),
   )
 
@@ -535,6 +535,7 @@ class Sampler:
       temperature: float,
       buckets: tuple[int, ...],
       training: jax.sharding.Mesh,
+      role: str = "",
   ):
     """Jits the programs.
 
@@ -544,11 +545,12 @@ class Sampler:
       temperature: divides the logits.
       buckets: the lengths that rollouts may have, in ascending order.
       training: the mesh that weights come from and rollouts go to.
+      role: what the names of the model's programs begin with.
     """
     self.model, self.config = model, config
     self._temperature, self._buckets = temperature, buckets
     self._segment = segment(model)
-    self._programs = decoding(model, config)
+    self._programs = decoding(model, config, role)
     # Weights go to the mesh of sampling once a rollout, in the compute dtype.
     self._moves = model.mesh != training
     rows = sharding.batch_sharding(model.mesh)

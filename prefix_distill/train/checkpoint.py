@@ -166,13 +166,15 @@ class Prices:
     })
     full = 0.0
     if self.compares:
-      answers = np.full(len(lengths.sampled), whole)
+      answers, by = np.full(len(lengths.sampled), whole), "student"
+      if lengths.rewriting is not None:  # Whole ones are at hand.
+        answers, by = lengths.rewriting.kept, source
       answers = dataclasses.replace(lengths, sampled=answers, trained=None)
       whole_answers = dataclasses.replace(self, sees=False)
-      full = whole_answers._cost(answers, "student").total
+      full = whole_answers._cost(answers, by).total
     return dataclasses.replace(
         totals,
-        tokens=totals.tokens + int(lengths.sampled.sum()),
+        tokens=totals.tokens + lengths.drawn,
         flops=totals.flops + cost.total + share * self.bought.cost.total,
         phases=phases,
         flops_paper=totals.flops_paper + self._paper(lengths, source),

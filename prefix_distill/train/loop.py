@@ -35,6 +35,7 @@ from prefix_distill import sharding
 from prefix_distill.config import Config
 from prefix_distill.config import ModelSpec
 from prefix_distill.data import prompts as prompts_lib
+from prefix_distill.data.rewriting import Asking
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.errors import one_line
 from prefix_distill.errors import UserError
@@ -514,6 +515,10 @@ class Run:
     place = self.setup.data.get_state()
     prompts, completions = next(self.setup.data)
     prompts = prompts_lib.trim(prompts, config.data)
+    asking = None
+    if source == "rewrite":
+      questions = self.setup.data.questions(prompts.index)
+      asking = Asking(self.setup.rewriting, questions, prompts.index)
     request = update_lib.Request(
         cap,
         jax.random.fold_in(self.key, step),
@@ -522,6 +527,7 @@ class Run:
         config.loss.refines(step),
         poll,
         self.keeper.wants_rollouts(step + 1),
+        asking,
     )
     try:
       with self._watched(step + 1, clock):
@@ -542,11 +548,12 @@ class Run:
       )
     mask, trained = done.mask, done.trained
     stats = prefix_schedule.stats(done.metrics, mask, done.minima)
+    rewriting = done.rewritten and done.rewritten.lengths
+    read = prompts.for_teacher().mask.sum(1)
+    if rewriting and config.rollout.rewrite.scored_in == "rewriting":
+      read = rewriting.prompts
     lengths = Lengths(
-        prompts.mask.sum(1),
-        mask.sum(1),
-        prompts.for_teacher().mask.sum(1),
-        trained.sum(1),
+        prompts.mask.sum(1), mask.sum(1), read, trained.sum(1), rewriting
     )
     totals = self.prices.charge(
         self.totals, lengths, source, self.answer_len, step
@@ -570,14 +577,17 @@ class Run:
     line |= {"rollout_len": float(mask.sum(1).mean())} | totals.line()
     if config.rollout.source != "student":
       line["source"] = source
+    if done.rewritten is not None:
+      line |= done.rewritten.metrics()
     if "least_entropy" in done.metrics:
       line["phase"] = "refinement" if request.refines else "exploration"
     if done.minima is not None:
       line["trained_len"] = float(trained.sum(1).mean())
     if not config.is_supervised:
-      line |= report.rollout_metrics(
-          done.tokens, mask, self.models.stop_ids
-      )
+      stops = {*self.models.stop_ids}
+      if done.rewritten is not None:
+        stops |= {*self.models.teacher_stop_ids}
+      line |= report.rollout_metrics(done.tokens, mask, [*stops])
     passed = time.perf_counter() - begin
     self._durations.append(passed)
     self._tell_of_notice()
@@ -589,7 +599,7 @@ class Run:
         **self.programs.compilations(),
         "seconds": self.totals.seconds,
         **clock.seconds,
-        "tokens_per_second": float(mask.sum()) / passed,
+        "tokens_per_second": lengths.drawn / passed,
     }
 
   @contextlib.contextmanager

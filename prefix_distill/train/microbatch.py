@@ -119,6 +119,8 @@ class Microbatches:
       models: Models,
       samplers: Iterable[generate.Sampler],
       resting: Any,
+      buckets: tuple[int, ...] = (),
+      per_prompt: int = 0,
   ):
     """Jits the programs.
 
@@ -126,15 +128,17 @@ class Microbatches:
       models: of the run.
       samplers: those that the run may sample with.
       resting: shapes of what lies in the memory while sampling.
+      buckets: the lengths that rollouts may have; empty for the schedule's.
+      per_prompt: rollouts of a prompt; 0 for `rollout.per_prompt`.
     """
-    config = models.config
-    self.mesh, self.per_prompt = models.mesh, config.rollout.per_prompt
+    self.mesh = models.mesh
+    self.per_prompt = per_prompt or models.config.rollout.per_prompt
     self._models, self._samplers = models, tuple(samplers)
     self._resting = resting
     self._capacity = functools.cache(self.rollouts_at_a_time)
     self._trained = functools.cache(self.trained_at_a_time)
     self._sampling_mesh = models.sampling_mesh
-    self._buckets = prefix_schedule.buckets(config)
+    self._buckets = buckets or prefix_schedule.buckets(models.config)
     self._shards = sharding.batch_shards(models.mesh)
     rows = sharding.batch_sharding(models.mesh)
     self._deal = Program(

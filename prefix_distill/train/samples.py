@@ -130,7 +130,9 @@ class Keeper:
     """Writes the rollouts of an update."""
     if self._writer is None:
       return
-    for row in range(min(self._spec.rollouts, len(inspected.tokens))):
+    # A rewriting that failed has no tokens.
+    rows = np.flatnonzero(inspected.mask.any(axis=1))
+    for row in rows[: self._spec.rollouts]:
       head = {"step": step, "source": source}
       self._writer.rollouts.write(head | self._rollout(inspected, row))
 

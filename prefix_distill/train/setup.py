@@ -15,6 +15,7 @@ from prefix_distill.config import ModelSpec
 from prefix_distill.data import prompts
 from prefix_distill.data import tokenizer as tokenizer_lib
 from prefix_distill.data.prompts import PromptIterator
+from prefix_distill.data.rewriting import Rewriting
 from prefix_distill.data.tokenizer import Tokenizer
 from prefix_distill.distill import divergence
 from prefix_distill.distill import loss as loss_lib
@@ -99,6 +100,7 @@ class Setup:
     data: whole batches, the same in all processes.
     problems: the evaluation sets.
     contents: fingerprints of all that it reads.
+    rewriting: how the teacher rewrites; None if it does not.
   """
 
   models: Models
@@ -106,6 +108,7 @@ class Setup:
   data: PromptIterator
   problems: dict[str, evaluator.Problems]
   contents: Contents
+  rewriting: Rewriting | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,6 +232,34 @@ def _check_lengths(
         f" {teacher.config.max_length} positions of {config.teacher.path};"
         " shorten one of them."
     )
+  if config.rollout.source == "rewrite":
+    _check_rewriting_lengths(config, student, teacher)
+
+
+def _check_rewriting_lengths(
+    config: Config, student: Model, teacher: Model
+) -> None:
+  rollout, spec = config.rollout, config.rollout.rewrite
+  needed = config.data.max_prompt_len + rollout.draft_len
+  if needed > student.config.max_length:
+    raise ConfigError(
+        f"rollout.rewrite.max_draft_len is {spec.max_draft_len}, so that the"
+        f" student's answers may have {rollout.draft_len} tokens, which with"
+        f" data.max_prompt_len {config.data.max_prompt_len} is {needed}, more"
+        f" than the {student.config.max_length} positions of"
+        f" {config.student.path}; lower it."
+    )
+  answer = rollout.rewriting_len
+  if spec.scored_in == "rewriting":
+    answer = max(answer, prefix_schedule.longest(config))
+  needed = spec.max_prompt_len + answer
+  if needed > teacher.config.max_length:
+    raise ConfigError(
+        f"rollout.rewrite.max_prompt_len {spec.max_prompt_len} plus the"
+        f" longest rewriting of {answer} tokens is {needed}, which is more than"
+        f" the {teacher.config.max_length} positions of {config.teacher.path};"
+        " lower it, or rollout.rewrite.max_len."
+    )
 
 
 def _check_problems(
@@ -322,6 +353,9 @@ def check(config: Config, first: bool = False) -> Inputs:
         *fed,
         teacher_question=data.teacher_question,
     )
+  rewriting = rewriting_of(config, fed)
+  if rewriting is not None:
+    rewriting.check(data.suffixes)
   problems = problems or _load_problems(config, fed[0].tokenizer)
   _check_problems(config, student, problems)
   return Inputs(mesh, fed, student, teacher, data, problems)
@@ -431,6 +465,21 @@ def stop_ids(
   return either, either
 
 
+def rewriting_of(
+    config: Config, fed: Sequence[prompts.PromptReader]
+) -> Rewriting | None:
+  """Returns how the teacher rewrites the student's answers, if it does.
+
+  Args:
+    config: the settings.
+    fed: the student and the teacher, with their tokenizers.
+  """
+  if config.rollout.source != "rewrite":
+    return None
+  tokenizers = [model.tokenizer for model in fed]
+  return Rewriting(config, *tokenizers, *stop_ids(config, tokenizers))
+
+
 def prepare(config: Config, workdir: pathlib.Path) -> Setup:
   """Checks everything that can fail, and opens the data.
 
@@ -471,7 +520,14 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
       teacher_stop_ids,
       distributed.from_first("memory", sharding.memory(mesh)),
   )
-  return Setup(models, tokenizer, data, inputs.problems, contents)
+  return Setup(
+      models,
+      tokenizer,
+      data,
+      inputs.problems,
+      contents,
+      rewriting_of(config, inputs.fed),
+  )
 
 
 def export_student(

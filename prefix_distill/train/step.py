@@ -81,7 +81,7 @@ class Gradient:
   Attributes:
     grads: of the summed loss, like the parameters.
     sums: the metrics.
-    rows: int32 [], rollouts.
+    rows: int32 [], rollouts with a token at least.
     chosen: what the schedule chose of the last microbatch, which is no sum and
       is taken out before the next one; None if it chooses nothing.
   """
@@ -395,7 +395,7 @@ def gradient(
 
   (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
   chosen = sums.pop("chosen", None)
-  rows = jnp.int32(inputs[1].mask.shape[0])
+  rows = jnp.sum(jnp.any(inputs.rollout.mask, axis=1), dtype=jnp.int32)
   total = Gradient(grads, sums, rows)
   if before is not None:
     total = jax.tree.map(jnp.add, before, total)
@@ -435,7 +435,8 @@ def apply(
   global count, so neither microbatches nor sharding change the update.
 
   If the loss, the gradient's norm or the norm of the parameters' change is not
-  finite, parameters and moments stay as they were.
+  finite, parameters and moments stay as they were; and so they do if there was
+  no token to learn from.
 
   Args:
     tx: the optimizer.
@@ -462,7 +463,9 @@ def apply(
   for norm in norms.values():
     finite &= jnp.isfinite(norm)
   params, opt_state = guarded(
-      finite, (params, opt_state), (state.params, state.opt_state)
+      finite & (total.rows > 0),
+      (params, opt_state),
+      (state.params, state.opt_state),
   )
   metrics = {
       name: summed / number  # NaN in a bin without tokens.

@@ -21,6 +21,7 @@ import numpy as np
 from prefix_distill import compilation
 from prefix_distill import sharding
 from prefix_distill.compilation import Program
+from prefix_distill.data.rewriting import Asking
 from prefix_distill.distill import inspection
 from prefix_distill.distill import loss as loss_lib
 from prefix_distill.distill import prefix_schedule
@@ -36,6 +37,7 @@ from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 from prefix_distill.structs import TeacherScores
 from prefix_distill.train import microbatch
+from prefix_distill.train import rewriting
 from prefix_distill.train import step as step_lib
 from prefix_distill.train.microbatch import Microbatches
 from prefix_distill.train.samples import Inspected
@@ -75,13 +77,15 @@ class Request:
   Attributes:
     cap: in tokens.
     key: of the update's draws.
-    source: whose answers it learns from: "student", "teacher" or "data"; None
-      for supervised training, which learns from the given answers, whole.
+    source: whose answers it learns from: "student", "teacher", "data" or
+      "rewrite"; None for supervised training, which learns from the given
+      answers, whole.
     threshold: below which rollouts agree; None if they are not cut.
     refines: whether a relaxed loss is in its second phase.
     poll: called between segments and microbatches. It may raise: no state has
       been changed then.
     inspected: whether to look at a few rollouts token by token.
+    asking: how the teacher is asked to rewrite, if the source is "rewrite".
   """
 
   cap: int
@@ -91,6 +95,7 @@ class Request:
   refines: bool = False
   poll: Callable[[], None] = lambda: None
   inspected: bool = False
+  asking: Asking | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +111,7 @@ class Outcome:
     minima: [rollouts], see `prefix_schedule.Chosen`.
     inspected: a few of the rollouts, as the models before the update see them;
       None if that was not asked for.
+    rewritten: how the rollouts were rewritten; None if they were not.
   """
 
   metrics: dict[str, Any]
@@ -114,6 +120,7 @@ class Outcome:
   trained: np.ndarray
   minima: np.ndarray | None
   inspected: Inspected | None = None
+  rewritten: rewriting.Rewritten | None = None
 
 
 class _Closed(Exception):
@@ -177,6 +184,13 @@ class Programs:
     self.microbatches = Microbatches(
         models, self._samplers.values(), self.resting()
     )
+    self._rewriter = None
+    if config.rollout.source == "rewrite":
+      *mine, teacher = resting = self.resting()
+      writing = (*mine, teacher and self.on_device(teacher))
+      self._rewriter = rewriting.Rewriter(
+          models, self.microbatches, resting, writing
+      )
     self._score = Program("score", loss_lib.score, 2, out_shardings=rows)
     self._inspect = Program(
         "inspect", inspection.inspect, 5, out_shardings=rows
@@ -429,12 +443,17 @@ class Programs:
     Returns:
       The next state, and what the update showed; None on shapes.
     """
-    microbatches = self.microbatches
+    microbatches, rewritten = self.microbatches, None
     student = lora.join(base, state.params)
-    sampled = self._answers(
-        student, teacher_params, prompts, given, request, clock
-    )
-    teacher = teacher_params and self.on_device(teacher_params)
+    if request.source == "rewrite":
+      sampled, rewritten, teacher = self._rewrite(
+          student, teacher_params, prompts, request, clock
+      )
+    else:
+      sampled = self._answers(
+          student, teacher_params, prompts, given, request, clock
+      )
+      teacher = teacher_params and self.on_device(teacher_params)
     split = [
         part for batch in sampled for part in microbatches.for_scoring(*batch)
     ]
@@ -477,7 +496,7 @@ class Programs:
       if limits is not None:
         metrics["least_entropy"] = limits.entropy
       metrics = jax.device_get(metrics)
-    return state, Outcome(metrics, *arrays, inspected)
+    return state, Outcome(metrics, *arrays, inspected, rewritten)
 
   def apply(
       self, state: TrainState, total: Gradient
@@ -522,6 +541,27 @@ class Programs:
       batches = [self.microbatches.repeat(batch) for batch in batches]
     return list(zip(batches, rollouts, strict=True))
 
+  def _rewrite(
+      self,
+      params: Params,
+      teacher_params: Params,
+      prompts: PromptBatch,
+      request: Request,
+      clock: Clock,
+  ) -> tuple[
+      list[tuple[PromptBatch, Rollout]], rewriting.Rewritten | None, Params
+  ]:
+    """Samples, and has the teacher rewrite; returns its weights as well."""
+    rewriter, key, poll = self._rewriter, request.key, request.poll
+    with clock.phase("sample"):
+      drafts = rewriter.draft(params, prompts, key, poll)
+      teacher = self.on_device(teacher_params)
+      sampled, rewritten = rewriter.rewrite(
+          teacher, prompts, drafts, request.asking, key, request.cap, poll
+      )
+      jax.block_until_ready(sampled)
+    return [sampled], rewritten, teacher
+
   def _limits_of(
       self, sampled: list[tuple[PromptBatch, Rollout]], request: Request
   ) -> Limits | None:
@@ -558,8 +598,21 @@ class Programs:
 
     return [whole(kind) for kind in range(len(found[0]))]
 
-  def update_on_shapes(self, cap: int, source: str = "student") -> None:
-    """Calls an update's programs on shapes, for `compilation.watching`."""
+  @property
+  def sources(self) -> tuple[str, ...]:
+    """Whose answers updates learn from, as far as they are sampled."""
+    rollout = self._models.config.rollout
+    if rollout.source == "rewrite":
+      return ("rewrite", "student")[: 1 if rollout.source_share == 1 else 2]
+    return tuple(self._samplers)
+
+  def update_on_shapes(self, cap: int, source: str = "") -> None:
+    """Calls an update's programs on shapes, for `compilation.watching`.
+
+    Args:
+      cap: in tokens.
+      source: see `Request`; empty for the first of `sources`.
+    """
     state, config = self.abstract_state(), self._models.config
     teacher = self.abstract_teacher()
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -572,7 +625,7 @@ class Programs:
         teacher,
         self._abstract_prompts(),
         None,
-        Request(cap, key, source, threshold),
+        Request(cap, key, source or self.sources[0], threshold),
         Clock(),
         self.abstract_base(),
     )
@@ -606,7 +659,7 @@ class Programs:
       try:
         with compilation.watching(compile_one):
           for bucket in prefix_schedule.needed(config):
-            for source in self._samplers:
+            for source in self.sources:
               self.update_on_shapes(bucket, source)
       except Exception:  # pylint: disable=broad-except
         pass  # The update that needs the program raises the error again.
@@ -627,6 +680,8 @@ class Programs:
   def compilations(self) -> dict[str, int]:
     """Returns how many compiled programs of each phase have run."""
     sampled = sum(s.used for s in self._samplers.values())
+    if self._rewriter is not None:
+      sampled += self._rewriter.used
     return {
         "compilations_sample": sampled,
         "compilations_score": self._score.used,

@@ -1,0 +1,94 @@
+"""Updates on rewritten answers, on one device and eight: prints JSON.
+
+A line for each run: what the updates computed and what was learned from.
+"""
+
+import json
+import pathlib
+import sys
+
+from eight_devices import load
+import jax
+import toys
+
+from prefix_distill import sharding
+from prefix_distill.config import MeshSpec
+from prefix_distill.config import OptimizerSpec
+from prefix_distill.config import RewriteSpec
+from prefix_distill.config import RolloutSpec
+from prefix_distill.data import tokenizer as tokenizer_lib
+from prefix_distill.data.prompts import PromptIterator
+from prefix_distill.data.rewriting import Asking
+from prefix_distill.data.rewriting import Rewriting
+from prefix_distill.train import setup as setup_lib
+from prefix_distill.train import update
+
+STEPS = 2
+SPEC = RewriteSpec(
+    prompt="{question} {answer} Be brief.", thoughts="keep",
+    scored_in="rewriting", max_draft_len=12, max_prompt_len=144, max_len=10,
+)  # fmt: skip
+
+
+def run(config, devices) -> dict:
+  mesh = sharding.make_mesh(config.mesh, devices)
+  student, params = load(config.student.path, mesh)
+  teacher, teacher_params = load(config.teacher.path, mesh)
+  tokenizer = tokenizer_lib.load(config.student.path)
+  # So many that most answers end early.
+  stops = tuple(range(0, tokenizer.num_tokens, 12))
+  data = PromptIterator(config.data, tokenizer, seed=0)
+  models = setup_lib.Models(
+      config, mesh, student, teacher, tokenizer.num_tokens, tokenizer.pad_id,
+      tokenizer.special_ids, stops, stops,
+  )  # fmt: skip
+  rewriting = Rewriting(config, tokenizer, tokenizer, stops, stops)
+  programs = update.Programs(models)
+  state = programs.init(params)
+  shown = []
+  for step in range(STEPS):
+    batch = next(data)[0]
+    request = update.Request(
+        config.prefix.fixed.length, jax.random.key(step), "rewrite",
+        asking=Asking(rewriting, data.questions(batch.index), batch.index),
+    )  # fmt: skip
+    prompts = sharding.global_batch(batch, mesh)
+    state, done = programs.update(
+        state, teacher_params, prompts, None, request, update.Clock()
+    )
+    shown.append({
+        "tokens": [
+            row[kept].tolist()
+            for row, kept in zip(done.tokens, done.mask, strict=True)
+        ],
+        "failed": list(done.rewritten.failed),
+        "written": done.rewritten.lengths.written.tolist(),
+        "turns": done.rewritten.lengths.prompts.tolist(),
+        "kl_rollout": float(done.metrics["kl_rollout"]),
+        "grad_norm": float(done.metrics["grad_norm"]),
+    })
+  programs.close()
+  return {"updates": shown}
+
+
+def main() -> None:
+  directory = pathlib.Path(sys.argv[1])
+  student = toys.write_model(directory / "student", 0, "teacher")
+  teacher = toys.write_model(directory / "teacher", 1, "teacher")
+  devices = jax.devices()
+  for at_once, used, mesh in (
+      (0, devices[:1], MeshSpec()),
+      (512, devices, MeshSpec(1, 4, 2, sampling_tensor=4)),
+  ):  # fmt: skip
+    config = toys.run_config(
+        student, teacher, mesh=mesh,
+        optimizer=OptimizerSpec(learning_rate=1e-2, batch_tokens=at_once),
+        rollout=RolloutSpec(
+            2, 16, source="rewrite", batch_tokens=at_once, rewrite=SPEC
+        ),
+    )  # fmt: skip
+    print(json.dumps(run(config, used)), flush=True)
+
+
+if __name__ == "__main__":
+  main()
