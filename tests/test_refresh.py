@@ -148,7 +148,9 @@ def test_an_offloaded_teacher_is_saved_and_restored_where_it_was(
   line = _same(run.update(4))
   assert line == [x for x in whole[1] if "kl" in x][4]
   run.save()
-  found = run.checkpointer.restore(*run.programs.resting())
+  found = run.checkpointer.restore(
+      run.programs.abstract_state(), run.programs.abstract_teacher()
+  )
   assert found.step == 5
   assert _bits(found.teacher) == _bits(run.teacher_params)
   for x in jax.tree.leaves([found.teacher, run.teacher_params]):

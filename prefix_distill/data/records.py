@@ -13,17 +13,6 @@ content is text, or a list of parts {"type": "text", "text": "How many?"}, which
 are joined. All else (other lists, dictionaries, bytes, floats, booleans) is
 refused with its record and field, since it would be read as Python writes it.
 
-The prompt of a multiple-choice record is the question, a line for each option,
-and a request for the letter of the right option. The paper does not state its
-prompt; this one is:
-
-  Which of these is a noble gas?
-
-  A. Nitrogen
-  B. Neon
-
-  Reason step by step, and put the letter of the right option in \boxed{}.
-
 With `where` or `distinct` a source is read as a stream, and its records are
 chosen on the way. A source may have millions of rows and many answers to each
 question, as OpenThoughts3-1.2M does. Never more than `size` records are in
@@ -37,6 +26,17 @@ and however many its duplicates:
 Equal questions have equal hashes. So duplicates are found among the records
 that are kept, since one that was given up never comes back, and which records
 are chosen depends on the source and the seed alone.
+
+The prompt of a multiple-choice record is the question, a line for each option,
+and a request for the letter of the right option. The paper does not state its
+prompt; this one is:
+
+  Which of these is a noble gas?
+
+  A. Nitrogen
+  B. Neon
+
+  Reason step by step, and put the letter of the right option in \boxed{}.
 """
 
 from collections.abc import Iterator

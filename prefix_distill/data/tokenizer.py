@@ -149,10 +149,13 @@ class Tokenizer:
           tokenize=False,
       )
     except Exception as error:  # A template can raise anything.
+      reason = one_line(error)
+      if isinstance(error, RecursionError):  # Its words depend on the depth.
+        reason = "it calls itself without an end"
       roles = ", ".join(message["role"] for message in messages)
       raise TokenizerError(
           f"{self.path}: the chat template fails on messages of {roles}"
-          f" ({one_line(error)}); repair chat_template.jinja, or change the"
+          f" ({reason}); repair chat_template.jinja, or change the"
           " messages."
       ) from error
     return text

@@ -50,8 +50,8 @@ class Microbatch(NamedTuple):
   limits: Limits | None = None
 
 
-# (params, the teacher's output head, microbatch, and the schedule's threshold
-# if it has one) -> summed loss, metrics.
+# (params, the teacher's output head, microbatch, the schedule's threshold if it
+# has one, the frozen base if there is one) -> summed loss, metrics.
 LossFn = Callable[..., tuple[jax.Array, Sums]]
 # Answers are divided into so many bins of positions in the metrics.
 POSITION_BINS = 16
@@ -225,6 +225,7 @@ def distillation_loss(
     teacher_head: jax.Array | None,
     inputs: Microbatch,
     threshold: jax.Array | None = None,
+    base: Params | None = None,
 ) -> tuple[jax.Array, Sums]:
   """Sums the loss over all prefix tokens of all rollouts.
 
@@ -246,6 +247,7 @@ def distillation_loss(
     limits also `counted`, the share of tokens that have a loss, which `loss`
     is then per one of. What the schedule chose, if it does, is under `chosen`.
   """
+  params = lora.join(base, params)
   batch, rollout, scores, limits = Microbatch(*inputs)
   mask = rollout.mask
   # Inputs and not only terms: the gradient of a discarded NaN is 0 * NaN.
@@ -356,9 +358,12 @@ def supervised_loss(
     params: Params,
     teacher_head: None,
     inputs: Microbatch,
+    threshold: None = None,
+    base: Params | None = None,
 ) -> tuple[jax.Array, Sums]:
   """Sums the cross-entropy of the completions, stop token included."""
-  del teacher_head  # There is no teacher.
+  del teacher_head, threshold  # There is no teacher, and nothing is chosen.
+  params = lora.join(base, params)
   batch, rollout, *_ = inputs
   hidden = model.prefix_hidden(params, batch, rollout)
   loss = loss_lib.cross_entropy(
@@ -388,12 +393,8 @@ def gradient(
     threshold: float32 [], the schedule's; None if it has none.
     base: the student's weights that are not trained; None if all are.
   """
-  more = () if threshold is None else (threshold,)
-
-  def loss(params: Params) -> tuple[jax.Array, Sums]:
-    return loss_fn(lora.join(base, params), teacher_head, inputs, *more)
-
-  (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
+  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+  (_, sums), grads = grad_fn(params, teacher_head, inputs, threshold, base)
   chosen = sums.pop("chosen", None)
   rows = jnp.sum(jnp.any(inputs.rollout.mask, axis=1), dtype=jnp.int32)
   total = Gradient(grads, sums, rows)
