@@ -28,20 +28,25 @@ tiny
   answer short after "Be brief." and long after "Take care.", which the student
   has, so the case shows the mechanism, and no more. The run has half of the
   authors' 100 updates, so the default M is 25 for their 50.
-  Hardware and cost: 1 CPU core; 50 updates of 32 rollouts and the last
-  evaluation took 53 to 57 s of its time.
-  Result, seed 0, 2026-11-30, on 240 held-out problems in the student's context:
-  sampled accuracy in % with its 95 % interval, and the mean length in tokens.
-                      before                 after
-    frozen            95.8 (92.5-97.7) 169   95.4 (92.0-97.4)  46
-    M = 1             95.8 (92.5-97.7) 169    0.0  (0.0-1.6)  255
-  So the collapse at M = 1 shows. Up to update 28 both have the same length (62
-  tokens of 64 in the first update, 47 in the third, 49 in the 28th). Then it
-  grows at M = 1 up to the cap, and no rollout ends any more. The divergence is
-  0.0001 by then: the teacher agrees, and nothing calls the student back. A
-  frozen teacher has the student as brief as itself (46 tokens) after three
-  updates. One seed was run. M = 5 and 25, the authors' 10 and 50, were not, so
-  whether compression goes on beyond a frozen teacher's is not known here.
+  Hardware and cost: 1 CPU core; the 50 updates took 32 to 140 s on a busy
+  machine.
+  Result, 2026-11-30, seeds 0 and 1, on 240 held-out problems in the student's
+  context: sampled accuracy in % with its 95 % interval, and the mean length in
+  tokens.
+                 seed 0                  seed 1
+    before       95.8 (92.5-97.7) 169    92.9 (89.0-95.5) 171
+    frozen       95.4 (92.0-97.4)  46    95.0 (91.5-97.1)  47
+    M = 25       93.8 (89.9-96.2)  46    92.9 (89.0-95.5)  46
+    M = 5        18.8 (14.3-24.2) 155     5.0  (2.9-8.5)   75
+    M = 1         0.0  (0.0-1.6)  256     0.0  (0.0-1.6)  256
+  So the collapse at M = 1 shows, and for M = 5, the authors' 10 in proportion,
+  most of it. Progressive compression does not: a frozen teacher has the student
+  as brief as itself within a few updates, since this model was made to answer
+  in two lengths and knows no third. With M = 1 answers grow from about update
+  28 on up to the cap, and the divergence is 0.0001 by then: the teacher agrees,
+  and nothing calls the student back. What the teacher's context gives falls
+  with every refresh: 94.2 and 95.8 % there with a frozen teacher, 89.2 and 88.3
+  with M = 25, 8.3 and 3.8 with M = 5.
 
 qwen3-8b, qwen3-14b, r1-llama-8b
   Qwen/Qwen3-8B, Qwen/Qwen3-14B and deepseek-ai/DeepSeek-R1-Distill-Llama-8B as
