@@ -79,7 +79,7 @@ def test_notebook_runs(path, tmp_path):
       }
   )
   outputs = str([cell.get("outputs") for cell in notebook.cells])
-  assert "error: " not in outputs
+  assert "Traceback" not in outputs
   for kind in _SHOWN[path.stem]:
     assert kind in outputs
 

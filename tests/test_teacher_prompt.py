@@ -42,7 +42,7 @@ def source(tmp_path):
   rows = [
       {
           "question": "Ann has 7 pens. " * (n % 3) + f"How many {n}?",
-          "turns": [{"text": "{question} " * (n + 1)}],
+          "turns": [{"text": "{question} " * n or "."}],
           "completion": f"We add.\n</think>\n\n{n}",
       }
       for n in range(_COUNT)
@@ -69,9 +69,7 @@ def _take(spec, tokenizer, count=3, **changes):
 def test_the_template_takes_fields_as_they_are(tokenizer, source):
   train, rows = source
   batches, iterator = _take(_spec(train), tokenizer)
-  assert iterator.teacher_question.startswith(
-      "How many 0? \\boxed{{question} } and {}"
-  )
+  assert iterator.teacher_question.startswith("How many 0? \\boxed{.} and {}")
   seen = set()
   for batch, _ in batches:
     assert batch.tokens.shape == (2, 60)

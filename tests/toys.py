@@ -49,6 +49,7 @@ SMALL_RUN = (
     "--config.evaluation.greedy=False",
     "--config.evaluation.sets.heldout.size=8",
     "--config.checkpoint.every=2",
+    "--tracker=none",
 )
 
 

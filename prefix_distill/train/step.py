@@ -396,7 +396,8 @@ def gradient(
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
   (_, sums), grads = grad_fn(params, teacher_head, inputs, threshold, base)
   chosen = sums.pop("chosen", None)
-  rows = jnp.sum(jnp.any(inputs.rollout.mask, axis=1), dtype=jnp.int32)
+  mask = Microbatch(*inputs).rollout.mask
+  rows = jnp.sum(jnp.any(mask, axis=1), dtype=jnp.int32)
   total = Gradient(grads, sums, rows)
   if before is not None:
     total = jax.tree.map(jnp.add, before, total)
