@@ -129,8 +129,8 @@ def _field(
 
 
 def _first(source: str, split: str = "train") -> object:
-  spec = DatasetSpec(source, split, question="")
-  return records.read(spec, first=True)[0]
+  endless = source in config_lib.BUNDLED_TASKS
+  return records.peek(DatasetSpec(source, split, size=1 if endless else 0))
 
 
 def _longest_prompt(
@@ -172,8 +172,12 @@ def _config(given: dict[str, str]) -> config_lib.Config:
     completion = _field(
         record, given.get("completion"), _COMPLETIONS, "completion"
     )
+  endless = given["prompts"] in config_lib.BUNDLED_TASKS
   task = DatasetSpec(
-      given["prompts"], question=question, completion=completion
+      given["prompts"],
+      question=question,
+      completion=completion,
+      size=100_000 if endless else 0,
   )
   suffix = _suffix(tokenizer)
   longest = _longest_prompt(tokenizer, task, suffix)

@@ -777,8 +777,8 @@ _REWRITING = (
     ),
     _fault(
         "masked rows count in the mean over rollouts",
-        "rows = jnp.sum(jnp.any(inputs.rollout.mask, axis=1), dtype=jnp.int32)",
-        "rows = jnp.int32(inputs.rollout.mask.shape[0])",
+        "rows = jnp.sum(jnp.any(mask, axis=1), dtype=jnp.int32)",
+        "rows = jnp.int32(mask.shape[0])",
         "rewriting.py::test_the_gradient_is_that_of_a_dense_float64_reference",
     ),
     _fault(

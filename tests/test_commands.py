@@ -14,6 +14,7 @@ from prefix_distill import config as config_lib
 from prefix_distill import reference
 from prefix_distill import runs
 from prefix_distill import talk
+from prefix_distill.distill import prefix_schedule
 from prefix_distill.errors import ConfigError
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -254,3 +255,47 @@ def test_a_difference_is_paired():
   assert low < value < high
   back = runs.difference(theirs, ours)
   assert back[0] == -value
+
+
+def test_own_models_need_one_line(tmp_path):
+  """Fields, lengths and the rest are chosen from what is there."""
+  file = tmp_path / "asked.jsonl"
+  rows = [
+      {"id": n, "problem": "Ann has 7 pens. " * (1 + n % 9), "answer": str(n)}
+      for n in range(80)
+  ]
+  file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  found = _config(
+      f"own:student=bundled:capable,teacher=bundled:teacher,prompts={file},"
+      f"eval={file},steps=9,tokens=33"
+  )
+  assert found.data.train.question == "problem"
+  assert found.evaluation.sets["own"].answer == "answer"
+  assert found.data.max_prompt_len == 64 and found.data.suffix == "<think>"
+  assert found.rollout.max_len == 33
+  caps = [prefix_schedule.cap(found, step) for step in range(9)]
+  assert caps[0] == 1 and caps[-1] == 33
+
+
+@pytest.mark.parametrize(
+    "argument, words",
+    [
+        ("", "needs student= and teacher= and prompts="),
+        ("student=bundled:weak,lr=3", "no argument 'lr=3'"),
+        ("student=bundled:weak,teacher=bundled:teacher,prompts=no.jsonl", "no."),
+        (
+            "student=bundled:weak,teacher=bundled:teacher,prompts=chain_task,"
+            "question=text",
+            "text",
+        ),
+        (
+            "student=bundled:weak,teacher=bundled:teacher,prompts=chain_task,"
+            "steps=none",
+            "steps=none is no number",
+        ),
+    ],
+)
+def test_own_models_that_lack_something_are_refused(argument, words, tmp_path):
+  done = _command("train", f"--config=own:{argument}", cwd=tmp_path)
+  assert done.returncode == 1 and words in done.stderr
+  assert "Traceback" not in done.stderr

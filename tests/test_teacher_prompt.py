@@ -42,7 +42,7 @@ def source(tmp_path):
   rows = [
       {
           "question": "Ann has 7 pens. " * (n % 3) + f"How many {n}?",
-          "turns": [{"text": "{question} " * n or "."}],
+          "turns": [{"text": "{question} " * n}],
           "completion": f"We add.\n</think>\n\n{n}",
       }
       for n in range(_COUNT)
@@ -69,7 +69,9 @@ def _take(spec, tokenizer, count=3, **changes):
 def test_the_template_takes_fields_as_they_are(tokenizer, source):
   train, rows = source
   batches, iterator = _take(_spec(train), tokenizer)
-  assert iterator.teacher_question.startswith("How many 0? \\boxed{.} and {}")
+  assert iterator.teacher_question.startswith(
+      "Ann has 7 pens. How many 1? \\boxed{{question} } and {}"
+  )
   seen = set()
   for batch, _ in batches:
     assert batch.tokens.shape == (2, 60)
@@ -85,7 +87,7 @@ def test_the_template_takes_fields_as_they_are(tokenizer, source):
       own = tokenizer.decode(batch.tokens[i][batch.mask[i]].tolist())
       assert own == tokenizer.prompt(question, "<think>")
       seen.add(int(index))
-  assert seen == set(range(_COUNT))
+  assert seen == set(range(1, _COUNT))  # The first one has no hint.
 
 
 def test_without_a_template_there_is_one_prompt(tokenizer, source):

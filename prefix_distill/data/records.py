@@ -842,6 +842,24 @@ def read(
   )
 
 
+def peek(spec: DatasetSpec) -> Mapping[str, Any]:
+  """Returns the first record as it is, whatever its fields are called.
+
+  Raises:
+    DataError: the source is missing, unreadable or empty.
+  """
+  if _is_data_set(spec) or spec.is_gym or spec.source in BUNDLED_TASKS:
+    found = _read(spec, (), first=True)
+  else:
+    stream = _file(pathlib.Path(spec.source))
+    found = [record for _, record in itertools.islice(stream, 1)]
+  if not len(found):
+    raise DataError(
+        f"{spec.source} has no records; check its contents and the split."
+    )
+  return found[0]
+
+
 LETTERS = tuple(string.ascii_uppercase)
 _REQUEST = (
     "Reason step by step, and put the letter of the right option in \\boxed{}."
