@@ -282,7 +282,10 @@ def test_own_models_need_one_line(tmp_path):
     [
         ("", "needs student= and teacher= and prompts="),
         ("student=bundled:weak,lr=3", "no argument 'lr=3'"),
-        ("student=bundled:weak,teacher=bundled:teacher,prompts=no.jsonl", "no."),
+        (
+            "student=bundled:weak,teacher=bundled:teacher,prompts=no.jsonl",
+            "no.jsonl",
+        ),
         (
             "student=bundled:weak,teacher=bundled:teacher,prompts=chain_task,"
             "question=text",
