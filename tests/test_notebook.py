@@ -15,8 +15,8 @@ _NOTEBOOKS = sorted(_FOLDER.glob("*.ipynb"))
 # What each shows; the others take minutes.
 _SHOWN = {
     "figures": ["image/png", "FLOPs"],
-    "neighbours": ["image/png", "tokens]", "student on heldout"],
-    "own_models": ["Chosen: ", "tokens]", "model.safetensors"],
+    "neighbours": ["image/png", " tokens", "student on heldout"],
+    "own_models": ["Chosen: ", " tokens", "model.safetensors"],
     "tour": ["image/png", "text/html"],
 }
 _QUICK = ("own_models", "tour")
