@@ -60,6 +60,7 @@ from prefix_distill.config import DatasetSpec
 from prefix_distill.config import FIELD
 from prefix_distill.data import bundled_tasks
 from prefix_distill.data import gym
+from prefix_distill.errors import shown
 from prefix_distill.errors import UserError
 
 # What a user asks: a text, or messages that end with the user's.
@@ -124,12 +125,12 @@ def value(record: Mapping[str, Any], name: str, where: str) -> Any:
   except KeyError as error:
     if name in record:  # A "None" in a .csv file is read as null.
       raise DataError(
-          f"{where} has nothing in its field {name!r}; fill it in a local copy,"
-          " or name another field in the config."
+          f"{where} has nothing in its field {shown(name)}; fill it in a local"
+          " copy, or name another field in the config."
       ) from error
     raise DataError(
-        f"{where} has no field {name!r}; it has {', '.join(record)}, so name"
-        " one of these in the config."
+        f"{where} has no field {shown(name)}; it has {', '.join(record)}, so"
+        " name one of these in the config."
     ) from error
 
 
@@ -329,18 +330,7 @@ def _check_fields(
     record: Mapping[str, Any], names: Sequence[str], where: str
 ) -> None:
   for name in names:
-    try:
-      field(record, name)
-    except KeyError as error:
-      if name in record:  # It is null, as "None" in a .csv file is read.
-        raise DataError(
-            f"{where} has nothing in its field {name!r}; fill it in a local"
-            " copy, or name another field in the config."
-        ) from error
-      raise DataError(
-          f"{where} has no field {name!r}; it has {', '.join(record)}, so name"
-          " one of these in the config."
-      ) from error
+    value(record, name, where)
 
 
 def _parse(found: str, where: str) -> Any:
@@ -567,7 +557,10 @@ def _check_rows(loaded: Any, spec: DatasetSpec, names: Sequence[str]) -> None:
     for i, values in enumerate(zip(*batch.values(), strict=True)):
       record = dict(zip(batch, values, strict=True))
       where = f"{spec.source} record {start + i + 1}"
-      _check(record, spec, names, where)
+      try:
+        _check(record, spec, names, where)
+      except DataError:  # Said of the whole record, with all of its fields.
+        _check(loaded[start + i], spec, names, where)
 
 
 def _is_data_set(spec: DatasetSpec) -> bool:
