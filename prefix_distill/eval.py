@@ -139,7 +139,7 @@ def table(lines: list[dict[str, Any]]) -> rich.table.Table:
       "set", "mode", "accuracy, %", "problems x answers", "finish",
       "of those right", "tokens mean / 95 %",
   ):  # fmt: skip
-    out.add_column(name)
+    out.add_column(name, overflow="fold")
   for x in lines:
     out.add_row(
         Text(x["set"]),
