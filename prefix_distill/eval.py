@@ -36,7 +36,6 @@ from prefix_distill.config import MeshSpec
 from prefix_distill.config import ModelSpec
 from prefix_distill.errors import check
 from prefix_distill.errors import ConfigError
-from prefix_distill.errors import shown
 from prefix_distill.errors import UserError
 from prefix_distill.evaluate import evaluator
 from prefix_distill.report import report
@@ -136,9 +135,14 @@ def table(lines: list[dict[str, Any]]) -> rich.table.Table:
   """Returns the results as a table."""
   out = rich.table.Table(box=rich.box.SIMPLE_HEAD, show_edge=False)
   for name in (
-      "set", "mode", "accuracy, %", "problems x answers", "finish",
-      "of those right", "tokens mean / 95 %",
-  ):  # fmt: skip
+      "set",
+      "mode",
+      "accuracy, %",
+      "problems x answers",
+      "finish",
+      "of those right",
+      "tokens mean / 95 %",
+  ):
     out.add_column(name, overflow="fold")
   for x in lines:
     out.add_row(
@@ -175,10 +179,6 @@ def main(argv: list[str]) -> None:
   try:
     name, step = _MODEL.value or "", _STEP.value
     check(bool(name), "--model is missing; set it.")
-    check(
-        re.fullmatch("|last|best|[0-9]{1,10}", step) is not None,
-        f"--step is {shown(step)}; give a number, last or best.",
-    )
     config = command_line.config()
     check(
         bool(config.evaluation.sets),

@@ -35,9 +35,15 @@ from prefix_distill.report import report
 from prefix_distill.train import workdir as workdir_lib
 
 _HEADER = (
-    "run", "method", "updates", "FLOPs", "seconds", "before, %", "last, %",
+    "run",
+    "method",
+    "updates",
+    "FLOPs",
+    "seconds",
+    "before, %",
+    "last, %",
     "minus the first's, points",
-)  # fmt: skip
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,6 +80,10 @@ def found(name: str, step: str) -> Iterator[tuple[str, Config | None]]:
   Raises:
     UserError: there is no such checkpoint.
   """
+  check(
+      re.fullmatch("|last|best|[0-9]{1,10}", step) is not None,
+      f"--step is {shown(step)}; give a number, last or best.",
+  )
   if not is_run(name):
     check(
         step in ("", "last"),
@@ -209,8 +213,12 @@ def _parser(command: str) -> argparse.ArgumentParser:
   add("--seed", type=int, default=0, help="of the draws (0)")
   add("--system", help="the system prompt (the template's own)")
   add("--suffix", help="what follows the prompt, such as <think> (nothing)")
-  add("--dtype", default="", choices=("", "float32", "bfloat16"),
-      help="of activations (bfloat16 where the device has it)")  # fmt: skip
+  add(
+      "--dtype",
+      default="",
+      choices=("", "float32", "bfloat16"),
+      help="of activations (float32 on a CPU, else bfloat16)",
+  )
   if command == "sample":
     add("--prompt", action="append", default=[], help="may come several times")
     add("--prompts", default="", help="a file of records, as data.train.source")
@@ -261,15 +269,15 @@ def _read(args: argparse.Namespace) -> list[Question]:
 def _sample(
     speaker: Speaker,
     args: argparse.Namespace,
+    asked: Sequence[Question],
     spec: EvaluationSpec,
     suffix: str,
     console: rich.console.Console,
 ) -> None:
-  asked = _read(args)
   out = speaker.answers(asked, suffix, spec, args.num, args.seed)
   lines = []
   for i, question in enumerate(asked):
-    console.print(Text(_last(question), style="bold"))
+    console.print(Text(records.last_turn(question), style="bold"))
     for j, text in enumerate(out.texts[i]):
       end = "" if out.finished[i, j] else ", cut"
       console.print(Text(text))
@@ -285,13 +293,9 @@ def _sample(
     pathlib.Path(args.json).write_text("".join(texts), encoding="utf-8")
 
 
-def _last(question: Question) -> str:
-  return question if isinstance(question, str) else question[-1]["content"]
-
-
 def _chat(
     speaker: Speaker,
-    args: argparse.Namespace,
+    seed: int,
     spec: EvaluationSpec,
     suffix: str,
     console: rich.console.Console,
@@ -305,8 +309,9 @@ def _chat(
     if not text.strip():
       return
     turns.append({"role": "user", "content": text})
-    with console.status("...") if console.is_terminal else _nothing():
-      out = speaker.answers([turns], suffix, spec, 1, args.seed + len(turns))
+    waiting = console.status("...")
+    with waiting if console.is_terminal else contextlib.nullcontext():
+      out = speaker.answers([turns], suffix, spec, 1, seed + len(turns))
     console.print(Text(out.texts[0][0]))
     if not out.finished[0, 0]:
       console.print(Text(f"[cut at {spec.max_len} tokens]", style="dim"))
@@ -315,23 +320,15 @@ def _chat(
     turns.append({"role": "assistant", "content": answer})
 
 
-def _nothing() -> contextlib.AbstractContextManager:
-  return contextlib.nullcontext()
-
-
 def _run(command: str, args: argparse.Namespace) -> None:
   check(bool(args.model), "--model is missing; set it.")
-  check(
-      re.fullmatch("|last|best|[0-9]{1,10}", args.step) is not None,
-      f"--step is {shown(args.step)}; give a number, last or best.",
-  )
   check(
       0 <= args.seed < 2**31, f"--seed={args.seed} is no seed; give 0 or more."
   )
   console = rich.console.Console(highlight=False)
   if command == "sample":
     check(args.num >= 1, f"--num={args.num}; give 1 or more.")
-    _read(args)  # Before the weights.
+    asked = _read(args)  # Before the weights.
   with found(args.model, args.step) as (path, config):
     spec = _spec(args, config)
     suffix, system = args.suffix, args.system
@@ -339,8 +336,10 @@ def _run(command: str, args: argparse.Namespace) -> None:
       suffix = config.data.suffix if suffix is None else suffix
       system = config.data.system if system is None else system
     speaker = Speaker.load(path, args.dtype or dtype(), system)
-    do = {"sample": _sample, "chat": _chat}[command]
-    do(speaker, args, spec, suffix or "", console)
+    if command == "sample":
+      _sample(speaker, args, asked, spec, suffix or "", console)
+    else:
+      _chat(speaker, args.seed, spec, suffix or "", console)
 
 
 def dtype() -> str:
