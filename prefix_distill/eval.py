@@ -5,9 +5,9 @@ r"""Grades a model's answers to problems.
     --config=math:qwen3-1.7b,sets=math500+aime24
 
 `--model` is a directory in Hugging Face format, a hub id, `bundled:NAME`, or
-the directory of a run, of which `--step` chooses a checkpoint. The sets, the
-sampling settings and what follows a prompt are those of --config, without it
-those of the run; --config.evaluation.sets.mine.source=FILE adds a set.
+the directory of a run; `--step` chooses one of the run's checkpoints. --config
+sets the evaluation sets, the sampling and the suffix of the prompts; without it
+a run's own settings count. --config.evaluation.sets.mine.source=FILE adds a set.
 """
 
 import dataclasses

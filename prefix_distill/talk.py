@@ -4,9 +4,9 @@
   prefix-distill chat --model=Qwen/Qwen3-1.7B --max_len=2048
 
 `--model` is a directory in Hugging Face format, a hub id, `bundled:NAME`, or
-the directory of a run, of which `--step` chooses a checkpoint. Of a run come
-the system prompt, what follows the prompt (`<think>`), the sampling settings
-and the stop tokens. `chat` keeps the turns; an empty line ends it.
+the directory of a run; `--step` chooses one of the run's checkpoints. A run
+also gives the system prompt, the suffix of the prompt (`<think>`), the sampling
+settings and the stop tokens. `chat` keeps the turns; an empty line ends it.
 """
 
 import argparse
