@@ -6,8 +6,9 @@ r"""Grades a model's answers to problems.
 
 `--model` is a directory in Hugging Face format, a hub id, `bundled:NAME`, or
 the directory of a run; `--step` chooses one of the run's checkpoints. --config
-sets the evaluation sets, the sampling and the suffix of the prompts; without it
-a run's own settings count. --config.evaluation.sets.mine.source=FILE adds a set.
+names the evaluation sets, the sampling and the suffix of the prompts; without
+it a run's own settings count. --config.evaluation.sets.mine.source=FILE adds a
+set.
 """
 
 import dataclasses
