@@ -154,7 +154,7 @@ def _qwen3() -> config_lib.Config:
           greedy=False,
           teacher=False,
       ),
-      mesh=config_lib.MeshSpec(fsdp=8),
+      mesh=config_lib.MeshSpec(data=1, fsdp=-1),
       checkpoint=config_lib.CheckpointSpec(every=20),
   )
 
