@@ -116,6 +116,9 @@ def _qwen3() -> config_lib.Config:
   questions = DatasetSpec(
       source="open-thoughts/OpenThoughts3-1.2M",
       question="conversations.0.value",
+      where=("domain=math",),
+      distinct=True,
+      random=True,
       size=30_700,
   )
   names = ("math500", "aime24", "aime25")
@@ -145,7 +148,8 @@ def _qwen3() -> config_lib.Config:
           ),
       ),
       optimizer=config_lib.OptimizerSpec(
-          learning_rate=1e-6, warmup_steps=5, batch_tokens=2**17
+          # As many tokens at a time as the memory holds.
+          learning_rate=1e-6, warmup_steps=5
       ),
       evaluation=config_lib.EvaluationSpec(
           sets={name: evaluator.SETS[name] for name in names},

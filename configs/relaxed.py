@@ -119,6 +119,9 @@ def _full_size(name: str) -> config_lib.Config:
   questions = DatasetSpec(
       source="open-thoughts/OpenThoughts3-1.2M",
       question="conversations.0.value",
+      where=("domain=math",),
+      distinct=True,
+      random=True,
       size=30_700,
   )
   return config_lib.Config(
@@ -134,7 +137,8 @@ def _full_size(name: str) -> config_lib.Config:
       rollout=config_lib.RolloutSpec(per_prompt=8, max_len=8192),
       loss=_loss(steps),
       optimizer=config_lib.OptimizerSpec(
-          learning_rate=1e-6, warmup_steps=2, batch_tokens=2**18
+          # As many tokens at a time as the memory holds.
+          learning_rate=1e-6, warmup_steps=2
       ),
       evaluation=config_lib.EvaluationSpec(
           dict(evaluator.SETS), every=50, between=("aime24",), teacher=False,

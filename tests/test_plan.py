@@ -416,6 +416,27 @@ def test_a_plan_says_how_a_run_is_cut_and_what_a_kill_costs():
   assert "up to 26.0 h:" in kill
 
 
+def test_a_plan_says_if_most_of_the_time_is_evaluation():
+  result = dataclasses.replace(_result(), evaluation={"student": 56.0})
+  said, *_ = planner.turns(result, 0, 40_000, 0)
+  assert "Evaluation takes 56.0 of 111.0 h" in said
+  assert "evaluation.every" in said
+
+
+def test_a_set_whose_size_is_not_known_is_refused_before_the_work(
+    models, stand_ins
+):
+  made = toys.run_config(*models)
+  own = DatasetSpec("no.jsonl", answer="answer")
+  spec = dataclasses.replace(made.evaluation, sets={"own": own})
+  with pytest.raises(UserError) as error:
+    planned(dataclasses.replace(made, evaluation=spec))
+  sentence = str(error.value)
+  assert sentence.startswith("The file no.jsonl does not exist")
+  assert sentence.endswith("set evaluation.sets.own.size.")
+  assert not stand_ins
+
+
 def test_a_long_enough_limit_and_notice_cut_nothing():
   ends, kill = planner.turns(_result(), 61, 40_000, 0)
   assert ends == "It ends within a time limit of 61 h."

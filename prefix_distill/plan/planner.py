@@ -229,7 +229,13 @@ def num_answers(spec: EvaluationSpec, names: Sequence[str]) -> int:
     one = spec.sets[name]
     number = one.size or evaluator.PROBLEMS.get(one.source)
     if number is None:
-      number = len(records.read(one))
+      try:
+        number = len(records.read(one))
+      except UserError as error:
+        raise ConfigError(
+            f"{str(error)[:-1]}. A plan needs the number of its problems alone:"
+            f" set evaluation.sets.{name}.size."
+        ) from error
     total += number * (one.samples + int(spec.greedy))
   return total
 
@@ -547,7 +553,13 @@ def turns(
   total, unsaved = result.total_hours, result.unsaved_hours
   price = result.assumptions.price * result.machine.size
   cost = f" ({price * unsaved:,.0f})" if price else ""
-  lines = []
+  lines, graded = [], sum(result.evaluation.values())
+  if graded > total / 2:
+    lines.append(
+        f"Evaluation takes {graded:.1f} of {total:.1f} h if every answer is as"
+        " long as it may be: fewer sets or samples, a larger evaluation.every"
+        " or a smaller evaluation.max_len shorten it."
+    )
   if limit:
     turns = math.ceil(total / limit)
     lines.append(
@@ -682,6 +694,8 @@ def plan(question: Question, console: rich.console.Console) -> Result:
   """
   config, note = _choose_mesh(question)
   machine, buckets = question.machine, _lengths(question)
+  # Before the work: the size of a set may not be known.
+  num_answers(config.evaluation, [*config.evaluation.sets])
   look = Look(machine, machines.devices(machine), console)
   check_weights(look.build(config), machine)
   notes = [note]
@@ -692,11 +706,9 @@ def plan(question: Question, console: rich.console.Console) -> Result:
     )
   elif config.shares_weights:
     notes.append("The teacher's weights are those beside the adapters.")
-  for spec in (config.student, config.teacher):
-    if not programs.architecture(spec.path)[1]:
-      notes.append(
-          f"{spec.path} could not be read; its architecture is known."
-      )
+  for path in dict.fromkeys((config.student.path, config.teacher.path)):
+    if not programs.architecture(path)[1]:
+      notes.append(f"{path} could not be read; its architecture is known.")
   compiled = latest = look.at(config, buckets)
   found, mended = Found(config), []
   for _ in range(_ROUNDS):
