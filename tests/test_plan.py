@@ -722,6 +722,10 @@ def test_a_plan_of_a_mesh_that_takes_all_devices(models, stand_ins):
   assert result.mesh == {"data": 1, "fsdp": 1, "tensor": 1}
   assert len(result.each) == made.steps and result.total_hours > 0
   assert not result.answers
+  # The student before and after the updates, eight problems each time.
+  assert [*result.evaluation] == [
+      "student, 2 x 8 answers", "teacher, 8 answers",
+  ]  # fmt: skip
   assert len(stand_ins) == len(result.programs) == 8
 
 

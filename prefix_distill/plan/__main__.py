@@ -293,9 +293,9 @@ def _hours(result: Result) -> rich.table.Table:
 def _verdict(result: Result, console: rich.console.Console) -> None:
   """Prints whether it fits, how long it takes and what it costs."""
   hours, price = result.total_hours, result.assumptions.price
-  takes = f"takes at least {hours:.1f} hours"
+  takes = f"takes at least {hours:.1f} h with all answers at full length"
   if price:
-    takes += f", which cost {price * result.machine.size * hours:,.0f}"
+    takes += f", which costs {price * result.machine.size * hours:,.0f}"
   if result.fits:
     console.print(Text(f"It fits, and {takes}.", style="bold green"))
     return

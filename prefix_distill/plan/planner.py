@@ -9,6 +9,7 @@ again; moments, layers' inputs or the teacher wait in the host's memory; and
 more tensor shards split what a row takes.
 """
 
+import collections
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -647,15 +648,16 @@ class _Reckoner:
       UserError: the size of a set is not known.
     """
     config = self._plan.models.config
-    spec, hours = config.evaluation, {}
-    stages = self._plan.evaluation()
+    spec, hours, often = config.evaluation, {}, collections.Counter()
     for model, sets, times in evaluations(config):
-      name, number = programs.EVALUATION[model], num_answers(spec, sets)
+      often[model, num_answers(spec, sets)] += times
+    stages = self._plan.evaluation()
+    for (model, number), times in often.items():
+      name = programs.EVALUATION[model]
       found = [stage for stage in stages if stage.name == name]
       seconds = self._decoding(found, spec.max_len, number)
-      often = f"{times} x " if times > 1 else ""
-      shown = f"{model}, {often}{number:,} answers"
-      hours[shown] = hours.get(shown, 0.0) + times * seconds / 3600
+      shown = f"{times} x " if times > 1 else ""
+      hours[f"{model}, {shown}{number:,} answers"] = times * seconds / 3600
     return hours
 
   def answers(self) -> dict[str, float]:
