@@ -787,18 +787,18 @@ def test_a_model_that_cannot_be_downloaded_can_be_a_config(
   assert was_read and found == hf.read_config("bundled:teacher")
 
 
-@pytest.mark.slow
+@pytest.mark.aot
 def test_every_recipe_at_full_size_is_planned_for_eight_devices():
   names = (
       "compression:qwen3-8b", "crosslingual:qwen3-1.7b", "relaxed:qwen3-1.7b",
-      "mixed_policy:qwen3-1.7b", "math:qwen3-0.6b", "math:qwen3-4b,method=full",
-      "math:qwen3-1.7b,method=seqkd",
+      "mixed_policy:qwen3-1.7b", "math:qwen3-0.6b,method=seqkd",
   )  # fmt: skip
-  process = toys.start("planned.py", *names, devices=8)
-  (printed,) = toys.finish([process], seconds=1800)
+  process = toys.start("planned.py", *names, devices=1)
+  (printed,) = toys.finish([process], seconds=3600)
   found = dict(zip(names, map(json.loads, printed.splitlines()), strict=True))
   for name, plan in found.items():
     assert plan["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}, name
     assert plan["rows"]["gradient"] >= 8 and plan["rows"]["evaluate"] >= 8
     assert bool(plan["answers"]) == ("seqkd" in name)
-    assert all(hours > 0 for hours in plan["hours"].values())
+    for part in ("hours", "evaluation"):
+      assert plan[part] and all(hours > 0 for hours in plan[part].values())
