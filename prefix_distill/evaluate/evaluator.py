@@ -47,7 +47,6 @@ from prefix_distill.evaluate import grading
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.report import report
-from prefix_distill.report.samples import spread
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
 from prefix_distill.rollout.sampling import Truncation
@@ -306,7 +305,7 @@ def complete(
   lengths = np.zeros((count, samples), int)
   finished = np.zeros((count, samples), bool)
   repetition = np.zeros((count, samples))
-  wanted, kept = spread(range(count), shown), {}
+  wanted, kept = report.spread(range(count), shown), {}
   for answer, tokens, stopped in answers(engine, batch, key, draw):
     at = divmod(answer, samples)
     texts[at[0]][at[1]] = tokenizer.answer(tokens, np.ones(len(tokens), bool))

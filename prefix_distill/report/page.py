@@ -25,7 +25,6 @@ from prefix_distill import strict_json
 from prefix_distill.config import Config
 from prefix_distill.report import plots
 from prefix_distill.report import report
-from prefix_distill.report import samples
 
 FILE = "report.html"
 _TEMPLATE = pathlib.Path(__file__).parent / "template"
@@ -100,7 +99,7 @@ def _updates(lines: Sequence[_Line]) -> tuple[list[str], list[list[str]]]:
   columns = [
       column for column in _COLUMNS if any(column[1] in x for x in lines)
   ]
-  chosen = samples.spread(range(len(lines)), _ROWS)
+  chosen = report.spread(range(len(lines)), _ROWS)
   rows = [
       [_cell(lines[i].get(field), form) for _, field, form in columns]
       for i in sorted(chosen)
@@ -122,7 +121,7 @@ def _embedded(value: Any) -> markupsafe.Markup:
 
 def _kept(workdir: pathlib.Path) -> dict[str, list[_Line]]:
   """Returns the rollouts and answers, without what the page does not show."""
-  rollouts, answers = samples.read(workdir)
+  rollouts, answers = report.read_samples(workdir)
   return {
       "rollouts": [
           {k: v for k, v in line.items() if k != "ids"} for line in rollouts

@@ -1,7 +1,9 @@
-"""`metrics.jsonl`, how answers end, and what the user sees; no jax.
+"""A run's lines on disk, how answers end, and what the user sees; no jax.
 
 `metrics.jsonl` has one flat JSON object a line. From it come the lines in the
-terminal, the closing table and the plots; `page` puts them together.
+terminal, the closing table and the plots; `page` puts them together. The files
+of `samples/` have a JSON object a line as well; `train/samples.py` says what is
+in it.
 
 The report says how answers end, since a distilled student may forget how to
 stop. Its loss looks good and its answers are right when they end, but fewer and
@@ -32,6 +34,36 @@ from prefix_distill.errors import UserError
 
 Line = dict[str, Any]
 
+SAMPLES = "samples"
+# The fields that every kept rollout and every kept answer has.
+_ROLLOUT = {
+    "step",
+    "source",
+    "record",
+    "prompt",
+    "length",
+    "finished",
+    "measure",
+    "ids",
+    "texts",
+    "special",
+    "divergence",
+    "student",
+    "alternatives",
+}
+_ANSWER = {
+    "step",
+    "model",
+    "set",
+    "mode",
+    "problem",
+    "prompt",
+    "answer",
+    "text",
+    "length",
+    "finished",
+    "right",
+}
 # The terminal needs the line breaks, so that all columns fit side by side.
 HEADER = (
     "",
@@ -60,6 +92,22 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
     if isinstance(step, int) and 0 <= step < 2**31:
       out.append(line)
   return out
+
+
+def read_samples(workdir: pathlib.Path) -> tuple[list[Line], list[Line]]:
+  """Returns a run's rollouts and answers, without damaged lines."""
+
+  def lines(name: str, fields: set[str]) -> list[Line]:
+    found = read_metrics(workdir / SAMPLES / f"{name}.jsonl")
+    return [line for line in found if fields <= line.keys()]
+
+  return lines("rollouts", _ROLLOUT), lines("answers", _ANSWER)
+
+
+def spread(values: Sequence[int], most: int) -> set[int]:
+  """Returns at most so many of the values, evenly: the ends among them."""
+  at = np.linspace(0, len(values) - 1, min(len(values), most))
+  return {values[int(i)] for i in np.round(at)}
 
 
 class LineWriter:

@@ -45,12 +45,12 @@ from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.report import page
 from prefix_distill.report import report
-from prefix_distill.report import samples
 from prefix_distill.report import trackers
 from prefix_distill.report.flops import Lengths
 from prefix_distill.structs import PromptBatch
 from prefix_distill.train import answers
 from prefix_distill.train import microbatch
+from prefix_distill.train import samples
 from prefix_distill.train import setup as setup_lib
 from prefix_distill.train import step as step_lib
 from prefix_distill.train import update as update_lib
@@ -59,7 +59,6 @@ from prefix_distill.train.checkpoint import Bought
 from prefix_distill.train.checkpoint import Checkpointer
 from prefix_distill.train.checkpoint import Prices
 from prefix_distill.train.checkpoint import Totals
-from prefix_distill.train.samples import Keeper
 from prefix_distill.train.step import TrainState
 from prefix_distill.train.update import Programs
 
@@ -242,7 +241,7 @@ class Run:
     )
     if has_adapters:
       self.base = self._load(self.config.student, models.student)
-    self.keeper = Keeper(
+    self.keeper = samples.Keeper(
         self.config,
         self.setup.tokenizer,
         models.stop_ids,

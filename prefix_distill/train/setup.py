@@ -26,7 +26,6 @@ from prefix_distill.errors import shown
 from prefix_distill.evaluate import evaluator
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models import lora
-from prefix_distill.models import peft
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
@@ -329,7 +328,7 @@ def check(config: Config, first: bool = False) -> Inputs:
   divergence.named(config.loss.exact.divergence)  # Or there is none.
   student, teacher = _read_models(config, mesh)
   if config.lora.path:
-    peft.check_config(config.lora)
+    lora.check_config(config.lora)
   if teacher is not None:
     check_refresh(config, student.config, teacher.config)
   fed = _load_tokenizers(config, student, teacher)
@@ -496,7 +495,7 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
   student_stop_ids, teacher_stop_ids = stop_ids(config, tokenizers)
   _check_weights(config.student, student)
   if config.lora.path:
-    peft.check_weights(config.lora.path, student)
+    lora.check_weights(config.lora.path, student)
   if teacher is not None:
     _check_weights(config.teacher, teacher)
   contents = workdir_lib.read_contents(config, data.records, inputs.problems)
@@ -552,19 +551,19 @@ def export_student(
   lines = report.read_metrics(workdir / "metrics.jsonl")
   licence = card.licence(hf.resolve(config.student.path))
   stored_like, spec = config.teacher or config.student, config.evaluation
+  weights, adapters = lora.split(params)
   if config.lora.rank:
-    peft.export(
-        lora.split(params)[1], config.lora, config.student.path,
-        adapter_directory(directory),
-    )  # fmt: skip
+    beside = adapter_directory(directory)
+    lora.export(adapters, config.lora, config.student.path, beside)
   hf.export(
-      params,
+      weights,
       config.student.path,
       config.student.tokenizer_path,
       directory,
       hf.export_dtype(config.export.dtype, stored_like.path),
       hf.Serving(stop_ids, spec.temperature, spec.top_k, spec.top_p),
       card.text(config, lines, step, licence),
+      adapters,
       config.lora.scale,
   )
 
@@ -615,5 +614,5 @@ def load_adapters(config: Config, model: Model) -> Params:
   key = jax.random.key(config.seed)
   places = sharding.param_shardings(jax.eval_shape(init, key), model.mesh)
   if config.lora.path:
-    return peft.load(config.lora.path, model, places)
+    return lora.load(config.lora.path, model, places)
   return jax.jit(init, out_shardings=places)(key)

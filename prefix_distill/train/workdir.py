@@ -46,7 +46,7 @@ from prefix_distill.errors import one_line
 from prefix_distill.errors import UserError
 from prefix_distill.evaluate.evaluator import Problems
 from prefix_distill.models import huggingface as hf
-from prefix_distill.models import peft
+from prefix_distill.models import lora
 from prefix_distill.report import report
 from prefix_distill.train import checkpoint
 
@@ -426,7 +426,7 @@ def read_contents(
     out |= _model_files("teacher", config.teacher)
   if config.lora.path:
     directory = hf.resolve(config.lora.path, weights=True)
-    for name in (peft.CONFIG, peft.WEIGHTS):
+    for name in (lora.CONFIG, lora.WEIGHTS):
       out[f"lora.path/{name}"] = fingerprint(directory / name)
   out |= _data_files("data.train", config.data.train, records)
   for name, found in problems.items():
