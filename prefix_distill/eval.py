@@ -68,29 +68,17 @@ def evaluate(
   spec = ModelSpec(path, compute_dtype=config.student.compute_dtype)
   config = dataclasses.replace(config, student=spec)
   mesh = _mesh(config)
-  inputs = setup.read_evaluation(config, mesh)
-  tokenizer, student = inputs.tokenizer, inputs.model
-  models = setup.Models(
-      config,
-      mesh,
-      student,
-      None,
-      tokenizer.num_tokens,
-      tokenizer.pad_id,
-      tokenizer.special_ids,
-      tokenizer.stop_ids,
-      memory=sharding.memory(mesh),
+  student, tokenizer, problems = setup.read_evaluation(config, mesh)
+  models = setup.Models.of(
+      config, mesh, student, None, [tokenizer], sharding.memory(mesh)
   )
   params = setup.load_model(spec, student, mesh, config.seed)
   model = models.for_sampling(student)
+  sampler = evaluator.sampler_config(
+      tokenizer, config.evaluation, models.stop_ids
+  )
   rows = microbatch.answers(
-      models,
-      model,
-      evaluator.sampler_config(
-          tokenizer, config.evaluation, tokenizer.stop_ids
-      ),
-      params,
-      evaluator.longest_prompt(inputs.problems),
+      models, model, sampler, params, evaluator.longest_prompt(problems)
   )
   lines = []
 
@@ -109,8 +97,8 @@ def evaluate(
         params,
         tokenizer,
         config.evaluation,
-        inputs.problems,
-        tokenizer.stop_ids,
+        problems,
+        sampler,
         rows,
         config.seed,
         write,

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
+from jax.experimental import multihost_utils
 import numpy as np
 
 from prefix_distill.config import MeshSpec
@@ -402,6 +403,20 @@ def global_batch(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.make_array_from_callback(x.shape, rows, lambda i: x[i])
 
   return jax.tree.map(spread, tree)
+
+
+def to_host(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+  """Brings whole arrays to every process, as NumPy; every process calls it."""
+  if jax.process_count() == 1:
+    return jax.tree.map(np.asarray, tree)
+  place = replicated(mesh)
+  tree = jax.jit(lambda x: x, out_shardings=place)(tree)
+  return jax.tree.map(
+      lambda x: multihost_utils.global_array_to_host_local_array(
+          x, mesh, PartitionSpec()
+      ),
+      tree,
+  )
 
 
 def bytes_per_device(tree: Any) -> int:

@@ -265,20 +265,6 @@ def questions(
   return question, with_last(question, text)
 
 
-def suffix_of(suffix: str, record: Mapping[str, Any], where: str) -> str:
-  """Returns the suffix of a record's prompts.
-
-  Args:
-    suffix: `data.suffix`, which may be a template over the record's fields.
-    record: the record.
-    where: the record's name in a sentence.
-
-  Raises:
-    DataError: see `records.fill`.
-  """
-  return records.fill(record, suffix, where)
-
-
 def with_last(question: Question, text: str) -> Question:
   """Returns a question with another last turn."""
   if isinstance(question, str):
@@ -457,7 +443,7 @@ class PromptIterator:
     spec, record = self._spec, self.records[self.number]
     where = f"{spec.train.source} record {self.number + 1}"
     self.question, self.teacher_question = questions(spec, record, where)
-    own = suffix_of(spec.suffix, record, where)
+    own = records.fill(record, spec.suffix, where)
     self.suffixes = list(dict.fromkeys([own, *self._some_suffixes()]))
     spec = dataclasses.replace(spec, suffix=own)
     check_room(self._chat, spec, self.question)
@@ -471,7 +457,7 @@ class PromptIterator:
     last = self._epoch - 1
     for number in np.unique(np.linspace(0, last, _LOOKED, dtype=int)):
       where = f"{spec.train.source} record {number + 1}"
-      yield suffix_of(spec.suffix, self.records[int(number)], where)
+      yield records.fill(self.records[int(number)], spec.suffix, where)
 
   def _check_any(self, found: Sequence[Example | str]) -> None:
     """Refuses records of which none can be used.
@@ -511,7 +497,7 @@ class PromptIterator:
     spec, fields, tokenizer = self._spec, self._spec.train, self._chat
     where = f"{fields.source} record {number + 1}"
     question, theirs = questions(spec, record, where)
-    suffix = suffix_of(spec.suffix, record, where)
+    suffix = records.fill(record, spec.suffix, where)
     prompt = _encode_question(
         tokenizer, question, spec.max_prompt_len, suffix
     )

@@ -231,7 +231,7 @@ def load_problems(
     except gym.NotMade:
       continue
     question, answer = _read_problem(record, spec, where)
-    filled = prompts.suffix_of(suffix, record, where)
+    filled = records.fill(record, suffix, where)
     encoded = prompts.encode_problem(
         tokenizer, question, room, filled, where
     )
@@ -380,7 +380,7 @@ def evaluate(
     tokenizer: Tokenizer,
     spec: EvaluationSpec,
     sets: Mapping[str, Problems],
-    stop_ids: tuple[int, ...],
+    sampler: generate.SamplerConfig,
     rows: int,
     seed: int,
     write: Callable[[dict[str, Any], Completions], None],
@@ -396,7 +396,7 @@ def evaluate(
     tokenizer: the tokenizer.
     spec: lengths and temperature.
     sets: the problems, by name.
-    stop_ids: tokens that end an answer.
+    sampler: see `sampler_config`.
     rows: the most answers decoded at a time.
     seed: see `complete`.
     write: called with each set's metrics, and with its `set`, `mode`, `grading`
@@ -415,12 +415,11 @@ def evaluate(
   ]
   if not todo:
     return
-  config = sampler_config(tokenizer, spec, stop_ids)
   # More rows than answers would stay empty.
   shards = sharding.batch_shards(model.mesh)
   most = max(len(one.answers) * one.samples for one in sets.values())
   rows = min(rows, -(-most // shards) * shards)
-  engine = continuous_batching.Engine(model, config, params, rows)
+  engine = continuous_batching.Engine(model, sampler, params, rows)
   for name, mode, file in todo:
     problems, greedy = sets[name], mode == "greedy"
     samples = 1 if greedy else problems.samples

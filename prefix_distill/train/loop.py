@@ -377,9 +377,6 @@ class Run:
     if _any_process(expected > deadline):
       raise Abandoned
 
-  def _poll_evaluation(self) -> None:
-    _poll(self.stop, "during an evaluation")
-
   def _tell_of_notice(self) -> None:
     """Says once that an update and a save take longer than the notice."""
     notice = self.stop.notice
@@ -486,12 +483,12 @@ class Run:
         setup.tokenizer,
         spec,
         sets,
-        stop_ids,
+        sampler,
         rows,
         self.config.seed,
         write,
         file,
-        self._poll_evaluation,
+        functools.partial(_poll, self.stop, "during an evaluation"),
         self.keeper.problems(step, self.is_last(step)),
     )
     passed = time.perf_counter() - start

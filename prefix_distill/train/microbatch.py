@@ -136,7 +136,9 @@ class Microbatches:
     self._models, self._samplers = models, tuple(samplers)
     self._resting = resting
     self._capacity = functools.cache(self.rollouts_at_a_time)
-    self._trained = functools.cache(self.trained_at_a_time)
+    self._trained = functools.cache(
+        functools.partial(trained, models, resting)
+    )
     self._sampling_mesh = models.sampling_mesh
     self._buckets = buckets or prefix_schedule.buckets(models.config)
     self._shards = sharding.batch_shards(models.mesh)
@@ -172,10 +174,6 @@ class Microbatches:
         )
         for sampler in self._samplers
     )
-
-  def trained_at_a_time(self, prompt: int, length: int) -> int:
-    """Returns how many rows a device scores and differentiates at a time."""
-    return trained(self._models, self._resting, prompt, length)
 
   def sampling_count(self, prompts: PromptBatch, bucket: int) -> int:
     """Returns in how many microbatches prompts [B, S] are sampled."""
@@ -266,14 +264,16 @@ def _free(models: Models, model: Model, resting: Any) -> float:
   """
   layout = jax.eval_shape(model.decode_layout, model.abstract_params())
   layout = sharding.placed(layout, sharding.decode_params(layout, model.mesh))
-  on_device = [
-      x
-      for x in jax.tree.leaves(resting)
-      if not sharding.is_on_host(x.sharding)
-  ]
-  taken = sharding.bytes_per_device(on_device)
-  taken += sharding.bytes_per_device(layout)
+  taken = _resting_bytes(resting) + sharding.bytes_per_device(layout)
   return (1 - _SPARE) * models.memory - taken
+
+
+def _resting_bytes(tree: Any) -> int:
+  """Returns the bytes of a tree that lie in a device's own memory."""
+  leaves = jax.tree.leaves(tree)
+  return sharding.bytes_per_device(
+      [x for x in leaves if not sharding.is_on_host(x.sharding)]
+  )
 
 
 def _row_bytes(
@@ -378,13 +378,8 @@ def _beside_training(models: Models, resting: Any) -> float:
   whole before it is scattered.
   """
   size, split = sharding.bytes_per_device, models.mesh.shape["tensor"]
-  state, base, teacher = resting
-  on_device = [
-      x
-      for x in jax.tree.leaves((state, base, teacher))
-      if not sharding.is_on_host(x.sharding)
-  ]
-  total = size(on_device) + 2 * size(state.params)
+  state, _, teacher = resting
+  total = _resting_bytes(resting) + 2 * size(state.params)
   if models.config.teacher is not None and models.config.teacher.offload:
     total += size(sharding.moved(sharding.on_device, teacher or ()))
   total += models.config.loss.logits_mib * 2**20

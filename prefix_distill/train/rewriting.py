@@ -23,7 +23,6 @@ from prefix_distill.data.rewriting import Asking
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.report import flops
-from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
 from prefix_distill.rollout.sampling import Truncation
 from prefix_distill.structs import PromptBatch
@@ -101,7 +100,7 @@ class _Writer:
     shown = [(r.tokens, r.mask) for r in rollouts]
     if sharding.is_abstract(shown):
       return None
-    found = continuous_batching.to_host(shown, self.microbatches.mesh)
+    found = sharding.to_host(shown, self.microbatches.mesh)
     count = self.sampler.config.per_prompt
     tokens, mask = (
         microbatch.join(list(parts), count)

@@ -66,6 +66,30 @@ class Models:
   teacher_stop_ids: tuple[int, ...] = ()
   memory: float | None = None
 
+  @classmethod
+  def of(
+      cls,
+      config: Config,
+      mesh: jax.sharding.Mesh,
+      student: Model,
+      teacher: Model | None,
+      tokenizers: Sequence[Tokenizer],
+      memory: float | None,
+  ) -> "Models":
+    """Reads token ids from the tokenizers of the student and the teacher."""
+    tokenizer = tokenizers[0]
+    return cls(
+        config,
+        mesh,
+        student,
+        teacher,
+        tokenizer.num_tokens,
+        tokenizer.pad_id,
+        tokenizer.special_ids,
+        *stop_ids(config, tokenizers),
+        memory,
+    )
+
   @property
   def shares_weights(self) -> bool:
     """Whether the teacher's weights are those beside the student's adapters."""
@@ -360,30 +384,18 @@ def check(config: Config, first: bool = False) -> Inputs:
   return Inputs(mesh, fed, student, teacher, data, problems)
 
 
-@dataclasses.dataclass(frozen=True)
-class EvaluationInputs:
-  """What an evaluation without training reads besides weights, checked.
-
-  Attributes:
-    model: the architecture.
-    tokenizer: its tokenizer.
-    problems: the evaluation sets.
-  """
-
-  model: Model
-  tokenizer: Tokenizer
-  problems: dict[str, evaluator.Problems]
-
-
 def read_evaluation(
     config: Config, mesh: jax.sharding.Mesh
-) -> EvaluationInputs:
-  """Checks what an evaluation of the student alone reads.
+) -> tuple[Model, Tokenizer, dict[str, evaluator.Problems]]:
+  """Returns what an evaluation of the student reads besides weights, checked.
 
   Args:
     config: the settings; of the training prompts only the lengths and what
       stands around a prompt count.
     mesh: the device mesh.
+
+  Returns:
+    The architecture, its tokenizer and the evaluation sets.
 
   Raises:
     UserError: one sentence that names what does not fit, and the mend.
@@ -394,7 +406,7 @@ def read_evaluation(
   problems = _load_problems(config, tokenizer)
   _check_problems(config, model, problems)
   _check_weights(spec, model)
-  return EvaluationInputs(model, tokenizer, problems)
+  return model, tokenizer, problems
 
 
 def _load_problems(
@@ -490,9 +502,7 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
   _check_same_everywhere(config, workdir)
   inputs = check(config)
   mesh, student, teacher = inputs.mesh, inputs.student, inputs.teacher
-  tokenizer, data = inputs.fed[0].tokenizer, inputs.data
-  tokenizers = [model.tokenizer for model in inputs.fed]
-  student_stop_ids, teacher_stop_ids = stop_ids(config, tokenizers)
+  data, tokenizers = inputs.data, [model.tokenizer for model in inputs.fed]
   _check_weights(config.student, student)
   if config.lora.path:
     lora.check_weights(config.lora.path, student)
@@ -507,21 +517,11 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
   if jax.process_index() == 0:
     for sentence in data.notes:
       print(sentence, flush=True)
-  models = Models(
-      config,
-      mesh,
-      student,
-      teacher,
-      tokenizer.num_tokens,
-      tokenizer.pad_id,
-      tokenizer.special_ids,
-      student_stop_ids,
-      teacher_stop_ids,
-      distributed.from_first("memory", sharding.memory(mesh)),
-  )
+  memory = distributed.from_first("memory", sharding.memory(mesh))
+  models = Models.of(config, mesh, student, teacher, tokenizers, memory)
   return Setup(
       models,
-      tokenizer,
+      tokenizers[0],
       data,
       inputs.problems,
       contents,

@@ -29,7 +29,6 @@ from prefix_distill.distill.prefix_schedule import Chosen
 from prefix_distill.models import lora
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
-from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
 from prefix_distill.rollout.sampling import Truncation
 from prefix_distill.structs import Limits
@@ -392,7 +391,7 @@ class Programs:
     """
     models, spec = self._models, self._models.config.samples
     rollout = Rollout(rollout.tokens, rollout.mask)
-    batch, rollout = continuous_batching.to_host(
+    batch, rollout = sharding.to_host(
         (batch, rollout), models.mesh
     )
     rows, shards = len(rollout.tokens), sharding.batch_shards(models.mesh)
@@ -415,7 +414,7 @@ class Programs:
         teacher_params,
         *sharding.global_batch((batch, fitted), models.mesh),
     )
-    found = continuous_batching.to_host(found, models.mesh)
+    found = sharding.to_host(found, models.mesh)
     return Inspected(batch, rollout.tokens, rollout.mask, found)
 
   def update(
@@ -583,7 +582,7 @@ class Programs:
       self, shown: list[tuple], sampled: int
   ) -> list[np.ndarray | None]:
     """Brings what microbatches showed to the host, in the prompts' order."""
-    found = continuous_batching.to_host(shown, self._models.mesh)
+    found = sharding.to_host(shown, self._models.mesh)
     size = len(found) // sampled
 
     def whole(kind: int) -> np.ndarray | None:
