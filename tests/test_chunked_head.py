@@ -11,7 +11,6 @@ import toys
 from prefix_distill import sharding
 from prefix_distill.config import MeshSpec
 from prefix_distill.distill import chunked_head
-from prefix_distill.distill import divergence
 from prefix_distill.distill import loss as loss_lib
 from prefix_distill.distill.divergence import Shard
 from prefix_distill.distill.loss import ExactLoss

@@ -17,7 +17,6 @@ from prefix_distill.config import MeshSpec
 from prefix_distill.config import OptimizerSpec
 from prefix_distill.config import PrefixSpec
 from prefix_distill.config import RolloutSpec
-from prefix_distill.distill import divergence
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.models.transformer import Model
 from prefix_distill.train import update

@@ -115,7 +115,10 @@ class LogProbs(NamedTuple):
 
 
 def reverse_kl_term(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-  """KL(student || teacher) = sum p (log p - log q)."""
+  """KL(student || teacher) = sum p (log p - log q), the paper's loss.
+
+  Source: arXiv 2602.15260, section 2.
+  """
   return jnp.exp(log_p) * (log_p - log_q)
 
 

@@ -148,7 +148,7 @@ def render(workdir: pathlib.Path, lines: Sequence[_Line]) -> str:
       }
       for name in plots.draw(lines, workdir / "report", config.method)
   ]
-  updates = [line for line in lines if "prefix_len" in line]
+  updates = report.updates(lines)
   tables = _tables(lines)
   warnings = [
       report.dropped(updates),

@@ -94,6 +94,25 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
   return out
 
 
+def updates(lines: Sequence[Line]) -> list[Line]:
+  """Returns the lines of updates; the others are of evaluations."""
+  return [line for line in lines if "prefix_len" in line]
+
+
+def evaluations(lines: Sequence[Line], **wanted: str) -> list[Line]:
+  """Returns the lines whose fields are the wanted ones.
+
+  Args:
+    lines: of the metrics.
+    **wanted: `model`, `set` and `mode`, or some of them.
+  """
+  return [
+      line
+      for line in lines
+      if all(line.get(name) == value for name, value in wanted.items())
+  ]
+
+
 def read_samples(workdir: pathlib.Path) -> tuple[list[Line], list[Line]]:
   """Returns a run's rollouts and answers, without damaged lines."""
 
@@ -375,11 +394,7 @@ def closing_rows(lines: Sequence[Line], dataset: str) -> list[tuple]:
 def warning(lines: Sequence[Line], dataset: str) -> str:
   """Returns a warning if fewer answers of a set end than before training."""
   falls = []
-  students = [
-      line
-      for line in lines
-      if line.get("model") == "student" and line["set"] == dataset
-  ]
+  students = evaluations(lines, model="student", set=dataset)
   for mode in ("sampled", "greedy"):
     rates = [x["finish_rate"] for x in students if x["mode"] == mode]
     if rates and rates[0] - rates[-1] > _FALL:
@@ -402,11 +417,12 @@ def alarms(lines: Sequence[Line]) -> dict[str, str]:
   tenth of the teacher's in five updates running, where the teacher's is above
   0.05 nats a token. An update was skipped if its numbers were not finite.
   """
-  updates = [line for line in lines if "prefix_len" in line]
   found: dict[str, str] = {}
-  for i, line in enumerate(updates):
+  all_updates = updates(lines)
+  for i, line in enumerate(all_updates):
     step, loss = line["step"], line.get("loss")
-    before = [x["loss"] for x in updates[max(i - 10, 0) : i] if x.get("loss")]
+    recent = all_updates[max(i - 10, 0) : i]
+    before = [x["loss"] for x in recent if x.get("loss")]
     if loss and len(before) == 10 and loss > max(1, 10 * np.median(before)):
       found.setdefault(
           "loss",
@@ -414,7 +430,7 @@ def alarms(lines: Sequence[Line]) -> dict[str, str]:
           f" token, after {np.median(before):.3g}; lower"
           " optimizer.learning_rate, or look at that update's prompts.",
       )
-    if i >= 4 and all(map(_collapsed, updates[i - 4 : i + 1])):
+    if i >= 4 and all(map(_collapsed, all_updates[i - 4 : i + 1])):
       found.setdefault(
           "entropy",
           f"Warning: the student's entropy collapsed by update {step}:"
@@ -440,15 +456,15 @@ def _collapsed(line: Line) -> bool:
 
 def spent(lines: Sequence[Line]) -> str:
   """Compares the run's FLOPs with an estimate for full distillation."""
-  updates = [line for line in lines if "prefix_len" in line]
-  if not updates:
+  made = updates(lines)
+  if not made:
     return "No updates were made."
-  last = updates[-1]
+  last = made[-1]
   compiled = sum(
       last[f"compilations_{phase}"] for phase in ("sample", "score", "update")
   )
   text = (
-      f"{last['flops']:.3g} FLOPs in {len(updates)} updates"
+      f"{last['flops']:.3g} FLOPs in {len(made)} updates"
       f" ({last['seconds']:.0f} s, {last['tokens']:,} tokens,"
       f" {compiled} compilations)"
   )
@@ -489,12 +505,10 @@ def chosen(lines: Sequence[Line], dataset: str) -> str:
   """
   found = {
       line["step"]: line
-      for line in lines
-      if line.get("set") == dataset
-      and line.get("mode") == "sampled"
-      and line.get("model") == "student"
-      and line["step"] > 0
-      and line.get("accuracy") is not None
+      for line in evaluations(
+          lines, set=dataset, mode="sampled", model="student"
+      )
+      if line["step"] > 0 and line.get("accuracy") is not None
   }
   if not found:
     return ""

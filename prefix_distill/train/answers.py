@@ -29,7 +29,6 @@ from prefix_distill.rollout import generate
 from prefix_distill.structs import PromptBatch
 from prefix_distill.train import microbatch
 from prefix_distill.train import setup as setup_lib
-from prefix_distill.train.checkpoint import Bought
 
 FILE = "answers.parquet"
 _UNFINISHED = "unfinished/teacher-answers.jsonl"
@@ -45,7 +44,7 @@ class AnswersError(UserError):
 
 def with_answers(
     setup: setup_lib.Setup, workdir: pathlib.Path, poll: Callable[[], None]
-) -> tuple[setup_lib.Setup, Bought]:
+) -> tuple[setup_lib.Setup, flops.Bought]:
   """Returns the supervised part's setup; makes the answers if need be.
 
   Only answers that end by themselves are kept. All of the run's prompts are
@@ -95,7 +94,7 @@ def with_answers(
   lengths = np.concatenate([lengths, np.reshape(others, (-1, 2))])
   spent = flops.answers(setup.models.teacher.config, *lengths.T)
   models = dataclasses.replace(setup.models, teacher=None)
-  bought = Bought(spent, table.num_rows / config.data.batch_size)
+  bought = flops.Bought(spent, table.num_rows / config.data.batch_size)
   return dataclasses.replace(setup, data=data, models=models), bought
 
 

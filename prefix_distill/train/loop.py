@@ -46,7 +46,10 @@ from prefix_distill.models.transformer import Params
 from prefix_distill.report import page
 from prefix_distill.report import report
 from prefix_distill.report import trackers
+from prefix_distill.report.flops import Bought
 from prefix_distill.report.flops import Lengths
+from prefix_distill.report.flops import Prices
+from prefix_distill.report.flops import Totals
 from prefix_distill.structs import PromptBatch
 from prefix_distill.train import answers
 from prefix_distill.train import microbatch
@@ -55,10 +58,7 @@ from prefix_distill.train import setup as setup_lib
 from prefix_distill.train import step as step_lib
 from prefix_distill.train import update as update_lib
 from prefix_distill.train import workdir as workdir_lib
-from prefix_distill.train.checkpoint import Bought
 from prefix_distill.train.checkpoint import Checkpointer
-from prefix_distill.train.checkpoint import Prices
-from prefix_distill.train.checkpoint import Totals
 from prefix_distill.train.step import TrainState
 from prefix_distill.train.update import Programs
 
