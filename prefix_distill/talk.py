@@ -186,9 +186,7 @@ class Speaker:
         )
         for i, question in enumerate(questions)
     ]
-    tokens, masks = (np.stack(x) for x in zip(*rows, strict=True))
-    numbers = np.arange(len(rows), dtype=np.int32)
-    return prompts.PromptBatch(tokens, masks, numbers)
+    return prompts.stack(rows, range(len(rows)))
 
 
 def _parser(command: str) -> argparse.ArgumentParser:

@@ -112,19 +112,26 @@ _NOTED = {
 }
 
 
-def _pad(
+def pad(
     tokenizer: Tokenizer, tokens: Sequence[int], length: int, left: bool
 ) -> _Row:
   """Pads tokens on one side; returns None if there are too many."""
   if len(tokens) > length:
     return None
-  row, mask = np.full(length, tokenizer.pad_id, np.int32), np.zeros(
-      length, bool
-  )
+  row = np.full(length, tokenizer.pad_id, np.int32)
+  mask = np.zeros(length, bool)
   start = length - len(tokens) if left else 0
   kept = slice(start, start + len(tokens))
   row[kept], mask[kept] = tokens, True
   return row, mask
+
+
+def stack(
+    rows: Sequence[tuple[np.ndarray, np.ndarray]], numbers: Sequence[int]
+) -> PromptBatch:
+  """Returns NumPy prompts of padded rows and masks, with their numbers."""
+  tokens, masks = (np.stack(x) for x in zip(*rows, strict=True))
+  return PromptBatch(tokens, masks, np.asarray(numbers, np.int32))
 
 
 class Dropped(Exception):
@@ -158,7 +165,7 @@ def _encode_question(
     tokens = encode(question, suffix)
   except TokenizerError as error:
     raise Dropped("template") from error
-  row = _pad(tokenizer, tokens, max_len, left=True)
+  row = pad(tokenizer, tokens, max_len, left=True)
   if row is None:
     raise Dropped("long")
   if not tokenizer.reads_back(question, tokens):
@@ -234,7 +241,7 @@ def _encode_completion(
   )
   if again or not tokenizer.control_ids.isdisjoint(tokens[:-1]):
     raise Dropped("markup")
-  return _pad(tokenizer, tokens, max_len, left=False), noted
+  return pad(tokenizer, tokens, max_len, left=False), noted
 
 
 def _trimmed(

@@ -303,20 +303,6 @@ def _content(found: Any, name: str, where: str) -> str:
   return "".join(part["text"] for part in found)
 
 
-def check_kinds(
-    record: Mapping[str, Any], spec: DatasetSpec, where: str
-) -> None:
-  """Refuses a record whose fields hold what they may not; see the module."""
-  question(record, spec.question, where)
-  if spec.completion:
-    completion(record, spec.completion, where)
-  if spec.answer:
-    answer(record, spec.answer, where)
-  if len(spec.choices) > 1:
-    for name in spec.choices:
-      text(record, name, where)
-
-
 def random_key(*parts: str | int) -> bytes:
   """Returns a pseudo-random sort key.
 
@@ -324,13 +310,6 @@ def random_key(*parts: str | int) -> bytes:
   every version of a library, and the records of a benchmark never change.
   """
   return hashlib.sha256(json.dumps(parts).encode()).digest()
-
-
-def _check_fields(
-    record: Mapping[str, Any], names: Sequence[str], where: str
-) -> None:
-  for name in names:
-    value(record, name, where)
 
 
 def _parse(found: str, where: str) -> Any:
@@ -396,9 +375,20 @@ def _check(
     names: Sequence[str],
     where: str,
 ) -> None:
-  """Refuses a record that lacks a field, or whose fields hold other kinds."""
-  _check_fields(record, names, where)
-  check_kinds(record, spec, where)
+  """Refuses a record that lacks a field, or whose fields hold other kinds.
+
+  The module says what a field may hold.
+  """
+  for name in names:
+    value(record, name, where)
+  question(record, spec.question, where)
+  if spec.completion:
+    completion(record, spec.completion, where)
+  if spec.answer:
+    answer(record, spec.answer, where)
+  if len(spec.choices) > 1:
+    for name in spec.choices:
+      text(record, name, where)
 
 
 def _read_file(
@@ -535,9 +525,7 @@ def _check_nulls(loaded: Any, source: str, names: Sequence[str]) -> None:
     column = loaded.data.column(name)
     if column.null_count:
       number = column.is_null().to_pylist().index(True)
-      _check_fields(
-          loaded[number], [name], f"{source} record {number + 1}"
-      )
+      value(loaded[number], name, f"{source} record {number + 1}")
 
 
 def _check_rows(loaded: Any, spec: DatasetSpec, names: Sequence[str]) -> None:

@@ -186,17 +186,12 @@ def _read_problem(
   )
 
 
-def _stack(
-    rows: Sequence[tuple[int, np.ndarray, np.ndarray]], cut: bool
-) -> PromptBatch:
-  """Makes a batch of (number, tokens, mask); may cut it to the longest row."""
-  numbers, tokens, masks = (np.stack(x) for x in zip(*rows, strict=True))
-  length = masks.shape[1]
-  if cut:
-    longest = int(masks.sum(axis=1).max())
-    length = min(-(-longest // _COLUMNS) * _COLUMNS, length)
-  return PromptBatch(
-      tokens[:, -length:], masks[:, -length:], numbers.astype(np.int32)
+def _cut(batch: PromptBatch) -> PromptBatch:
+  """Cuts the columns that are padding in all rows, but for a few."""
+  longest = int(batch.mask.sum(axis=1).max())
+  length = min(-(-longest // _COLUMNS) * _COLUMNS, batch.mask.shape[1])
+  return dataclasses.replace(
+      batch, tokens=batch.tokens[:, -length:], mask=batch.mask[:, -length:]
   )
 
 
@@ -221,7 +216,7 @@ def load_problems(
     DataError: the records cannot be read, lack a field, hold what cannot be
       used, or are all too long.
   """
-  rows, answers = [], []
+  rows, numbers, answers = [], [], []
   source = records.read(spec, more=FIELD.findall(suffix))
   room = spec.max_prompt_len or max_prompt_len
   for number in range(len(source)):
@@ -236,7 +231,8 @@ def load_problems(
         tokenizer, question, room, filled, where
     )
     if encoded is not None:
-      rows.append((number, *encoded))
+      rows.append(encoded)
+      numbers.append(number)
       answers.append(answer)
   if not rows:
     own = f"evaluation.sets.{name}.max_prompt_len"
@@ -255,9 +251,10 @@ def load_problems(
         f"{', ...' if len(unreadable) > 5 else ''}.",
         flush=True,
     )
+  batch = prompts.stack(rows, numbers)
   return Problems(
       name,
-      _stack(rows, cut=spec.max_prompt_len > 0),
+      _cut(batch) if spec.max_prompt_len else batch,
       answers,
       spec.samples,
       len(source) - len(answers),

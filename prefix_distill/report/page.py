@@ -25,6 +25,7 @@ from prefix_distill import strict_json
 from prefix_distill.config import Config
 from prefix_distill.report import plots
 from prefix_distill.report import report
+from prefix_distill.report.report import Line
 
 FILE = "report.html"
 _TEMPLATE = pathlib.Path(__file__).parent / "template"
@@ -45,7 +46,6 @@ _COLUMNS = (
     ("FLOPs", "flops", ".3g"),
     ("tokens/s", "tokens_per_second", ",.0f"),
 )
-_Line = dict[str, Any]
 
 
 def facts(config: Config) -> list[tuple[str, str]]:
@@ -82,7 +82,7 @@ def _date(metrics: pathlib.Path) -> str:
   return f"{found:%Y-%m-%d %H:%M} UTC"
 
 
-def _tables(lines: Sequence[_Line]) -> list[tuple[str, list[list[str]]]]:
+def _tables(lines: Sequence[Line]) -> list[tuple[str, list[list[str]]]]:
   """Returns name and rows of each evaluation set."""
   names = sorted({line["set"] for line in lines if "set" in line})
   return [(name, _flat(report.closing_rows(lines, name))) for name in names]
@@ -92,7 +92,7 @@ def _flat(rows: Sequence[Sequence[str]]) -> list[list[str]]:
   return [[cell.replace("\n", " ") for cell in row] for row in rows]
 
 
-def _updates(lines: Sequence[_Line]) -> tuple[list[str], list[list[str]]]:
+def _updates(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
   """Returns the header and the rows of the table of updates."""
   if not lines:
     return [], []
@@ -119,7 +119,7 @@ def _embedded(value: Any) -> markupsafe.Markup:
   return markupsafe.Markup(text)
 
 
-def _kept(workdir: pathlib.Path) -> dict[str, list[_Line]]:
+def _kept(workdir: pathlib.Path) -> dict[str, list[Line]]:
   """Returns the rollouts and answers, without what the page does not show."""
   rollouts, answers = report.read_samples(workdir)
   return {
@@ -130,7 +130,7 @@ def _kept(workdir: pathlib.Path) -> dict[str, list[_Line]]:
   }
 
 
-def render(workdir: pathlib.Path, lines: Sequence[_Line]) -> str:
+def render(workdir: pathlib.Path, lines: Sequence[Line]) -> str:
   """Returns the page; draws its figures into `report/`.
 
   Args:

@@ -26,7 +26,6 @@ from prefix_distill.errors import UserError
 from prefix_distill.report import flops
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
-from prefix_distill.structs import PromptBatch
 from prefix_distill.train import microbatch
 from prefix_distill.train import setup as setup_lib
 
@@ -139,11 +138,7 @@ def _answers(
     )
     if row is not None and not setup.data.is_asked(*row):
       kept.append((question, row))
-  batch = PromptBatch(
-      np.stack([tokens for _, (tokens, _) in kept]),
-      np.stack([mask for _, (_, mask) in kept]),
-      np.arange(len(kept), dtype=np.int32),
-  )
+  batch = prompts_lib.stack([row for _, row in kept], range(len(kept)))
   model = models.for_sampling(models.teacher)
   sampler_config = generate.SamplerConfig(
       stop_ids=models.teacher_stop_ids,

@@ -10,7 +10,6 @@ rows together, so a token of more rows costs less. What a row takes is computed,
 not tried; `python -m prefix_distill.plan` compiles the result.
 """
 
-from collections.abc import Iterable
 from collections.abc import Sequence
 import functools
 import math
@@ -22,7 +21,6 @@ import numpy as np
 
 from prefix_distill import sharding
 from prefix_distill.compilation import Program
-from prefix_distill.distill import prefix_schedule
 from prefix_distill.models.config import num_params
 from prefix_distill.models.transformer import Model
 from prefix_distill.rollout import continuous_batching
@@ -117,30 +115,26 @@ class Microbatches:
   def __init__(
       self,
       models: Models,
-      samplers: Iterable[generate.Sampler],
+      samplers: Sequence[generate.Sampler],
       resting: Any,
-      buckets: tuple[int, ...] = (),
-      per_prompt: int = 0,
   ):
     """Jits the programs.
 
     Args:
       models: of the run.
-      samplers: those that the run may sample with.
+      samplers: those that the run may sample with, all with as many rollouts
+        of a prompt and the same buckets.
       resting: shapes of what lies in the memory while sampling.
-      buckets: the lengths that rollouts may have; empty for the schedule's.
-      per_prompt: rollouts of a prompt; 0 for `rollout.per_prompt`.
     """
     self.mesh = models.mesh
-    self.per_prompt = per_prompt or models.config.rollout.per_prompt
-    self._models, self._samplers = models, tuple(samplers)
+    self.per_prompt = samplers[0].config.per_prompt
+    self._models, self._samplers = models, samplers
     self._resting = resting
     self._capacity = functools.cache(self.rollouts_at_a_time)
     self._trained = functools.cache(
         functools.partial(trained, models, resting)
     )
     self._sampling_mesh = models.sampling_mesh
-    self._buckets = buckets or prefix_schedule.buckets(models.config)
     self._shards = sharding.batch_shards(models.mesh)
     rows = sharding.batch_sharding(models.mesh)
     self._deal = Program(
@@ -158,7 +152,7 @@ class Microbatches:
 
   def bucket(self, cap: int) -> int:
     """Returns the static length that holds a cap."""
-    return min(b for b in self._buckets if b >= cap)
+    return self._samplers[0].bucket(cap)
 
   def rollouts_at_a_time(self, prompt: int, length: int) -> int:
     """Returns how many rollouts a device samples at a time."""

@@ -127,7 +127,12 @@ class _Closed(Exception):
 
 
 def sampler(
-    models: Models, model: Model, buckets: tuple[int, ...]
+    models: Models,
+    model: Model,
+    buckets: tuple[int, ...],
+    stop_ids: tuple[int, ...] | None = None,
+    per_prompt: int = 0,
+    role: str = "",
 ) -> generate.Sampler:
   """Returns what samples with the student or the teacher.
 
@@ -135,13 +140,16 @@ def sampler(
     models: of the run.
     model: the student's or the teacher's architecture.
     buckets: the lengths that rollouts may have.
+    stop_ids: tokens that end a rollout; None for `models.stop_ids`.
+    per_prompt: rollouts of a prompt; 0 for `rollout.per_prompt`.
+    role: what the names of the model's programs begin with.
   """
   spec = models.config.rollout
   config = generate.SamplerConfig(
-      stop_ids=models.stop_ids,
+      stop_ids=models.stop_ids if stop_ids is None else stop_ids,
       pad_id=models.pad_id,
       num_tokens=models.num_tokens,
-      per_prompt=spec.per_prompt,
+      per_prompt=per_prompt or spec.per_prompt,
       truncation=Truncation(spec.top_k, spec.top_p),
       cache_dtype=spec.cache_dtype,
       entropy=models.config.loss.form == "relaxed",
@@ -152,6 +160,7 @@ def sampler(
       spec.temperature,
       buckets,
       models.mesh,
+      role,
   )
 
 
@@ -181,15 +190,11 @@ class Programs:
     if config.rollout.source == "teacher":
       self._samplers["teacher"] = sampler(models, models.teacher, buckets)
     self.microbatches = Microbatches(
-        models, self._samplers.values(), self.resting()
+        models, [*self._samplers.values()], self.resting()
     )
     self._rewriter = None
     if config.rollout.source == "rewrite":
-      *mine, teacher = resting = self.resting()
-      writing = (*mine, teacher and self.on_device(teacher))
-      self._rewriter = rewriting.Rewriter(
-          models, self.microbatches, resting, writing
-      )
+      self._rewriter = self._rewriting()
     self._score = Program("score", loss_lib.score, 2, out_shardings=rows)
     self._inspect = Program(
         "inspect", inspection.inspect, 5, out_shardings=rows
@@ -227,6 +232,28 @@ class Programs:
         functools.partial(step_lib.apply, self._tx, normalize),
         out_shardings=(working, replicated),
         donate_argnums=0,
+    )
+
+  def _rewriting(self) -> rewriting.Rewriter:
+    """Returns what drafts and rewrites, with a sampler for each."""
+    models, spec = self._models, self._models.config.rollout
+    *mine, teacher = resting = self.resting()
+    drafter = sampler(models, models.student, (spec.draft_len,))
+    writer = sampler(
+        models,
+        models.teacher,
+        (spec.rewriting_len,),
+        models.teacher_stop_ids,
+        per_prompt=1,
+        role=rewriting.TEACHER,
+    )
+    return rewriting.Rewriter(
+        models,
+        self.microbatches,
+        drafter,
+        writer,
+        resting,
+        (*mine, teacher and self.on_device(teacher)),
     )
 
   def _refreshing(self) -> Program | None:
