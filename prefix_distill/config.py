@@ -1136,7 +1136,6 @@ class MeshSpec:
         " to 0 for mesh.tensor.",
     )
 
-
   def filled(self, devices: int) -> "MeshSpec":
     """Returns the sizes with no axis left open, for so many devices.
 

@@ -640,7 +640,11 @@ def trim(batch: PromptBatch, spec: DataSpec) -> PromptBatch:
     return batch
   longest = batch.mask.sum(axis=1).max()
   lengths = (*spec.prompt_buckets, spec.max_prompt_len)
-  length = min(n for n in lengths if n >= longest)
+  return cut(batch, min(n for n in lengths if n >= longest))
+
+
+def cut(batch: PromptBatch, length: int) -> PromptBatch:
+  """Keeps the last columns; the student's prompts are shorter than that."""
   return dataclasses.replace(
       batch, tokens=batch.tokens[:, -length:], mask=batch.mask[:, -length:]
   )

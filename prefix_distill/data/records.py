@@ -69,7 +69,7 @@ Question: TypeAlias = str | Sequence[Message]
 
 # How many records are looked at before a run begins.
 FIRST = 100
-# Of a long source that is searched for these: shards, and rows of each.
+# A long source is searched for them in so many shards, and rows of each.
 _SHARDS, _ROWS = 16, 200
 # Rows of a .parquet file in memory at a time.
 _BATCH = 256
@@ -210,7 +210,7 @@ def completion(record: Mapping[str, Any], name: str, where: str) -> str:
 def question(record: Mapping[str, Any], name: str, where: str) -> Question:
   """Returns a field that holds text or messages that end with the user's.
 
-  Of a template, such as "{problem} Think aloud.", that is its text; see `fill`.
+  A template, such as "{problem} Think aloud.", is filled; see `fill`.
   """
   if FIELD.search(name):
     return fill(record, name, where)
@@ -729,8 +729,8 @@ def _choose(spec: DatasetSpec, names: Sequence[str], first: bool) -> "Records":
 def fill(record: Mapping[str, Any], template: str, where: str) -> str:
   """Replaces the names in braces by the record's fields.
 
-  A field holds what a question, an answer or a completion may. Of messages
-  that is the text of the last one.
+  A field may hold what a question, an answer or a completion may hold. The last
+  message stands for a list of messages.
 
   Raises:
     DataError: the record lacks one, or it holds something else.

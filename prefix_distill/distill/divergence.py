@@ -162,20 +162,21 @@ def bounded(term: Term, most: float) -> Term:
   """Cuts each event's share: min(f(log p(e), log q(e)), most).
 
   So a few tokens of style cannot make up most of a divergence (COPSD, arXiv
-  2605.09548, with 0.05 nats for the forward KL). An entry that is cut has no
-  gradient of its own. It is cut from above alone: shares of the forward KL are
-  negative where the student is more probable than the teacher, and stay whole;
-  those of the JSD never are.
+  2605.09548, with 0.05 nats for the forward KL). An event is a token, all stop
+  tokens where they are merged, or the tail of top-k. An event whose share is
+  cut has no gradient of its own.
 
-  An entry is an event: a token, all stop tokens where they are merged, or the
-  tail of top-k.
+  Only large shares are cut. Shares of the forward KL are negative where the
+  student is more probable than the teacher, and these stay whole. Shares of the
+  JSD are never negative.
 
-  What is cut is no divergence. The teacher's distribution is still a local
-  minimum, for there all shares are 0. But of the forward KL only the cut share
-  is gone, and what the others pull takes its mass: the student moves away from
-  a teacher who gives a token 0.9 where the student gives it 0.85, for 0.9
-  log(0.9 / 0.85) is above 0.05. The sum may be negative. Each share of the JSD
-  pulls the right way by itself.
+  The sum of cut shares is no divergence, and may be negative. Where student and
+  teacher agree all shares are 0, so the teacher's distribution is still a local
+  minimum. Elsewhere the forward KL may pull the wrong way: the gradient of the
+  cut share is gone, and the other tokens take that token's mass. If the teacher
+  gives a token 0.9 and the student 0.85, the share 0.9 log(0.9 / 0.85) is above
+  0.05, and the student moves away from the teacher. Each share of the JSD pulls
+  the right way by itself.
 
   Args:
     term: of the divergence.

@@ -186,15 +186,6 @@ def _read_problem(
   )
 
 
-def _cut(batch: PromptBatch) -> PromptBatch:
-  """Cuts the columns that are padding in all rows, but for a few."""
-  longest = int(batch.mask.sum(axis=1).max())
-  length = min(-(-longest // _COLUMNS) * _COLUMNS, batch.mask.shape[1])
-  return dataclasses.replace(
-      batch, tokens=batch.tokens[:, -length:], mask=batch.mask[:, -length:]
-  )
-
-
 def load_problems(
     name: str,
     spec: DatasetSpec,
@@ -252,9 +243,13 @@ def load_problems(
         flush=True,
     )
   batch = prompts.stack(rows, numbers)
+  if spec.max_prompt_len:
+    longest = int(batch.mask.sum(axis=1).max())
+    length = min(-(-longest // _COLUMNS) * _COLUMNS, room)
+    batch = prompts.cut(batch, length)
   return Problems(
       name,
-      _cut(batch) if spec.max_prompt_len else batch,
+      batch,
       answers,
       spec.samples,
       len(source) - len(answers),

@@ -275,7 +275,7 @@ def stop_ids(directory: pathlib.Path, rows: int) -> tuple[int, ...]:
 
 
 def _stacked(ours: str) -> bool:
-  """Whether a parameter has an axis of layers, and the file has it not."""
+  """Whether our parameter has an axis of layers, which a file's lacks."""
   return ours.startswith("layers/")
 
 

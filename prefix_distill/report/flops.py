@@ -218,11 +218,11 @@ def _recomputed(config: ModelConfig, lengths: Array, remat: str) -> float:
   if remat == "dots":
     weights = _matrices(config) + num_adapters(config)
     pairs = layers(config, lengths) - 2.0 * weights * float(np.sum(lengths))
-    # Of the two products only a gradient of `out` needs the second.
+    # Only the gradient of `out` needs the second product.
     needs_both = lora is None or "out" in lora.targets
     return pairs if needs_both else pairs / 2
   if lora is not None and "down" in lora.targets:
-    width += lora.rank  # Of its adapters the product with A is needed.
+    width += lora.rank  # Its adapters need the product with A.
   last = 2.0 * config.num_layers * config.dim * width
   return layers(config, lengths) - last * float(np.sum(lengths))
 
@@ -232,8 +232,7 @@ def _training(
 ) -> dict[str, float]:
   """FLOPs of the update; a product's backward pass is two such products.
 
-  Of a weight that is not trained it is one: its input's gradient, and none of
-  its own.
+  A weight that is not trained takes only one: the gradient of its input.
   """
   once = forward(student, read, learned)
   fed = np.asarray(read, float) + np.maximum(np.asarray(learned) - 1, 0)

@@ -60,7 +60,7 @@ def kept_answers(
   """Yields what `Engine.answers` does, and keeps each answer in a file.
 
   If the file is there, the answers in it are yielded and not decoded again, so
-  what was stopped or killed goes on where it was. An answer
+  an evaluation that was stopped or killed goes on where it was. An answer
   depends on its prompt, the key and the draw alone.
 
   Args:

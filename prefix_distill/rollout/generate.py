@@ -23,8 +23,8 @@ from prefix_distill.rollout.sampling import Truncation
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 
-# Columns: the least by which a cache grows. A power of two, of which a segment
-# is a part.
+# The fewest columns by which a cache grows: a power of two, and a multiple of a
+# segment.
 LEAST_STEP = 128
 
 
@@ -117,9 +117,9 @@ def rooms(
 ) -> tuple[int, ...]:
   """Returns the sizes that a cache grows through as rows get longer.
 
-  As columns behind the prompts. A kernel that reads all of the cache, however
-  short the rows are, gets it in steps of an eighth; one that reads each row up
-  to its length gets all of it at once.
+  They are counted in columns behind the prompts. A kernel that reads the whole
+  cache, however short the rows are, gets it in steps of an eighth; a kernel that
+  reads each row up to its length gets the whole cache at once.
 
   Args:
     model: the architecture.
@@ -253,8 +253,8 @@ def append(rollout: Rollout, drawn: Rollout, at: jax.Array) -> Rollout:
   )
 
 
-# Tokens between two looks at the rows. On a CPU to look costs nothing; on an
-# accelerator the device waits meanwhile.
+# Tokens between two looks at the rows. A look costs nothing on a CPU; an
+# accelerator waits for it.
 _SEGMENT = 64
 _CPU_SEGMENT = 8
 

@@ -31,9 +31,7 @@ from prefix_distill.train import setup as setup_lib
 
 FILE = "answers.parquet"
 _UNFINISHED = "unfinished/teacher-answers.jsonl"
-
-
-# Columns of lengths, and where those of answers are that did not end.
+# The columns of lengths, and the key of the lengths of unended answers.
 _LENGTHS, _UNENDED = ["prompt_tokens", "tokens"], b"unended"
 
 

@@ -36,7 +36,7 @@ _STATE, _HOST = "state", "host"
 _TEACHER = "teacher"
 # The field of the host's JSON that holds the SHA-256 of the others.
 _SEAL = "sha256"
-# Of a checksum's formula, see `checksums_of`.
+# Constants of the checksum, see `checksums_of`.
 _A, _B = 0x9E3779B1, 0x85EBCA6B
 _MIX = 0xC2B2AE35
 # A path such as "params/layers/mlp/up" -> the checksum.
@@ -302,7 +302,7 @@ def _read_host(directory: pathlib.Path, step: int) -> dict[str, Any]:
 
 @functools.cache
 def _silence_orbax() -> None:
-  """Drops what reads and writes say that were cut off as another one failed.
+  """Drops the words of reads and writes that were cut off by another's failure.
 
   Orbax raises the first failure, and closes the loop in which the others go on;
   each of those then has a traceback printed by Python, asyncio or TensorStore,

@@ -123,7 +123,7 @@ _MARGIN = 3.0
 _RETRY = 20.0
 # Polls of an update between two questions to the other processes.
 _EVERY = 8
-# An update is slow that takes so many times the others, and so many seconds.
+# An update is slow if it takes so many times the others, and so many seconds.
 _SLOW, _SLOW_SECONDS = 10, 10.0
 # Answers of an evaluation that a tracker gets.
 _TEXTS = 4
@@ -196,7 +196,7 @@ class Run:
     # Seconds of the last updates, and of the slowest save.
     self._durations: collections.deque[float] = collections.deque(maxlen=9)
     self._save_seconds, self._polls = 0.0, 0
-    # Of an answer of the last evaluation.
+    # Seconds of an answer in the last evaluation.
     self._answer_seconds = 0.0
     self._recent: collections.deque = collections.deque(maxlen=11)
     self._alarms = {"skipped"}  # Each skipped update is said at once.
@@ -285,9 +285,9 @@ class Run:
   def seconds_left(self, step: int) -> float:
     """Guesses how long the run takes after update `step`, evaluations too.
 
-    An evaluation that is due after this very update is still to come. Updates
-    are taken to last as the last ones did, and answers as those that were
-    evaluated.
+    An evaluation that is due after this very update is still to come. The guess
+    assumes that updates last as the last ones did, and answers as those of the
+    last evaluation.
     """
     steps = range(step, self.config.steps + 1)
     evaluated = [self._sets(one) for one in steps if self.is_due(one)]
@@ -391,7 +391,7 @@ class Run:
         )
 
   def _refresh(self, step: int) -> None:
-    """Makes the teacher the student if update `step`, from 0, is to see that.
+    """Copies the student to the teacher if update `step`, from 0, needs that.
 
     A copy that no update would see is not made: after the last update the
     teacher is the one that scored it.

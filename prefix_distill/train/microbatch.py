@@ -279,8 +279,8 @@ def _row_bytes(
 ) -> float:
   """Returns bytes that a row takes on a device.
 
-  Its cache, one layer of it once more while it grows, the keys and values of
-  prompts before they are laid out, and its logits.
+  They hold its cache, a second copy of one layer while the cache grows, the
+  keys and values of prompts before they are laid out, and its logits.
 
   Args:
     model: on the mesh of sampling.
@@ -347,9 +347,9 @@ def _kept(model: Model) -> float:
 def _trained_bytes(models: Models, prompt: int, length: int) -> float:
   """Returns bytes that a row takes on a device while it is differentiated.
 
-  What the forward pass keeps of each layer, the work of one layer and its
-  gradient, and the final states of both models, with their gradient. A row that
-  is only scored takes less, unless the teacher is far wider.
+  They hold what the forward pass keeps of each layer, the work of one layer and
+  its gradient, and the final states of both models, with their gradient. A row
+  that is only scored takes less, unless the teacher is far wider.
   """
   student, teacher = models.student, models.teacher
   tokens, width = prompt + length, student.dtype.itemsize
@@ -367,9 +367,9 @@ def _trained_bytes(models: Models, prompt: int, length: int) -> float:
 def _beside_training(models: Models, resting: Any) -> float:
   """Returns bytes that lie on a device while rows are differentiated.
 
-  What rests there, the gradient and its sum, the logits of a chunk, and of both
-  heads and of two layers what is gathered over fsdp; the head's gradient is
-  whole before it is scattered.
+  They hold what rests there, the gradient and its sum, the logits of a chunk,
+  both heads and two layers gathered over fsdp, and the head's gradient, which
+  is whole before it is scattered.
   """
   size, split = sharding.bytes_per_device, models.mesh.shape["tensor"]
   state, _, teacher = resting

@@ -62,7 +62,7 @@ _SETTLE = 0.3
 Contents = dict[str, str]
 # Files up to this size are hashed whole.
 _SMALL = 2**23
-# Of larger ones, so much at either end, and blocks at even distances between.
+# Larger ones are hashed at either end, and in blocks at even distances.
 _END, _BLOCK, _BLOCKS = 2**20, 2**16, 64
 _RECORDS = 64
 _MODEL_FILES = ("*.json", "*.txt", "*.jinja", "*.model")
@@ -438,7 +438,7 @@ def read_contents(
 
 
 def contents_difference(old: Contents, new: Contents) -> str:
-  """Says what differs first, as it goes on after "its run "; "" if nothing."""
+  """Returns the first difference, a predicate ("read X with A ..."), or ""."""
   for name in [*new, *(name for name in old if name not in new)]:
     before, after = old.get(name, "nothing"), new.get(name, "nothing")
     if before != after:
