@@ -257,6 +257,11 @@ def with_shardings(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
   return placed(abstract, param_shardings(abstract, mesh))
 
 
+def places(tree: Any) -> Any:
+  """Returns the shardings of a tree of arrays, or of their shapes."""
+  return jax.tree.map(lambda x: x.sharding, tree)
+
+
 def placed(shapes: Any, places: Any) -> Any:
   """Adds shardings; their tree may be a prefix of the tree of shapes."""
 
@@ -351,12 +356,7 @@ def on_device(shardings: Any) -> Any:
 
 def moved(move: Callable[[Any], Any], abstract: Any) -> Any:
   """Applies `on_host` or `on_device` to a tree of shapes with shardings."""
-  return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(
-          x.shape, x.dtype, sharding=move(x.sharding)
-      ),
-      abstract,
-  )
+  return placed(abstract, move(places(abstract)))
 
 
 def is_abstract(tree: Any) -> bool:

@@ -117,9 +117,9 @@ def rooms(
 ) -> tuple[int, ...]:
   """Returns the sizes that a cache grows through as rows get longer.
 
-  They are counted in columns behind the prompts. A kernel that reads the whole
-  cache, however short the rows are, gets it in steps of an eighth; a kernel that
-  reads each row up to its length gets the whole cache at once.
+  They are counted in columns behind the prompts. A kernel that reads all of the
+  cache, however short the rows are, gets it in steps of an eighth. A kernel
+  that reads each row up to its length gets all of it at once.
 
   Args:
     model: the architecture.
