@@ -257,7 +257,7 @@ def with_shardings(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
   return placed(abstract, param_shardings(abstract, mesh))
 
 
-def places(tree: Any) -> Any:
+def of(tree: Any) -> Any:
   """Returns the shardings of a tree of arrays, or of their shapes."""
   return jax.tree.map(lambda x: x.sharding, tree)
 
@@ -356,7 +356,7 @@ def on_device(shardings: Any) -> Any:
 
 def moved(move: Callable[[Any], Any], abstract: Any) -> Any:
   """Applies `on_host` or `on_device` to a tree of shapes with shardings."""
-  return placed(abstract, move(places(abstract)))
+  return placed(abstract, move(of(abstract)))
 
 
 def is_abstract(tree: Any) -> bool:

@@ -130,15 +130,20 @@ def _kept(workdir: pathlib.Path) -> dict[str, list[Line]]:
   }
 
 
-def render(workdir: pathlib.Path, lines: Sequence[Line]) -> str:
+def _render(
+    workdir: pathlib.Path,
+    lines: Sequence[Line],
+    config: Config,
+    values: dict[str, Any],
+) -> str:
   """Returns the page; draws its figures into `report/`.
 
   Args:
-    workdir: of the run, with `config.json`.
+    workdir: of the run.
     lines: of `metrics.jsonl`.
+    config: the settings.
+    values: of `config.json`.
   """
-  values = strict_json.read(workdir / "config.json")
-  config = config_lib.from_dict(values)
   figures = [
       {
           "data": base64.b64encode(
@@ -191,10 +196,12 @@ def render(workdir: pathlib.Path, lines: Sequence[Line]) -> str:
 def write(workdir: pathlib.Path) -> None:
   """Writes `report/` from the workdir's files; prints the closing table."""
   lines = report.read_metrics(workdir / "metrics.jsonl")
+  values = strict_json.read(workdir / "config.json")
+  config = config_lib.from_dict(values)
   directory = workdir / "report"
   directory.mkdir(exist_ok=True)
-  (directory / FILE).write_text(render(workdir, lines), "utf-8")
-  config = config_lib.from_dict(strict_json.read(workdir / "config.json"))
+  text = _render(workdir, lines, config, values)
+  (directory / FILE).write_text(text, "utf-8")
   report.print_closing(lines, config)
   report_at, model_at = directory / FILE, workdir / "export"
   print(f"Report in {report_at}, model in {model_at}.", flush=True)

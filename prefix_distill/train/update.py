@@ -183,7 +183,7 @@ class Programs:
     rows = sharding.batch_sharding(models.mesh)
     replicated = sharding.replicated(models.mesh)
     state = self.abstract_state()
-    self._resting = sharding.places(state)
+    self._resting = sharding.of(state)
     self._working = working = sharding.on_device(self._resting)
     buckets = prefix_schedule.buckets(config)
     self._samplers = {"student": sampler(models, models.student, buckets)}
@@ -261,7 +261,7 @@ class Programs:
     teacher = self.abstract_teacher()
     if teacher is None:
       return None
-    places = sharding.places(teacher)
+    places = sharding.of(teacher)
     return Program(
         "refresh",
         functools.partial(
@@ -354,7 +354,7 @@ class Programs:
 
   def on_device(self, params: Params) -> Params:
     """Brings weights that rest on the host, as the teacher's may."""
-    places = sharding.places(params)
+    places = sharding.of(params)
     if not any(map(sharding.is_on_host, jax.tree.leaves(places))):
       return params
     return sharding.put(params, sharding.on_device(places))
@@ -372,7 +372,7 @@ class Programs:
     Returns:
       The new ones, in the old ones' dtypes and places.
     """
-    places = sharding.places(teacher_params)
+    places = sharding.of(teacher_params)
     if not any(map(sharding.is_on_host, jax.tree.leaves(places))):
       return self._refresh(params, teacher_params)
     if not sharding.is_abstract(teacher_params):
