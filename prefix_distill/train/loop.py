@@ -542,48 +542,13 @@ class Run:
       self.keeper.write_rollouts(
           step + 1, request.source or "data", done.inspected
       )
-    mask, trained = done.mask, done.trained
-    stats = prefix_schedule.stats(done.metrics, mask, done.minima)
-    rewriting = done.rewritten and done.rewritten.lengths
-    read = prompts.for_teacher().mask.sum(1)
-    if rewriting and config.rollout.rewrite.scored_in == "rewriting":
-      read = rewriting.prompts
-    lengths = Lengths(
-        prompts.mask.sum(1), mask.sum(1), read, trained.sum(1), rewriting
-    )
+    lengths = _lengths(prompts, done, config)
     totals = self.prices.charge(
         self.totals, lengths, source, self.answer_len, step
     )
-    if done.metrics["finite"]:
-      state = self.schedule.next(totals.schedule, stats)
-      totals = dataclasses.replace(
-          totals, schedule=state, skipped_running=0
-      )
-    else:
-      totals = dataclasses.replace(
-          totals,
-          skipped=totals.skipped + 1,
-          skipped_running=totals.skipped_running + 1,
-      )
-      self._report_skipped(step + 1, prompts, done)
+    totals = self._after(step, prompts, done, totals)
     line = {"step": step + 1, "prefix_len": cap}
-    line |= _flatten(done.metrics, config)
-    line["skipped"] = totals.skipped
-    line |= self._teacher_update()
-    line |= {"rollout_len": float(mask.sum(1).mean())} | totals.line()
-    if config.rollout.source != "student":
-      line["source"] = source
-    if done.rewritten is not None:
-      line |= done.rewritten.metrics()
-    if "least_entropy" in done.metrics:
-      line["phase"] = "refinement" if request.refines else "exploration"
-    if done.minima is not None:
-      line["trained_len"] = float(trained.sum(1).mean())
-    if not config.is_supervised:
-      stops = {*self.models.stop_ids}
-      if done.rewritten is not None:
-        stops |= {*self.models.teacher_stop_ids}
-      line |= report.rollout_metrics(done.tokens, mask, [*stops])
+    line |= self._line(request, source, done, totals)
     passed = time.perf_counter() - begin
     self._durations.append(passed)
     self._tell_of_notice()
@@ -597,6 +562,52 @@ class Run:
         **clock.seconds,
         "tokens_per_second": lengths.drawn / passed,
     }
+
+  def _after(
+      self,
+      step: int,
+      prompts: PromptBatch,
+      done: update_lib.Outcome,
+      totals: Totals,
+  ) -> Totals:
+    """Returns the totals after update `step`, from 0, finite or skipped."""
+    if done.metrics["finite"]:
+      stats = prefix_schedule.stats(done.metrics, done.mask, done.minima)
+      state = self.schedule.next(totals.schedule, stats)
+      return dataclasses.replace(totals, schedule=state, skipped_running=0)
+    self._report_skipped(step + 1, prompts, done)
+    return dataclasses.replace(
+        totals,
+        skipped=totals.skipped + 1,
+        skipped_running=totals.skipped_running + 1,
+    )
+
+  def _line(
+      self,
+      request: update_lib.Request,
+      source: str,
+      done: update_lib.Outcome,
+      totals: Totals,
+  ) -> dict[str, Any]:
+    """Returns what an update showed, as its metrics line has it."""
+    config, mask = self.config, done.mask
+    line = _flatten(done.metrics, config) | {"skipped": totals.skipped}
+    line |= self._teacher_update()
+    line |= {"rollout_len": float(mask.sum(1).mean())} | totals.line()
+    if config.rollout.source != "student":
+      line["source"] = source
+    if done.rewritten is not None:
+      line |= done.rewritten.metrics()
+    if "least_entropy" in done.metrics:
+      line["phase"] = "refinement" if request.refines else "exploration"
+    if done.minima is not None:
+      line["trained_len"] = float(done.trained.sum(1).mean())
+    if not config.is_supervised:
+      stops = {*self.models.stop_ids}
+      if done.rewritten is not None:
+        stops |= {*self.models.teacher_stop_ids}
+      line |= report.rollout_metrics(done.tokens, mask, [*stops])
+    return line
 
   @contextlib.contextmanager
   def _watched(self, step: int, clock: update_lib.Clock) -> Iterator[None]:
@@ -662,6 +673,23 @@ class Run:
           f" of update {last}. Lower optimizer.learning_rate, or look at the"
           " models and at those batches."
       )
+
+
+def _lengths(
+    prompts: PromptBatch, done: update_lib.Outcome, config: Config
+) -> Lengths:
+  """Returns the actual lengths of an update's sequences."""
+  rewriting = done.rewritten and done.rewritten.lengths
+  read = prompts.for_teacher().mask.sum(1)
+  if rewriting and config.rollout.rewrite.scored_in == "rewriting":
+    read = rewriting.prompts
+  return Lengths(
+      prompts.mask.sum(1),
+      done.mask.sum(1),
+      read,
+      done.trained.sum(1),
+      rewriting,
+  )
 
 
 def _flatten(metrics: dict[str, Any], config: Config) -> dict[str, float]:
