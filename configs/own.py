@@ -54,22 +54,16 @@ from prefix_distill.errors import ConfigError
 from prefix_distill.models import config as model_config
 from prefix_distill.models import huggingface as hf
 
-_NAMES = tuple(
-    (
-        "student teacher prompts question eval answer method completion steps"
-        " tokens"
-    ).split()
-)
+_NAMES = (
+    "student teacher prompts question eval answer method completion steps"
+    " tokens"
+).split()
 # Fields that the field's data sets have, in the order in which they are tried.
-_QUESTIONS = tuple(
-    (
-        "question problem prompt messages conversations.0.value instruction"
-        " query input text"
-    ).split()
-)
-_ANSWERS = tuple(
-    "answer final_answer expected_answer solution target label".split()
-)
+_QUESTIONS = (
+    "question problem prompt messages conversations.0.value instruction query"
+    " input text"
+).split()
+_ANSWERS = "answer final_answer expected_answer solution target label".split()
 _COMPLETIONS = ("completion", "response", "output", "solution", "answer")
 _LOOKED_AT, _COLUMNS, _LONGEST = 1000, 64, 4096
 

@@ -565,6 +565,8 @@ def _read(
   if spec.source in BUNDLED_TASKS:
     try:
       style = spec.subset or "clean"
+      if spec.source == "sums_task":
+        return bundled_tasks.SumsTask(spec.split, spec.size, style)
       if spec.source == "chain_task":
         return bundled_tasks.ChainTask(spec.split, spec.size, style)
       if style == "guided":

@@ -270,7 +270,7 @@ def complete(
     seed: int,
     draw: generate.Draw,
     answers: Answers = continuous_batching.Engine.answers,
-    shown: int = 0,
+    shown: Sequence[int] = (),
 ) -> Completions:
   """Decodes every answer to its end.
 
@@ -283,7 +283,8 @@ def complete(
       differ by their weights alone.
     draw: the longest answer, the temperature, and whether to decode greedily.
     answers: `Engine.answers`, or what keeps the answers too.
-    shown: of how many problems, evenly over the set, to return tokens.
+    shown: of how many problems, evenly over the set, to return tokens; of all
+      of these choices.
   """
   key = jax.random.key(seed)
   key = jax.random.fold_in(key, zlib.crc32(problems.name.encode()))
@@ -297,7 +298,10 @@ def complete(
   lengths = np.zeros((count, samples), int)
   finished = np.zeros((count, samples), bool)
   repetition = np.zeros((count, samples))
-  wanted, kept = report.spread(range(count), shown), {}
+  wanted = set().union(
+      *(report.spread(range(count), most) for most in shown)
+  )
+  kept = {}
   for answer, tokens, stopped in answers(engine, batch, key, draw):
     at = divmod(answer, samples)
     texts[at[0]][at[1]] = tokenizer.answer(tokens, np.ones(len(tokens), bool))
@@ -378,7 +382,7 @@ def evaluate(
     write: Callable[[dict[str, Any], Completions], None],
     files: Callable[[str, str], pathlib.Path | None],
     poll: Callable[[], None],
-    shown: int = 0,
+    shown: Sequence[int] = (),
 ) -> None:
   """Evaluates on every set, sampled (mean@k) and greedy.
 

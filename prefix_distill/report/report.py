@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
 import errno
+import itertools
 import json
 import math
 import os
@@ -243,6 +244,34 @@ def length_p95(lengths: np.ndarray) -> int:
   return int(np.percentile(lengths, 95, method="inverted_cdf"))
 
 
+# Where the positions of an answer are told apart, in tokens.
+_BORDERS = (0, 16, 64, 256, 1024, 4096)
+
+
+def divergence(nats: Sequence[np.ndarray]) -> dict[str, Any]:
+  """Summarizes the reverse KL of whole answers, in nats an answer.
+
+  Args:
+    nats: of each answer, the divergence at each of its tokens.
+
+  Returns:
+    `kl`, the mean over answers; `kl_answers`, that of each; `kl_positions`,
+    what of the mean lies at tokens 0 to 16, 16 to 64, 64 to 256 and so on, as
+    far as there are any.
+  """
+  totals = [float(np.sum(x)) for x in nats]
+  longest = max(map(len, nats))
+  borders = [x for x in _BORDERS if x < longest]
+  return {
+      "kl": float(np.mean(totals)),
+      "kl_answers": [float(f"{x:.4g}") for x in totals],
+      "kl_positions": [
+          float(np.mean([np.sum(x[start:end]) for x in nats]))
+          for start, end in itertools.pairwise([*borders, longest])
+      ],
+  }
+
+
 def finish_shares(finished: np.ndarray) -> dict[str, float]:
   """Returns the fractions of answers that finished and that were cut.
 
@@ -332,10 +361,11 @@ def evaluation_line(which: str, step: int, values: Line) -> str:
   """Returns one evaluation as a line of text."""
   if values.get("teacher_update"):
     which += f" (the student after update {values['teacher_update']})"
+  nats = f", {values['kl']:.3g} nats from the teacher" if "kl" in values else ""
   return (
       f"step {step:>4}  {which} on {values['set']}, {values['mode']}:"
       f" {accuracy(values)}, {values['finish_rate']:.1%} finish,"
-      f" {values['mean_length']:.0f} tokens"
+      f" {values['mean_length']:.0f} tokens{nats}"
   )
 
 

@@ -440,19 +440,23 @@ class Run:
           sets[values["set"]],
           completions,
           values["verdicts"],
+          shown,
       )
       verdicts = values["verdicts"][:: values["samples"]]
-      shown = zip(completions.texts, verdicts, strict=True)
+      graded = zip(completions.texts, verdicts, strict=True)
       self.tracker.text(
           f"{which}/{values['set']}/{values['mode']}",
           "\n\n".join(
               f"[{'right' if right == '1' else 'wrong'}] {texts[0]}"
-              for texts, right in itertools.islice(shown, _TEXTS)
+              for texts, right in itertools.islice(graded, _TEXTS)
           ),
           step,
       )
       if which == "student" and values["mode"] == "sampled":
         self.answer_len = values["mean_length"]
+        if spec.scored:
+          problems = sets[values["set"]]
+          values = values | self._divergence(problems, completions)
       if which == "teacher":
         values = values | self._teacher_update()
       self.write({
@@ -469,6 +473,7 @@ class Run:
     sets = self._sets(step)
     if not sets:
       return
+    shown = self.keeper.problems(step, self.is_last(step))
     sampler = evaluator.sampler_config(setup.tokenizer, spec, stop_ids)
     rows = microbatch.answers(
         models,
@@ -489,10 +494,25 @@ class Run:
         write,
         file,
         functools.partial(_poll, self.stop, "during an evaluation"),
-        self.keeper.problems(step, self.is_last(step)),
+        (shown, spec.scored),
     )
     passed = time.perf_counter() - start
     self._answer_seconds = passed / max(self._count(sets), 1)
+
+  def _divergence(
+      self, problems: evaluator.Problems, completions: evaluator.Completions
+  ) -> dict[str, Any]:
+    """Returns how far from the teacher the student's whole answers are."""
+    count = self.config.evaluation.scored
+    numbers = sorted(report.spread(range(len(problems.answers)), count))
+    prompts = jax.tree.map(lambda x: x[np.array(numbers)], problems.batch)
+    nats = self.programs.divergences(
+        self.student_params,
+        self.programs.on_device(self.teacher_params),
+        prompts,
+        [completions.tokens[number] for number in numbers],
+    )
+    return report.divergence(nats)
 
   def _sets(self, step: int) -> dict[str, evaluator.Problems]:
     """Returns the sets to evaluate after update `step`."""

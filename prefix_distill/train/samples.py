@@ -278,6 +278,7 @@ class Keeper:
       problems: Problems,
       completions: Completions,
       verdicts: str,
+      shown: int,
   ) -> None:
     """Writes the answers to some problems of a set, the first to each.
 
@@ -288,12 +289,14 @@ class Keeper:
       problems: the set.
       completions: with the tokens of the answers that are kept.
       verdicts: see `evaluator.summarize`.
+      shown: of how many problems.
     """
     if self._writer is None:
       return
     samples_each = completions.lengths.shape[1]
     batch = problems.batch
-    for number, tokens in sorted(completions.tokens.items()):
+    for number in sorted(report.spread(range(len(problems.answers)), shown)):
+      tokens = completions.tokens[number]
       self._writer.answers.write(
           {
               "step": step,

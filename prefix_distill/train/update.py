@@ -7,6 +7,7 @@ compiled ahead in the background, and planned for machines that are not there.
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
 import contextlib
 import dataclasses
 import functools
@@ -425,7 +426,7 @@ class Programs:
     count = min(spec.rollouts, rows)
     picked = np.arange(count) * (rows // count)
     picked = np.resize(picked, -(-count // shards) * shards)
-    batch, rollout = jax.tree.map(lambda x: x[picked], (batch, rollout))
+    batch, rollout = _rows((batch, rollout), picked)
     most = min(prefix_schedule.longest(models.config), spec.max_tokens)
     behind = max(most - rollout.tokens.shape[1], 0)
     fitted = jax.tree.map(
@@ -443,6 +444,68 @@ class Programs:
     )
     found = sharding.to_host(found, models.mesh)
     return Inspected(batch, rollout.tokens, rollout.mask, found)
+
+  def divergences(
+      self,
+      params: Params,
+      teacher_params: Params,
+      prompts: PromptBatch,
+      answers: Sequence[np.ndarray],
+  ) -> list[np.ndarray]:
+    """Returns the exact reverse KL at each token of whole answers, in nats.
+
+    The answers are scored as many at a time as an update has rollouts, in
+    microbatches if need be. There is one program for each length of prompts.
+
+    Args:
+      params: the student's.
+      teacher_params: on the devices.
+      prompts: NumPy prompts [N, S].
+      answers: the tokens of each, up to `evaluation.max_len`.
+    """
+    config = self._models.config
+    rows = config.data.batch_size * config.rollout.per_prompt
+    found = []
+    for first in range(0, len(answers), rows):
+      part = answers[first : first + rows]
+      # Prompts behind the last one repeat others; their answers are empty.
+      which = np.resize(np.arange(first, first + len(part)), rows)
+      batch = _rows(prompts, which)
+      shape = (rows, config.evaluation.max_len)
+      tokens = np.full(shape, self._models.pad_id, np.int32)
+      mask = np.zeros(shape, bool)
+      for row, answer in enumerate(part):
+        tokens[row, : len(answer)], mask[row, : len(answer)] = answer, True
+      nats = self._divergences(
+          params, teacher_params, batch, Rollout(tokens, mask)
+      )
+      found += [x[: len(y)] for x, y in zip(nats, part, strict=False)]
+    return found
+
+  def _divergences(
+      self,
+      params: Params,
+      teacher_params: Params,
+      batch: PromptBatch,
+      rollout: Rollout,
+  ) -> np.ndarray:
+    """The same of NumPy rollouts: [B, P]."""
+    models = self._models
+    inputs = sharding.global_batch((batch, rollout), models.mesh)
+    found = [
+        self._inspect(
+            models.student,
+            models.teacher,
+            models.loss.dist,
+            1,
+            models.loss.memory,
+            params,
+            teacher_params,
+            *part,
+        )["divergence"]
+        for part in self.microbatches.for_scoring(*inputs)
+    ]
+    return microbatch.join(sharding.to_host(found, models.mesh))
 
   def update(
       self,
@@ -713,6 +776,10 @@ class Programs:
         "compilations_score": self._score.used,
         "compilations_update": self.gradient.used,
     }
+
+
+def _rows(tree: Any, which: np.ndarray) -> Any:
+  return jax.tree.map(lambda x: x[which], tree)
 
 
 def _zeros_of(gradient: Any, *args: Any) -> Gradient:
