@@ -37,6 +37,7 @@ What is chosen, and why:
              device has it
 """
 
+from collections.abc import Sequence
 import math
 import re
 import sys
@@ -105,7 +106,7 @@ def _number(given: dict[str, str], name: str, default: int) -> int:
 
 
 def _field(
-    record: object, given: str | None, known: tuple[str, ...], what: str
+    record: object, given: str | None, known: Sequence[str], what: str
 ) -> str:
   """Returns the field that was given, or the first known one that is there.
 
