@@ -13,7 +13,6 @@ from prefix_distill.config import PrefixSpec
 from prefix_distill.config import SamplesSpec
 from prefix_distill.data import tokenizer as tokenizer_lib
 from prefix_distill.distill import inspection
-from prefix_distill.distill import loss as loss_lib
 from prefix_distill.report import report
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
@@ -116,7 +115,7 @@ def test_an_inspection_is_what_the_dense_models_say(memory):
   found = INSPECT(
       student, teacher, merged, 99, memory, ours, theirs, batch, rollout
   )
-  exact = loss_lib.token_divergence(
+  exact = toys.token_divergence(
       student, teacher, merged, ours, theirs, batch, rollout
   )
   np.testing.assert_allclose(
@@ -226,7 +225,7 @@ def test_divergences_are_the_exact_reverse_kl_of_the_first_student(
   for line in rollouts:
     prompt = tokenizer.encode("".join(text for text, _ in line["prompt"]))
     kept = np.array([line["ids"]], np.int32)
-    kl = loss_lib.token_divergence(
+    kl = toys.token_divergence(
         student, teacher, setup.models.loss.dist, ours, theirs,
         PromptBatch(
             jnp.array([prompt]), jnp.ones((1, len(prompt)), bool),

@@ -9,7 +9,6 @@ import pytest
 import toys
 
 from prefix_distill import config as config_lib
-from prefix_distill.distill import loss as loss_lib
 from prefix_distill.errors import ConfigError
 from prefix_distill.report import report
 from prefix_distill.structs import Rollout
@@ -56,7 +55,7 @@ def test_scores_are_those_of_each_answer_alone(models, tmp_path, tokens):
   for row, (nats, answer) in enumerate(zip(found, answers, strict=True)):
     prompt = jax.tree.map(lambda x, row=row: x[row : row + 1], prompts)
     mask = np.ones((1, len(answer)), bool)
-    alone = loss_lib.token_divergence(
+    alone = toys.token_divergence(
         run.models.student,
         run.models.teacher,
         run.models.loss.dist.plain,

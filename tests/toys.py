@@ -21,7 +21,9 @@ import numpy as np
 
 from prefix_distill import assets
 from prefix_distill import config as config_lib
+from prefix_distill.distill import chunked_head
 from prefix_distill.distill import divergence
+from prefix_distill.distill import loss as loss_lib
 from prefix_distill.distill.divergence import Distribution
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models.config import ModelConfig
@@ -88,6 +90,26 @@ forward_kl = functools.partial(_dense, divergence.forward_kl_term)
 def jsd(student_logits, teacher_logits, dist, beta=0.5) -> jax.Array:
   term = divergence.named("jsd", beta)
   return _dense(term, student_logits, teacher_logits, dist)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def token_divergence(
+    student, teacher, dist, student_params, teacher_params, batch, rollout
+) -> jax.Array:
+  """Returns the exact reverse KL at each rollout token, in nats: [B, P]."""
+  exact = loss_lib.ExactLoss(dist)
+  _, metrics = chunked_head.weighted_sum(
+      *exact.arguments(
+          student,
+          student_params,
+          teacher.head(teacher_params),
+          student.prefix_hidden(student_params, batch, rollout),
+          rollout,
+          loss_lib.score(teacher, exact, teacher_params, batch, rollout),
+          rollout.mask,
+      )
+  )
+  return metrics["kl"]
 
 
 def model(seed: int = 0, **changes) -> tuple[Model, Params]:

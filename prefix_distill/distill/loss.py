@@ -595,40 +595,6 @@ def cross_entropy(
   return value
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def token_divergence(
-    student: Model,
-    teacher: Model,
-    dist: Distribution,
-    student_params: Params,
-    teacher_params: Params,
-    batch: PromptBatch,
-    rollout: Rollout,
-) -> jax.Array:
-  """Returns the exact reverse KL at each rollout token, in nats: [B, P].
-
-  Meaningless where `rollout.mask` is false.
-
-  Args:
-    student: its architecture.
-    teacher: its architecture.
-    dist: the real ids and the stop tokens.
-    student_params: its weights.
-    teacher_params: its weights.
-    batch: prompts [B, S].
-    rollout: [B, P].
-  """
-  exact = ExactLoss(dist)
-  _, metrics = chunked_head.weighted_sum(
-      *exact.arguments(
-          student, student_params, teacher.head(teacher_params),
-          student.prefix_hidden(student_params, batch, rollout), rollout,
-          score(teacher, exact, teacher_params, batch, rollout), rollout.mask,
-      )
-  )
-  return metrics["kl"]
-
-
 def _entropy(
     probs: divergence.LogProbs, dist: Distribution, shard: Shard
 ) -> jax.Array:
