@@ -125,7 +125,7 @@ def _without_secret(value: str) -> str:
   return value
 
 
-# Of a model or a data set; the limits of a text come before the validator.
+# The place of a model or data set; the limits of a text come first.
 _Place = Annotated[_Str, pydantic.AfterValidator(_without_secret)]
 _NamedPlace = Annotated[_Name, pydantic.AfterValidator(_without_secret)]
 # A part of files' names, whose bytes are bounded.

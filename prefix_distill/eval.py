@@ -111,7 +111,7 @@ def evaluate(
 
 
 def _mesh(config: Config) -> jax.sharding.Mesh:
-  """Returns the settings' mesh, or all that is here if it does not fit."""
+  """Returns the settings' mesh; or if it does not fit, all devices here."""
   try:
     mesh = sharding.make_mesh(config.mesh)
     setup.check_batches(config, mesh)

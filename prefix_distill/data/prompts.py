@@ -470,7 +470,7 @@ class PromptIterator:
     """Refuses records of which none can be used.
 
     Raises:
-      ConfigError: so it is.
+      ConfigError: no record can be used.
     """
     if any(isinstance(x, Example) for x in found) or not self._whole:
       return

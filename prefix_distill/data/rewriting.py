@@ -117,7 +117,7 @@ class Rewriting:
       suffixes: of the student's prompts.
 
     Raises:
-      ConfigError: so it is.
+      ConfigError: there is no room, or nothing is open.
     """
     spec, data = self.config.rollout.rewrite, self.config.data
     least = len(self._encode("", ""))

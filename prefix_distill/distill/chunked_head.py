@@ -32,7 +32,7 @@ PerToken = dict[str, jax.Array]
 # logits, a gradient and what XLA does not fuse.
 _COPIES = 4
 _PartitionSpec = jax.sharding.PartitionSpec
-# Of the hidden states and of the head; None for a head that is not trained.
+# The states' and the head's; None for a head that is not trained.
 _Gradients = tuple[jax.Array, jax.Array | None]
 
 

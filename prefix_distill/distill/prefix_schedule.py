@@ -148,7 +148,7 @@ class Schedule:
     return {"step": state["step"] + 1}
 
   def threshold(self, state: State) -> float | None:
-    """Below which rollouts agree; None if the schedule does not cut them."""
+    """Returns the bound below which rollouts agree; None if it cuts none."""
     del state
 
   def choose(

@@ -46,13 +46,15 @@ def with_answers(
 
   Only answers that end by themselves are kept. All of the run's prompts are
   answered, each once: `steps * data.batch_size`, or as many as there are.
-  With it comes what the answers cost, those that did not end included.
 
   Args:
     setup: of the run, with the teacher.
     workdir: keeps the answers so far, so that a run that was stopped or killed
       goes on with them.
     poll: called every few seconds; it may raise to stop.
+
+  Returns:
+    The setup, and what the answers cost, unended ones included.
 
   Raises:
     DataError: no answer ended within `rollout.max_len` tokens.

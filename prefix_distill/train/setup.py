@@ -479,7 +479,7 @@ def stop_ids(
 def rewriting_of(
     config: Config, fed: Sequence[prompts.PromptReader]
 ) -> Rewriting | None:
-  """Returns how the teacher rewrites the student's answers, if it does.
+  """Returns how the teacher rewrites the student's answers; None if never.
 
   Args:
     config: the settings.

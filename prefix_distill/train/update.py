@@ -689,7 +689,7 @@ class Programs:
 
   @property
   def sources(self) -> tuple[str, ...]:
-    """Whose answers updates learn from, as far as they are sampled."""
+    """The sources of answers that updates sample."""
     rollout = self._models.config.rollout
     if rollout.source == "rewrite":
       return ("rewrite", "student")[: 1 if rollout.source_share == 1 else 2]

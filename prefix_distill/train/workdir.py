@@ -175,7 +175,7 @@ class Holder:
     return True if time.time() - self.beat > _AGE else None
 
   def line(self) -> str:
-    # Of one length, so that no rest of a longer one is left.
+    # All lines have one length, so that no end of a longer one is left.
     return json.dumps(dataclasses.asdict(self)).ljust(600) + "\n"
 
 
