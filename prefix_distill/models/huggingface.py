@@ -541,8 +541,8 @@ def _write_weights(
   Adapters are merged into a tensor as it is written.
   """
   changes = {name: leaf for name, leaf, _ in leaves(adapters, family)}
-  # A tensor's name to its bytes, its parameter, the layer's number, its place in
-  # a file, and its adapters.
+  # A tensor's name to its bytes, its parameter, the layer's number, how it lies
+  # in a file, and its adapters.
   tensors = {}
   for ours, leaf, tensor in leaves(params, family):
     count = leaf.shape[0] if _stacked(ours) else 1
