@@ -210,6 +210,11 @@ CELLS = {
     "last-32": _ablation(
         "full rollouts, loss on the last 32", _window(-32, 0), "full"
     ),
+    "full-forward": _ablation(
+        "full, forward KL",
+        _FULL | {"loss.exact.divergence": "forward_kl"},
+        "full",
+    ),
     "forward": _ablation(
         "forward KL, prefix of 64",
         _FIXED_64 | {"loss.exact.divergence": "forward_kl"},

@@ -527,6 +527,14 @@ COMPARISONS = (
     Comparison(_DIVERGENCE, "fixed-64", "forward", "end"),
     Comparison(_DIVERGENCE, "fixed-64", "off-reverse", "end"),
     Comparison(_DIVERGENCE, "fixed-64", "off-forward", "end"),
+    Comparison(_DIVERGENCE, "full", "full-forward", "end"),
+    Comparison(_DIVERGENCE, "full", "full-forward", "stop"),
+    *(
+        Comparison(_DIVERGENCE, cell, other, what)
+        for cell in ("forward", "off-forward")
+        for other in ("full", "full-forward")
+        for what in ("end", "equal")
+    ),
     *(
         Comparison(_OTHERS, cell, "full", what)
         for cell in ("fixed-16", "fixed-64", "random", "audited", "seqkd")
