@@ -34,7 +34,8 @@ _INDENTED = re.compile(r"^    ((?:prefix-distill|python) .*)$", re.M)
 # What no laptop has; the rest of these are launch/'s.
 _REMOTE = ("gcloud", "gcsfuse", "ssh-add", "slurm.sh", "tpu.sh", "gke.sh")
 _LOCAL = (
-    "git", "local.sh", "ls", "pip", "prefix-distill", "pytest", "python", "ruff"
+    "git", "local.sh", "ls", "pip", "prefix-distill", "pytest", "python",
+    "python3", "ruff", "uv",
 )  # fmt: skip
 _RECORDER = f"""#!{sys.executable} -S
 import json, os, sys
@@ -174,6 +175,20 @@ def test_a_command_that_needs_more_than_a_laptop_says_so(calls, parsed):
       if told["reads"] and not environment["NEEDS"]
   ]
   assert not silent, "\n".join(silent)
+
+
+def test_a_checkpoint_that_a_page_asks_for_is_kept(calls):
+  """After the default command, whose run is runs/math."""
+  config = experiment.get_config("tiny")
+  spec = config.checkpoint
+  kept = [config.steps - n * spec.every for n in range(spec.keep)]
+  asked = [
+      int(part.removeprefix("--step="))
+      for arguments, _ in calls
+      for part in arguments
+      if re.match("--step=[0-9]", part)
+  ]
+  assert asked and set(asked) <= set(kept)
 
 
 def test_the_launch_scripts_take_the_flags_that_the_pages_give(calls):

@@ -162,7 +162,8 @@ def _tour() -> str:
   for shown, meant in {
       "student=DIR,teacher=DIR": "student=MODEL,teacher=bundled:teacher",
       "prompts=FILE": "prompts=asked.jsonl,steps=2,tokens=32",
-      "--step=20": "--step=2",
+      "--step=40": "--step=0",
+      "python3 -m venv .venv && . .venv/bin/activate": "",
   }.items():
     assert shown in text
     text = text.replace(shown, meant)

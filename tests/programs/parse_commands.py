@@ -49,9 +49,7 @@ def _only_parse(main: Any, argv: Any = None, flags_parser: Any = None) -> None:
   if flags.FLAGS.config is None:
     raise _Parsed([])
   config = command_line.config()
-  if "topology" in flags.FLAGS or (
-      command_line.PREFLIGHT.value or command_line.PRINT_CONFIG.value
-  ):
+  if "topology" in flags.FLAGS or command_line.PRINT_CONFIG.value:
     raise _Parsed([])
   paths = (config.student.path, config.teacher.path)
   read = [x for x in paths if x and not x.startswith("bundled:")]
