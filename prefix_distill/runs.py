@@ -37,7 +37,7 @@ _HEADER = (
     "method",
     "updates",
     "FLOPs",
-    "seconds",
+    "time, s",
     "before, %",
     "last, %",
     "minus the first's, points",

@@ -79,7 +79,8 @@ def place(tmp_path_factory) -> pathlib.Path:
     file.parent.mkdir(exist_ok=True)
     file.write_text(_RECORDER)
     file.chmod(0o755)
-  (place / "bin" / "bash").symlink_to(shutil.which("bash"))
+  for name in ("bash", "seq"):
+    (place / "bin" / name).symlink_to(shutil.which(name))
   (place / ".venv" / "bin").mkdir(parents=True)
   (place / ".venv" / "bin" / "activate").touch()
   # What `git clone REPO prefix_distill` makes.
