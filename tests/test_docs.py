@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -65,7 +66,10 @@ def _script(page: str) -> str:
   inline = [" ".join(x.split()) for x in _INLINE.findall(rest)]
   lines += [x for x in inline if "..." not in x] + _INDENTED.findall(rest)
   return re.sub(
-      r"^# Needs (.*)$", r'export NEEDS="\1"', "\n".join(lines), flags=re.M
+      r"^# Needs (.*)$",
+      lambda match: f"export NEEDS={shlex.quote(match[1])}",
+      "\n".join(lines),
+      flags=re.M,
   )
 
 
