@@ -76,29 +76,17 @@ def evaluate(
   spec = ModelSpec(path, compute_dtype=config.student.compute_dtype)
   config = dataclasses.replace(config, student=spec)
   mesh = _mesh(config)
-  inputs = setup.read_evaluation(config, mesh)
-  tokenizer, student = inputs.tokenizer, inputs.model
-  models = setup.Models(
-      config,
-      mesh,
-      student,
-      None,
-      tokenizer.num_tokens,
-      tokenizer.pad_id,
-      tokenizer.special_ids,
-      tokenizer.stop_ids,
-      memory=sharding.memory(mesh),
+  student, tokenizer, problems = setup.read_evaluation(config, mesh)
+  models = setup.Models.of(
+      config, mesh, student, None, [tokenizer], sharding.memory(mesh)
   )
   params = setup.load_model(spec, student, mesh, config.seed)
   model = models.for_sampling(student)
+  sampler = evaluator.sampler_config(
+      tokenizer, config.evaluation, models.stop_ids
+  )
   rows = microbatch.answers(
-      models,
-      model,
-      evaluator.sampler_config(
-          tokenizer, config.evaluation, tokenizer.stop_ids
-      ),
-      params,
-      evaluator.longest_prompt(inputs.problems),
+      models, model, sampler, params, evaluator.longest_prompt(problems)
   )
   lines = []
 
@@ -117,8 +105,8 @@ def evaluate(
         params,
         tokenizer,
         config.evaluation,
-        inputs.problems,
-        tokenizer.stop_ids,
+        problems,
+        sampler,
         rows,
         config.seed,
         write,
@@ -131,7 +119,7 @@ def evaluate(
 
 
 def _mesh(config: Config) -> jax.sharding.Mesh:
-  """Returns the settings' mesh, or all that is here if it does not fit."""
+  """Returns the settings' mesh; or if it does not fit, all devices here."""
   try:
     mesh = sharding.make_mesh(config.mesh)
     setup.check_batches(config, mesh)

@@ -76,11 +76,7 @@ def read(workdir: pathlib.Path, name: str) -> RunSummary:
   """
   config = workdir_lib.read_config(workdir)
   lines = report.read_metrics(workdir / "metrics.jsonl")
-  sampled = [
-      x
-      for x in lines
-      if x.get("mode") == "sampled" and x["model"] == "student"
-  ]
+  sampled = report.evaluations(lines, mode="sampled", model="student")
   check(
       bool(sampled),
       f"{workdir} has no evaluation yet; leave it out, or wait for one.",
@@ -89,7 +85,7 @@ def read(workdir: pathlib.Path, name: str) -> RunSummary:
   return RunSummary(
       name,
       config,
-      [x for x in lines if "prefix_len" in x],
+      report.updates(lines),
       {n: [x for x in sampled if x["set"] == n] for n in names},
   )
 
@@ -250,12 +246,7 @@ def _compare(args: argparse.Namespace) -> None:
 def start() -> None:
   """Does what the command line says, or exits with one sentence."""
   command = sys.argv[0].split()[-1]
-  parser = ArgumentParser(
-      prog=f"prefix-distill {command}",
-      description=__doc__,
-      formatter_class=argparse.RawDescriptionHelpFormatter,
-      allow_abbrev=False,
-  )
+  parser = ArgumentParser(command, __doc__)
   if command == "report":
     parser.add_argument("--workdir", default="", help="Where the run is kept.")
   else:

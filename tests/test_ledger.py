@@ -6,10 +6,10 @@ import pytest
 import toys
 
 from prefix_distill.report import flops
+from prefix_distill.report.flops import Bought
 from prefix_distill.report.flops import Lengths
-from prefix_distill.train.checkpoint import Bought
-from prefix_distill.train.checkpoint import Prices
-from prefix_distill.train.checkpoint import Totals
+from prefix_distill.report.flops import Prices
+from prefix_distill.report.flops import Totals
 
 STUDENT = toys.model_config()
 TEACHER = toys.model_config(dim=64)

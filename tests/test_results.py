@@ -168,9 +168,9 @@ def test_the_trials_choose_by_validation():
   todo = reproduce.Experiment("capable", "full", 0)
   line = reproduce.command(todo, pathlib.Path("x"), trials)
   assert "--config.optimizer.learning_rate=0.0003" in line
-  job = reproduce.Experiment("capable", "full-fast", 0)
+  job = reproduce.Experiment("chain", "full-fast", 0)
   line = reproduce.command(job, pathlib.Path("x"), trials)
-  assert "--config.optimizer.learning_rate=1e-3" in line
+  assert "--config.optimizer.learning_rate=0.001" in line
   # A cell that had no trials takes another one's.
   todo = reproduce.Experiment("capable", "first-32", 0)
   line = reproduce.command(todo, pathlib.Path("x"), trials)
@@ -337,3 +337,101 @@ def test_what_the_readme_says_of_equal_flops():
   assert _word("random", "linear", "end").word() == "as good"
   assert _word("linear", "seqkd", "equal").word() == "worse"
   assert _word("fixed-64", "seqkd", "equal").word() == "undecided"
+
+
+def _found(**accuracies):
+  """Cells of one task, three seeds, all at the same FLOPs for each update."""
+  shape = np.array([0.0, 0.3, 0.6, 0.9, 1.0])
+  runs = [
+      run(cell.replace("_", "-"), seed, 0.1 + (to - 0.1) * shape, cost)
+      for cell, (to, cost) in accuracies.items()
+      for seed in range(3)
+  ]
+  return {cell: curve for (_, cell), curve in results.curves(runs).items()}
+
+
+def test_a_verdict_is_what_the_intervals_say():
+  growing = results.FINDINGS[0]
+  found = _found(full=(0.9, 10.0), linear=(0.9, 4.0))
+  assert results.verdict(growing, found)[0] == "holds"
+  found = _found(full=(0.9, 10.0), linear=(0.7, 4.0))
+  said, why = results.verdict(growing, found)
+  assert said == "does not hold" and "-20.0" in why and "3 seeds" in why
+  assert results.verdict(growing, _found(full=(0.9, 10.0)))[0] == "not run"
+  # As good at the end, but no better at the same FLOPs.
+  found = _found(full=(0.9, 10.0), linear=(0.9, 10.0))
+  assert results.verdict(growing, found)[0] == "open"
+
+
+def test_one_table_has_a_row_for_each_finding_and_task():
+  found = _found(full=(0.9, 10.0), linear=(0.9, 4.0))
+  table = results.verdicts_table({"a": found, "b": found}, {"a": "A", "b": "B"})
+  rows = table.splitlines()[2:]
+  assert len(rows) == 2 * len(results.FINDINGS)
+  assert [row.split(" | ")[1] for row in rows[:2]] == ["A", "B"]
+
+
+def _scored(cell, seed, nats):
+  """A run whose answers are so many nats from the teacher, at the end."""
+  found = run(cell, seed, [0.1, 0.5], 1.0)
+  kl = [[9.0] * 20, [nats + 0.01 * i for i in range(20)]]
+  return found | {
+      "kl": kl,
+      "kl_positions": [[3.0, 5.0, 1.0], [nats / 4, nats / 2, nats / 4]],
+  }
+
+
+def test_answers_that_the_teacher_scored_are_compared():
+  runs = [_scored(cell, seed, nats)
+          for cell, nats in (("full", 2.0), ("linear", 3.0))
+          for seed in range(2)]  # fmt: skip
+  found = {cell: c for (_, cell), c in results.curves(runs).items()}
+  table = results.divergence_table(found, CELLS)
+  before, full, linear = table.splitlines()[2:]
+  assert "| before | 2 | 9.00 (9.00-9.00) |" in before
+  assert "| 3.00 | 6.00 |" in before
+  assert "| 2.09 (" in full
+  assert "| +1.00 (+1.00 to +1.00) | 0.75 | 2.25 |" in linear
+  assert not results.divergence_table(_found(full=(0.9, 1.0)), CELLS)
+
+
+def test_a_mechanism_that_is_known_is_not_measured_again(
+    tmp_path, monkeypatch
+):
+  asked = []
+
+  def analysis(self, task, what, *flags):
+    del self
+    asked.append((what, *flags))
+    if what == "position":
+      paths = ["bundled:weak", *filter(None, flags[0].split("=")[1].split(","))]
+      values = {"rollouts": [2.0] * 100, "kl": [0.1] * 100}
+      return {path: values for path in paths}
+    if what == "gradient":
+      return {"x": {"halves": 1.0, "prefixes": []}}
+    row = dict.fromkeys(results.PREFIX_FIELDS, 1)
+    return {"heldout": [row | {"more": 2}]}
+
+  monkeypatch.setattr(reproduce.Runner, "_analysis", analysis)
+  file = tmp_path / "runs.jsonl"
+  runs = [run("full", seed, [0.1, 0.9], 1.0) for seed in range(2)]
+  file.write_text("".join(json.dumps(x) + "\n" for x in runs))
+  runner = reproduce.Runner(tmp_path / "runs", file)
+  export = runner.place(reproduce.Experiment("capable", "full", 0)) / "export"
+  export.mkdir(parents=True)
+  lines = runner.analyse("capable", [])
+  assert [(x["what"], x.get("cell"), x.get("seed")) for x in lines] == [
+      ("position", "before", 0),
+      ("position", "full", 0),
+      ("gradient", None, None),
+      ("teacher_prefix", None, None),
+  ]
+  assert lines[-1]["rows"] == [dict.fromkeys(results.PREFIX_FIELDS, 1)]
+  asked.clear()
+  assert not runner.analyse("capable", lines) and not asked
+  (runner.place(reproduce.Experiment("capable", "full", 1)) / "export").mkdir(
+      parents=True
+  )
+  (line,) = runner.analyse("capable", lines)
+  assert (line["what"], line["seed"]) == ("position", 1)
+  assert len(asked) == 1

@@ -40,6 +40,8 @@ MARGIN = 0.02
 # Accuracies whose cost is compared.
 GOALS = (0.5, 0.8, 0.9, 0.95)
 TEST, VALIDATION = "heldout", "validation"
+# Beside the sets: the teacher's scores of answers to the test split.
+KL = "kl"
 _RESAMPLES = 2000
 _LEVEL = 0.95
 # Fields of an evaluation that the results keep, beside the verdicts.
@@ -56,7 +58,10 @@ class Curve:
     seeds: [S].
     steps: [T], updates; the first is 0.
     flops: [S, T], cumulative.
-    right: by set, float [S, T, P], the share of right answers to a problem.
+    right: by set, float [S, T, P], the share of right answers to a problem;
+      under `KL`, where the teacher scored answers, nats of each, [S, T, K].
+    positions: [S, T, B], nats of an answer by position, see
+      `report.divergence`; none of another task's.
     seconds: [S, T], cumulative seconds of the updates.
   """
 
@@ -67,6 +72,7 @@ class Curve:
   flops: np.ndarray
   right: Mapping[str, np.ndarray]
   seconds: np.ndarray
+  positions: np.ndarray | None = None
 
   def of(self, seeds: Sequence[int]) -> "Curve":
     """Returns the runs of these seeds."""
@@ -77,6 +83,7 @@ class Curve:
         flops=self.flops[rows],
         right={name: x[rows] for name, x in self.right.items()},
         seconds=self.seconds[rows],
+        positions=None if self.positions is None else self.positions[rows],
     )
 
   def accuracy(self, sample: "Sample", name: str = TEST) -> np.ndarray:
@@ -90,7 +97,12 @@ class Curve:
 
   @functools.cached_property
   def stop(self) -> int:
-    """The index of the best stopping point, chosen on the validation split."""
+    """The index of the best stopping point, chosen on the validation split.
+
+    It is the last one where there is no such split.
+    """
+    if VALIDATION not in self.right:
+      return len(self.steps) - 1
     mean = self.right[VALIDATION].mean((0, 2))
     return int(np.argmax(mean >= mean.max() - MARGIN))
 
@@ -155,7 +167,15 @@ def read_run(directory: pathlib.Path) -> dict[str, Any] | None:
   seconds = {x["step"]: x["seconds"] for x in lines if "loss" in x}
   # A trial has no test set.
   last = [x for x in found if x["set"] == found[-1]["set"]]
+  tested = [x for x in found if x["set"] == TEST and "kl" in x]
+  scores = {
+      "kl": [x["kl_answers"] for x in tested],
+      "kl_positions": [
+          [round(y, 4) for y in x["kl_positions"]] for x in tested
+      ],
+  }
   return {
+      **(scores if tested else {}),
       "steps": [x["step"] for x in last],
       "flops": [x["flops"] for x in last],
       "seconds": [round(seconds.get(x["step"], 0.0), 2) for x in last],
@@ -217,14 +237,24 @@ def _curve(task: str, cell: str, runs: list[dict[str, Any]]) -> Curve:
 
     return read
 
+  right = {name: stacked(verdicts(name)) for name in runs[0]["verdicts"]}
+  positions = None
+  if all("kl" in run for run in runs):
+    right[KL] = stacked(lambda run: run["kl"])
+    bins = min(len(x) for run in runs for x in run["kl_positions"])
+    positions = stacked(
+        lambda run: [[*x[: bins - 1], sum(x[bins - 1 :])]
+                     for x in run["kl_positions"]]
+    )
   return Curve(
       task,
       cell,
       tuple(run["seed"] for run in runs),
       np.array(steps),
       stacked(lambda run: run["flops"]),
-      {name: stacked(verdicts(name)) for name in runs[0]["verdicts"]},
+      right,
       stacked(lambda run: run["seconds"]),
+      positions,
   )
 
 
@@ -237,7 +267,7 @@ def _weights(drawn: np.ndarray, count: int) -> np.ndarray:
 
 
 def interval(
-    statistic: Callable[..., np.ndarray], *found: Curve
+    statistic: Callable[..., np.ndarray], *found: Curve, of: str = TEST
 ) -> Interval:
   """Returns a statistic of some curves with its interval.
 
@@ -245,10 +275,11 @@ def interval(
     statistic: takes a `Sample` and the curves, all with the same seeds;
       returns [R]. It may be infinite.
     *found: the curves; seeds that one of them lacks are left out.
+    of: what the problems are those of, a key of `Curve.right`.
   """
   seeds = sorted(set.intersection(*(set(curve.seeds) for curve in found)))
   found = tuple(curve.of(seeds) for curve in found)
-  problems = found[0].right[TEST].shape[2]
+  problems = found[0].right[of].shape[2]
 
   def resampled(drawn_seeds, drawn_problems, axis):
     del axis
@@ -273,12 +304,14 @@ def interval(
   tail = (1 - _LEVEL) / 2
   # Without interpolation, since costs may be infinite.
   low, high = np.quantile(drawn, (tail, 1 - tail), method="nearest")
-  return Interval(value(statistic, *found), float(low), float(high))
+  return Interval(value(statistic, *found, of=of), float(low), float(high))
 
 
-def value(statistic: Callable[..., np.ndarray], *found: Curve) -> float:
+def value(
+    statistic: Callable[..., np.ndarray], *found: Curve, of: str = TEST
+) -> float:
   """Returns a statistic of curves with the same seeds."""
-  seeds, problems = len(found[0].seeds), found[0].right[TEST].shape[2]
+  seeds, problems = len(found[0].seeds), found[0].right[of].shape[2]
   every = Sample(
       np.full((1, seeds), 1 / seeds), np.full((1, problems), 1 / problems)
   )
@@ -298,6 +331,11 @@ def at_start(sample: Sample, curve: Curve) -> np.ndarray:
 
 def at_stop(sample: Sample, curve: Curve) -> np.ndarray:
   return curve.accuracy(sample)[:, curve.stop]
+
+
+def kl_at_end(sample: Sample, curve: Curve) -> np.ndarray:
+  """Nats of a whole answer; to be taken with `of=KL`."""
+  return curve.accuracy(sample, KL)[:, -1]
 
 
 def end_cost(sample: Sample, curve: Curve) -> np.ndarray:
@@ -476,30 +514,120 @@ COMPARISONS = (
     *_goals(_GROWING, "linear", "full"),
     *_shares(_SHORT, "fixed-64", "full"),
     *_shares(_SHORT, "fixed-64-fast", "full-fast"),
+    *_shares(_SHORT, "fixed-16", "full"),
+    *_shares(_SHORT, "fixed-16-fast", "full-fast"),
     Comparison(_SHORT, "fixed-16", "full", "equal"),
     Comparison(_SHORT, "fixed-64", "fixed-16", "end"),
     Comparison(_SPOILED, "fixed-64", "before", "end"),
     Comparison(_SPOILED, "fixed-16", "before", "end"),
     Comparison(_SPOILED, "linear", "fixed-64", "end"),
+    Comparison(_SPOILED, "linear", "fixed-16", "end"),
     Comparison(_FIRST, "first-32", "32-64", "end"),
     Comparison(_FIRST, "first-32", "last-32", "end"),
     Comparison(_DIVERGENCE, "fixed-64", "forward", "end"),
     Comparison(_DIVERGENCE, "fixed-64", "off-reverse", "end"),
     Comparison(_DIVERGENCE, "fixed-64", "off-forward", "end"),
+    Comparison(_DIVERGENCE, "full", "full-forward", "end"),
+    Comparison(_DIVERGENCE, "full", "full-forward", "stop"),
+    *(
+        Comparison(_DIVERGENCE, cell, other, what)
+        for cell in ("forward", "off-forward")
+        for other in ("full", "full-forward")
+        for what in ("end", "equal")
+    ),
     *(
         Comparison(_OTHERS, cell, "full", what)
-        for cell in ("fixed-64", "random", "audited", "seqkd")
-        for what in ("stop", "equal")
+        for cell in ("fixed-16", "fixed-64", "random", "audited", "seqkd")
+        for what in ("end", "stop", "equal")
     ),
     *(
         Comparison(_OTHERS, cell, "full-fast", "equal")
-        for cell in ("fixed-64", "random", "audited", "seqkd")
+        for cell in ("fixed-16", "fixed-64", "random", "audited", "seqkd")
     ),
     *(
         Comparison(_OTHERS, cell, "seqkd", "equal")
         for cell in ("linear", "fixed-64")
     ),
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+  """A finding of the paper, and what decides it on a task.
+
+  Attributes:
+    text: what it says.
+    by: comparisons, and the words that each must have if it holds. It does not
+      hold if one has the opposite word.
+  """
+
+  text: str
+  by: tuple[tuple[Comparison, tuple[str, ...]], ...]
+
+
+_LOSES_NOTHING = ("better", "as good")
+FINDINGS = (
+    Finding(
+        _GROWING,
+        (
+            (Comparison(_GROWING, "linear", "full", "end"), _LOSES_NOTHING),
+            (Comparison(_GROWING, "linear", "full", "equal"), ("better",)),
+        ),
+    ),
+    Finding(
+        _SHORT,
+        (
+            (Comparison(_SHORT, "fixed-16", "full", 0.1), ("better",)),
+            (Comparison(_SHORT, "fixed-16", "full", "end"), ("worse",)),
+        ),
+    ),
+    Finding(
+        _SPOILED,
+        (
+            (Comparison(_SPOILED, "fixed-16", "before", "end"), ("worse",)),
+            (Comparison(_SPOILED, "linear", "fixed-16", "end"), ("better",)),
+        ),
+    ),
+    Finding(
+        _FIRST,
+        (
+            (Comparison(_FIRST, "first-32", "32-64", "end"), ("better",)),
+            (Comparison(_FIRST, "first-32", "last-32", "end"), ("better",)),
+        ),
+    ),
+    Finding(
+        _DIVERGENCE,
+        tuple(
+            (Comparison(_DIVERGENCE, "fixed-64", other, "end"), _LOSES_NOTHING)
+            for other in ("forward", "off-reverse", "off-forward")
+        ),
+    ),
+)
+_OPPOSITE = {"better": "worse", "as good": "worse", "worse": "better"}
+
+
+def verdict(finding: Finding, found: Mapping[str, Curve]) -> tuple[str, str]:
+  """Returns whether a finding holds on a task, and the differences.
+
+  "Holds" and "does not hold" are said by intervals alone; "open" is all else,
+  and "not run" where a cell is missing.
+  """
+  done = [(compare(of, found), wanted) for of, wanted in finding.by]
+  if any(one is None for one, _ in done):
+    return "not run", ""
+  words = [(one.word(), wanted) for one, wanted in done]
+  differences = "; ".join(
+      f"{one.of.first} - {one.of.second} {_when(one.of.what)}"
+      f" {one.accuracy.points()}"
+      for one, _ in done
+  )
+  seeds = min(one.seeds for one, _ in done)
+  said = f"{differences} ({seeds} seed{'s' if seeds > 1 else ''})"
+  if all(word in wanted for word, wanted in words):
+    return "holds", said
+  if any(word == _OPPOSITE[wanted[0]] for word, wanted in words):
+    return "does not hold", said
+  return "open", said
 
 
 def _statistics(what: str | float) -> tuple[Callable | None, Callable | None]:
@@ -543,13 +671,13 @@ class Compared:
 def compare(
     of: Comparison, found: Mapping[str, Curve]
 ) -> Compared | None:
-  """Compares two cells of a task; None if one was not run with two seeds."""
+  """Compares two cells of a task; None without a seed that both have."""
   whole, first = found.get("full"), found.get(of.first)
   second = first if of.second == "before" else found.get(of.second)
   if whole is None or first is None or second is None:
     return None
   seeds = len(set(first.seeds) & set(second.seeds) & set(whole.seeds))
-  if seeds < 2:
+  if not seeds:
     return None
   if of.second == "before":
     gain = interval(difference(at_end, at_start), first, first)
@@ -617,6 +745,58 @@ def methods_table(
       "there, %", "FLOPs", *(f"to {goal:.0%}" for goal in GOALS),
   ]
   return _markdown(header, rows)
+
+
+def divergence_table(
+    found: Mapping[str, Curve], about: Mapping[str, str]
+) -> str:
+  """Returns how far whole answers are from the teacher; empty if unknown."""
+  scored = {n: c for n, c in found.items() if n in about and KL in c.right}
+  if "full" not in scored:
+    return ""
+  whole = scored["full"]
+  rows = [_nats_row("before", whole, 0, "")]
+  for name, text in about.items():
+    if name in scored:
+      curve, beside = scored[name], ""
+      if name != "full":
+        gap = interval(
+            difference(kl_at_end, kl_at_end), curve, whole, of=KL
+        )
+        beside = f"{gap.value:+.2f} ({gap.low:+.2f} to {gap.high:+.2f})"
+      rows.append(_nats_row(text, curve, -1, beside))
+  header = ["reverse KL, nats an answer", "seeds", "whole answer",
+            "minus full's", "tokens 0 to 16", "behind"]  # fmt: skip
+  return _markdown(header, rows)
+
+
+def _nats_row(text: str, curve: Curve, at: int, beside: str) -> list[Any]:
+  found = interval(
+      lambda sample, c: c.accuracy(sample, KL)[:, at], curve, of=KL
+  )
+  first, *rest = curve.positions[:, at].mean(0)
+  return [
+      text,
+      len(curve.seeds),
+      f"{found.value:.2f} ({found.low:.2f}-{found.high:.2f})",
+      beside,
+      f"{first:.2f}",
+      f"{sum(rest):.2f}",
+  ]
+
+
+def verdicts_table(
+    by_task: Mapping[str, Mapping[str, Curve]], tasks: Mapping[str, str]
+) -> str:
+  """Returns a row for each finding and task: what is said of it, and why."""
+  rows = []
+  for finding in FINDINGS:
+    for task, found in by_task.items():
+      said, why = verdict(finding, found)
+      first = "" if rows and rows[-1][-1] == finding.text else finding.text
+      rows.append([first, tasks[task], said, why, finding.text])
+  header = ["the paper's finding", "task", "verdict", "differences, points"]
+  return _markdown(header, [row[:-1] for row in rows])
 
 
 def _when(what: str | float) -> str:
@@ -708,7 +888,7 @@ def summary(
         *beside,
     ])
   header = ["", "accuracy, %", "FLOPs", "minus full's at the same FLOPs",
-            "minus full's at 1e-3"]  # fmt: skip
+            "minus full's at a larger rate"]  # fmt: skip
   return _markdown(header, rows)
 
 
@@ -732,15 +912,36 @@ def _seeds_interval(values: Sequence[float]) -> str:
   return f"{mean:.2f} ({max(mean - half, 0):.2f}-{mean + half:.2f})"
 
 
+# What is kept of an analysis of the teacher's prefixes.
+PREFIX_FIELDS = (
+    "length",
+    "problems",
+    "accuracy",
+    "accuracy_low",
+    "accuracy_high",
+    "accuracy_alone",
+)
+
+
 def mechanism_tables(
     lines: Sequence[dict[str, Any]], task: str, about: Mapping[str, str]
 ) -> str:
   """Returns where a task's divergence is and where its gradient points."""
   mine = [x for x in lines if x["task"] == task]
+  parts = [
+      _positions([x for x in mine if x["what"] == "position"], about),
+      *(_gradient(x) for x in mine if x["what"] == "gradient"),
+      *(_prefixes(x["rows"]) for x in mine if x["what"] == "teacher_prefix"),
+  ]
+  return "\n".join(filter(None, parts))
+
+
+def _positions(
+    lines: Sequence[dict[str, Any]], about: Mapping[str, str]
+) -> str:
   cells: dict[str, list[dict[str, Any]]] = {}
-  for line in mine:
-    if line["what"] == "position":
-      cells.setdefault(line["cell"], []).append(line)
+  for line in lines:
+    cells.setdefault(line["cell"], []).append(line)
   if not cells:
     return ""
   names = {"before": "the student before"} | about
@@ -757,23 +958,49 @@ def mechanism_tables(
   ]
   header = ["reverse KL, nats a rollout", "seeds", "tokens 0 to 16",
             "16 to 64", "behind"]  # fmt: skip
-  (gradient,) = [x for x in mine if x["what"] == "gradient"]
-  prefixes = gradient["prefixes"]
-  return "\n".join([
+  return (
       "Where the divergence to the teacher is, on whole rollouts of the student"
-      " after training (to 128 prompts of the training set):\n",
-      _markdown(header, rows),
+      " after training (to 128 prompts of the training set):\n\n"
+      + _markdown(header, rows)
+  )
+
+
+def _gradient(line: Mapping[str, Any]) -> str:
+  prefixes = line["prefixes"]
+  table = _markdown(
+      ["prefix", *(x["length"] for x in prefixes)],
+      [
+          ["cosine", *(f"{x['cosine']:.2f}" for x in prefixes)],
+          ["norm, of the whole", *(f"{x['norm']:.2f}" for x in prefixes)],
+      ],
+  )
+  return (
       "Before training, the cosine of the gradient of the loss on a prefix with"
       " that on whole rollouts, from 256 rollouts. (That of two halves of the"
-      f" rollouts, whole, is {gradient['halves']:.2f}.)\n",
-      _markdown(
-          ["prefix", *(x["length"] for x in prefixes)],
-          [
-              ["cosine", *(f"{x['cosine']:.2f}" for x in prefixes)],
-              ["norm, of the whole", *(f"{x['norm']:.2f}" for x in prefixes)],
-          ],
-      ),
-  ])
+      f" rollouts, whole, is {line['halves']:.2f}.)\n\n{table}"
+  )
+
+
+def _prefixes(rows: Sequence[Mapping[str, Any]]) -> str:
+  def percent(row: Mapping[str, Any]) -> str:
+    return Interval(
+        row["accuracy"], row["accuracy_low"], row["accuracy_high"]
+    ).percent()
+
+  table = _markdown(
+      ["tokens of the teacher's answer", *(x["length"] for x in rows)],
+      [
+          ["accuracy, %", *map(percent, rows)],
+          ["without them", *(f"{100 * x['accuracy_alone']:.1f}" for x in rows)],
+          ["problems", *(x["problems"] for x in rows)],
+      ],
+  )
+  return (
+      "Before training, the student goes on from the first tokens of the"
+      " teacher's answers, whose last 40 tokens at least stay hidden (the"
+      " paper's figure 3); sampled, intervals of 95 % over problems:\n\n"
+      + table
+  )
 
 
 def draw(
@@ -856,8 +1083,16 @@ file again. One run with a seed of your own, beside what the others say:
 - **To 90 %**: FLOPs at which the mean accuracy first reaches it, along the
   curve.
 
-These are models of half a million parameters; the paper's are Qwen3 of 1.7
-and 8 billion. What holds here need not hold there, and the other way round.
+The bundled tasks have models of half a million parameters; the paper's are
+Qwen3 of 1.7 and 8 billion. What holds here need not hold there, and the other
+way round.
+
+## Verdicts
+
+A finding holds on a task if its comparisons' intervals say so, one by one; it
+does not hold if an interval says the opposite; else it is open.
+
+{verdicts}
 
 ![accuracy against cumulative FLOPs](accuracy_flops.png)
 
@@ -942,12 +1177,19 @@ def page(
   if not by_task:
     return ""
   problems = next(iter(by_task.values()))["full"].right[TEST].shape[2]
-  parts = [_INTRODUCTION.format(margin=100 * MARGIN, problems=problems)]
+  parts = [
+      _INTRODUCTION.format(
+          margin=100 * MARGIN,
+          problems=problems,
+          verdicts=verdicts_table(by_task, tasks),
+      )
+  ]
   for task, found in by_task.items():
     parts += [
         f"## {tasks[task][0].upper()}{tasks[task][1:]}\n",
         methods_table(found, cells),
         comparisons_table(found, cells),
+        divergence_table(found, cells),
     ]
     if any("rate" in run and run["task"] == task for run in runs):
       parts += [
