@@ -7,7 +7,7 @@ r"""Your own models and prompts, in one line.
 one tokenizer; `prompts` is a .jsonl, .json or .parquet file, a data set, or a
 task (see `data.train.source`). All else is chosen from what is there, said in a
 few lines, and kept in the run's config.json, which is a config as well
-(--config=runs/own/config.json; --print_config prints it before a run). Any of
+(--config=WORKDIR/config.json; --print_config prints it before a run). Any of
 it can be set:
 
   question=FIELD   the prompts' field: text or chat messages

@@ -1,6 +1,6 @@
 """Writes a checkpoint as a Hugging Face model directory.
 
-  prefix-distill export --workdir=runs/math --step=20 --to=DIR
+  prefix-distill export --workdir=runs/math --step=40 --to=DIR
 
 `--step` is a number, `last`, or `best` for the one that `checkpoint.best`
 chooses. Only the student's weights are read, into the host's memory: no

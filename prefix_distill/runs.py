@@ -19,9 +19,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 import numpy as np
-import rich.box
 import rich.console
-import rich.table
 from rich.text import Text
 from scipy import stats
 
@@ -39,7 +37,7 @@ _HEADER = (
     "method",
     "updates",
     "FLOPs",
-    "seconds",
+    "time, s",
     "before, %",
     "last, %",
     "minus the first's, points",
@@ -216,14 +214,7 @@ def compare(
       f" {', '.join(names)}.",
   )
   for name in shared:
-    table = rich.table.Table(
-        title=Text(name), box=rich.box.SIMPLE_HEAD, show_edge=False
-    )
-    for column in _HEADER:
-      table.add_column(column)
-    for row in rows(runs, name):
-      table.add_row(*map(Text, row))
-    console.print(table)
+    console.print(report.table(_HEADER, rows(runs, name), console.width, name))
     if to is not None:
       file = to / f"{name.replace('/', '_')}.png"
       to.mkdir(parents=True, exist_ok=True)

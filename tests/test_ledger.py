@@ -46,6 +46,8 @@ def test_full_distillation_is_estimated_from_whole_answers():
   wanted = flops.distillation(STUDENT, TEACHER, whole).total
   line = PRICES.charge(START, THESE, whole=20.0).line()
   assert line["flops_full_estimate"] == wanted
+  line = PRICES.charge(START, THESE, whole=0.0).line()
+  assert "flops_full_estimate" not in line  # Nothing was evaluated.
   alone = dataclasses.replace(PRICES, compares=False)
   line = alone.charge(START, THESE, whole=20.0).line()
   assert "flops_full_estimate" not in line

@@ -532,7 +532,8 @@ class Prices:
       lengths: of the update's sequences.
       source: who sampled the answers, see `distillation`.
       whole: mean length of whole answers, for the estimate of full
-        distillation's cost.
+        distillation's cost; 0 if no answer was evaluated, and there is no
+        estimate.
       step: the update's number, from 0.
     """
     cost, before = self._cost(lengths, source), totals.phases
@@ -544,7 +545,7 @@ class Prices:
         for phase in PHASES
     })
     full = 0.0
-    if self.compares:
+    if self.compares and (whole or lengths.rewriting is not None):
       answers, by = np.full(len(lengths.sampled), whole), "student"
       if lengths.rewriting is not None:  # Whole ones are at hand.
         answers, by = lengths.rewriting.kept, source

@@ -551,6 +551,45 @@ def chosen(lines: Sequence[Line], dataset: str) -> str:
   )
 
 
+def table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    width: int,
+    title: str = "",
+) -> rich.table.Table:
+  """Returns a table whose lines break within words in the first column alone.
+
+  So no number is cut while the first column can make room.
+
+  Args:
+    header: names of the columns.
+    rows: cells, as many a row as there are columns.
+    width: the terminal's, in characters.
+    title: stands above the table.
+  """
+  out = rich.table.Table(
+      title=rich.text.Text(title) if title else None,
+      box=rich.box.SIMPLE_HEAD,
+      show_edge=False,
+      padding=(0, 1, 0, 0),
+      pad_edge=False,
+  )
+  columns = [*zip(header, *rows, strict=True)]
+  words = [max(map(len, " ".join(cells).split())) for cells in columns]
+  widths = [
+      max(word, *(len(line) for cell in cells for line in cell.splitlines()))
+      for word, (_, *cells) in zip(words, columns, strict=True)
+  ]
+  room = width - 2 * (len(columns) - 1)
+  if sum(widths) > room:
+    widths = [max(room - sum(words[1:]), 4), *words[1:]]
+  for name, length in zip(header, widths, strict=True):
+    out.add_column(name, overflow="fold", width=length)
+  for row in rows:
+    out.add_row(*map(rich.text.Text, row))
+  return out
+
+
 def _print_table(
     console: rich.console.Console, lines: Sequence[Line], dataset: str
 ) -> None:

@@ -566,6 +566,9 @@ def _claim_config(config: Config, workdir: pathlib.Path) -> None:
       (workdir / "export").rename(place)
     _write(file, mine)
     return
+  same_steps = theirs | {"steps": mine["steps"]}
+  if same_steps != mine:  # Other steps alone would be no reason.
+    name, old, new = config_lib.first_difference(same_steps, mine)
   raise WorkdirError(
       f"{workdir} holds a run with {name} = {old!r}, and this one has"
       f" {new!r}; choose another --workdir, or delete that one to start over."
