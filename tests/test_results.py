@@ -329,7 +329,9 @@ def test_the_chains_in_the_table_of_methods():
   runs = results.load(DOCS / "runs.jsonl")
   found = results.curves(run for run in runs if "rate" not in run)
   for cell in (
-      "linear", "full", "fixed-64", "fixed-16", "random", "audited", "seqkd"
+      "linear", "full", "fixed-64", "fixed-16", "random", "audited", "seqkd",
+      "forward", "off-reverse", "off-forward", "full-forward", "first-32",
+      "32-64", "last-32",
   ):  # fmt: skip
     curve = found["chain", cell]
     assert results.interval(results.at_end, curve).percent() in text
