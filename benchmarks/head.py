@@ -55,9 +55,9 @@ def _model(vocabulary: int, width: int, mesh: jax.sharding.Mesh) -> Model:
 def _dense(dist, mesh, hidden, head, teacher_hidden, teacher_head, mask):
   """The same loss from whole logits, differentiated by JAX."""
   del mesh
-  kl = divergence.reverse_kl(
-      head_logits(hidden, head), head_logits(teacher_hidden, teacher_head),
-      dist,
+  logits = head_logits(hidden, head), head_logits(teacher_hidden, teacher_head)
+  kl = divergence.compare(
+      divergence.reverse_kl_term, *divergence.distributions(*logits, dist)
   )
   return jnp.sum(jnp.where(mask, kl, 0))
 

@@ -68,29 +68,55 @@ class _Stage:
 _STAGES = {
     "teacher": _Stage("bundled:teacher", True, "clean", 2000, 2.5e-3, 100),
     "capable": _Stage(
-        "runs/bundled-teacher/export", False, "capable", 1600, 7e-4,
+        "runs/bundled-teacher/export",
+        False,
+        "capable",
+        1600,
+        7e-4,
         tokenizer="bundled:capable",
-    ),  # fmt: skip
+    ),
     "weak": _Stage(
-        "runs/bundled-teacher/export", False, "weak", 200, 5e-4,
+        "runs/bundled-teacher/export",
+        False,
+        "weak",
+        200,
+        5e-4,
         tokenizer="bundled:weak",
-    ),  # fmt: skip
+    ),
     "guided": _Stage(
         "runs/guided-start", False, "guided", 1400, 7e-4, max_prompt_len=100
     ),
     "chain-teacher": _Stage(
-        "bundled:chain-teacher", True, "clean", 1400, 2.5e-3, 100,
-        max_prompt_len=21, task="chain_task", max_len=237,
-    ),  # fmt: skip
-    "chain-weak": _Stage(
-        "runs/bundled-chain-teacher/export", False, "weak", 300, 7e-4,
-        tokenizer="bundled:chain-weak", max_prompt_len=21, task="chain_task",
+        "bundled:chain-teacher",
+        True,
+        "clean",
+        1400,
+        2.5e-3,
+        100,
+        max_prompt_len=21,
+        task="chain_task",
         max_len=237,
-    ),  # fmt: skip
+    ),
+    "chain-weak": _Stage(
+        "runs/bundled-chain-teacher/export",
+        False,
+        "weak",
+        300,
+        7e-4,
+        tokenizer="bundled:chain-weak",
+        max_prompt_len=21,
+        task="chain_task",
+        max_len=237,
+    ),
     "rewriter": _Stage(
-        "bundled:guided", False, "rewrite", 150, 7e-4, max_prompt_len=300,
+        "bundled:guided",
+        False,
+        "rewrite",
+        150,
+        7e-4,
+        max_prompt_len=300,
         max_len=72,
-    ),  # fmt: skip
+    ),
 }
 _PROMPTED = ("guided", "rewrite")
 

@@ -114,9 +114,12 @@ def _prefix(cap: int) -> config_lib.PrefixSpec:
 
 def _tiny(cap: int) -> config_lib.Config:
   task = DatasetSpec(
-      source="math_task", subset="guided", question="careful", answer="answer",
+      source="math_task",
+      subset="guided",
+      question="careful",
+      answer="answer",
       size=100_000,
-  )  # fmt: skip
+  )
   heldout = dataclasses.replace(task, split="test", size=240)
   # How the student answers what the teacher is asked.
   context = dataclasses.replace(heldout, question="brief")

@@ -77,14 +77,20 @@ _LOSS = config_lib.LossSpec(
 )
 _MODELS = ("tiny", "qwen3-1.7b", "qwen3-4b", "qwen3-8b")
 _AFRICAN = (
-    "amh", "ewe", "hau", "ibo", "kin", "lin", "lug", "orm", "sna", "sot", "swa",
-    "twi", "vai", "wol", "xho", "yor", "zul",
-)  # fmt: skip
+    "amh ewe hau ibo kin lin lug orm sna sot swa twi vai wol xho yor zul"
+).split()
 # PolyMath has codes of two letters.
 _POLYMATH = {
-    "ben": "bn", "deu": "de", "spa": "es", "fra": "fr", "jpn": "ja",
-    "rus": "ru", "tel": "te", "tha": "th", "zho": "zh",
-}  # fmt: skip
+    "ben": "bn",
+    "deu": "de",
+    "spa": "es",
+    "fra": "fr",
+    "jpn": "ja",
+    "rus": "ru",
+    "tel": "te",
+    "tha": "th",
+    "zho": "zh",
+}
 # What the student is told, and the first words of thinking.
 _WORDS = {
     "deu": (
@@ -123,12 +129,25 @@ _WORDS = {
     ),
 }
 _NAMES = {
-    "amh": "Amharic", "ben": "Bengali", "ewe": "Ewe", "ibo": "Igbo",
-    "kin": "Kinyarwanda", "lin": "Lingala", "lug": "Luganda", "orm": "Oromo",
-    "sna": "Shona", "sot": "Sesotho", "tel": "Telugu", "tha": "Thai",
-    "twi": "Twi", "vai": "Vai", "wol": "Wolof", "xho": "Xhosa",
-    "yor": "Yoruba", "zul": "Zulu",
-}  # fmt: skip
+    "amh": "Amharic",
+    "ben": "Bengali",
+    "ewe": "Ewe",
+    "ibo": "Igbo",
+    "kin": "Kinyarwanda",
+    "lin": "Lingala",
+    "lug": "Luganda",
+    "orm": "Oromo",
+    "sna": "Shona",
+    "sot": "Sesotho",
+    "tel": "Telugu",
+    "tha": "Thai",
+    "twi": "Twi",
+    "vai": "Vai",
+    "wol": "Wolof",
+    "xho": "Xhosa",
+    "yor": "Yoruba",
+    "zul": "Zulu",
+}
 _TEACHER = (
     "{problem_translated}\n\nThe problem in English:\n{problem}\n\nA right"
     " solution in English:\n{solution}\n\nRead the solution until it is clear,"
@@ -210,9 +229,12 @@ def _qwen3(size: str, language: str) -> config_lib.Config:
 
 def _tiny() -> config_lib.Config:
   task = DatasetSpec(
-      "math_task", subset="guided", question="german", answer="answer",
+      "math_task",
+      subset="guided",
+      question="german",
+      answer="answer",
       size=100_000,
-  )  # fmt: skip
+  )
   template = "{question}\nSolution:\n{solution}"
   heldout = dataclasses.replace(task, split="test", size=240)
   return config_lib.Config(
@@ -221,7 +243,10 @@ def _tiny() -> config_lib.Config:
       student=config_lib.ModelSpec("bundled:guided"),
       teacher=config_lib.ModelSpec("bundled:guided"),
       data=config_lib.DataSpec(
-          task, batch_size=32, max_prompt_len=56, teacher_prompt=template,
+          task,
+          batch_size=32,
+          max_prompt_len=56,
+          teacher_prompt=template,
           max_teacher_prompt_len=100,
       ),
       rollout=config_lib.RolloutSpec(
@@ -241,10 +266,13 @@ def _tiny() -> config_lib.Config:
                   heldout, question=template, max_prompt_len=100, size=120
               ),
           },
-          max_len=256, greedy=False, batch_size=120, teacher=False,
+          max_len=256,
+          greedy=False,
+          batch_size=120,
+          teacher=False,
       ),
       checkpoint=config_lib.CheckpointSpec(every=10),
-  )  # fmt: skip
+  )
 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:

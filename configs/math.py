@@ -87,18 +87,21 @@ from prefix_distill.config import DatasetSpec
 from prefix_distill.evaluate import evaluator
 
 _MODELS = (
-    "tiny", "tiny-weak", "tiny-privileged", "tiny-concise", "tiny-crosslingual",
-    "chain", "qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b",
-)  # fmt: skip
+    "tiny tiny-weak tiny-privileged tiny-concise tiny-crosslingual chain"
+    " qwen3-0.6b qwen3-1.7b qwen3-4b qwen3-8b"
+).split()
 _METHODS = ("prefix", "full", "seqkd")
 # The student's context, the teacher's, what the teacher reads, and its length.
 _CONTEXTS = {
     "tiny-privileged": (
-        "question", "shown", "{question}\nSolution:\n{solution}", 100,
+        "question",
+        "shown",
+        "{question}\nSolution:\n{solution}",
+        100,
     ),
     "tiny-concise": ("careful", "brief", "Be brief. {question}", 56),
     "tiny-crosslingual": ("german", "careful", "Take care. {question}", 56),
-}  # fmt: skip
+}
 
 
 def _splits(task: DatasetSpec, size: int) -> dict[str, DatasetSpec]:
@@ -157,15 +160,20 @@ def _guided(name: str) -> config_lib.Config:
       student=config_lib.ModelSpec("bundled:guided"),
       teacher=config_lib.ModelSpec("bundled:guided"),
       data=config_lib.DataSpec(
-          task, batch_size=32, max_prompt_len=56, teacher_prompt=template,
+          task,
+          batch_size=32,
+          max_prompt_len=56,
+          teacher_prompt=template,
           max_teacher_prompt_len=length,
       ),
       # The teacher would be evaluated on the student's prompts.
       evaluation=dataclasses.replace(
-          config.evaluation, sets={"heldout": heldout, "context": context},
-          every=0, teacher=False,
+          config.evaluation,
+          sets={"heldout": heldout, "context": context},
+          every=0,
+          teacher=False,
       ),
-  )  # fmt: skip
+  )
 
 
 def _chain() -> config_lib.Config:

@@ -77,9 +77,12 @@ _PROMPT = (
 
 def _tiny() -> config_lib.Config:
   task = DatasetSpec(
-      source="math_task", subset="guided", question="careful", answer="answer",
+      source="math_task",
+      subset="guided",
+      question="careful",
+      answer="answer",
       size=100_000,
-  )  # fmt: skip
+  )
   heldout = dataclasses.replace(task, split="test", size=240)
   return config_lib.Config(
       method="full",

@@ -7,7 +7,7 @@ r"""Your own models and prompts, in one line.
 one tokenizer; `prompts` is a .jsonl, .json or .parquet file, a data set, or a
 task (see `data.train.source`). All else is chosen from what is there, said in a
 few lines, and kept in the run's config.json, which is a config as well
-(--config=runs/own/config.json; --print_config prints it before a run). Any of
+(--config=WORKDIR/config.json; --print_config prints it before a run). Any of
 it can be set:
 
   question=FIELD   the prompts' field: text or chat messages
@@ -37,6 +37,7 @@ What is chosen, and why:
              device has it
 """
 
+from collections.abc import Sequence
 import math
 import re
 import sys
@@ -55,17 +56,15 @@ from prefix_distill.models import config as model_config
 from prefix_distill.models import huggingface as hf
 
 _NAMES = (
-    "student", "teacher", "prompts", "question", "eval", "answer", "method",
-    "completion", "steps", "tokens",
-)  # fmt: skip
+    "student teacher prompts question eval answer method completion steps"
+    " tokens"
+).split()
 # Fields that the field's data sets have, in the order in which they are tried.
 _QUESTIONS = (
-    "question", "problem", "prompt", "messages", "conversations.0.value",
-    "instruction", "query", "input", "text",
-)  # fmt: skip
-_ANSWERS = (
-    "answer", "final_answer", "expected_answer", "solution", "target", "label",
-)  # fmt: skip
+    "question problem prompt messages conversations.0.value instruction query"
+    " input text"
+).split()
+_ANSWERS = "answer final_answer expected_answer solution target label".split()
 _COMPLETIONS = ("completion", "response", "output", "solution", "answer")
 _LOOKED_AT, _COLUMNS, _LONGEST = 1000, 64, 4096
 
@@ -107,7 +106,7 @@ def _number(given: dict[str, str], name: str, default: int) -> int:
 
 
 def _field(
-    record: object, given: str | None, known: tuple[str, ...], what: str
+    record: object, given: str | None, known: Sequence[str], what: str
 ) -> str:
   """Returns the field that was given, or the first known one that is there.
 

@@ -78,12 +78,13 @@ from prefix_distill.evaluate import evaluator
 # The student, the teacher and what follows the chat template's prompt.
 _PAIRS = {
     "r1-1.5b": (
-        "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "Skywork/Skywork-OR1-7B",
+        "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+        "Skywork/Skywork-OR1-7B",
         "",
     ),
     "qwen3-1.7b": ("Qwen/Qwen3-1.7B-Base", "Qwen/Qwen3-8B", "<think>"),
     "qwen3-8b": ("Qwen/Qwen3-8B-Base", "Qwen/Qwen3-8B", "<think>"),
-}  # fmt: skip
+}
 
 
 def _loss(steps: int) -> LossSpec:
@@ -143,12 +144,16 @@ def _full_size(name: str) -> config_lib.Config:
           learning_rate=1e-6, warmup_steps=2
       ),
       evaluation=config_lib.EvaluationSpec(
-          dict(evaluator.SETS), every=50, between=("aime24",), teacher=False,
-          batch_size=0, **evaluator.PROTOCOL,
+          dict(evaluator.SETS),
+          every=50,
+          between=("aime24",),
+          teacher=False,
+          batch_size=0,
+          **evaluator.PROTOCOL,
       ),
       mesh=config_lib.MeshSpec(data=1, fsdp=-1),
       checkpoint=config_lib.CheckpointSpec(every=10),
-  )  # fmt: skip
+  )
 
 
 def get_config(name: str = "small") -> ml_collections.ConfigDict:

@@ -36,7 +36,7 @@ from prefix_distill.errors import shown
 GYM = "reasoning_gym:"
 GYM_SPLITS = ("train", "validation", "test")
 # The sources of records that ship with the package.
-BUNDLED_TASKS = ("math_task", "chain_task")
+BUNDLED_TASKS = ("math_task", "chain_task", "sums_task")
 # A field's name in a template.
 FIELD = re.compile(r"\{([^{}]+)\}")
 # Stands in a check's sentence for the dotted name of the group.
@@ -125,7 +125,7 @@ def _without_secret(value: str) -> str:
   return value
 
 
-# Of a model or a data set; the limits of a text come before the validator.
+# The place of a model or data set; the limits of a text come first.
 _Place = Annotated[_Str, pydantic.AfterValidator(_without_secret)]
 _NamedPlace = Annotated[_Name, pydantic.AfterValidator(_without_secret)]
 # A part of files' names, whose bytes are bounded.
@@ -258,9 +258,9 @@ class DatasetSpec:
   """Where records come from.
 
   Attributes:
-    source: names "math_task" or "chain_task", a .jsonl, .json or .parquet
-      file, a local data set directory, a hub id, or a task of reasoning-gym
-      with its options, as "reasoning_gym:NAME?OPTION=VALUE".
+    source: names "math_task", "chain_task" or "sums_task", a .jsonl, .json or
+      .parquet file, a local data set directory, a hub id, or a task of
+      reasoning-gym with its options, as "reasoning_gym:NAME?OPTION=VALUE".
     split: names the data set's split; files have none, and tasks of
       reasoning-gym "train", "validation" and "test".
     subset: names a hub data set's configuration, or the math task's style.
@@ -1136,7 +1136,6 @@ class MeshSpec:
         " to 0 for mesh.tensor.",
     )
 
-
   def filled(self, devices: int) -> "MeshSpec":
     """Returns the sizes with no axis left open, for so many devices.
 
@@ -1172,6 +1171,9 @@ class EvaluationSpec:
     batch_size: is the number of answers decoded at a time; 0 takes as many as
       an accelerator's memory holds, and 64 on a CPU.
     teacher: evaluates the teacher after the last update.
+    scored: is the number of problems, evenly over each set, whose first sampled
+      answers are scored by the teacher, whole: the reverse KL tells students
+      apart that hardly ever answer right. 0 is off.
   """
 
   sets: Mapping[_SetName, DatasetSpec]
@@ -1184,6 +1186,7 @@ class EvaluationSpec:
   greedy: _Bool = True
   batch_size: _NotNegative = 64
   teacher: _Bool = True
+  scored: _NotNegative = 0
 
   def __post_init__(self):
     for name in self.between:
@@ -1353,6 +1356,18 @@ class Config:
     _check(
         self.method == "sft" or self.teacher is not None,
         f"method is {self.method!r} but teacher is None; set teacher.path.",
+    )
+    scored = self.evaluation.scored
+    _check(
+        not scored or not self.is_supervised,
+        f"method is {self.method!r} but evaluation.scored is {scored}, and no"
+        " teacher scores anything; set evaluation.scored to 0.",
+    )
+    _check(
+        not scored or not self.data.teacher_prompt,
+        f"evaluation.scored is {scored} but data.teacher_prompt is"
+        f" {shown(self.data.teacher_prompt)}, which evaluation sets do not"
+        " fill; set evaluation.scored to 0.",
     )
 
   def _check_lora(self) -> None:

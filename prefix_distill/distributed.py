@@ -144,6 +144,18 @@ def wait(name: str) -> None:
     ) from error
 
 
+def _said(name: str, key: str, process: int) -> Any:
+  """Waits for the value that a process sends under a key."""
+  client = _STATE.client
+  try:
+    return json.loads(client.blocking_key_value_get(key, _PATIENCE * 1000))
+  except jax.errors.JaxRuntimeError as error:
+    raise DistributedError(
+        f"Process {process} did not say {name!r} within {_PATIENCE} s"
+        f" ({one_line(error)}); see what it does."
+    ) from error
+
+
 def from_first(name: str, value: Any) -> Any:
   """Returns the value of process 0 in every process, sent as JSON.
 
@@ -160,13 +172,7 @@ def from_first(name: str, value: Any) -> Any:
   if _STATE.process_id == 0:
     client.key_value_set(key, json.dumps(value))
     return value
-  try:
-    return json.loads(client.blocking_key_value_get(key, _PATIENCE * 1000))
-  except jax.errors.JaxRuntimeError as error:
-    raise DistributedError(
-        f"Process 0 did not say {name!r} within {_PATIENCE} s"
-        f" ({one_line(error)}); see what it does."
-    ) from error
+  return _said(name, key, 0)
 
 
 def from_all(name: str, value: Any) -> list[Any]:
@@ -181,20 +187,10 @@ def from_all(name: str, value: Any) -> list[Any]:
   """
   if _STATE.num_processes == 1:
     return [value]
-  client, key, found = _STATE.client, _key(name), []
+  client, key = _STATE.client, _key(name)
   client.key_value_set(f"{key}/{_STATE.process_id}", json.dumps(value))
-  for process in range(_STATE.num_processes):
-    try:
-      text = client.blocking_key_value_get(
-          f"{key}/{process}", _PATIENCE * 1000
-      )
-    except jax.errors.JaxRuntimeError as error:
-      raise DistributedError(
-          f"Process {process} did not say {name!r} within {_PATIENCE} s"
-          f" ({one_line(error)}); see what it does."
-      ) from error
-    found.append(json.loads(text))
-  return found
+  processes = range(_STATE.num_processes)
+  return [_said(name, f"{key}/{process}", process) for process in processes]
 
 
 # The variables of a SLURM step that JAX reads.

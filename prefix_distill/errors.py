@@ -106,7 +106,15 @@ def check_path(flag: str, path: str) -> None:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-  """Says what is wrong in one sentence, without the usage."""
+  """The flags of a command; says what is wrong in one sentence, no usage."""
+
+  def __init__(self, command: str, about: str):
+    super().__init__(
+        prog=f"prefix-distill {command}",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
 
   def error(self, message: str) -> NoReturn:
     sys.exit(f"error: {one_line(ValueError(message))}; see --help.")

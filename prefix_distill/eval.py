@@ -23,7 +23,6 @@ from absl import app
 from absl import flags
 from absl import logging
 import jax
-import rich.box
 import rich.console
 import rich.table
 from rich.text import Text
@@ -50,6 +49,15 @@ _STEP = flags.DEFINE_string(
 _JSON = flags.DEFINE_string(
     "json", None, "A file for the metrics, a line for each set and mode."
 )
+_HEADER = (
+    "set",
+    "mode",
+    "accuracy, %",
+    "problems x answers",
+    "finish",
+    "of those right",
+    "tokens mean / 95 %",
+)
 
 
 def evaluate(
@@ -68,29 +76,17 @@ def evaluate(
   spec = ModelSpec(path, compute_dtype=config.student.compute_dtype)
   config = dataclasses.replace(config, student=spec)
   mesh = _mesh(config)
-  inputs = setup.read_evaluation(config, mesh)
-  tokenizer, student = inputs.tokenizer, inputs.model
-  models = setup.Models(
-      config,
-      mesh,
-      student,
-      None,
-      tokenizer.num_tokens,
-      tokenizer.pad_id,
-      tokenizer.special_ids,
-      tokenizer.stop_ids,
-      memory=sharding.memory(mesh),
+  student, tokenizer, problems = setup.read_evaluation(config, mesh)
+  models = setup.Models.of(
+      config, mesh, student, None, [tokenizer], sharding.memory(mesh)
   )
   params = setup.load_model(spec, student, mesh, config.seed)
   model = models.for_sampling(student)
+  sampler = evaluator.sampler_config(
+      tokenizer, config.evaluation, models.stop_ids
+  )
   rows = microbatch.answers(
-      models,
-      model,
-      evaluator.sampler_config(
-          tokenizer, config.evaluation, tokenizer.stop_ids
-      ),
-      params,
-      evaluator.longest_prompt(inputs.problems),
+      models, model, sampler, params, evaluator.longest_prompt(problems)
   )
   lines = []
 
@@ -109,8 +105,8 @@ def evaluate(
         params,
         tokenizer,
         config.evaluation,
-        inputs.problems,
-        tokenizer.stop_ids,
+        problems,
+        sampler,
         rows,
         config.seed,
         write,
@@ -123,7 +119,7 @@ def evaluate(
 
 
 def _mesh(config: Config) -> jax.sharding.Mesh:
-  """Returns the settings' mesh, or all that is here if it does not fit."""
+  """Returns the settings' mesh; or if it does not fit, all devices here."""
   try:
     mesh = sharding.make_mesh(config.mesh)
     setup.check_batches(config, mesh)
@@ -132,30 +128,21 @@ def _mesh(config: Config) -> jax.sharding.Mesh:
     return sharding.make_mesh(MeshSpec())
 
 
-def table(lines: list[dict[str, Any]]) -> rich.table.Table:
-  """Returns the results as a table."""
-  out = rich.table.Table(box=rich.box.SIMPLE_HEAD, show_edge=False)
-  for name in (
-      "set",
-      "mode",
-      "accuracy, %",
-      "problems x answers",
-      "finish",
-      "of those right",
-      "tokens mean / 95 %",
-  ):
-    out.add_column(name, overflow="fold")
-  for x in lines:
-    out.add_row(
-        Text(x["set"]),
-        x["mode"],
-        report.accuracy(x),
-        f"{x['problems']} x {x['samples']}",
-        f"{x['finish_rate']:.1%}",
-        f"{x['accuracy_finished']:.1%}",
-        f"{x['mean_length']:.0f} / {x['length_p95']}",
-    )
-  return out
+def table(lines: list[dict[str, Any]], width: int) -> rich.table.Table:
+  """Returns the results as a table for a terminal of so many columns."""
+  rows = [
+      (
+          x["set"],
+          x["mode"],
+          report.accuracy(x),
+          f"{x['problems']} x {x['samples']}",
+          f"{x['finish_rate']:.1%}",
+          f"{x['accuracy_finished']:.1%}",
+          f"{x['mean_length']:.0f} / {x['length_p95']}",
+      )
+      for x in lines
+  ]
+  return report.table(_HEADER, rows, width)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -190,7 +177,7 @@ def main(argv: list[str]) -> None:
       lines = evaluate(path, config, console)
   except UserError as error:
     sys.exit(f"error: {error}")
-  console.print(table(lines))
+  console.print(table(lines, console.width))
   if _JSON.value:
     texts = [json.dumps(line) + "\n" for line in lines]
     pathlib.Path(_JSON.value).write_text("".join(texts))

@@ -1,6 +1,6 @@
 """Writes a checkpoint as a Hugging Face model directory.
 
-  prefix-distill export --workdir=runs/math --step=20 --to=DIR
+  prefix-distill export --workdir=runs/math --step=40 --to=DIR
 
 `--step` is a number, `last`, or `best` for the one that `checkpoint.best`
 chooses. Only the student's weights are read, into the host's memory: no
@@ -36,6 +36,14 @@ from prefix_distill.models.transformer import Model
 from prefix_distill.train import checkpoint
 from prefix_distill.train import setup
 from prefix_distill.train import workdir as workdir_lib
+
+
+def check_step(text: str) -> None:
+  """Raises ConfigError unless --step can name a checkpoint."""
+  check(
+      re.fullmatch("last|best|[0-9]{1,10}", text) is not None,
+      f"--step is {shown(text)}; give a number, last or best.",
+  )
 
 
 def choose(workdir: pathlib.Path, config: Config, text: str) -> int:
@@ -132,12 +140,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
   Args:
     argv: the program's name and its flags.
   """
-  parser = ArgumentParser(
-      prog="prefix-distill export",
-      description=__doc__,
-      formatter_class=argparse.RawDescriptionHelpFormatter,
-      allow_abbrev=False,
-  )
+  parser = ArgumentParser("export", __doc__)
   parser.add_argument("--workdir", default="", help="Where the run is kept.")
   parser.add_argument(
       "--step", default="last", help="A number, last or best. Default: last."
@@ -156,10 +159,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
       needed = name == "workdir" or not found.push
       check(bool(path) or not needed, f"--{name} is missing; set it.")
       check_path(name, path)
-    check(
-        re.fullmatch("last|best|[0-9]{1,10}", found.step) is not None,
-        f"--step is {shown(found.step)}; give a number, last or best.",
-    )
+    check_step(found.step)
   except UserError as error:
     sys.exit(f"error: {error}")
   return found

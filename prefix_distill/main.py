@@ -37,7 +37,7 @@ def keep_compiled_programs() -> None:
 def _train() -> str:
   """Trains; returns why it stopped before the end, if it did."""
   keep_compiled_programs()
-  # Of a GPU's memory, what `plan` counts on; JAX takes three quarters itself.
+  # `plan` counts on so much of a GPU's memory; JAX alone takes three quarters.
   os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
   config = command_line.config()
   traced = command_line.traced(config)

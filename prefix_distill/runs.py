@@ -19,9 +19,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 import numpy as np
-import rich.box
 import rich.console
-import rich.table
 from rich.text import Text
 from scipy import stats
 
@@ -39,7 +37,7 @@ _HEADER = (
     "method",
     "updates",
     "FLOPs",
-    "seconds",
+    "time, s",
     "before, %",
     "last, %",
     "minus the first's, points",
@@ -78,11 +76,7 @@ def read(workdir: pathlib.Path, name: str) -> RunSummary:
   """
   config = workdir_lib.read_config(workdir)
   lines = report.read_metrics(workdir / "metrics.jsonl")
-  sampled = [
-      x
-      for x in lines
-      if x.get("mode") == "sampled" and x["model"] == "student"
-  ]
+  sampled = report.evaluations(lines, mode="sampled", model="student")
   check(
       bool(sampled),
       f"{workdir} has no evaluation yet; leave it out, or wait for one.",
@@ -91,7 +85,7 @@ def read(workdir: pathlib.Path, name: str) -> RunSummary:
   return RunSummary(
       name,
       config,
-      [x for x in lines if "prefix_len" in x],
+      report.updates(lines),
       {n: [x for x in sampled if x["set"] == n] for n in names},
   )
 
@@ -220,14 +214,7 @@ def compare(
       f" {', '.join(names)}.",
   )
   for name in shared:
-    table = rich.table.Table(
-        title=Text(name), box=rich.box.SIMPLE_HEAD, show_edge=False
-    )
-    for column in _HEADER:
-      table.add_column(column)
-    for row in rows(runs, name):
-      table.add_row(*map(Text, row))
-    console.print(table)
+    console.print(report.table(_HEADER, rows(runs, name), console.width, name))
     if to is not None:
       file = to / f"{name.replace('/', '_')}.png"
       to.mkdir(parents=True, exist_ok=True)
@@ -259,12 +246,7 @@ def _compare(args: argparse.Namespace) -> None:
 def start() -> None:
   """Does what the command line says, or exits with one sentence."""
   command = sys.argv[0].split()[-1]
-  parser = ArgumentParser(
-      prog=f"prefix-distill {command}",
-      description=__doc__,
-      formatter_class=argparse.RawDescriptionHelpFormatter,
-      allow_abbrev=False,
-  )
+  parser = ArgumentParser(command, __doc__)
   if command == "report":
     parser.add_argument("--workdir", default="", help="Where the run is kept.")
   else:

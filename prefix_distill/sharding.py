@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
+from jax.experimental import multihost_utils
 import numpy as np
 
 from prefix_distill.config import MeshSpec
@@ -256,6 +257,11 @@ def with_shardings(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
   return placed(abstract, param_shardings(abstract, mesh))
 
 
+def of(tree: Any) -> Any:
+  """Returns the shardings of a tree of arrays, or of their shapes."""
+  return jax.tree.map(lambda x: x.sharding, tree)
+
+
 def placed(shapes: Any, places: Any) -> Any:
   """Adds shardings; their tree may be a prefix of the tree of shapes."""
 
@@ -350,12 +356,7 @@ def on_device(shardings: Any) -> Any:
 
 def moved(move: Callable[[Any], Any], abstract: Any) -> Any:
   """Applies `on_host` or `on_device` to a tree of shapes with shardings."""
-  return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(
-          x.shape, x.dtype, sharding=move(x.sharding)
-      ),
-      abstract,
-  )
+  return placed(abstract, move(of(abstract)))
 
 
 def is_abstract(tree: Any) -> bool:
@@ -402,6 +403,20 @@ def global_batch(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.make_array_from_callback(x.shape, rows, lambda i: x[i])
 
   return jax.tree.map(spread, tree)
+
+
+def to_host(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+  """Brings whole arrays to every process, as NumPy; every process calls it."""
+  if jax.process_count() == 1:
+    return jax.tree.map(np.asarray, tree)
+  place = replicated(mesh)
+  tree = jax.jit(lambda x: x, out_shardings=place)(tree)
+  return jax.tree.map(
+      lambda x: multihost_utils.global_array_to_host_local_array(
+          x, mesh, PartitionSpec()
+      ),
+      tree,
+  )
 
 
 def bytes_per_device(tree: Any) -> int:

@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-import re
 import sys
 import tempfile
 
@@ -42,7 +41,6 @@ from prefix_distill.data.records import Question
 from prefix_distill.data.tokenizer import Tokenizer
 from prefix_distill.errors import ArgumentParser
 from prefix_distill.errors import check
-from prefix_distill.errors import shown
 from prefix_distill.errors import UserError
 from prefix_distill.evaluate import evaluator
 from prefix_distill.models import huggingface as hf
@@ -80,10 +78,8 @@ def found(name: str, step: str) -> Iterator[tuple[str, Config | None]]:
   Raises:
     UserError: there is no such checkpoint.
   """
-  check(
-      re.fullmatch("|last|best|[0-9]{1,10}", step) is not None,
-      f"--step is {shown(step)}; give a number, last or best.",
-  )
+  if step:
+    export.check_step(step)
   if not is_run(name):
     check(
         step in ("", "last"),
@@ -190,18 +186,11 @@ class Speaker:
         )
         for i, question in enumerate(questions)
     ]
-    tokens, masks = (np.stack(x) for x in zip(*rows, strict=True))
-    numbers = np.arange(len(rows), dtype=np.int32)
-    return prompts.PromptBatch(tokens, masks, numbers)
+    return prompts.stack(rows, range(len(rows)))
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-  parser = ArgumentParser(
-      prog=f"prefix-distill {command}",
-      description=__doc__,
-      formatter_class=argparse.RawDescriptionHelpFormatter,
-      allow_abbrev=False,
-  )
+  parser = ArgumentParser(command, __doc__)
   add = parser.add_argument
   add("--model", default="", help="see above")
   add("--step", default="", help="of a run: last (default), best or a number")

@@ -18,12 +18,12 @@ from prefix_distill.config import CheckpointSpec
 from prefix_distill.config import MeshSpec
 from prefix_distill.config import OptimizerSpec
 from prefix_distill.report.flops import StepFlops
+from prefix_distill.report.flops import Totals
 from prefix_distill.train import checkpoint
 from prefix_distill.train import step as step_lib
 from prefix_distill.train.checkpoint import Checkpointer
 from prefix_distill.train.checkpoint import CheckpointError
 from prefix_distill.train.checkpoint import Restored
-from prefix_distill.train.checkpoint import Totals
 from prefix_distill.train.step import TrainState
 
 # What this damages is not read.

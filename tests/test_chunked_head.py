@@ -11,7 +11,6 @@ import toys
 from prefix_distill import sharding
 from prefix_distill.config import MeshSpec
 from prefix_distill.distill import chunked_head
-from prefix_distill.distill import divergence
 from prefix_distill.distill import loss as loss_lib
 from prefix_distill.distill.divergence import Shard
 from prefix_distill.distill.loss import ExactLoss
@@ -114,9 +113,9 @@ def dense_values(objective: Loss, hidden, head) -> jax.Array:
     return bounded_forward_kl(student, teacher, objective)
   if isinstance(objective, ExactLoss):
     compare = {
-        "reverse_kl": divergence.reverse_kl,
-        "forward_kl": divergence.forward_kl,
-        "jsd": functools.partial(divergence.jsd, beta=objective.beta),
+        "reverse_kl": toys.reverse_kl,
+        "forward_kl": toys.forward_kl,
+        "jsd": functools.partial(toys.jsd, beta=objective.beta),
     }[objective.kind]
     return compare(student, teacher, objective.dist)
   log_probs = jax.nn.log_softmax(student[..., :n] / MERGED.temperature)
@@ -313,7 +312,7 @@ def test_metrics_are_those_of_the_whole_distributions():
   (_, metrics), _ = ours(EXACT["forward_kl"])
   plain = toys.distribution(stop_ids=toys.STOPS)
   logits = HIDDEN @ HEAD.T, TEACHER_HIDDEN @ TEACHER_HEAD.T
-  kl = divergence.reverse_kl(*logits, plain)
+  kl = toys.reverse_kl(*logits, plain)
   np.testing.assert_allclose(metrics["kl"], kl, rtol=1e-4, atol=1e-6)
   best = []
   for name, x in zip(("student", "teacher"), logits, strict=True):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import json
 import math
 import re
@@ -620,8 +621,9 @@ def test_every_field_is_described_by_one_sentence():
   for name, spec in vars(config_lib).items():
     if not (isinstance(spec, type) and dataclasses.is_dataclass(spec)):
       continue
-    _, _, text = spec.__doc__.partition("Attributes:\n")
-    described = dict(re.findall(r"^    (\w+): ((?:.|\n {6})+)", text, re.M))
+    # Python 3.13 takes the indentation away by itself.
+    text = inspect.cleandoc(spec.__doc__).partition("Attributes:\n")[2]
+    described = dict(re.findall(r"^  (\w+): ((?:.|\n {4})+)", text, re.M))
     assert list(described) == [f.name for f in dataclasses.fields(spec)], name
     for sentence in described.values():
       assert sentence.endswith(".") and ". " not in sentence, sentence

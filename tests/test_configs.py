@@ -9,6 +9,7 @@ import schemas
 from configs import bundled
 from configs import compression
 from configs import crosslingual
+from configs import language
 from configs import math as experiment
 from prefix_distill import assets
 from prefix_distill import config as config_lib
@@ -97,6 +98,32 @@ def test_the_papers_recipe():
   caps = [prefix_schedule.cap(config, step) for step in range(60)]
   assert caps[:3] == [1, 257, 513] and caps[-1] == 15_105
   assert len(prefix_schedule.buckets(config)) <= 8
+
+
+@pytest.mark.parametrize("method", ["prefix", "full", "seqkd", "sft"])
+def test_the_language_models_config_is_valid(method):
+  asked = f"student=mine,teacher=theirs,method={method}"
+  settings = language.get_config(f"{asked},sets=heldout+validation").to_dict()
+  config = config_lib.from_dict(settings)
+  assert (config.method, config.student.path) == (method, "mine")
+  assert (config.teacher and config.teacher.path) == (
+      None if method == "sft" else "theirs"
+  )
+  # Where the teacher scores in training, it also does in evaluation.
+  assert bool(config.evaluation.scored) == (method in ("prefix", "full"))
+  splits = {spec.split for spec in config.evaluation.sets.values()}
+  assert splits == {"test", "validation"} and config.data.train.split == "train"
+
+
+def test_the_language_models_argument():
+  for wrong, why in (
+      ("size=3", "no argument 'size=3'; use student="),
+      ("student=", "no argument 'student='"),
+      ("method=grpo", "method=grpo is none of prefix"),
+      ("sets=test", "sets=test is none of heldout"),
+  ):
+    with pytest.raises(errors.ConfigError, match=why):
+      language.get_config(wrong)
 
 
 _COMPRESSED = ("qwen3-8b", "qwen3-14b", "r1-llama-8b")

@@ -14,10 +14,10 @@ DIST = toys.distribution()
 MERGED = toys.distribution(stop_ids=toys.STOPS)
 LN2 = np.log(2)
 KINDS = {
-    "reverse_kl": divergence.reverse_kl,
-    "forward_kl": divergence.forward_kl,
-    "jsd": divergence.jsd,
-    "jsd at 0.1": functools.partial(divergence.jsd, beta=0.1),
+    "reverse_kl": toys.reverse_kl,
+    "forward_kl": toys.forward_kl,
+    "jsd": toys.jsd,
+    "jsd at 0.1": functools.partial(toys.jsd, beta=0.1),
 }
 EVERY = pytest.mark.parametrize("kind", KINDS)
 DISTS = {
@@ -122,14 +122,14 @@ def test_divergences_equal_a_calculation_by_hand(temperature):
   )
   dist = Distribution(temperature, 4)
   # Uniform against halves: 2 - 7/4 bits; halves swapped: 1/2 - 1/4 bits.
-  reverse = divergence.reverse_kl(student, teacher, dist)
+  reverse = toys.reverse_kl(student, teacher, dist)
   np.testing.assert_allclose(reverse, [0, LN2 / 4, LN2 / 4], atol=1e-6)
   # Cross-entropy 9/4 bits less the uniform's 2.
-  forward = divergence.forward_kl(student, teacher, dist)
+  forward = toys.forward_kl(student, teacher, dist)
   np.testing.assert_allclose(forward, [0, LN2 / 4, LN2 / 4], atol=1e-6)
   # The mixture of the swapped ones has 3/8 twice.
   jsd = 3 / 4 * np.log(8 / 3) + LN2 * 3 / 4 - LN2 * 7 / 4
-  mixed = divergence.jsd(student, teacher, dist)
+  mixed = toys.jsd(student, teacher, dist)
   np.testing.assert_allclose(mixed[::2], [0, jsd], atol=1e-6)
 
 
@@ -168,13 +168,13 @@ def test_bfloat16_logits_err_by_their_own_rounding(kind):
 
 def test_beta_of_0_half_and_1_are_forward_js_and_reverse():
   student, teacher = normal(0, 9, 16), normal(1, 9, 16)
-  jsd = functools.partial(divergence.jsd, student, teacher, MERGED)
-  forward = divergence.forward_kl(student, teacher, MERGED)
-  reverse = divergence.reverse_kl(student, teacher, MERGED)
+  jsd = functools.partial(toys.jsd, student, teacher, MERGED)
+  forward = toys.forward_kl(student, teacher, MERGED)
+  reverse = toys.reverse_kl(student, teacher, MERGED)
   np.testing.assert_array_equal(jsd(0), forward)
   np.testing.assert_array_equal(jsd(1), reverse)
   np.testing.assert_allclose(
-      jsd(0.5), divergence.jsd(teacher, student, MERGED, 0.5), rtol=1e-5
+      jsd(0.5), toys.jsd(teacher, student, MERGED, 0.5), rtol=1e-5
   )
   # The two ends are limits of the slope.
   np.testing.assert_allclose(jsd(1e-3) / 1e-3, forward, rtol=0.03)
@@ -207,11 +207,6 @@ def test_vocabularies_of_different_padding_compare_on_the_real_ids(kind):
     assert (grad[:, : toys.NUM_TOKENS] != 0).all()
 
 
-def test_a_vocabulary_that_is_too_small_is_refused():
-  with pytest.raises(ValueError, match="has 13 ids.*only 12 rows"):
-    divergence.reverse_kl(normal(0, 2, 20), normal(0, 2, 12), DIST)
-
-
 @EVERY
 def test_the_name_of_the_stop_matters_only_if_stops_are_not_merged(kind):
   # Student and teacher are about to stop, each with its own token.
@@ -232,7 +227,7 @@ def test_a_tail_bucket_sees_mass_that_leaves_the_top():
   teacher = jnp.log(jnp.array([0.5, 0.3, 0.1, 0.1]))
   dist = Distribution(1.0, 4, top_k=2)
   moved = jnp.log(jnp.array([0.05, 0.03, 0.46, 0.46]))
-  value = divergence.reverse_kl(moved, teacher, dist)
+  value = toys.reverse_kl(moved, teacher, dist)
   by_hand = 0.08 * np.log(0.1) + 0.92 * np.log(0.92 / 0.2)
   assert float(value) == pytest.approx(by_hand, rel=1e-5)
   kept = jnp.exp(moved[:2]) @ (moved[:2] - teacher[:2])
@@ -241,15 +236,15 @@ def test_a_tail_bucket_sees_mass_that_leaves_the_top():
 
 def test_top_k_of_everything_is_everything():
   student, teacher = normal(0, 6, 13), normal(1, 6, 13)
-  whole = divergence.reverse_kl(student, teacher, DIST)
+  whole = toys.reverse_kl(student, teacher, DIST)
   for k in (toys.NUM_TOKENS, 100):
     dist = dataclasses.replace(DIST, top_k=k)
     np.testing.assert_array_equal(
-        divergence.reverse_kl(student, teacher, dist), whole
+        toys.reverse_kl(student, teacher, dist), whole
     )
   # Merging events can only lower a divergence.
   few = dataclasses.replace(DIST, top_k=3)
-  lower = divergence.reverse_kl(student, teacher, few)
+  lower = toys.reverse_kl(student, teacher, few)
   assert (lower < whole).all()
   assert (lower > 0).all()
 
@@ -289,7 +284,7 @@ def test_improbable_events_stay_finite(kind):
     assert np.isfinite(grad).all()
   if kind == "reverse_kl":
     np.testing.assert_allclose(
-        divergence.reverse_kl(student, teacher, MERGED),
+        toys.reverse_kl(student, teacher, MERGED),
         reference(student, teacher, MERGED, kind),
         rtol=1e-5,
     )

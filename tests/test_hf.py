@@ -17,6 +17,7 @@ import toys
 from prefix_distill import assets
 from prefix_distill import sharding
 from prefix_distill.data import tokenizer as tokenizer_lib
+from prefix_distill.errors import UserError
 from prefix_distill.models import families
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models.config import ModelConfig
@@ -638,11 +639,12 @@ def test_the_yarn_of_qwen3s_model_card_is_read(tmp_path):
     ),
 )
 def test_a_config_that_transformers_refuses_is_refused(changes, tmp_path):
+  """What transformers 5.0 lets pass, its family refuses."""
   directory = _copy("llama3_rope", tmp_path)
   _edit_config(directory, **changes)
-  with pytest.raises(hf.ModelFilesError) as error:
+  with pytest.raises(UserError) as error:
     hf.read_config(str(directory))
-  assert f"{directory}/config.json" in str(error.value)
+  assert str(directory) in str(error.value)
   assert "\n" not in str(error.value)
 
 

@@ -6,10 +6,10 @@ import pytest
 import toys
 
 from prefix_distill.report import flops
+from prefix_distill.report.flops import Bought
 from prefix_distill.report.flops import Lengths
-from prefix_distill.train.checkpoint import Bought
-from prefix_distill.train.checkpoint import Prices
-from prefix_distill.train.checkpoint import Totals
+from prefix_distill.report.flops import Prices
+from prefix_distill.report.flops import Totals
 
 STUDENT = toys.model_config()
 TEACHER = toys.model_config(dim=64)
@@ -46,6 +46,8 @@ def test_full_distillation_is_estimated_from_whole_answers():
   wanted = flops.distillation(STUDENT, TEACHER, whole).total
   line = PRICES.charge(START, THESE, whole=20.0).line()
   assert line["flops_full_estimate"] == wanted
+  line = PRICES.charge(START, THESE, whole=0.0).line()
+  assert "flops_full_estimate" not in line  # Nothing was evaluated.
   alone = dataclasses.replace(PRICES, compares=False)
   line = alone.charge(START, THESE, whole=20.0).line()
   assert "flops_full_estimate" not in line

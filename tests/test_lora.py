@@ -32,7 +32,6 @@ from prefix_distill.errors import ConfigError
 from prefix_distill.errors import UserError
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models import lora
-from prefix_distill.models import peft
 from prefix_distill.models.config import Lora
 from prefix_distill.models.config import num_adapters
 from prefix_distill.models.config import num_params
@@ -293,7 +292,16 @@ def test_gradients_are_those_of_a_dense_float64_reference(family, form):
 def test_a_merged_export_equals_the_adapters(name, tmp_path):
   model, params, source, spec = _golden(name)
   out = tmp_path / "out"
-  hf.export(params, source, source, out, "float32", scale=spec.scale)
+  base, adapters = lora.split(params)
+  hf.export(
+      base,
+      source,
+      source,
+      out,
+      "float32",
+      adapters=adapters,
+      scale=spec.scale,
+  )
   plain = hf.load_params(
       str(out), model.base,
       sharding.param_shardings(model.base.abstract_params(), _ONE),
@@ -322,8 +330,8 @@ def test_a_merged_export_equals_the_adapters(name, tmp_path):
 def test_adapters_go_through_pefts_files_and_come_back(name, tmp_path):
   model, params, source, spec = _golden(name)
   _, adapters = lora.split(params)
-  peft.export(adapters, spec, source, tmp_path / "adapter")
-  arrays = safetensors.numpy.load_file(tmp_path / "adapter" / peft.WEIGHTS)
+  lora.export(adapters, spec, source, tmp_path / "adapter")
+  arrays = safetensors.numpy.load_file(tmp_path / "adapter" / lora.WEIGHTS)
   c = model.config
   stem = "base_model.model.model.layers.1."
   shapes = {
@@ -337,13 +345,13 @@ def test_adapters_go_through_pefts_files_and_come_back(name, tmp_path):
   for end, shape in shapes.items():
     assert arrays[f"{stem}{end}.weight"].shape == shape
   assert len(arrays) == 2 * 7 * c.num_layers
-  settings = json.loads((tmp_path / "adapter" / peft.CONFIG).read_text())
+  settings = json.loads((tmp_path / "adapter" / lora.CONFIG).read_text())
   assert (settings["r"], settings["lora_alpha"]) == (2, 3)
   assert settings["target_modules"] == sorted(PRODUCTS)
   start = dataclasses.replace(spec, path=str(tmp_path / "adapter"))
   config = toys.run_config(source, source, lora=start)
-  peft.check_config(start)
-  peft.check_weights(start.path, model)
+  lora.check_config(start)
+  lora.check_weights(start.path, model)
   again = setup_lib.load_adapters(config, model)
   assert jax.tree.all(jax.tree.map(np.array_equal, adapters, again))
 
@@ -351,17 +359,17 @@ def test_adapters_go_through_pefts_files_and_come_back(name, tmp_path):
 def _refused(tmp_path, spec, settings=(), arrays=None, text=""):
   model, params, source, written = _golden("qwen3")
   where = tmp_path / "adapter"
-  peft.export(lora.split(params)[1], written, source, where)
-  file = where / peft.CONFIG
+  lora.export(lora.split(params)[1], written, source, where)
+  file = where / lora.CONFIG
   file.write_text(json.dumps(json.loads(file.read_text()) | dict(settings)))
   if arrays is not None:
-    found = safetensors.numpy.load_file(where / peft.WEIGHTS)
+    found = safetensors.numpy.load_file(where / lora.WEIGHTS)
     arrays(found)
-    safetensors.numpy.save_file(found, where / peft.WEIGHTS)
+    safetensors.numpy.save_file(found, where / lora.WEIGHTS)
   start = dataclasses.replace(spec or written, path=str(where))
   with pytest.raises(UserError, match=text) as error:
-    peft.check_config(start)
-    peft.check_weights(start.path, model)
+    lora.check_config(start)
+    lora.check_weights(start.path, model)
     setup_lib.load_adapters(toys.run_config(source, source, lora=start), model)
   assert str(error.value).endswith(".") and str(error.value).isprintable()
 
@@ -580,9 +588,9 @@ def test_a_run_learns_and_leaves_both_exports(whole, path):
   spec = dataclasses.replace(
       _config(path).lora, path=str(whole / "export-adapter")
   )
-  peft.check_config(spec)
+  lora.check_config(spec)
   adapters = safetensors.numpy.load_file(
-      whole / "export-adapter" / peft.WEIGHTS
+      whole / "export-adapter" / lora.WEIGHTS
   )
   old, new = (
       safetensors.numpy.load_file(pathlib.Path(d) / hf.SINGLE)
@@ -658,7 +666,7 @@ def test_a_run_that_begins_with_adapters_begins_where_they_ended(
   for name, array in theirs.items():
     np.testing.assert_array_equal(ours[name], array)
   contents = json.loads((tmp_path / "run" / "contents.json").read_text())
-  assert f"lora.path/{peft.WEIGHTS}" in contents
+  assert f"lora.path/{lora.WEIGHTS}" in contents
 
 
 def _copies(shape):
@@ -782,9 +790,15 @@ def test_peft_and_transformers_compute_the_same(name, tmp_path):
   import transformers
 
   model, params, source, spec = _golden(name)
-  peft.export(lora.split(params)[1], spec, source, tmp_path / "adapter")
+  base, adapters = lora.split(params)
+  lora.export(adapters, spec, source, tmp_path / "adapter")
   hf.export(
-      params, source, source, tmp_path / "merged", "float32",
+      base,
+      source,
+      source,
+      tmp_path / "merged",
+      "float32",
+      adapters=adapters,
       scale=spec.scale,
   )
   expected = np.load(_GOLDEN / name / "expected.npz")
@@ -806,8 +820,8 @@ def test_peft_and_transformers_compute_the_same(name, tmp_path):
   # And what PEFT writes is read.
   adapted.save_pretrained(tmp_path / "theirs")
   start = dataclasses.replace(spec, path=str(tmp_path / "theirs"))
-  peft.check_config(start)
-  peft.check_weights(start.path, model)
+  lora.check_config(start)
+  lora.check_weights(start.path, model)
   again = setup_lib.load_adapters(
       toys.run_config(source, source, lora=start), model
   )

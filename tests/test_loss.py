@@ -28,7 +28,7 @@ def normal(seed: int, *shape: int) -> jax.Array:
 
 
 STUDENT, TEACHER = normal(0, 13), normal(1, 13)
-KL = float(divergence.reverse_kl(STUDENT, TEACHER, DIST))
+KL = float(toys.reverse_kl(STUDENT, TEACHER, DIST))
 
 
 def draws(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -93,7 +93,7 @@ def test_the_expected_gradient_is_what_the_docstring_says(
   assert float(value) == pytest.approx(KL, rel=1e-5)
   reverse, forward = (
       jax.grad(lambda x, f=f: f(x, TEACHER, DIST))(STUDENT)
-      for f in (divergence.reverse_kl, divergence.forward_kl)
+      for f in (toys.reverse_kl, toys.forward_kl)
   )
   assert min(np.abs(x).max() for x in (reverse, forward)) > 0.05
   np.testing.assert_allclose(
@@ -117,7 +117,7 @@ def test_the_gradient_of_samples_averages_to_the_exact_one():
   slope = np.asarray(pull(jnp.ones(SAMPLES))[0], np.float64)
   one_hot = np.eye(13)[np.asarray(tokens)]
   samples = slope[:, None] * (one_hot - np.asarray(jax.nn.softmax(STUDENT)))
-  wanted = jax.grad(lambda x: divergence.reverse_kl(x, TEACHER, DIST))(STUDENT)
+  wanted = jax.grad(lambda x: toys.reverse_kl(x, TEACHER, DIST))(STUDENT)
   error = samples.std(axis=0) / np.sqrt(SAMPLES)
   assert (np.abs(samples.mean(axis=0) - wanted) < 4 * error).all()
   assert np.abs(wanted).max() > 10 * error.max()

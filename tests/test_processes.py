@@ -21,7 +21,6 @@ import toys
 from prefix_distill import distributed
 from prefix_distill.errors import ConfigError
 from prefix_distill.report import report
-from prefix_distill.report import samples
 
 _CONFIG = pathlib.Path(__file__).parent / "programs" / "toy_config.py"
 # What depends on the clock, and on how often a run was started.
@@ -141,7 +140,7 @@ def test_a_run_goes_on_with_another_number_of_processes(parts, whole):
 
 def test_its_samples_are_those_of_one_process(parts, whole):
   for ours, theirs in zip(
-      samples.read(parts[0]), samples.read(whole), strict=True
+      report.read_samples(parts[0]), report.read_samples(whole), strict=True
   ):
     assert len(ours) == len(theirs) > 12
     for x, y in zip(ours, theirs, strict=True):

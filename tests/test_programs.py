@@ -17,7 +17,6 @@ from prefix_distill.config import MeshSpec
 from prefix_distill.config import OptimizerSpec
 from prefix_distill.config import PrefixSpec
 from prefix_distill.config import RolloutSpec
-from prefix_distill.distill import divergence
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.models.transformer import Model
 from prefix_distill.train import update
@@ -228,7 +227,7 @@ def test_a_run_samples_and_compares_as_its_settings_say():
   above = np.where(whole > own, np.exp(whole), 0).sum(-1)[mask]
   assert 0.3 < above.max() < spec.top_p
   dist = toys.distribution(temperature=spec.temperature)
-  kl = np.asarray(divergence.reverse_kl(*logits, dist))[mask].mean()
+  kl = np.asarray(toys.reverse_kl(*logits, dist))[mask].mean()
   _, shown = _update(made, 8)
   np.testing.assert_array_equal(shown.tokens, np.asarray(rollout.tokens))
   assert float(shown.metrics["loss"]) == pytest.approx(kl, rel=1e-4)

@@ -2,6 +2,7 @@ import base64
 import hashlib
 import html
 import html.parser
+import io
 import json
 import re
 
@@ -12,6 +13,7 @@ from pages import RUN
 from pages import update
 from pages import write
 import pytest
+import rich.console
 
 from prefix_distill.report import plots
 from prefix_distill.report import report
@@ -320,3 +322,17 @@ def test_no_legend_lies_on_a_curve(monkeypatch, tmp_path):
       axes.figure.draw_without_rendering()
       legend = axes.get_legend().get_window_extent()
       assert legend.y1 <= axes.get_window_extent().y0
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_table_cuts_no_number(width):
+  header = ("run", "FLOPs", "before, %", "last, %", "time", "minus the first's")
+  row = ("1.98e+10", "25.0\n(21.3-29.1)", "56.9\n(52.4-61.2)", "3,056")
+  rows = [(name * 30, *row, "+15.2 (+11.2 to +19.3)") for name in "ab"]
+  console = rich.console.Console(width=width, file=io.StringIO())
+  console.print(report.table(header, rows, width, "heldout"))
+  text = console.file.getvalue()
+  assert max(map(len, text.splitlines())) <= width
+  for word in " ".join([*header[1:], *rows[0][1:]]).split():
+    assert word in text
+  assert text.count("a") >= 30 and text.count("b") >= 30

@@ -168,9 +168,9 @@ def test_the_trials_choose_by_validation():
   todo = reproduce.Experiment("capable", "full", 0)
   line = reproduce.command(todo, pathlib.Path("x"), trials)
   assert "--config.optimizer.learning_rate=0.0003" in line
-  job = reproduce.Experiment("capable", "full-fast", 0)
+  job = reproduce.Experiment("chain", "full-fast", 0)
   line = reproduce.command(job, pathlib.Path("x"), trials)
-  assert "--config.optimizer.learning_rate=1e-3" in line
+  assert "--config.optimizer.learning_rate=0.001" in line
   # A cell that had no trials takes another one's.
   todo = reproduce.Experiment("capable", "first-32", 0)
   line = reproduce.command(todo, pathlib.Path("x"), trials)
@@ -249,13 +249,14 @@ def test_a_run_that_is_known_is_not_done_again(tmp_path, monkeypatch, capsys):
 
 def test_the_page_and_the_figure_are_made(tmp_path, capsys):
   runs = [*rising(), *rising("linear", 5.0), *rising("fixed-64", 2.0, to=0.4)]
-  results.write(runs, tmp_path, TASKS, CELLS, ["full", "linear"])
+  cells = ["full", "linear"]
+  results.write(runs, tmp_path, TASKS, CELLS, cells, cells)
   text = (tmp_path / "README.md").read_text()
   assert "90.0 (85.5-94.0)" in text or "90.0 (" in text
   assert "growing prefix (the paper's) - full on-policy distillation" in text
   assert "| 0.50 (0.50-0.50) | 3 | cheaper |" in text
   assert (tmp_path / "accuracy_flops.png").stat().st_size > 5_000
-  results.write([], tmp_path / "none", TASKS, CELLS, [])
+  results.write([], tmp_path / "none", TASKS, CELLS, [], [])
   assert "no two runs" in capsys.readouterr().out
 
 
@@ -272,11 +273,13 @@ def test_the_committed_pages_are_what_the_committed_runs_say():
   runs = results.load(DOCS / "runs.jsonl")
   mechanism = results.load(DOCS / "mechanism.jsonl")
   assert runs and mechanism
-  page = results.page(runs, TASKS, CELLS, mechanism)
+  notes = {name: task.note for name, task in reproduce.TASKS.items()}
+  page = results.page(runs, TASKS, CELLS, mechanism, notes)
   assert (DOCS / "README.md").read_text() == page
   readme = (DOCS.parents[1] / "README.md").read_text()
   assert "<!-- results: chain -->\n|" in readme
-  assert results.with_summaries(readme, runs, TASKS, CELLS) == readme
+  few = {cell: CELLS[cell] for cell in CELLS if cell in reproduce.SUMMED}
+  assert results.with_summaries(readme, runs, TASKS, few) == readme
 
 
 def _word(first, second, what):
@@ -303,14 +306,20 @@ def test_a_prefix_wins_under_a_small_budget_as_the_readme_says(first, second):
 def test_the_differences_in_the_readmes_sentences():
   text = " ".join((DOCS.parents[1] / "README.md").read_text().split())
   for first, second, what in (
+      ("forward", "full", "end"),
+      ("forward", "full-forward", "equal"),
+      ("off-forward", "forward", "end"),
       ("fixed-64", "full", 0.05),
       ("fixed-64", "full", 0.1),
       ("fixed-64-fast", "full-fast", 0.05),
       ("fixed-64-fast", "full-fast", 0.1),
+      ("first-32", "32-64", "end"),
+      ("first-32", "last-32", "end"),
       ("linear", "full", "end"),
       ("random", "linear", "end"),
+      ("linear", "full-forward", "equal"),
+      ("fixed-64", "forward", "end"),
       ("linear", "seqkd", "equal"),
-      ("fixed-64", "seqkd", "equal"),
   ):
     assert _word(first, second, what).accuracy.points() in text
 
@@ -320,7 +329,9 @@ def test_the_chains_in_the_table_of_methods():
   runs = results.load(DOCS / "runs.jsonl")
   found = results.curves(run for run in runs if "rate" not in run)
   for cell in (
-      "linear", "full", "fixed-64", "fixed-16", "random", "audited", "seqkd"
+      "linear", "full", "fixed-64", "fixed-16", "random", "audited", "seqkd",
+      "forward", "off-reverse", "off-forward", "full-forward", "first-32",
+      "32-64", "last-32",
   ):  # fmt: skip
     curve = found["chain", cell]
     assert results.interval(results.at_end, curve).percent() in text
@@ -336,4 +347,108 @@ def test_what_the_readme_says_of_equal_flops():
   assert _word("linear", "full", "end").word() == "worse"
   assert _word("random", "linear", "end").word() == "as good"
   assert _word("linear", "seqkd", "equal").word() == "worse"
-  assert _word("fixed-64", "seqkd", "equal").word() == "undecided"
+  assert _word("linear", "full-forward", "equal").word() == "worse"
+  assert _word("fixed-64", "forward", "end").word() == "worse"
+  assert _word("forward", "full", "end").word() == "as good"
+  assert _word("forward", "full-forward", "equal").word() == "better"
+  assert _word("off-forward", "forward", "end").word() == "as good"
+  for other in ("32-64", "last-32"):
+    assert _word("first-32", other, "end").word() == "better"
+
+
+def _found(**accuracies):
+  """Cells of one task, three seeds, all at the same FLOPs for each update."""
+  shape = np.array([0.0, 0.3, 0.6, 0.9, 1.0])
+  runs = [
+      run(cell.replace("_", "-"), seed, 0.1 + (to - 0.1) * shape, cost)
+      for cell, (to, cost) in accuracies.items()
+      for seed in range(3)
+  ]
+  return {cell: curve for (_, cell), curve in results.curves(runs).items()}
+
+
+def test_a_verdict_is_what_the_intervals_say():
+  growing = results.FINDINGS[0]
+  found = _found(full=(0.9, 10.0), linear=(0.9, 4.0))
+  assert results.verdict(growing, found)[0] == "holds"
+  found = _found(full=(0.9, 10.0), linear=(0.7, 4.0))
+  said, why = results.verdict(growing, found)
+  assert said == "does not hold" and "-20.0" in why and "3 seeds" in why
+  assert results.verdict(growing, _found(full=(0.9, 10.0)))[0] == "not run"
+  # As good at the end, but no better at the same FLOPs.
+  found = _found(full=(0.9, 10.0), linear=(0.9, 10.0))
+  assert results.verdict(growing, found)[0] == "open"
+
+
+def test_one_table_has_a_row_for_each_finding_and_task():
+  found = _found(full=(0.9, 10.0), linear=(0.9, 4.0))
+  table = results.verdicts_table({"a": found, "b": found}, {"a": "A", "b": "B"})
+  rows = table.splitlines()[2:]
+  assert len(rows) == 2 * len(results.FINDINGS)
+  assert [row.split(" | ")[1] for row in rows[:2]] == ["A", "B"]
+
+
+def _scored(cell, seed, nats):
+  """A run whose answers are so many nats from the teacher, at the end."""
+  found = run(cell, seed, [0.1, 0.5], 1.0)
+  kl = [[9.0] * 20, [nats + 0.01 * i for i in range(20)]]
+  return found | {
+      "kl": kl,
+      "kl_positions": [[3.0, 5.0, 1.0], [nats / 4, nats / 2, nats / 4]],
+  }
+
+
+def test_answers_that_the_teacher_scored_are_compared():
+  runs = [_scored(cell, seed, nats)
+          for cell, nats in (("full", 2.0), ("linear", 3.0))
+          for seed in range(2)]  # fmt: skip
+  found = {cell: c for (_, cell), c in results.curves(runs).items()}
+  table = results.divergence_table(found, CELLS)
+  before, full, linear = table.splitlines()[2:]
+  assert "| before | 2 | 9.00 (9.00-9.00) |" in before
+  assert "| 3.00 | 6.00 |" in before
+  assert "| 2.09 (" in full
+  assert "| +1.00 (+1.00 to +1.00) | 0.75 | 2.25 |" in linear
+  assert not results.divergence_table(_found(full=(0.9, 1.0)), CELLS)
+
+
+def test_a_mechanism_that_is_known_is_not_measured_again(
+    tmp_path, monkeypatch
+):
+  asked = []
+
+  def analysis(self, task, what, *flags):
+    del self
+    asked.append((what, *flags))
+    if what == "position":
+      paths = ["bundled:weak", *filter(None, flags[0].split("=")[1].split(","))]
+      values = {"rollouts": [2.0] * 100, "kl": [0.1] * 100}
+      return {path: values for path in paths}
+    if what == "gradient":
+      return {"x": {"halves": 1.0, "prefixes": []}}
+    row = dict.fromkeys(results.PREFIX_FIELDS, 1)
+    return {"heldout": [row | {"more": 2}]}
+
+  monkeypatch.setattr(reproduce.Runner, "_analysis", analysis)
+  file = tmp_path / "runs.jsonl"
+  runs = [run("full", seed, [0.1, 0.9], 1.0) for seed in range(2)]
+  file.write_text("".join(json.dumps(x) + "\n" for x in runs))
+  runner = reproduce.Runner(tmp_path / "runs", file)
+  export = runner.place(reproduce.Experiment("capable", "full", 0)) / "export"
+  export.mkdir(parents=True)
+  lines = runner.analyse("capable", [])
+  assert [(x["what"], x.get("cell"), x.get("seed")) for x in lines] == [
+      ("position", "before", 0),
+      ("position", "full", 0),
+      ("gradient", None, None),
+      ("teacher_prefix", None, None),
+  ]
+  assert lines[-1]["rows"] == [dict.fromkeys(results.PREFIX_FIELDS, 1)]
+  asked.clear()
+  assert not runner.analyse("capable", lines) and not asked
+  (runner.place(reproduce.Experiment("capable", "full", 1)) / "export").mkdir(
+      parents=True
+  )
+  (line,) = runner.analyse("capable", lines)
+  assert (line["what"], line["seed"]) == ("position", 1)
+  assert len(asked) == 1

@@ -13,15 +13,12 @@ from prefix_distill.config import PrefixSpec
 from prefix_distill.config import SamplesSpec
 from prefix_distill.data import tokenizer as tokenizer_lib
 from prefix_distill.distill import inspection
-from prefix_distill.distill import loss as loss_lib
 from prefix_distill.report import report
-from prefix_distill.report import samples
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 from prefix_distill.train import loop
+from prefix_distill.train import samples
 from prefix_distill.train import setup as setup_lib
-from prefix_distill.train.samples import pieces
-from prefix_distill.train.samples import segments
 
 TIMED = ("seconds", "tokens_per_second", "compilations")
 TEXT = "Ann has 7 pens; 12 größer 世界 🙂🏽 é\n\tend  "
@@ -59,13 +56,13 @@ def tokenizer():
 def test_pieces_and_segments_are_the_text(tokenizer):
   ids = tokenizer.encode(TEXT) + list(tokenizer.stop_ids)
   assert len(ids) > 20
-  texts = pieces(tokenizer, ids)
+  texts = samples.pieces(tokenizer, ids)
   assert len(texts) == len(ids)
   assert "".join(texts) == tokenizer.decode(ids)
   # Characters of several tokens are whole, and the other tokens are there.
   assert "".join(texts).startswith(TEXT) and "" in texts
   assert any("世" in text for text in texts)
-  parts = segments(tokenizer, ids)
+  parts = samples.segments(tokenizer, ids)
   assert "".join(text for text, _ in parts) == tokenizer.decode(ids)
   assert parts[0] == (TEXT, 0)
   assert [special for _, special in parts] == [0] + [1] * len(
@@ -75,7 +72,7 @@ def test_pieces_and_segments_are_the_text(tokenizer):
 
 def test_bytes_that_are_no_characters_keep_their_number(tokenizer):
   broken = tokenizer.encode("世界")[:-1] * 3
-  texts = pieces(tokenizer, broken)
+  texts = samples.pieces(tokenizer, broken)
   assert len(texts) == len(broken)
   assert "".join(texts).startswith("世")
 
@@ -118,7 +115,7 @@ def test_an_inspection_is_what_the_dense_models_say(memory):
   found = INSPECT(
       student, teacher, merged, 99, memory, ours, theirs, batch, rollout
   )
-  exact = loss_lib.token_divergence(
+  exact = toys.token_divergence(
       student, teacher, merged, ours, theirs, batch, rollout
   )
   np.testing.assert_allclose(
@@ -177,7 +174,7 @@ def metrics(workdir):
 
 
 def test_a_run_keeps_as_many_texts_as_were_asked_for(whole):
-  rollouts, answers = samples.read(whole)
+  rollouts, answers = report.read_samples(whole)
   assert [x["step"] for x in rollouts] == [1] * 3 + [3] * 3 + [5] * 3
   for line in rollouts:
     kept = min(line["length"], SPEC.max_tokens)
@@ -206,7 +203,7 @@ def test_an_answers_verdict_is_that_of_the_metrics(whole):
       for x in metrics(whole)
       if "verdicts" in x
   }
-  _, answers = samples.read(whole)
+  _, answers = report.read_samples(whole)
   for line in answers:
     found = lines[line["step"], line["model"], line["set"], line["mode"]]
     assert line["right"] is (found["verdicts"][line["problem"]] == "1")
@@ -216,7 +213,7 @@ def test_an_answers_verdict_is_that_of_the_metrics(whole):
 def test_divergences_are_the_exact_reverse_kl_of_the_first_student(
     whole, models, tokenizer
 ):
-  rollouts, _ = samples.read(whole)
+  rollouts, _ = report.read_samples(whole)
   rollouts = [x for x in rollouts if x["step"] == 1]
   config = settings(models)
   setup = setup_lib.prepare(config, whole)
@@ -228,7 +225,7 @@ def test_divergences_are_the_exact_reverse_kl_of_the_first_student(
   for line in rollouts:
     prompt = tokenizer.encode("".join(text for text, _ in line["prompt"]))
     kept = np.array([line["ids"]], np.int32)
-    kl = loss_lib.token_divergence(
+    kl = toys.token_divergence(
         student, teacher, setup.models.loss.dist, ours, theirs,
         PromptBatch(
             jnp.array([prompt]), jnp.ones((1, len(prompt)), bool),
@@ -263,7 +260,8 @@ def test_a_run_that_goes_on_has_no_line_twice(
   with pytest.raises(KeyboardInterrupt):
     loop.train(config, workdir)
   assert count == 1
-  assert [x["step"] for x in samples.read(workdir)[1]] == [0] * 3 + [4] * 3
+  _, answers = report.read_samples(workdir)
+  assert [x["step"] for x in answers] == [0] * 3 + [4] * 3
   monkeypatch.setattr(report.LineWriter, "write", write)
   loop.train(config, workdir)
   for name in ("rollouts.jsonl", "answers.jsonl"):
@@ -275,7 +273,7 @@ def test_samples_change_no_number_of_a_run(whole, models, tmp_path):
   spec = SamplesSpec(rollouts=0, problems=0)
   loop.train(settings(models, samples=spec), tmp_path / "run")
   assert metrics(tmp_path / "run") == metrics(whole)
-  assert samples.read(tmp_path / "run") == ([], [])
+  assert report.read_samples(tmp_path / "run") == ([], [])
 
 
 def test_damaged_lines_are_left_out(tmp_path):
@@ -283,5 +281,5 @@ def test_damaged_lines_are_left_out(tmp_path):
   directory.mkdir()
   (directory / "answers.jsonl").write_text('{"step": 1}\n{"step": 2, "mo')
   (directory / "rollouts.jsonl").write_bytes(b"\xff\n[1]\n")
-  assert samples.read(tmp_path) == ([], [])
-  assert samples.read(tmp_path / "nothing") == ([], [])
+  assert report.read_samples(tmp_path) == ([], [])
+  assert report.read_samples(tmp_path / "nothing") == ([], [])

@@ -244,7 +244,7 @@ def test_what_is_inspected_is_what_the_teacher_read():
   batch, rollout = _with_own(3, 5, 9), toys.rollout([2, 4, 4], 4)
 
   def divergence(batch):
-    return loss_lib.token_divergence(
+    return toys.token_divergence(
         model, model, toys.distribution(), params, params, batch, rollout
     )[rollout.mask]
 

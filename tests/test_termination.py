@@ -5,7 +5,6 @@ import pytest
 import toys
 
 from prefix_distill.report import report
-from prefix_distill.report import samples
 from prefix_distill.train import loop
 
 
@@ -103,7 +102,7 @@ def test_supervised_updates_say_nothing_of_rollouts(tmp_path):
       "accuracy_flops.svg", "termination.svg", "loss_step.svg", "report.html",
   }  # fmt: skip
   # Without a teacher, what is kept is how unlikely the answers are.
-  rollouts, _ = samples.read(tmp_path / "run")
+  rollouts, _ = report.read_samples(tmp_path / "run")
   assert [x["measure"] for x in rollouts] == ["cross_entropy"] * 4
   assert all(x["source"] == "data" and x["finished"] for x in rollouts)
   assert all("teacher" not in x for x in rollouts)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -20,6 +21,9 @@ import numpy as np
 
 from prefix_distill import assets
 from prefix_distill import config as config_lib
+from prefix_distill.distill import chunked_head
+from prefix_distill.distill import divergence
+from prefix_distill.distill import loss as loss_lib
 from prefix_distill.distill.divergence import Distribution
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models.config import ModelConfig
@@ -70,6 +74,42 @@ def model_config(**changes) -> ModelConfig:
       max_length=128,
   )
   return dataclasses.replace(config, **changes)
+
+
+def _dense(term, student_logits, teacher_logits, dist) -> jax.Array:
+  """Returns a divergence of whole logits; the larger vocabulary is cut."""
+  rows = min(student_logits.shape[-1], teacher_logits.shape[-1])
+  logits = student_logits[..., :rows], teacher_logits[..., :rows]
+  return divergence.compare(term, *divergence.distributions(*logits, dist))
+
+
+reverse_kl = functools.partial(_dense, divergence.reverse_kl_term)
+forward_kl = functools.partial(_dense, divergence.forward_kl_term)
+
+
+def jsd(student_logits, teacher_logits, dist, beta=0.5) -> jax.Array:
+  term = divergence.named("jsd", beta)
+  return _dense(term, student_logits, teacher_logits, dist)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def token_divergence(
+    student, teacher, dist, student_params, teacher_params, batch, rollout
+) -> jax.Array:
+  """Returns the exact reverse KL at each rollout token, in nats: [B, P]."""
+  exact = loss_lib.ExactLoss(dist)
+  _, metrics = chunked_head.weighted_sum(
+      *exact.arguments(
+          student,
+          student_params,
+          teacher.head(teacher_params),
+          student.prefix_hidden(student_params, batch, rollout),
+          rollout,
+          loss_lib.score(teacher, exact, teacher_params, batch, rollout),
+          rollout.mask,
+      )
+  )
+  return metrics["kl"]
 
 
 def model(seed: int = 0, **changes) -> tuple[Model, Params]:

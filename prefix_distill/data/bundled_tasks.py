@@ -75,6 +75,19 @@ one sum spoils all that follow, and only the last number is graded:
 The teacher learns the `clean` style. In the `weak` style 50 of the 1058 sums
 have a wrong result, always the same one, so what the student lacks lies
 everywhere in an answer, and is many facts rather than one habit.
+
+`SumsTask` is for language models, which have the skill and not the form: six
+numbers to add and subtract, worked out a line each. It is read as messages:
+
+  (system) Add up step by step.
+  (user) 7 + 5 - 3 + 14 - 2 + 9
+
+  7 + 5 = 12
+  12 - 3 = 9
+  9 + 14 = 23
+  23 - 2 = 21
+  21 + 9 = 30
+  \boxed{30}
 """
 
 from collections.abc import Sequence
@@ -83,6 +96,7 @@ import hashlib
 import itertools
 import random
 import re
+from typing import Any
 
 PEOPLE = tuple("Ann Bob Cara Dan Eva Finn Gina Hal Ivy Jon Kim Leo".split())
 ITEMS = tuple(
@@ -98,7 +112,7 @@ SPLITS = ("train", "validation", "test")
 STYLES = ("clean", "capable", "weak")
 # These percentages of all problem texts, chosen by hash, are held out.
 _MATH_PERCENT = {"validation": 2, "test": 8}
-_CHAIN_PERCENT = {"validation": 10, "test": 10}
+_CHAIN_PERCENT = _SUMS_PERCENT = {"validation": 10, "test": 10}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -353,7 +367,7 @@ class _Task(Sequence):
   def __len__(self) -> int:
     return self._size
 
-  def __getitem__(self, index: int) -> dict[str, str]:
+  def __getitem__(self, index: int) -> dict[str, Any]:
     if not 0 <= index < self._size:
       raise IndexError(index)
     return self._record(index)
@@ -639,4 +653,64 @@ class ChainTask(_Task):
         "question": drawn.question,
         "answer": str(chain_solution(drawn)[1]),
         "completion": chain_solution(drawn, self._style)[0],
+    }
+
+
+_SUMS_SYSTEM = "Add up step by step."
+_SUMS_TERMS, _SUMS_LARGEST, _SUMS_TOTAL = 6, 15, 40
+
+
+def sums(split: str, index: int) -> tuple[int, ...]:
+  """Returns the numbers of sum `index` of a split, subtracted ones negative.
+
+  No sum on the way is below 0 or above 40.
+  """
+  if split not in SPLITS:
+    raise ValueError(f"The sums task has no split {split!r}; it has {SPLITS}.")
+  rng = random.Random(f"sums {split} {index}")
+  while True:
+    numbers = [rng.randint(1, _SUMS_LARGEST)]
+    while len(numbers) < _SUMS_TERMS:
+      number = rng.choice((1, -1)) * rng.randint(1, _SUMS_LARGEST)
+      if 0 <= sum(numbers) + number <= _SUMS_TOTAL:
+        numbers.append(number)
+    if _split(_sums_question(numbers), _SUMS_PERCENT) == split:
+      return tuple(numbers)
+
+
+def _sums_question(numbers: Sequence[int]) -> str:
+  rest = (f" {_sign(number)} {abs(number)}" for number in numbers[1:])
+  return f"{numbers[0]}{''.join(rest)}"
+
+
+class SumsTask(_Task):
+  """Sums of six numbers, for language models.
+
+  A record has `messages` (system and user), `question` (the sum alone),
+  `answer` and `completion` (the sums on the way, and the boxed answer).
+  """
+
+  def __init__(self, split: str, size: int, style: str = "clean"):
+    if style != "clean":
+      raise ValueError(
+          f"The sums task has no style {style!r}; it has ('clean',)."
+      )
+    sums(split, 0)  # Refuses an unknown split now rather than later.
+    super().__init__(split, size)
+
+  def _record(self, index: int) -> dict[str, Any]:
+    numbers = sums(self._split, index)
+    question, total, lines = _sums_question(numbers), numbers[0], []
+    for number in numbers[1:]:
+      new = total + number
+      lines.append(f"{total} {_sign(number)} {abs(number)} = {new}\n")
+      total = new
+    return {
+        "messages": [
+            {"role": "system", "content": _SUMS_SYSTEM},
+            {"role": "user", "content": question},
+        ],
+        "question": question,
+        "answer": str(total),
+        "completion": f"{''.join(lines)}\\boxed{{{total}}}",
     }

@@ -112,19 +112,26 @@ _NOTED = {
 }
 
 
-def _pad(
+def pad(
     tokenizer: Tokenizer, tokens: Sequence[int], length: int, left: bool
 ) -> _Row:
   """Pads tokens on one side; returns None if there are too many."""
   if len(tokens) > length:
     return None
-  row, mask = np.full(length, tokenizer.pad_id, np.int32), np.zeros(
-      length, bool
-  )
+  row = np.full(length, tokenizer.pad_id, np.int32)
+  mask = np.zeros(length, bool)
   start = length - len(tokens) if left else 0
   kept = slice(start, start + len(tokens))
   row[kept], mask[kept] = tokens, True
   return row, mask
+
+
+def stack(
+    rows: Sequence[tuple[np.ndarray, np.ndarray]], numbers: Sequence[int]
+) -> PromptBatch:
+  """Returns NumPy prompts of padded rows and masks, with their numbers."""
+  tokens, masks = (np.stack(x) for x in zip(*rows, strict=True))
+  return PromptBatch(tokens, masks, np.asarray(numbers, np.int32))
 
 
 class Dropped(Exception):
@@ -158,7 +165,7 @@ def _encode_question(
     tokens = encode(question, suffix)
   except TokenizerError as error:
     raise Dropped("template") from error
-  row = _pad(tokenizer, tokens, max_len, left=True)
+  row = pad(tokenizer, tokens, max_len, left=True)
   if row is None:
     raise Dropped("long")
   if not tokenizer.reads_back(question, tokens):
@@ -234,7 +241,7 @@ def _encode_completion(
   )
   if again or not tokenizer.control_ids.isdisjoint(tokens[:-1]):
     raise Dropped("markup")
-  return _pad(tokenizer, tokens, max_len, left=False), noted
+  return pad(tokenizer, tokens, max_len, left=False), noted
 
 
 def _trimmed(
@@ -263,20 +270,6 @@ def questions(
     return question, None
   text = records.fill(record, spec.teacher_prompt, where)
   return question, with_last(question, text)
-
-
-def suffix_of(suffix: str, record: Mapping[str, Any], where: str) -> str:
-  """Returns the suffix of a record's prompts.
-
-  Args:
-    suffix: `data.suffix`, which may be a template over the record's fields.
-    record: the record.
-    where: the record's name in a sentence.
-
-  Raises:
-    DataError: see `records.fill`.
-  """
-  return records.fill(record, suffix, where)
 
 
 def with_last(question: Question, text: str) -> Question:
@@ -457,7 +450,7 @@ class PromptIterator:
     spec, record = self._spec, self.records[self.number]
     where = f"{spec.train.source} record {self.number + 1}"
     self.question, self.teacher_question = questions(spec, record, where)
-    own = suffix_of(spec.suffix, record, where)
+    own = records.fill(record, spec.suffix, where)
     self.suffixes = list(dict.fromkeys([own, *self._some_suffixes()]))
     spec = dataclasses.replace(spec, suffix=own)
     check_room(self._chat, spec, self.question)
@@ -471,13 +464,13 @@ class PromptIterator:
     last = self._epoch - 1
     for number in np.unique(np.linspace(0, last, _LOOKED, dtype=int)):
       where = f"{spec.train.source} record {number + 1}"
-      yield suffix_of(spec.suffix, self.records[int(number)], where)
+      yield records.fill(self.records[int(number)], spec.suffix, where)
 
   def _check_any(self, found: Sequence[Example | str]) -> None:
     """Refuses records of which none can be used.
 
     Raises:
-      ConfigError: so it is.
+      ConfigError: no record can be used.
     """
     if any(isinstance(x, Example) for x in found) or not self._whole:
       return
@@ -511,7 +504,7 @@ class PromptIterator:
     spec, fields, tokenizer = self._spec, self._spec.train, self._chat
     where = f"{fields.source} record {number + 1}"
     question, theirs = questions(spec, record, where)
-    suffix = suffix_of(spec.suffix, record, where)
+    suffix = records.fill(record, spec.suffix, where)
     prompt = _encode_question(
         tokenizer, question, spec.max_prompt_len, suffix
     )
@@ -647,7 +640,11 @@ def trim(batch: PromptBatch, spec: DataSpec) -> PromptBatch:
     return batch
   longest = batch.mask.sum(axis=1).max()
   lengths = (*spec.prompt_buckets, spec.max_prompt_len)
-  length = min(n for n in lengths if n >= longest)
+  return cut(batch, min(n for n in lengths if n >= longest))
+
+
+def cut(batch: PromptBatch, length: int) -> PromptBatch:
+  """Keeps the last columns; the student's prompts are shorter than that."""
   return dataclasses.replace(
       batch, tokens=batch.tokens[:, -length:], mask=batch.mask[:, -length:]
   )

@@ -69,7 +69,7 @@ Question: TypeAlias = str | Sequence[Message]
 
 # How many records are looked at before a run begins.
 FIRST = 100
-# Of a long source that is searched for these: shards, and rows of each.
+# A long source is searched for them in so many shards, and rows of each.
 _SHARDS, _ROWS = 16, 200
 # Rows of a .parquet file in memory at a time.
 _BATCH = 256
@@ -210,7 +210,7 @@ def completion(record: Mapping[str, Any], name: str, where: str) -> str:
 def question(record: Mapping[str, Any], name: str, where: str) -> Question:
   """Returns a field that holds text or messages that end with the user's.
 
-  Of a template, such as "{problem} Think aloud.", that is its text; see `fill`.
+  A template, such as "{problem} Think aloud.", is filled; see `fill`.
   """
   if FIELD.search(name):
     return fill(record, name, where)
@@ -303,20 +303,6 @@ def _content(found: Any, name: str, where: str) -> str:
   return "".join(part["text"] for part in found)
 
 
-def check_kinds(
-    record: Mapping[str, Any], spec: DatasetSpec, where: str
-) -> None:
-  """Refuses a record whose fields hold what they may not; see the module."""
-  question(record, spec.question, where)
-  if spec.completion:
-    completion(record, spec.completion, where)
-  if spec.answer:
-    answer(record, spec.answer, where)
-  if len(spec.choices) > 1:
-    for name in spec.choices:
-      text(record, name, where)
-
-
 def random_key(*parts: str | int) -> bytes:
   """Returns a pseudo-random sort key.
 
@@ -324,13 +310,6 @@ def random_key(*parts: str | int) -> bytes:
   every version of a library, and the records of a benchmark never change.
   """
   return hashlib.sha256(json.dumps(parts).encode()).digest()
-
-
-def _check_fields(
-    record: Mapping[str, Any], names: Sequence[str], where: str
-) -> None:
-  for name in names:
-    value(record, name, where)
 
 
 def _parse(found: str, where: str) -> Any:
@@ -396,9 +375,20 @@ def _check(
     names: Sequence[str],
     where: str,
 ) -> None:
-  """Refuses a record that lacks a field, or whose fields hold other kinds."""
-  _check_fields(record, names, where)
-  check_kinds(record, spec, where)
+  """Refuses a record that lacks a field, or whose fields hold other kinds.
+
+  The module says what a field may hold.
+  """
+  for name in names:
+    value(record, name, where)
+  question(record, spec.question, where)
+  if spec.completion:
+    completion(record, spec.completion, where)
+  if spec.answer:
+    answer(record, spec.answer, where)
+  if len(spec.choices) > 1:
+    for name in spec.choices:
+      text(record, name, where)
 
 
 def _read_file(
@@ -535,9 +525,7 @@ def _check_nulls(loaded: Any, source: str, names: Sequence[str]) -> None:
     column = loaded.data.column(name)
     if column.null_count:
       number = column.is_null().to_pylist().index(True)
-      _check_fields(
-          loaded[number], [name], f"{source} record {number + 1}"
-      )
+      value(loaded[number], name, f"{source} record {number + 1}")
 
 
 def _check_rows(loaded: Any, spec: DatasetSpec, names: Sequence[str]) -> None:
@@ -577,6 +565,8 @@ def _read(
   if spec.source in BUNDLED_TASKS:
     try:
       style = spec.subset or "clean"
+      if spec.source == "sums_task":
+        return bundled_tasks.SumsTask(spec.split, spec.size, style)
       if spec.source == "chain_task":
         return bundled_tasks.ChainTask(spec.split, spec.size, style)
       if style == "guided":
@@ -741,8 +731,8 @@ def _choose(spec: DatasetSpec, names: Sequence[str], first: bool) -> "Records":
 def fill(record: Mapping[str, Any], template: str, where: str) -> str:
   """Replaces the names in braces by the record's fields.
 
-  A field holds what a question, an answer or a completion may. Of messages
-  that is the text of the last one.
+  A field may hold what a question, an answer or a completion may hold. The last
+  message stands for a list of messages.
 
   Raises:
     DataError: the record lacks one, or it holds something else.

@@ -117,7 +117,7 @@ class Rewriting:
       suffixes: of the student's prompts.
 
     Raises:
-      ConfigError: so it is.
+      ConfigError: there is no room, or nothing is open.
     """
     spec, data = self.config.rollout.rewrite, self.config.data
     least = len(self._encode("", ""))
@@ -176,11 +176,8 @@ class Rewriting:
       tokens = self._turn(question, kept[:shown])
     long = not 0 < len(tokens) <= room
     tokens = tokens[-room:] or [self.teacher.pad_id]
-    row, mask = np.full(room, self.teacher.pad_id, np.int32), np.zeros(
-        room, bool
-    )
-    row[-len(tokens) :], mask[-len(tokens) :] = tokens, True
-    return row, mask, shown < len(kept), long
+    row = prompts_lib.pad(self.teacher, tokens, room, left=True)
+    return *row, shown < len(kept), long
 
   def _turn(self, question: Question, answer: Sequence[int]) -> list[int]:
     """Encodes a turn; empty if the template or the tokenizer refuses it."""

@@ -169,7 +169,8 @@ class Tokenizer:
     """
     text = self._apply([{"role": "user", "content": _PROBE}])
     head = text[: text.index(_PROBE)]
-    found = [m for m in self._markup.finditer(head) if m[0] != self._bos]
+    bos = self.pretrained.bos_token
+    found = [m for m in self._markup.finditer(head) if m[0] != bos]
     if not found:
       raise TokenizerError(
           f"{self.path}: data.system is '', but the chat template marks turns"
@@ -178,10 +179,6 @@ class Tokenizer:
       )
     last = [m for m in found if m[0] == found[0][0]][-1]
     return found[0].start(), head[: last.start()]
-
-  @property
-  def _bos(self) -> str | None:
-    return self.pretrained.bos_token
 
   @functools.cached_property
   def _markup(self) -> re.Pattern[str]:

@@ -32,7 +32,7 @@ PerToken = dict[str, jax.Array]
 # logits, a gradient and what XLA does not fuse.
 _COPIES = 4
 _PartitionSpec = jax.sharding.PartitionSpec
-# Of the hidden states and of the head; None for a head that is not trained.
+# The states' and the head's; None for a head that is not trained.
 _Gradients = tuple[jax.Array, jax.Array | None]
 
 
@@ -86,8 +86,8 @@ class TokenInputs:
 
   Attributes:
     weights: [B, P], of each token in the sum.
-    mask: bool [B, P], true on tokens that metrics are wanted of; those after
-      the last one, in all rows, may be left out altogether.
+    mask: bool [B, P], true on tokens whose metrics are wanted; positions behind
+      the last such token of all rows may be left out.
     extras: a tree of [B, P], cut into chunks along with the states.
   """
 
@@ -215,8 +215,8 @@ def _local(
   Args:
     loss: of a chunk of tokens.
     memory: bytes of logits.
-    trains_head: whether the head has one.
-    with_gradient: whether to return gradients.
+    trains_head: whether to return the head's gradient.
+    with_gradient: whether to return gradients at all.
     axes: what is split.
     inputs: with the part of the vocabulary that the device holds.
     tokens: see `weighted_sum`.

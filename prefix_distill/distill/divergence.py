@@ -115,7 +115,10 @@ class LogProbs(NamedTuple):
 
 
 def reverse_kl_term(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-  """KL(student || teacher) = sum p (log p - log q)."""
+  """KL(student || teacher) = sum p (log p - log q), the paper's loss.
+
+  Source: arXiv 2602.15260, section 2.
+  """
   return jnp.exp(log_p) * (log_p - log_q)
 
 
@@ -159,20 +162,21 @@ def bounded(term: Term, most: float) -> Term:
   """Cuts each event's share: min(f(log p(e), log q(e)), most).
 
   So a few tokens of style cannot make up most of a divergence (COPSD, arXiv
-  2605.09548, with 0.05 nats for the forward KL). An entry that is cut has no
-  gradient of its own. It is cut from above alone: shares of the forward KL are
-  negative where the student is more probable than the teacher, and stay whole;
-  those of the JSD never are.
+  2605.09548, with 0.05 nats for the forward KL). An event is a token, all stop
+  tokens where they are merged, or the tail of top-k. An event whose share is
+  cut has no gradient of its own.
 
-  An entry is an event: a token, all stop tokens where they are merged, or the
-  tail of top-k.
+  Only large shares are cut. Shares of the forward KL are negative where the
+  student is more probable than the teacher, and these stay whole. Shares of the
+  JSD are never negative.
 
-  What is cut is no divergence. The teacher's distribution is still a local
-  minimum, for there all shares are 0. But of the forward KL only the cut share
-  is gone, and what the others pull takes its mass: the student moves away from
-  a teacher who gives a token 0.9 where the student gives it 0.85, for 0.9
-  log(0.9 / 0.85) is above 0.05. The sum may be negative. Each share of the JSD
-  pulls the right way by itself.
+  The sum of cut shares is no divergence, and may be negative. Where student and
+  teacher agree all shares are 0, so the teacher's distribution is still a local
+  minimum. Elsewhere the forward KL may pull the wrong way: the gradient of the
+  cut share is gone, and the other tokens take that token's mass. If the teacher
+  gives a token 0.9 and the student 0.85, the share 0.9 log(0.9 / 0.85) is above
+  0.05, and the student moves away from the teacher. Each share of the JSD pulls
+  the right way by itself.
 
   Args:
     term: of the divergence.
@@ -271,6 +275,36 @@ def _columns(x: jax.Array) -> list[jax.Array]:
   return [x[..., i : i + 1] for i in range(x.shape[-1])]
 
 
+def distribution(
+    logits: jax.Array, dist: Distribution, shard: Shard = WHOLE
+) -> tuple[LogProbs, Events]:
+  """Returns one model's distribution; top-k takes its own tokens."""
+  these = events(logits, logits, dist, shard)
+  return log_probs(logits, dist, these, shard), these
+
+
+def distributions(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    dist: Distribution,
+    shard: Shard = WHOLE,
+) -> tuple[LogProbs, LogProbs, Events]:
+  """Returns both models' distributions over the same events, and the events.
+
+  Args:
+    student_logits: [..., V].
+    teacher_logits: [..., V].
+    dist: temperature, real ids and events.
+    shard: which part of the vocabulary the V rows are.
+  """
+  these = events(student_logits, teacher_logits, dist, shard)
+  return (
+      log_probs(student_logits, dist, these, shard),
+      log_probs(teacher_logits, dist, these, shard),
+      these,
+  )
+
+
 def compare(
     term: Term,
     student: LogProbs,
@@ -334,79 +368,3 @@ def compare_with_gradient(
   gradient = (slopes - probs * total[..., None]) / dist.temperature
   real = shard.ids(probs.shape[-1]) < dist.num_tokens
   return value, jnp.where(real, gradient, 0)
-
-
-def _same_rows(
-    student_logits: jax.Array, teacher_logits: jax.Array, dist: Distribution
-) -> tuple[jax.Array, jax.Array]:
-  """Cuts both to the smaller vocabulary; what is cut off is padding.
-
-  Raises:
-    ValueError: a vocabulary has fewer rows than there are token ids.
-  """
-  rows = min(student_logits.shape[-1], teacher_logits.shape[-1])
-  if rows < dist.num_tokens:
-    raise ValueError(
-        f"The tokenizer has {dist.num_tokens} ids, but a vocabulary has only"
-        f" {rows} rows; the tokenizer is not that of the model."
-    )
-  return student_logits[..., :rows], teacher_logits[..., :rows]
-
-
-def _dense(
-    term: Term,
-    student_logits: jax.Array,
-    teacher_logits: jax.Array,
-    dist: Distribution,
-) -> jax.Array:
-  logits = _same_rows(student_logits, teacher_logits, dist)
-  these = events(*logits, dist)
-  return compare(
-      term, *(log_probs(x, dist, these) for x in logits), these
-  )
-
-
-def reverse_kl(
-    student_logits: jax.Array, teacher_logits: jax.Array, dist: Distribution
-) -> jax.Array:
-  """Returns KL(student || teacher) at each position, the paper's objective.
-
-    KL = sum_e p(e) [log p(e) - log q(e)],  p = softmax(student / temperature)
-
-  (arXiv 2602.15260, section 2, over the whole vocabulary.)
-
-  Args:
-    student_logits: [..., V_S], V_S >= num_tokens.
-    teacher_logits: [..., V_T], V_T >= num_tokens.
-    dist: temperature, real ids and events.
-
-  Returns:
-    float32 [...], nats.
-
-  Raises:
-    ValueError: a vocabulary has fewer rows than there are token ids.
-  """
-  return _dense(reverse_kl_term, student_logits, teacher_logits, dist)
-
-
-def forward_kl(
-    student_logits: jax.Array, teacher_logits: jax.Array, dist: Distribution
-) -> jax.Array:
-  """Returns KL(teacher || student) at each position; as `reverse_kl`.
-
-  KL = sum_e q(e) [log q(e) - log p(e)],  q = softmax(teacher / temperature)
-  """
-  return _dense(forward_kl_term, student_logits, teacher_logits, dist)
-
-
-def jsd(
-    student_logits: jax.Array,
-    teacher_logits: jax.Array,
-    dist: Distribution,
-    beta: float = 0.5,
-) -> jax.Array:
-  """Returns the generalised JSD at each position; see `jsd_term`.
-
-  JSD = beta KL(q || m) + (1 - beta) KL(p || m),  m = beta q + (1 - beta) p
-  """
-  return _dense(named("jsd", beta), student_logits, teacher_logits, dist)

@@ -45,10 +45,8 @@ class Inspection:
   ) -> tuple[jax.Array, jax.Array, PerToken]:
     """See `chunked_head.TokenLoss`; the extras are the tokens [N]."""
     other = logits if other_logits is None else other_logits
-    these = divergence.events(logits, other, self.dist, shard)
-    student, teacher = (
-        divergence.log_probs(x, self.dist, these, shard)
-        for x in (logits, other)
+    student, teacher, these = divergence.distributions(
+        logits, other, self.dist, shard
     )
     mine = shard.ids(logits.shape[-1]) == extras[:, None]
     found = {

@@ -156,10 +156,7 @@ class ExactLoss(Loss):
     """See `chunked_head.TokenLoss`."""
     del extras
     dist, both = self.dist, (logits, teacher_logits)
-    these = divergence.events(*both, dist, shard)
-    student, teacher = (
-        divergence.log_probs(x, dist, these, shard) for x in both
-    )
+    student, teacher, these = divergence.distributions(*both, dist, shard)
     value, gradient = divergence.compare_with_gradient(
         divergence.named(self.kind, self.beta, self.max_entry),
         student,
@@ -170,10 +167,7 @@ class ExactLoss(Loss):
     )
     plain = dist.plain
     if plain != dist:
-      these = divergence.events(*both, plain, shard)
-      student, teacher = (
-          divergence.log_probs(x, plain, these, shard) for x in both
-      )
+      student, teacher, these = divergence.distributions(*both, plain, shard)
     agree = _top1(logits, dist, shard) == _top1(teacher_logits, dist, shard)
     metrics = {
         "loss": value,
@@ -365,10 +359,13 @@ class Sight:
   ) -> tuple[jax.Array, jax.Array, PerToken]:
     """See `chunked_head.TokenLoss`."""
     del extras
-    both, plain = (logits, teacher_logits), _single(self.dist)
+    both = logits, teacher_logits
+    plain = dataclasses.replace(self.dist, stop_ids=(), top_k=0)
     count = min(self.top_tokens, plain.num_tokens)
     own, theirs = (_top(x, count, plain, shard) for x in both)
-    log_p, log_q = (_log_probs(x, plain, shard) for x in both)
+    log_p, log_q = (
+        divergence.distribution(x, plain, shard)[0].tokens for x in both
+    )
     probs = jnp.exp(log_p)
     penalty = probs * abs(log_p - log_q)
 
@@ -393,12 +390,10 @@ class Sight:
     dist = dataclasses.replace(
         self.dist, top_k=self.top_tokens, top_k_of="student"
     )
-    these = divergence.events(*both, dist, shard)
-    student, teacher = (
-        divergence.log_probs(x, dist, these, shard) for x in both
-    )
     return divergence.compare(
-        divergence.reverse_kl_term, student, teacher, these, shard
+        divergence.reverse_kl_term,
+        *divergence.distributions(*both, dist, shard),
+        shard,
     )
 
 
@@ -600,40 +595,6 @@ def cross_entropy(
   return value
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def token_divergence(
-    student: Model,
-    teacher: Model,
-    dist: Distribution,
-    student_params: Params,
-    teacher_params: Params,
-    batch: PromptBatch,
-    rollout: Rollout,
-) -> jax.Array:
-  """Returns the exact reverse KL at each rollout token, in nats: [B, P].
-
-  Meaningless where `rollout.mask` is false.
-
-  Args:
-    student: its architecture.
-    teacher: its architecture.
-    dist: the real ids and the stop tokens.
-    student_params: its weights.
-    teacher_params: its weights.
-    batch: prompts [B, S].
-    rollout: [B, P].
-  """
-  exact = ExactLoss(dist)
-  _, metrics = chunked_head.weighted_sum(
-      *exact.arguments(
-          student, student_params, teacher.head(teacher_params),
-          student.prefix_hidden(student_params, batch, rollout), rollout,
-          score(teacher, exact, teacher_params, batch, rollout), rollout.mask,
-      )
-  )
-  return metrics["kl"]
-
-
 def _entropy(
     probs: divergence.LogProbs, dist: Distribution, shard: Shard
 ) -> jax.Array:
@@ -688,8 +649,7 @@ def _tokens(
 ) -> _Tokens:
   """Looks up tokens [N] in logits [N, V] of a part of the vocabulary."""
   dist = dataclasses.replace(dist, top_k=0)
-  these = divergence.events(logits, logits, dist, shard)
-  probs = divergence.log_probs(logits, dist, these, shard)
+  probs, these = divergence.distribution(logits, dist, shard)
   mine = shard.ids(logits.shape[-1]) == ids[:, None]
   token = shard.sum(jnp.sum(jnp.where(mine, probs.tokens, 0), axis=-1))
   real = shard.ids(logits.shape[-1]) < dist.num_tokens
@@ -715,22 +675,8 @@ def _plain_entropy(
 ) -> jax.Array:
   """Returns one model's `_entropy` at temperature 1: [N]."""
   plain = dataclasses.replace(dist.plain, stop_ids=())
-  these = divergence.events(logits, logits, plain, shard)
-  probs = divergence.log_probs(logits, plain, these, shard)
+  probs, _ = divergence.distribution(logits, plain, shard)
   return _entropy(probs, plain, shard)
-
-
-def _single(dist: Distribution) -> Distribution:
-  """The distribution whose events are all single tokens."""
-  return dataclasses.replace(dist, stop_ids=(), top_k=0)
-
-
-def _log_probs(
-    logits: jax.Array, dist: Distribution, shard: Shard
-) -> jax.Array:
-  """Returns the log-probabilities of tokens that are events: [N, V]."""
-  these = divergence.events(logits, logits, dist, shard)
-  return divergence.log_probs(logits, dist, these, shard).tokens
 
 
 def _look(

@@ -24,7 +24,7 @@ would have had.
              ADWIN (arXiv 2605.28396), whose full rollouts audit a prefix now
              and then, is its closest published relative
 
-Of drift, plateau, agreement and ADWIN we know secondary accounts and
+We know drift, plateau, agreement and ADWIN from secondary accounts and
 abstracts. `docs/length_rules.md` says point by point what is published, what
 is inferred and what is ours.
 
@@ -56,11 +56,11 @@ _MAX_BUCKETS = 7
 _SMALLEST_BUCKET = 32
 # Prune-OPD's weight of a token behind which nothing is reliable any more.
 _LEAST_WEIGHT = 0.5
-# Below it there is nothing left of a signal to improve.
+# A signal below this has nothing left to improve.
 _NO_SIGNAL = 1e-6
 # What begins the names of those metrics of an update that `Stats.shown` has.
 SHOWN = "schedule_"
-# Sets the draws of sources apart from others made of the same seed.
+# Separates the draws of sources from others with the same seed.
 _SALT = 17
 
 
@@ -148,7 +148,7 @@ class Schedule:
     return {"step": state["step"] + 1}
 
   def threshold(self, state: State) -> float | None:
-    """Below which rollouts agree; None if the schedule does not cut them."""
+    """Returns the bound below which rollouts agree; None if it cuts none."""
     del state
 
   def choose(
@@ -305,9 +305,9 @@ class Plateau(_Chosen):
   `min_reached_fraction` of the rollouts reach it. While no rollout reaches the
   band there is no progress.
 
-  The source, of which we know a secondary account, names the four signals,
-  the quotient, the largest, the smoothing and both reasons to grow. The
-  formulas of the signals are ours.
+  We know the source from a secondary account. It names the four signals, the
+  quotient, the largest, the smoothing and both reasons to grow. The formulas of
+  the signals are ours.
   """
 
   spec: config_lib.PlateauSpec

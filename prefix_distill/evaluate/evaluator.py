@@ -47,7 +47,6 @@ from prefix_distill.evaluate import grading
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.report import report
-from prefix_distill.report.samples import spread
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
 from prefix_distill.rollout.sampling import Truncation
@@ -190,20 +189,6 @@ def _read_problem(
   )
 
 
-def _stack(
-    rows: Sequence[tuple[int, np.ndarray, np.ndarray]], cut: bool
-) -> PromptBatch:
-  """Makes a batch of (number, tokens, mask); may cut it to the longest row."""
-  numbers, tokens, masks = (np.stack(x) for x in zip(*rows, strict=True))
-  length = masks.shape[1]
-  if cut:
-    longest = int(masks.sum(axis=1).max())
-    length = min(-(-longest // _COLUMNS) * _COLUMNS, length)
-  return PromptBatch(
-      tokens[:, -length:], masks[:, -length:], numbers.astype(np.int32)
-  )
-
-
 def load_problems(
     name: str,
     spec: DatasetSpec,
@@ -225,7 +210,7 @@ def load_problems(
     DataError: the records cannot be read, lack a field, hold what cannot be
       used, or are all too long.
   """
-  rows, answers = [], []
+  rows, numbers, answers = [], [], []
   source = records.read(spec, more=FIELD.findall(suffix))
   room = spec.max_prompt_len or max_prompt_len
   for number in range(len(source)):
@@ -235,12 +220,13 @@ def load_problems(
     except gym.NotMade:
       continue
     question, answer = _read_problem(record, spec, where)
-    filled = prompts.suffix_of(suffix, record, where)
+    filled = records.fill(record, suffix, where)
     encoded = prompts.encode_problem(
         tokenizer, question, room, filled, where
     )
     if encoded is not None:
-      rows.append((number, *encoded))
+      rows.append(encoded)
+      numbers.append(number)
       answers.append(answer)
   if not rows:
     own = f"evaluation.sets.{name}.max_prompt_len"
@@ -259,9 +245,14 @@ def load_problems(
         f"{', ...' if len(unreadable) > 5 else ''}.",
         flush=True,
     )
+  batch = prompts.stack(rows, numbers)
+  if spec.max_prompt_len:
+    longest = int(batch.mask.sum(axis=1).max())
+    length = min(-(-longest // _COLUMNS) * _COLUMNS, room)
+    batch = prompts.cut(batch, length)
   return Problems(
       name,
-      _stack(rows, cut=spec.max_prompt_len > 0),
+      batch,
       answers,
       spec.samples,
       len(source) - len(answers),
@@ -282,7 +273,7 @@ def complete(
     seed: int,
     draw: generate.Draw,
     answers: Answers = continuous_batching.Engine.answers,
-    shown: int = 0,
+    shown: Sequence[int] = (),
 ) -> Completions:
   """Decodes every answer to its end.
 
@@ -295,7 +286,8 @@ def complete(
       differ by their weights alone.
     draw: the longest answer, the temperature, and whether to decode greedily.
     answers: `Engine.answers`, or what keeps the answers too.
-    shown: of how many problems, evenly over the set, to return tokens.
+    shown: of how many problems, evenly over the set, to return tokens; of all
+      of these choices.
   """
   key = jax.random.key(seed)
   key = jax.random.fold_in(key, zlib.crc32(problems.name.encode()))
@@ -309,7 +301,10 @@ def complete(
   lengths = np.zeros((count, samples), int)
   finished = np.zeros((count, samples), bool)
   repetition = np.zeros((count, samples))
-  wanted, kept = spread(range(count), shown), {}
+  wanted = set().union(
+      *(report.spread(range(count), most) for most in shown)
+  )
+  kept = {}
   for answer, tokens, stopped in answers(engine, batch, key, draw):
     at = divmod(answer, samples)
     texts[at[0]][at[1]] = tokenizer.answer(tokens, np.ones(len(tokens), bool))
@@ -384,13 +379,13 @@ def evaluate(
     tokenizer: Tokenizer,
     spec: EvaluationSpec,
     sets: Mapping[str, Problems],
-    stop_ids: tuple[int, ...],
+    sampler: generate.SamplerConfig,
     rows: int,
     seed: int,
     write: Callable[[dict[str, Any], Completions], None],
     files: Callable[[str, str], pathlib.Path | None],
     poll: Callable[[], None],
-    shown: int = 0,
+    shown: Sequence[int] = (),
 ) -> None:
   """Evaluates on every set, sampled (mean@k) and greedy.
 
@@ -400,7 +395,7 @@ def evaluate(
     tokenizer: the tokenizer.
     spec: lengths and temperature.
     sets: the problems, by name.
-    stop_ids: tokens that end an answer.
+    sampler: see `sampler_config`.
     rows: the most answers decoded at a time.
     seed: see `complete`.
     write: called with each set's metrics, and with its `set`, `mode`, `grading`
@@ -419,12 +414,11 @@ def evaluate(
   ]
   if not todo:
     return
-  config = sampler_config(tokenizer, spec, stop_ids)
   # More rows than answers would stay empty.
   shards = sharding.batch_shards(model.mesh)
   most = max(len(one.answers) * one.samples for one in sets.values())
   rows = min(rows, -(-most // shards) * shards)
-  engine = continuous_batching.Engine(model, config, params, rows)
+  engine = continuous_batching.Engine(model, sampler, params, rows)
   for name, mode, file in todo:
     problems, greedy = sets[name], mode == "greedy"
     samples = 1 if greedy else problems.samples

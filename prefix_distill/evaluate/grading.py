@@ -710,7 +710,7 @@ def _equal(answer: str, found: str, verbatim: bool = True) -> bool:
 def _compare_bases(gold: str, given: str) -> bool | None:
   """Compares numbers of which one has a base at least; None for others."""
   right, base = _based(gold)
-  # Of 21_3 = 7_{10} that side counts which has the right answer's base.
+  # In 21_3 = 7_{10} the side with the right answer's base counts.
   sides = [_based(side) for side in _EQUALS.split(given)]
   given_in = {other: digits for digits, other in sides}
   if base and 0 not in given_in and base in given_in:

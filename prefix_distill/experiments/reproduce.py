@@ -15,8 +15,12 @@ does one run with a seed of your own, adds nothing to the results, and says
 whether it lands where they say that a new seed lands.
 
 `--mechanism` analyses the students that the runs of this clone left: where the
-divergence to the teacher is after training, and where the gradient of whole
-rollouts points before it. It adds to `docs/results/mechanism.jsonl`.
+divergence to the teacher is after training; and before it, where the gradient
+of whole rollouts points, and what a prefix of the teacher's answer is worth. It
+adds to `docs/results/mechanism.jsonl`.
+
+`--student` is the language model of the task `language`, a directory or hub id;
+its teacher is trained from it first.
 
 `--trials` runs the learning rates from which each method's was chosen, on a
 seed that is used for nothing else; every method has the same number of trials.
@@ -24,6 +28,7 @@ The choice is by the validation split, which has no problem of the test split.
 """
 
 import argparse
+from collections.abc import Mapping
 from collections.abc import Sequence
 from concurrent import futures
 import dataclasses
@@ -32,12 +37,14 @@ import pathlib
 import subprocess
 import sys
 import threading
+import types
 from typing import Any
 
 from prefix_distill.experiments import results
 
 _ROOT = pathlib.Path(__file__).parents[2]
-_CONFIG = _ROOT / "configs" / "math.py"
+_CONFIGS = _ROOT / "configs"
+_STUDENT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SEEDS = (0, 1, 2, 3, 4)
 TRIAL_SEED = 100
 
@@ -48,19 +55,42 @@ class Task:
 
   Attributes:
     about: what stands over its table.
-    argument: of `configs/math.py`.
+    config: the file in `configs/`, and its argument; with `{student}` and
+      `{teacher}` where a language model is learned from.
     every: updates from one evaluation to the next.
-    rates: learning rates to choose from.
+    rates: learning rates to choose from; empty if there are no trials.
+    fast: a learning rate that learns sooner, of the cells that have it.
     settings: fields of the config, for every cell.
+    prefix: fields of the config, for cells of method "prefix".
     of: by cell, further fields of the config.
+    every_ablation: updates from one evaluation to the next in ablations; 0 for
+      `every`.
+    problems: of the test and of the validation split.
+    cells: those that it has; empty for all.
+    note: what a reader of its tables should know.
   """
 
   about: str
-  argument: str
+  config: str
   every: int
-  rates: tuple[float, ...]
+  rates: tuple[float, ...] = ()
+  fast: float = 1e-3
   settings: dict[str, str] = dataclasses.field(default_factory=dict)
+  prefix: dict[str, str] = dataclasses.field(default_factory=dict)
   of: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+  every_ablation: int = 0
+  problems: tuple[int, int] = (240, 240)
+  cells: tuple[str, ...] = ()
+  note: str = ""
+
+  def has(self, cell: str) -> bool:
+    """Whether a cell is one of the task's."""
+    return not self.cells or cell in self.cells
+
+  @property
+  def is_language(self) -> bool:
+    """Whether `--student` is learned from, and a teacher made of it."""
+    return "{student}" in self.config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,17 +99,19 @@ class Cell:
 
   Attributes:
     about: its name in tables.
-    settings: fields of the config. A learning rate among them is taken
-      whatever the trials say.
+    settings: fields of the config.
     main: whether it stands in the main comparison; the others are ablations,
       with the learning rate of `like`.
     like: the cell whose learning rate it takes; itself if empty.
+    is_fast: whether it has the task's larger learning rate, whatever the
+      trials say.
   """
 
   about: str
   settings: dict[str, str]
   main: bool = True
   like: str = ""
+  is_fast: bool = False
 
 
 def _prefix(schedule: str, **settings: object) -> dict[str, str]:
@@ -89,6 +121,7 @@ def _prefix(schedule: str, **settings: object) -> dict[str, str]:
 
 _RATE = "optimizer.learning_rate"
 _FULL = {"method": "full"}
+_FIXED_16 = _prefix("fixed", length=16)
 _FIXED_64 = _prefix("fixed", length=64)
 _OFF_POLICY = {"rollout.source": "teacher"}
 
@@ -105,7 +138,7 @@ def _ablation(about: str, settings: dict[str, str], like: str) -> Cell:
 CELLS = {
     "full": Cell("full on-policy distillation", _FULL),
     "linear": Cell("growing prefix (the paper's)", _prefix("linear")),
-    "fixed-16": Cell("prefix of 16", _prefix("fixed", length=16)),
+    "fixed-16": Cell("prefix of 16", _FIXED_16),
     "fixed-64": Cell("prefix of 64", _FIXED_64),
     "random": Cell("random prefix", _prefix("random")),
     "audited": Cell(
@@ -113,14 +146,21 @@ CELLS = {
         _prefix("audited", start=8, divergence_fraction=0.9, min_nats=0.3),
     ),
     "seqkd": Cell("SeqKD", {"method": "seqkd"}),
-    # It learns sooner; for comparisons under small budgets.
-    "full-fast": _ablation(
-        "full, learning rate 1e-3", _FULL | {_RATE: "1e-3"}, "full"
+    # They learn sooner; for comparisons under small budgets.
+    "full-fast": Cell(
+        "full, larger learning rate", _FULL, main=False, is_fast=True
     ),
-    "fixed-64-fast": _ablation(
-        "prefix of 64, learning rate 1e-3",
-        _FIXED_64 | {_RATE: "1e-3"},
-        "fixed-64",
+    "fixed-16-fast": Cell(
+        "prefix of 16, larger learning rate",
+        _FIXED_16,
+        main=False,
+        is_fast=True,
+    ),
+    "fixed-64-fast": Cell(
+        "prefix of 64, larger learning rate",
+        _FIXED_64,
+        main=False,
+        is_fast=True,
     ),
     "fixed-8": _ablation(
         "prefix of 8", _prefix("fixed", length=8), "fixed-16"
@@ -172,6 +212,11 @@ CELLS = {
     "last-32": _ablation(
         "full rollouts, loss on the last 32", _window(-32, 0), "full"
     ),
+    "full-forward": _ablation(
+        "full, forward KL",
+        _FULL | {"loss.exact.divergence": "forward_kl"},
+        "full",
+    ),
     "forward": _ablation(
         "forward KL, prefix of 64",
         _FIXED_64 | {"loss.exact.divergence": "forward_kl"},
@@ -189,49 +234,86 @@ CELLS = {
     ),
 }
 
-_RATES = (1e-4, 3e-4, 1e-3)
-_BUCKETS = {"prefix.buckets": "(32,64,128,256)"}
+_WORDS = {
+    # All is over in ten updates at the config's own 3e-4.
+    "settings": {"steps": "32", _RATE: "1e-4"},
+    "fast": 3e-4,
+    "prefix": {"prefix.buckets": "(32,64,128,256)"},
+    "every_ablation": 8,
+    "problems": (240, 120),
+    "note": (
+        "The learning rate is 1e-4 for all, without trials, and was set before"
+        " these runs so that the rise can be seen: at the default command's"
+        ' 3e-4, here "larger", all is over in ten updates. There are 32 updates'
+        " of 32 rollouts."
+    ),
+}
 TASKS = {
     "capable": Task(
         "word problems, capable student",
-        "tiny",
-        2,
-        (3e-5, 1e-4, 3e-4),
-        _BUCKETS,
-        {
-            "linear": {"prefix.linear.increment": "2"},
-            "seqkd": {"steps": "100"},
+        "math.py:tiny",
+        4,
+        of={
+            "linear": {"prefix.linear.increment": "3"},
+            "seqkd": {"steps": "64"},
         },
+        **_WORDS,
     ),
     "weak": Task(
         "word problems, weak student",
-        "tiny-weak",
-        2,
-        _RATES,
-        _BUCKETS,
-        {
-            "linear": {"prefix.linear.increment": "4"},
-            "seqkd": {"steps": "100"},
+        "math.py:tiny-weak",
+        4,
+        of={
+            "linear": {"prefix.linear.increment": "6"},
+            "seqkd": {"steps": "64"},
         },
+        **_WORDS,
     ),
     "chain": Task(
         "chains of sums",
-        "chain",
+        "math.py:chain",
         5,
-        (3e-4, 1e-3),
-        {"prefix.buckets": "(32,64,128,240)"},
-        {
+        rates=(3e-4, 1e-3),
+        prefix={"prefix.buckets": "(32,64,128,240)"},
+        of={
             "linear": {"prefix.linear.increment": "4"},
             "seqkd": {"steps": "120"},
         },
     ),
+    "language": Task(
+        "sums written out, SmolLM2-135M-Instruct",
+        "language.py:student={student},teacher={teacher}",
+        6,
+        settings={"steps": "12", "evaluation.scored": "30"},
+        of={"linear": {"prefix.linear.increment": "5"}},
+        problems=(60, 0),
+        note=(
+            "A first look: 12 updates of 16 rollouts. The student is the model"
+            " as it comes, and the teacher the same model after 20 updates of"
+            " `method=sft`. After 12 updates no student here ends its answers,"
+            " so accuracy says nothing yet; the divergence does."
+        ),
+        cells=("full", "linear", "fixed-8", "fixed-16", "random"),
+    ),
 }
-# Cells in the figure, beside the main ones.
-_DRAWN = ("full-fast",)
+# Cells in the figure, and in the README's table.
+_DRAWN = (
+    "full",
+    "linear",
+    "fixed-16",
+    "fixed-64",
+    "random",
+    "seqkd",
+    "full-fast",
+    "full-forward",
+    "forward",
+    "off-forward",
+)
+SUMMED = (*_DRAWN, "audited", "fixed-16-fast", "fixed-64-fast")
 # The students of these cells are analysed, and these prefixes' gradients.
 _ANALYSED = ("full", "linear", "fixed-16", "fixed-64", "random", "audited")
 _GRADIENTS = "8,16,32,64,128"
-_PROBLEMS = 240
+_TEACHER_PREFIXES = "0,8,16,32,64,128"
 _COMMON = {
     "evaluation.greedy": "False",
     "evaluation.teacher": "False",
@@ -264,7 +346,10 @@ def key(run: dict[str, Any]) -> tuple:
 
 
 def command(
-    todo: Experiment, workdir: pathlib.Path, runs: Sequence[dict[str, Any]]
+    todo: Experiment,
+    workdir: pathlib.Path,
+    runs: Sequence[dict[str, Any]],
+    models: Mapping[str, str] = types.MappingProxyType({}),
 ) -> list[str]:
   """Returns the command line of one run.
 
@@ -273,19 +358,29 @@ def command(
     workdir: its directory.
     runs: what is known; a run that is no trial takes the learning rate that
       the trials of its cell chose, and the config's if there were none.
+    models: the student and the teacher of a language model's task.
   """
   task, cell = TASKS[todo.task], CELLS[todo.cell]
+  sizes = dict(
+      zip((results.TEST, results.VALIDATION), task.problems, strict=True)
+  )
   # Trials do not see the test split.
-  sets = [results.VALIDATION]
-  if todo.rate is None:
-    sets.insert(0, results.TEST)
-  settings = {"evaluation.every": str(task.every)} | _COMMON
-  settings |= {f"evaluation.sets.{x}.size": str(_PROBLEMS) for x in sets}
+  sets = {
+      name: size
+      for name, size in sizes.items()
+      if size and (name != results.TEST or todo.rate is None)
+  }
+  # A method that is drawn as a curve is evaluated more often.
+  every = task.every
+  if not cell.main and not cell.is_fast:
+    every = task.every_ablation or every
+  settings = {"evaluation.every": str(every)} | _COMMON | task.settings
+  settings |= {f"evaluation.sets.{x}.size": str(n) for x, n in sets.items()}
   if cell.settings["method"] == "prefix":
-    settings |= task.settings
+    settings |= task.prefix
   settings |= cell.settings | task.of.get(todo.cell, {})
-  rate = todo.rate
-  if rate is None and _RATE not in cell.settings:
+  rate = task.fast if cell.is_fast else todo.rate
+  if rate is None:
     rate = results.chosen_rate(runs, todo.task, cell.like or todo.cell)
   if rate is not None:
     settings[_RATE] = f"{rate:g}"
@@ -294,18 +389,47 @@ def command(
       sys.executable,
       "-m",
       "prefix_distill.main",
-      f"--config={_CONFIG}:{task.argument},sets={'+'.join(sets)}",
+      f"--config={_config(task, models)},sets={'+'.join(sets)}",
       f"--workdir={workdir}",
       *(f"--config.{k}={v}" for k, v in settings.items()),
   ]
 
 
+def _config(task: Task, models: Mapping[str, str]) -> str:
+  return f"{_CONFIGS / task.config}".format(
+      student=models.get("student", ""), teacher=models.get("teacher", "")
+  )
+
+
 class Runner:
   """Does runs, and adds each to `runs.jsonl` when it has ended."""
 
-  def __init__(self, workdir: pathlib.Path, file: pathlib.Path):
+  def __init__(
+      self,
+      workdir: pathlib.Path,
+      file: pathlib.Path,
+      student: str = _STUDENT,
+  ):
     self._workdir, self._file = workdir, file
+    teacher = workdir / "language" / "teacher"
+    self._models = {"student": student, "teacher": str(teacher / "export")}
     self._lock = threading.Lock()
+
+  def make_teacher(self) -> bool:
+    """Trains the language model's teacher, unless it is there."""
+    export = pathlib.Path(self._models["teacher"])
+    if export.is_dir():
+      return True
+    asked = f"method=sft,student={self._models['student']}"
+    line = [
+        sys.executable,
+        "-m",
+        "prefix_distill.main",
+        f"--config={_CONFIGS}/language.py:{asked}",
+        f"--workdir={export.parent}",
+    ]
+    subprocess.run(line, check=False)
+    return export.is_dir()
 
   def runs(self) -> list[dict[str, Any]]:
     return results.load(self._file)
@@ -319,7 +443,7 @@ class Runner:
     """Does a run to its end; returns what is kept of it, None if it failed."""
     place = self.place(todo)
     place.mkdir(parents=True, exist_ok=True)
-    line = command(todo, place, self.runs())
+    line = command(todo, place, self.runs(), self._models)
     if core is not None:
       line = ["taskset", "-c", str(core), *line]
     with (place / "log").open("a") as log:
@@ -352,31 +476,51 @@ class Runner:
       return any(list(pool.map(work, left)))
 
 
-  def analyse(self, task: str) -> list[dict[str, Any]]:
-    """Analyses the students of a task; returns lines for the results."""
-    runs = [
-        run
-        for run in self.runs()
-        if run["task"] == task and run["cell"] in _ANALYSED
-        if "rate" not in run
-    ]
+  def analyse(
+      self, task: str, known: Sequence[dict[str, Any]]
+  ) -> list[dict[str, Any]]:
+    """Analyses a task and the students that it left; returns new lines.
+
+    Args:
+      task: its name.
+      known: lines of `mechanism.jsonl`; what is there is not done again.
+    """
+    of = {"task": task}
+    known = [line for line in known if line["task"] == task]
+    done = {line["what"] for line in known}
+    students = {(line.get("cell"), line.get("seed")) for line in known}
     places = {
         str(self.place(Experiment(task, run["cell"], run["seed"])) / "export"):
             {"cell": run["cell"], "seed": run["seed"]}
-        for run in runs
+        for run in self.runs()
+        if run["task"] == task and run["cell"] in _ANALYSED
+        if "rate" not in run and (run["cell"], run["seed"]) not in students
     }
     there = [path for path in places if pathlib.Path(path).is_dir()]
-    found = self._analysis(task, "position", f"--students={','.join(there)}")
-    before = {"cell": "before", "seed": 0}
-    lines = [
-        {"task": task, "what": "position"}
-        | places.get(path, before)
-        | results.binned(values)
-        for path, values in found.items()
-    ]
-    flags = (f"--lengths={_GRADIENTS}", "--batches=8")
-    (values,) = self._analysis(task, "gradient", *flags).values()
-    return [*lines, {"task": task, "what": "gradient"} | values]
+    lines = []
+    if there or "position" not in done:
+      found = self._analysis(task, "position", f"--students={','.join(there)}")
+      before = {"cell": "before", "seed": 0}
+      lines += [
+          of | {"what": "position"} | at | results.binned(found[path])
+          for path in found
+          if (at := places.get(path, before)) != before
+          or "position" not in done
+      ]
+    if "gradient" not in done:
+      flags = (f"--lengths={_GRADIENTS}", "--batches=8")
+      (values,) = self._analysis(task, "gradient", *flags).values()
+      lines.append(of | {"what": "gradient"} | values)
+    if "teacher_prefix" not in done:
+      found = self._analysis(
+          task, "teacher_prefix", f"--lengths={_TEACHER_PREFIXES}"
+      )
+      rows = [
+          {name: row[name] for name in results.PREFIX_FIELDS}
+          for row in found[results.TEST]
+      ]
+      lines.append(of | {"what": "teacher_prefix", "rows": rows})
+    return lines
 
   def _analysis(self, task: str, what: str, *flags: str) -> dict[str, Any]:
     place = self._workdir / task / f"analysis-{what}"
@@ -385,7 +529,7 @@ class Runner:
         sys.executable,
         "-m",
         "prefix_distill.experiments.analyze",
-        f"--config={_CONFIG}:{TASKS[task].argument}",
+        f"--config={_config(TASKS[task], self._models)}",
         f"--what={what}",
         f"--workdir={place}",
         *flags,
@@ -401,7 +545,7 @@ def _experiments(args: argparse.Namespace) -> list[Experiment]:
         Experiment(task, cell, TRIAL_SEED, rate)
         for task in args.tasks
         for cell in args.cells
-        if CELLS[cell].main
+        if CELLS[cell].main and TASKS[task].has(cell)
         for rate in TASKS[task].rates
     ]
   return [
@@ -409,6 +553,7 @@ def _experiments(args: argparse.Namespace) -> list[Experiment]:
       for seed in args.seeds
       for task in args.tasks
       for cell in args.cells
+      if TASKS[task].has(cell)
   ]
 
 
@@ -422,6 +567,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
   add("--tasks", nargs="+", default=[*TASKS], choices=TASKS)
   add("--cells", nargs="+", default=main_cells, choices=CELLS)
   add("--seeds", nargs="+", type=int, default=[*SEEDS])
+  add("--student", default=_STUDENT, help="a directory or hub id")
   add("--workdir", type=path, default=path("runs/reproduce"))
   add("--docs", type=path, default=_ROOT / "docs" / "results")
   add("--parallel", type=int, default=1, help="runs at a time, one per core")
@@ -449,25 +595,31 @@ def _check(runner: Runner, name: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
   """Does runs and writes the results; returns the exit status."""
   args = _parse(arguments)
-  runner = Runner(args.workdir, args.docs / "runs.jsonl")
+  runner = Runner(args.workdir, args.docs / "runs.jsonl", args.student)
   if args.check:
     return _check(runner, args.check)
   failed = False
   if args.mechanism:
-    with (args.docs / "mechanism.jsonl").open("a") as file:
-      for task in args.tasks:
-        lines = [json.dumps(x) + "\n" for x in runner.analyse(task)]
-        file.writelines(lines)
+    path = args.docs / "mechanism.jsonl"
+    for task in args.tasks:
+      lines = runner.analyse(task, results.load(path))
+      with path.open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
   elif not args.report:
     args.docs.mkdir(parents=True, exist_ok=True)
+    if any(TASKS[task].is_language for task in args.tasks):
+      if not runner.make_teacher():
+        sys.exit("The teacher of the language model could not be trained.")
     failed = runner.run_all(_experiments(args), args.parallel)
   results.write(
       runner.runs(),
       args.docs,
       {name: task.about for name, task in TASKS.items()},
       {name: cell.about for name, cell in CELLS.items()},
-      [name for name, cell in CELLS.items() if cell.main or name in _DRAWN],
+      _DRAWN,
+      SUMMED,
       results.load(args.docs / "mechanism.jsonl"),
+      {name: task.note for name, task in TASKS.items()},
   )
   return int(failed)
 

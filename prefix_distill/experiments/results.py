@@ -26,8 +26,10 @@ import dataclasses
 import functools
 import json
 import pathlib
+import types
 from typing import Any
 
+from matplotlib import ticker
 from matplotlib.figure import Figure
 import numpy as np
 from scipy import stats
@@ -40,6 +42,8 @@ MARGIN = 0.02
 # Accuracies whose cost is compared.
 GOALS = (0.5, 0.8, 0.9, 0.95)
 TEST, VALIDATION = "heldout", "validation"
+# Beside the sets: the teacher's scores of answers to the test split.
+KL = "kl"
 _RESAMPLES = 2000
 _LEVEL = 0.95
 # Fields of an evaluation that the results keep, beside the verdicts.
@@ -56,7 +60,10 @@ class Curve:
     seeds: [S].
     steps: [T], updates; the first is 0.
     flops: [S, T], cumulative.
-    right: by set, float [S, T, P], the share of right answers to a problem.
+    right: by set, float [S, T, P], the share of right answers to a problem;
+      under `KL`, where the teacher scored answers, nats of each, [S, T, K].
+    positions: [S, T, B], nats of an answer by position, see
+      `report.divergence`; none of another task's.
     seconds: [S, T], cumulative seconds of the updates.
   """
 
@@ -67,6 +74,7 @@ class Curve:
   flops: np.ndarray
   right: Mapping[str, np.ndarray]
   seconds: np.ndarray
+  positions: np.ndarray | None = None
 
   def of(self, seeds: Sequence[int]) -> "Curve":
     """Returns the runs of these seeds."""
@@ -77,6 +85,7 @@ class Curve:
         flops=self.flops[rows],
         right={name: x[rows] for name, x in self.right.items()},
         seconds=self.seconds[rows],
+        positions=None if self.positions is None else self.positions[rows],
     )
 
   def accuracy(self, sample: "Sample", name: str = TEST) -> np.ndarray:
@@ -90,7 +99,12 @@ class Curve:
 
   @functools.cached_property
   def stop(self) -> int:
-    """The index of the best stopping point, chosen on the validation split."""
+    """The index of the best stopping point, chosen on the validation split.
+
+    It is the last one where there is no such split.
+    """
+    if VALIDATION not in self.right:
+      return len(self.steps) - 1
     mean = self.right[VALIDATION].mean((0, 2))
     return int(np.argmax(mean >= mean.max() - MARGIN))
 
@@ -155,7 +169,15 @@ def read_run(directory: pathlib.Path) -> dict[str, Any] | None:
   seconds = {x["step"]: x["seconds"] for x in lines if "loss" in x}
   # A trial has no test set.
   last = [x for x in found if x["set"] == found[-1]["set"]]
+  tested = [x for x in found if x["set"] == TEST and "kl" in x]
+  scores = {
+      "kl": [x["kl_answers"] for x in tested],
+      "kl_positions": [
+          [round(y, 4) for y in x["kl_positions"]] for x in tested
+      ],
+  }
   return {
+      **(scores if tested else {}),
       "steps": [x["step"] for x in last],
       "flops": [x["flops"] for x in last],
       "seconds": [round(seconds.get(x["step"], 0.0), 2) for x in last],
@@ -217,14 +239,24 @@ def _curve(task: str, cell: str, runs: list[dict[str, Any]]) -> Curve:
 
     return read
 
+  right = {name: stacked(verdicts(name)) for name in runs[0]["verdicts"]}
+  positions = None
+  if all("kl" in run for run in runs):
+    right[KL] = stacked(lambda run: run["kl"])
+    bins = min(len(x) for run in runs for x in run["kl_positions"])
+    positions = stacked(
+        lambda run: [[*x[: bins - 1], sum(x[bins - 1 :])]
+                     for x in run["kl_positions"]]
+    )
   return Curve(
       task,
       cell,
       tuple(run["seed"] for run in runs),
       np.array(steps),
       stacked(lambda run: run["flops"]),
-      {name: stacked(verdicts(name)) for name in runs[0]["verdicts"]},
+      right,
       stacked(lambda run: run["seconds"]),
+      positions,
   )
 
 
@@ -237,7 +269,7 @@ def _weights(drawn: np.ndarray, count: int) -> np.ndarray:
 
 
 def interval(
-    statistic: Callable[..., np.ndarray], *found: Curve
+    statistic: Callable[..., np.ndarray], *found: Curve, of: str = TEST
 ) -> Interval:
   """Returns a statistic of some curves with its interval.
 
@@ -245,10 +277,11 @@ def interval(
     statistic: takes a `Sample` and the curves, all with the same seeds;
       returns [R]. It may be infinite.
     *found: the curves; seeds that one of them lacks are left out.
+    of: what the problems are those of, a key of `Curve.right`.
   """
   seeds = sorted(set.intersection(*(set(curve.seeds) for curve in found)))
   found = tuple(curve.of(seeds) for curve in found)
-  problems = found[0].right[TEST].shape[2]
+  problems = found[0].right[of].shape[2]
 
   def resampled(drawn_seeds, drawn_problems, axis):
     del axis
@@ -273,12 +306,14 @@ def interval(
   tail = (1 - _LEVEL) / 2
   # Without interpolation, since costs may be infinite.
   low, high = np.quantile(drawn, (tail, 1 - tail), method="nearest")
-  return Interval(value(statistic, *found), float(low), float(high))
+  return Interval(value(statistic, *found, of=of), float(low), float(high))
 
 
-def value(statistic: Callable[..., np.ndarray], *found: Curve) -> float:
+def value(
+    statistic: Callable[..., np.ndarray], *found: Curve, of: str = TEST
+) -> float:
   """Returns a statistic of curves with the same seeds."""
-  seeds, problems = len(found[0].seeds), found[0].right[TEST].shape[2]
+  seeds, problems = len(found[0].seeds), found[0].right[of].shape[2]
   every = Sample(
       np.full((1, seeds), 1 / seeds), np.full((1, problems), 1 / problems)
   )
@@ -298,6 +333,11 @@ def at_start(sample: Sample, curve: Curve) -> np.ndarray:
 
 def at_stop(sample: Sample, curve: Curve) -> np.ndarray:
   return curve.accuracy(sample)[:, curve.stop]
+
+
+def kl_at_end(sample: Sample, curve: Curve) -> np.ndarray:
+  """Nats of a whole answer; to be taken with `of=KL`."""
+  return curve.accuracy(sample, KL)[:, -1]
 
 
 def end_cost(sample: Sample, curve: Curve) -> np.ndarray:
@@ -476,30 +516,120 @@ COMPARISONS = (
     *_goals(_GROWING, "linear", "full"),
     *_shares(_SHORT, "fixed-64", "full"),
     *_shares(_SHORT, "fixed-64-fast", "full-fast"),
+    *_shares(_SHORT, "fixed-16", "full"),
+    *_shares(_SHORT, "fixed-16-fast", "full-fast"),
     Comparison(_SHORT, "fixed-16", "full", "equal"),
     Comparison(_SHORT, "fixed-64", "fixed-16", "end"),
     Comparison(_SPOILED, "fixed-64", "before", "end"),
     Comparison(_SPOILED, "fixed-16", "before", "end"),
     Comparison(_SPOILED, "linear", "fixed-64", "end"),
+    Comparison(_SPOILED, "linear", "fixed-16", "end"),
     Comparison(_FIRST, "first-32", "32-64", "end"),
     Comparison(_FIRST, "first-32", "last-32", "end"),
     Comparison(_DIVERGENCE, "fixed-64", "forward", "end"),
     Comparison(_DIVERGENCE, "fixed-64", "off-reverse", "end"),
     Comparison(_DIVERGENCE, "fixed-64", "off-forward", "end"),
+    Comparison(_DIVERGENCE, "full", "full-forward", "end"),
+    Comparison(_DIVERGENCE, "full", "full-forward", "stop"),
+    *(
+        Comparison(_DIVERGENCE, cell, other, what)
+        for cell in ("forward", "off-forward")
+        for other in ("full", "full-forward")
+        for what in ("end", "equal")
+    ),
     *(
         Comparison(_OTHERS, cell, "full", what)
-        for cell in ("fixed-64", "random", "audited", "seqkd")
-        for what in ("stop", "equal")
+        for cell in ("fixed-16", "fixed-64", "random", "audited", "seqkd")
+        for what in ("end", "stop", "equal")
     ),
     *(
         Comparison(_OTHERS, cell, "full-fast", "equal")
-        for cell in ("fixed-64", "random", "audited", "seqkd")
+        for cell in ("fixed-16", "fixed-64", "random", "audited", "seqkd")
     ),
     *(
         Comparison(_OTHERS, cell, "seqkd", "equal")
         for cell in ("linear", "fixed-64")
     ),
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+  """A finding of the paper, and what decides it on a task.
+
+  Attributes:
+    text: what it says.
+    by: comparisons, and the words that each must have if it holds. It does not
+      hold if one has the opposite word.
+  """
+
+  text: str
+  by: tuple[tuple[Comparison, tuple[str, ...]], ...]
+
+
+_LOSES_NOTHING = ("better", "as good")
+FINDINGS = (
+    Finding(
+        _GROWING,
+        (
+            (Comparison(_GROWING, "linear", "full", "end"), _LOSES_NOTHING),
+            (Comparison(_GROWING, "linear", "full", "equal"), ("better",)),
+        ),
+    ),
+    Finding(
+        _SHORT,
+        (
+            (Comparison(_SHORT, "fixed-16", "full", 0.1), ("better",)),
+            (Comparison(_SHORT, "fixed-16", "full", "end"), ("worse",)),
+        ),
+    ),
+    Finding(
+        _SPOILED,
+        (
+            (Comparison(_SPOILED, "fixed-16", "before", "end"), ("worse",)),
+            (Comparison(_SPOILED, "linear", "fixed-16", "end"), ("better",)),
+        ),
+    ),
+    Finding(
+        _FIRST,
+        (
+            (Comparison(_FIRST, "first-32", "32-64", "end"), ("better",)),
+            (Comparison(_FIRST, "first-32", "last-32", "end"), ("better",)),
+        ),
+    ),
+    Finding(
+        _DIVERGENCE,
+        tuple(
+            (Comparison(_DIVERGENCE, "fixed-64", other, "end"), _LOSES_NOTHING)
+            for other in ("forward", "off-reverse", "off-forward")
+        ),
+    ),
+)
+_OPPOSITE = {"better": "worse", "as good": "worse", "worse": "better"}
+
+
+def verdict(finding: Finding, found: Mapping[str, Curve]) -> tuple[str, str]:
+  """Returns whether a finding holds on a task, and the differences.
+
+  "Holds" and "does not hold" are said by intervals alone; "open" is all else,
+  and "not run" where a cell is missing.
+  """
+  done = [(compare(of, found), wanted) for of, wanted in finding.by]
+  if any(one is None for one, _ in done):
+    return "not run", ""
+  words = [(one.word(), wanted) for one, wanted in done]
+  differences = "; ".join(
+      f"{one.of.first} - {one.of.second} {_when(one.of.what)}"
+      f" {one.accuracy.points()}"
+      for one, _ in done
+  )
+  seeds = min(one.seeds for one, _ in done)
+  said = f"{differences} ({seeds} seed{'s' if seeds > 1 else ''})"
+  if all(word in wanted for word, wanted in words):
+    return "holds", said
+  if any(word == _OPPOSITE[wanted[0]] for word, wanted in words):
+    return "does not hold", said
+  return "open", said
 
 
 def _statistics(what: str | float) -> tuple[Callable | None, Callable | None]:
@@ -543,13 +673,13 @@ class Compared:
 def compare(
     of: Comparison, found: Mapping[str, Curve]
 ) -> Compared | None:
-  """Compares two cells of a task; None if one was not run with two seeds."""
+  """Compares two cells of a task; None without a seed that both have."""
   whole, first = found.get("full"), found.get(of.first)
   second = first if of.second == "before" else found.get(of.second)
   if whole is None or first is None or second is None:
     return None
   seeds = len(set(first.seeds) & set(second.seeds) & set(whole.seeds))
-  if seeds < 2:
+  if not seeds:
     return None
   if of.second == "before":
     gain = interval(difference(at_end, at_start), first, first)
@@ -619,6 +749,60 @@ def methods_table(
   return _markdown(header, rows)
 
 
+def divergence_table(
+    found: Mapping[str, Curve], about: Mapping[str, str]
+) -> str:
+  """Returns how far whole answers are from the teacher; empty if unknown."""
+  scored = {n: c for n, c in found.items() if n in about and KL in c.right}
+  if "full" not in scored:
+    return ""
+  whole = scored["full"]
+  rows = [_nats_row("before", whole, 0, "")]
+  for name, text in about.items():
+    if name in scored:
+      curve, beside = scored[name], ""
+      if name != "full":
+        gap = interval(
+            difference(kl_at_end, kl_at_end), curve, whole, of=KL
+        )
+        beside = f"{gap.value:+.2f} ({gap.low:+.2f} to {gap.high:+.2f})"
+      rows.append(_nats_row(text, curve, -1, beside))
+  header = ["reverse KL, nats an answer", "seeds", "whole answer",
+            "minus full's", "tokens 0 to 16", "behind"]  # fmt: skip
+  return _markdown(header, rows)
+
+
+def _nats_row(text: str, curve: Curve, at: int, beside: str) -> list[Any]:
+  found = interval(
+      lambda sample, c: c.accuracy(sample, KL)[:, at], curve, of=KL
+  )
+  first, *rest = curve.positions[:, at].mean(0)
+  return [
+      text,
+      len(curve.seeds),
+      f"{found.value:.2f} ({found.low:.2f}-{found.high:.2f})",
+      beside,
+      f"{first:.2f}",
+      f"{sum(rest):.2f}",
+  ]
+
+
+def verdicts_table(
+    by_task: Mapping[str, Mapping[str, Curve]], tasks: Mapping[str, str]
+) -> str:
+  """Returns a row for each finding and task: what is said of it, and why."""
+  rows = []
+  for finding in FINDINGS:
+    for task, found in by_task.items():
+      if _is_scored(found):
+        continue
+      said, why = verdict(finding, found)
+      first = "" if rows and rows[-1][-1] == finding.text else finding.text
+      rows.append([first, tasks[task], said, why, finding.text])
+  header = ["the paper's finding", "task", "verdict", "differences, points"]
+  return _markdown(header, [row[:-1] for row in rows])
+
+
 def _when(what: str | float) -> str:
   if isinstance(what, str):
     words = {
@@ -680,26 +864,35 @@ def trials_table(
   return _markdown(["", *(f"{rate:g}" for rate in rates)], rows)
 
 
+# Full distillation as it may be run, and what stands over the differences.
+_WHOLE = {
+    "full": "minus full's at the same FLOPs",
+    "full-fast": "full's with a larger rate",
+    "full-forward": "full's by forward KL",
+}
+
+
 def summary(
     found: Mapping[str, Curve], about: Mapping[str, str]
 ) -> str:
   """Returns a task's table for the README: each method beside full at its cost.
 
-  "full" has the learning rate that was best in the trials, and "full-fast" one
-  that learns sooner.
+  "full" has the learning rate that was best in the trials, "full-fast" one that
+  learns sooner, and "full-forward" the other divergence.
   """
   whole = found["full"]
-  rows = [["before", interval(at_start, whole).percent(), "", "", ""]]
+  before = interval(at_start, whole).percent()
+  rows = [["before", before, "", *("" for _ in _WHOLE)]]
   for name, text in about.items():
     if name not in found:
       continue
-    beside = ["", ""]
-    if not name.startswith("full"):
+    beside = [""] * len(_WHOLE)
+    if name not in _WHOLE:
       beside = [
           interval(at_equal_cost, found[name], found[other]).points()
           if other in found
           else ""
-          for other in ("full", "full-fast")
+          for other in _WHOLE
       ]
     rows.append([
         text,
@@ -707,8 +900,7 @@ def summary(
         _share(found[name], end_cost, whole),
         *beside,
     ])
-  header = ["", "accuracy, %", "FLOPs", "minus full's at the same FLOPs",
-            "minus full's at 1e-3"]  # fmt: skip
+  header = ["", "accuracy, %", "FLOPs", *_WHOLE.values()]
   return _markdown(header, rows)
 
 
@@ -732,15 +924,36 @@ def _seeds_interval(values: Sequence[float]) -> str:
   return f"{mean:.2f} ({max(mean - half, 0):.2f}-{mean + half:.2f})"
 
 
+# What is kept of an analysis of the teacher's prefixes.
+PREFIX_FIELDS = (
+    "length",
+    "problems",
+    "accuracy",
+    "accuracy_low",
+    "accuracy_high",
+    "accuracy_alone",
+)
+
+
 def mechanism_tables(
     lines: Sequence[dict[str, Any]], task: str, about: Mapping[str, str]
 ) -> str:
   """Returns where a task's divergence is and where its gradient points."""
   mine = [x for x in lines if x["task"] == task]
+  parts = [
+      _positions([x for x in mine if x["what"] == "position"], about),
+      *(_gradient(x) for x in mine if x["what"] == "gradient"),
+      *(_prefixes(x["rows"]) for x in mine if x["what"] == "teacher_prefix"),
+  ]
+  return "\n".join(filter(None, parts))
+
+
+def _positions(
+    lines: Sequence[dict[str, Any]], about: Mapping[str, str]
+) -> str:
   cells: dict[str, list[dict[str, Any]]] = {}
-  for line in mine:
-    if line["what"] == "position":
-      cells.setdefault(line["cell"], []).append(line)
+  for line in lines:
+    cells.setdefault(line["cell"], []).append(line)
   if not cells:
     return ""
   names = {"before": "the student before"} | about
@@ -757,23 +970,49 @@ def mechanism_tables(
   ]
   header = ["reverse KL, nats a rollout", "seeds", "tokens 0 to 16",
             "16 to 64", "behind"]  # fmt: skip
-  (gradient,) = [x for x in mine if x["what"] == "gradient"]
-  prefixes = gradient["prefixes"]
-  return "\n".join([
+  return (
       "Where the divergence to the teacher is, on whole rollouts of the student"
-      " after training (to 128 prompts of the training set):\n",
-      _markdown(header, rows),
+      " after training (to 128 prompts of the training set):\n\n"
+      + _markdown(header, rows)
+  )
+
+
+def _gradient(line: Mapping[str, Any]) -> str:
+  prefixes = line["prefixes"]
+  table = _markdown(
+      ["prefix", *(x["length"] for x in prefixes)],
+      [
+          ["cosine", *(f"{x['cosine']:.2f}" for x in prefixes)],
+          ["norm, of the whole", *(f"{x['norm']:.2f}" for x in prefixes)],
+      ],
+  )
+  return (
       "Before training, the cosine of the gradient of the loss on a prefix with"
       " that on whole rollouts, from 256 rollouts. (That of two halves of the"
-      f" rollouts, whole, is {gradient['halves']:.2f}.)\n",
-      _markdown(
-          ["prefix", *(x["length"] for x in prefixes)],
-          [
-              ["cosine", *(f"{x['cosine']:.2f}" for x in prefixes)],
-              ["norm, of the whole", *(f"{x['norm']:.2f}" for x in prefixes)],
-          ],
-      ),
-  ])
+      f" rollouts, whole, is {line['halves']:.2f}.)\n\n{table}"
+  )
+
+
+def _prefixes(rows: Sequence[Mapping[str, Any]]) -> str:
+  def percent(row: Mapping[str, Any]) -> str:
+    return Interval(
+        row["accuracy"], row["accuracy_low"], row["accuracy_high"]
+    ).percent()
+
+  table = _markdown(
+      ["tokens of the teacher's answer", *(x["length"] for x in rows)],
+      [
+          ["accuracy, %", *map(percent, rows)],
+          ["without them", *(f"{100 * x['accuracy_alone']:.1f}" for x in rows)],
+          ["problems", *(x["problems"] for x in rows)],
+      ],
+  )
+  return (
+      "Before training, the student goes on from the first tokens of the"
+      " teacher's answers, whose last 40 tokens at least stay hidden (the"
+      " paper's figure 3); sampled, intervals of 95 % over problems:\n\n"
+      + table
+  )
 
 
 def draw(
@@ -781,7 +1020,10 @@ def draw(
     about: Mapping[str, str],
     path: pathlib.Path,
 ) -> None:
-  """Draws test accuracy against cumulative FLOPs, a panel for each task.
+  """Draws what methods reach against cumulative FLOPs, a panel for each task.
+
+  That is the accuracy on the test split; or the divergence of whole answers,
+  where the teacher scored them.
 
   Args:
     panels: by what stands over a panel, the curves by cell.
@@ -789,33 +1031,54 @@ def draw(
     path: of the PNG.
   """
   figure = Figure(figsize=(4.6 * len(panels) + 2.2, 4.0))
-  row = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+  row = figure.subplots(1, len(panels), squeeze=False)[0]
   lines = {}
   for axes, (title, found) in zip(row, panels.items(), strict=True):
     whole = found["full"].flops[:, -1].mean()
+    of = KL if _is_scored(found) else TEST
     for i, name in enumerate(about):
       if name in found:
-        lines[name] = _draw_curve(axes, found[name], whole, f"C{i}")
+        lines[name] = _draw_curve(axes, found[name], whole, f"C{i}", of)
     axes.set(title=title, xlabel="FLOPs, % of full distillation's")
-    axes.set(xscale="log", ylim=(0, 1))
+    axes.set(xscale="log", ylim=(0, None if of == KL else 1))
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+    if of == KL:
+      axes.set_ylabel("reverse KL to the teacher, nats an answer")
+    else:
+      axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+      axes.set_ylabel("accuracy on the test split, sampled")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-  row[0].set_ylabel("accuracy on the test split, sampled")
   figure.legend(
-      lines.values(), [about[name] for name in lines],
-      frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5),
+      lines.values(),
+      [about[name] for name in lines],
+      frameon=False,
+      fontsize=9,
+      loc="center left",
+      bbox_to_anchor=(1, 0.5),
   )
   figure.tight_layout()
   figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
-def _draw_curve(axes: Any, curve: Curve, whole: float, color: str) -> Any:
+def _is_scored(found: Mapping[str, Curve]) -> bool:
+  """Whether the teacher scored the answers of a task's students."""
+  return KL in found["full"].right
+
+
+def _draw_curve(
+    axes: Any, curve: Curve, whole: float, color: str, of: str
+) -> Any:
   """Draws a curve with its band and its best stopping point."""
+
+  def at_evaluation(number: int) -> Callable[..., np.ndarray]:
+    return lambda sample, c: c.accuracy(sample, of)[:, number]
+
   points = [
-      interval(lambda sample, c, t=t: c.accuracy(sample)[:, t], curve)
-      for t in range(1, len(curve.steps))
+      interval(at_evaluation(number), curve, of=of)
+      for number in range(1, len(curve.steps))
   ]
   x = 100 * curve.flops.mean(0)[1:] / whole
   value, low, high = np.array([dataclasses.astuple(p) for p in points]).T
@@ -843,12 +1106,12 @@ file again. One run with a seed of your own, beside what the others say:
 - **Stop** is a method's best stopping point: the cheapest evaluation within
   {margin:.0f} points of its best on the validation split. All choices
   (stopping points, learning rates) look at the validation split alone;
-  accuracies are those of the test split, {problems} problems sampled at
-  temperature 1.
+  accuracies are those of the test split, sampled at temperature 1.
 - **Intervals** are of 95 %, from a bootstrap over seeds and problems, paired
   where two methods are compared. "As good" means that the interval of the
   difference ends above minus {margin:.0f} points, a margin that was set
-  before the runs; "better" and "worse" that it leaves out 0.
+  before the runs; "better" and "worse" that it leaves out 0. With one seed an
+  interval is over problems alone.
 - **Learning rates** are those of the best stop in the trials. This rule was
   chosen after the trials had been seen: by the mean over a run, full
   distillation, the growing and the audited prefix would have taken 1e-3 on
@@ -856,8 +1119,17 @@ file again. One run with a seed of your own, beside what the others say:
 - **To 90 %**: FLOPs at which the mean accuracy first reaches it, along the
   curve.
 
-These are models of half a million parameters; the paper's are Qwen3 of 1.7
-and 8 billion. What holds here need not hold there, and the other way round.
+The bundled tasks have models of half a million parameters; the paper's are
+Qwen3 of 1.7 and 8 billion. What holds here need not hold there, and the other
+way round.
+
+## Verdicts
+
+A finding holds on a task if its comparisons' intervals say so, one by one; it
+does not hold if an interval says the opposite; else it is open. Where the
+divergence alone tells students apart there are no verdicts.
+
+{verdicts}
 
 ![accuracy against cumulative FLOPs](accuracy_flops.png)
 
@@ -890,7 +1162,9 @@ def write(
     tasks: Mapping[str, str],
     cells: Mapping[str, str],
     drawn: Sequence[str],
+    summed: Sequence[str],
     mechanism: Sequence[dict[str, Any]] = (),
+    notes: Mapping[str, str] = types.MappingProxyType({}),
 ) -> None:
   """Writes the page and its figure, and the tables of the README above them.
 
@@ -900,9 +1174,11 @@ def write(
     tasks: their names and what stands over their tables.
     cells: their names and what they are called in tables.
     drawn: the cells in the figure.
+    summed: the cells in the README's tables.
     mechanism: of `mechanism.jsonl`.
+    notes: by task, what a reader should know of it.
   """
-  text = page(runs, tasks, cells, mechanism)
+  text = page(runs, tasks, cells, mechanism, notes)
   if not text:
     print("There are no two runs of one cell yet.")
     return
@@ -910,13 +1186,15 @@ def write(
   readme = docs.parents[1] / "README.md"
   if readme.is_file():
     old = readme.read_text()
-    readme.write_text(with_summaries(old, runs, tasks, cells))
+    few = {name: text for name, text in cells.items() if name in summed}
+    readme.write_text(with_summaries(old, runs, tasks, few))
   panels = {
       tasks[task]: found for task, found in _by_task(runs, tasks).items()
   }
   chosen = {name: cells[name] for name in drawn}
   draw(panels, chosen, docs / "accuracy_flops.png")
-  print(text)
+  print(verdicts_table(_by_task(runs, tasks), tasks))
+  print(f"Written: {docs / 'README.md'}, accuracy_flops.png beside it.")
 
 
 def _by_task(
@@ -931,23 +1209,40 @@ def _by_task(
   return {task: cells for task, cells in found.items() if "full" in cells}
 
 
+def _sizes(curve: Curve) -> str:
+  """Says how many problems a task has."""
+  count = {name: x.shape[2] for name, x in curve.right.items()}
+  text = f"{count[TEST]} test problems"
+  if VALIDATION in count:
+    text += f", {count[VALIDATION]} validation problems"
+  return f"{text}."
+
+
 def page(
     runs: Sequence[dict[str, Any]],
     tasks: Mapping[str, str],
     cells: Mapping[str, str],
     mechanism: Sequence[dict[str, Any]] = (),
+    notes: Mapping[str, str] = types.MappingProxyType({}),
 ) -> str:
   """Returns `docs/results/README.md`; empty without runs."""
   by_task = _by_task(runs, tasks)
   if not by_task:
     return ""
-  problems = next(iter(by_task.values()))["full"].right[TEST].shape[2]
-  parts = [_INTRODUCTION.format(margin=100 * MARGIN, problems=problems)]
+  parts = [
+      _INTRODUCTION.format(
+          margin=100 * MARGIN,
+          verdicts=verdicts_table(by_task, tasks),
+      )
+  ]
   for task, found in by_task.items():
     parts += [
         f"## {tasks[task][0].upper()}{tasks[task][1:]}\n",
+        f"{_sizes(found['full'])} {notes.get(task, '')}".rstrip() + "\n",
         methods_table(found, cells),
-        comparisons_table(found, cells),
+        divergence_table(found, cells)
+        if _is_scored(found)
+        else comparisons_table(found, cells),
     ]
     if any("rate" in run and run["task"] == task for run in runs):
       parts += [

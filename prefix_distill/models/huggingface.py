@@ -31,10 +31,10 @@ from prefix_distill import strict_json
 from prefix_distill.errors import UserError
 from prefix_distill.models import config as model_config
 from prefix_distill.models import families
-from prefix_distill.models import lora
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.families import Family
-from prefix_distill.models.families.family import Index
+from prefix_distill.models.families import Index
+from prefix_distill.models.families import Tensor
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 
@@ -280,7 +280,7 @@ def stop_ids(directory: pathlib.Path, rows: int) -> tuple[int, ...]:
 
 
 def _stacked(ours: str) -> bool:
-  """Whether a parameter has an axis of layers, and the file has it not."""
+  """Whether our parameter has an axis of layers, which a file's lacks."""
   return ours.startswith("layers/")
 
 
@@ -404,7 +404,7 @@ class Weights:
     return True
 
 
-def _leaves(tree: Any, family: Family) -> Iterator[tuple[str, Any, Any]]:
+def leaves(tree: Any, family: Family) -> Iterator[tuple[str, Any, Tensor]]:
   """Yields our path of each parameter, its leaf, and its tensor in a file."""
   for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
     name = sharding.path_name(path)
@@ -416,11 +416,10 @@ def _check_tensors(weights: Weights, model: Model, path: str) -> None:
   config = model.config
   family = families.FAMILIES[config.family]
   wanted = {}
-  for ours, leaf, tensor in _leaves(model.abstract_params(), family):
+  for ours, leaf, tensor in leaves(model.abstract_params(), family):
     shape = leaf.shape[1:] if _stacked(ours) else leaf.shape
-    whole = tuple(slice(0, n) for n in shape)
-    stops = tuple(s.stop for s in tensor.index(whole, config.head_dim))
-    wanted |= dict.fromkeys(tensor.names(config.num_layers), stops)
+    shape = tensor.shape(shape, config.head_dim)
+    wanted |= dict.fromkeys(tensor.names(config.num_layers), shape)
   found = weights.names()
   for name in wanted:
     if name not in found:
@@ -535,6 +534,7 @@ def to_host(array: jax.Array) -> np.ndarray:
 
 def _write_weights(
     params: Params,
+    adapters: Params,
     family: Family,
     directory: pathlib.Path,
     dtype: jnp.dtype,
@@ -545,12 +545,11 @@ def _write_weights(
   Every process gathers every file's tensors, and the first one writes them.
   Adapters are merged into a tensor as it is written.
   """
-  base, adapters = lora.split(params)
-  changes = {name: leaf for name, leaf, _ in _leaves(adapters, family)}
-  # Of each tensor: its bytes, the parameter, the layer's number, how it lies,
-  # and its adapters.
+  changes = {name: leaf for name, leaf, _ in leaves(adapters, family)}
+  # A tensor's name to its bytes, its parameter, the layer's number, how it lies
+  # in a file, and its adapters.
   tensors = {}
-  for ours, leaf, tensor in _leaves(base, family):
+  for ours, leaf, tensor in leaves(params, family):
     count = leaf.shape[0] if _stacked(ours) else 1
     size = leaf.size * dtype.itemsize // count
     pair = [
@@ -682,6 +681,7 @@ def export(
     dtype: str,
     serving: Serving | None = None,
     card: str = "",
+    adapters: Params | None = None,
     scale: float = 1.0,
 ) -> None:
   """Writes a Hugging Face model directory; every process must call it.
@@ -689,13 +689,14 @@ def export(
   The directory appears whole or not at all.
 
   Args:
-    params: the weights; adapters among them are merged.
+    params: the weights.
     source: the model they were made of, whose config goes along.
     tokenizer: the model whose tokenizer and template do.
     directory: where to; replaced if it exists.
     dtype: what the weights are stored in, "float32" or "bfloat16".
     serving: what goes into the generation config; None for that of `tokenizer`.
     card: the README.md; empty for none.
+    adapters: as `lora.split` returns them, to be merged; None for none.
     scale: what the adapters' products are multiplied by.
 
   Raises:
@@ -721,7 +722,9 @@ def export(
     _copy_companions(companion, partial, with_generation=serving is None)
     if card:
       (partial / "README.md").write_text(card, encoding="utf-8")
-  _write_weights(params, family, partial, jnp.dtype(dtype), scale)
+  _write_weights(
+      params, adapters or {}, family, partial, jnp.dtype(dtype), scale
+  )
   if writes:
     for file in partial.iterdir():  # Whatever the umask lets others read.
       file.chmod(0o644)

@@ -119,7 +119,7 @@ def _recipe(config: Config, lines: Sequence[Mapping[str, Any]]) -> str:
     }
   if config.schedule:
     rows["prefix"] = f"{config.schedule} schedule"
-  updates = [line for line in lines if "prefix_len" in line]
+  updates = report.updates(lines)
   if updates:
     last = updates[-1]
     rows["training FLOPs"] = f"{last['flops']:.3g}"

@@ -4,7 +4,8 @@ The count covers the work of this package on real tokens. A prompt is read once
 and cached, attention is causal, and the output head runs only on positions that
 predict a token. The count leaves out padding, elementwise work (norms, softmax,
 sampling) and the attention scores that kernels compute again in the backward
-pass. Tests compare each phase with the compiler's own count.
+pass. Tests compare each phase with the compiler's own count. `Prices` charges
+the updates of a run, and `Totals` is the ledger that the run keeps.
 
 The `paper_` functions are the paper's formula, by which its tables compare
 methods. The formula is coarser: every rollout reads its prompt again, the
@@ -16,6 +17,7 @@ A product of [m, k] and [k, n] is 2 m k n FLOPs.
 
 from collections.abc import Sequence
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -216,11 +218,11 @@ def _recomputed(config: ModelConfig, lengths: Array, remat: str) -> float:
   if remat == "dots":
     weights = _matrices(config) + num_adapters(config)
     pairs = layers(config, lengths) - 2.0 * weights * float(np.sum(lengths))
-    # Of the two products only a gradient of `out` needs the second.
+    # Only the gradient of `out` needs the second product.
     needs_both = lora is None or "out" in lora.targets
     return pairs if needs_both else pairs / 2
   if lora is not None and "down" in lora.targets:
-    width += lora.rank  # Of its adapters the product with A is needed.
+    width += lora.rank  # Its adapters need the product with A.
   last = 2.0 * config.num_layers * config.dim * width
   return layers(config, lengths) - last * float(np.sum(lengths))
 
@@ -230,8 +232,7 @@ def _training(
 ) -> dict[str, float]:
   """FLOPs of the update; a product's backward pass is two such products.
 
-  Of a weight that is not trained it is one: its input's gradient, and none of
-  its own.
+  A weight that is not trained takes only one: the gradient of its input.
   """
   once = forward(student, read, learned)
   fed = np.asarray(read, float) + np.maximum(np.asarray(learned) - 1, 0)
@@ -422,3 +423,154 @@ def paper_distillation(
 def paper_supervised(student: ModelConfig, lengths: Lengths) -> float:
   """FLOPs of a supervised update: F_train."""
   return paper_train(student, lengths.read + lengths.learned)
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+  """Sums over the updates so far, and the schedule's state.
+
+  Attributes:
+    schedule: the state of the prefix schedule, JSON.
+    seconds: time of the updates.
+    tokens: sampled tokens.
+    flops: all FLOPs.
+    phases: the same by phase.
+    flops_paper: FLOPs by the paper's formula, of the updates alone.
+    flops_full: an estimate of what the same updates would have cost with whole
+      answers.
+    skipped: updates that were skipped because numbers were not finite.
+    skipped_running: how many of the last updates were skipped.
+    teacher_update: after which update the teacher's weights were the student's;
+      0 if the teacher is as it was loaded.
+  """
+
+  schedule: dict[str, Any]
+  seconds: float = 0.0
+  tokens: int = 0
+  flops: float = 0.0
+  phases: StepFlops = StepFlops()
+  flops_paper: float = 0.0
+  flops_full: float = 0.0
+  skipped: int = 0
+  skipped_running: int = 0
+  teacher_update: int = 0
+
+  def to_json(self) -> dict[str, Any]:
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_json(cls, values: dict[str, Any]) -> "Totals":
+    return cls(**values | {"phases": StepFlops(**values["phases"])})
+
+  def line(self) -> dict[str, Any]:
+    """Returns the sums as a metrics line has them."""
+    line = {
+        "tokens": self.tokens,
+        "flops": self.flops,
+        "flops_paper": self.flops_paper,
+    }
+    for phase, value in dataclasses.asdict(self.phases).items():
+      line[f"flops_{phase}"] = value
+    if self.flops_full:
+      line["flops_full_estimate"] = self.flops_full
+    return line
+
+
+@dataclasses.dataclass(frozen=True)
+class Bought:
+  """Answers that were made before the first update.
+
+  An update pays for the answers that it is the first to use. So a run that is
+  stopped early does not pay for those that it did not need.
+
+  Attributes:
+    cost: of all of them.
+    updates: how many updates use each once; after those they are free.
+  """
+
+  cost: StepFlops = StepFlops()
+  updates: float = 1.0
+
+  def share(self, step: int) -> float:
+    """Returns the share that update `step`, from 0, is the first to use."""
+    before, after = (min(x / self.updates, 1.0) for x in (step, step + 1))
+    return after - before
+
+
+@dataclasses.dataclass(frozen=True)
+class Prices:
+  """What an update of certain models costs.
+
+  Attributes:
+    student: the student's architecture.
+    teacher: the teacher's; None for supervised training.
+    remat: what the student computes again, see `ModelSpec`.
+    compares: whether full distillation's cost is estimated too.
+    bought: answers that the updates use.
+    sees: whether the schedule sees the tokens before the loss is summed.
+  """
+
+  student: ModelConfig
+  teacher: ModelConfig | None
+  remat: str = "none"
+  compares: bool = False
+  bought: Bought = Bought()
+  sees: bool = False
+
+  def charge(
+      self,
+      totals: Totals,
+      lengths: Lengths,
+      source: str = "student",
+      whole: float = 0.0,
+      step: int = 0,
+  ) -> Totals:
+    """Adds an update to the sums.
+
+    Args:
+      totals: before the update.
+      lengths: of the update's sequences.
+      source: who sampled the answers, see `distillation`.
+      whole: mean length of whole answers, for the estimate of full
+        distillation's cost; 0 if no answer was evaluated, and there is no
+        estimate.
+      step: the update's number, from 0.
+    """
+    cost, before = self._cost(lengths, source), totals.phases
+    share = self.bought.share(step)
+    phases = StepFlops(**{
+        phase: getattr(before, phase)
+        + getattr(cost, phase)
+        + share * getattr(self.bought.cost, phase)
+        for phase in PHASES
+    })
+    full = 0.0
+    if self.compares and (whole or lengths.rewriting is not None):
+      answers, by = np.full(len(lengths.sampled), whole), "student"
+      if lengths.rewriting is not None:  # Whole ones are at hand.
+        answers, by = lengths.rewriting.kept, source
+      answers = dataclasses.replace(lengths, sampled=answers, trained=None)
+      whole_answers = dataclasses.replace(self, sees=False)
+      full = whole_answers._cost(answers, by).total
+    return dataclasses.replace(
+        totals,
+        tokens=totals.tokens + lengths.drawn,
+        flops=totals.flops + cost.total + share * self.bought.cost.total,
+        phases=phases,
+        flops_paper=totals.flops_paper + self._paper(lengths, source),
+        flops_full=totals.flops_full + full,
+    )
+
+  def _cost(self, lengths: Lengths, source: str) -> StepFlops:
+    if self.teacher is None:
+      return supervised(self.student, lengths, self.remat)
+    return distillation(
+        self.student, self.teacher, lengths, source, self.remat, self.sees
+    )
+
+  def _paper(self, lengths: Lengths, source: str) -> float:
+    if self.teacher is None:
+      return paper_supervised(self.student, lengths)
+    return paper_distillation(
+        self.student, self.teacher, lengths, source
+    )

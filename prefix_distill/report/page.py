@@ -25,7 +25,7 @@ from prefix_distill import strict_json
 from prefix_distill.config import Config
 from prefix_distill.report import plots
 from prefix_distill.report import report
-from prefix_distill.report import samples
+from prefix_distill.report.report import Line
 
 FILE = "report.html"
 _TEMPLATE = pathlib.Path(__file__).parent / "template"
@@ -46,7 +46,6 @@ _COLUMNS = (
     ("FLOPs", "flops", ".3g"),
     ("tokens/s", "tokens_per_second", ",.0f"),
 )
-_Line = dict[str, Any]
 
 
 def facts(config: Config) -> list[tuple[str, str]]:
@@ -83,7 +82,7 @@ def _date(metrics: pathlib.Path) -> str:
   return f"{found:%Y-%m-%d %H:%M} UTC"
 
 
-def _tables(lines: Sequence[_Line]) -> list[tuple[str, list[list[str]]]]:
+def _tables(lines: Sequence[Line]) -> list[tuple[str, list[list[str]]]]:
   """Returns name and rows of each evaluation set."""
   names = sorted({line["set"] for line in lines if "set" in line})
   return [(name, _flat(report.closing_rows(lines, name))) for name in names]
@@ -93,14 +92,14 @@ def _flat(rows: Sequence[Sequence[str]]) -> list[list[str]]:
   return [[cell.replace("\n", " ") for cell in row] for row in rows]
 
 
-def _updates(lines: Sequence[_Line]) -> tuple[list[str], list[list[str]]]:
+def _updates(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
   """Returns the header and the rows of the table of updates."""
   if not lines:
     return [], []
   columns = [
       column for column in _COLUMNS if any(column[1] in x for x in lines)
   ]
-  chosen = samples.spread(range(len(lines)), _ROWS)
+  chosen = report.spread(range(len(lines)), _ROWS)
   rows = [
       [_cell(lines[i].get(field), form) for _, field, form in columns]
       for i in sorted(chosen)
@@ -120,9 +119,9 @@ def _embedded(value: Any) -> markupsafe.Markup:
   return markupsafe.Markup(text)
 
 
-def _kept(workdir: pathlib.Path) -> dict[str, list[_Line]]:
+def _kept(workdir: pathlib.Path) -> dict[str, list[Line]]:
   """Returns the rollouts and answers, without what the page does not show."""
-  rollouts, answers = samples.read(workdir)
+  rollouts, answers = report.read_samples(workdir)
   return {
       "rollouts": [
           {k: v for k, v in line.items() if k != "ids"} for line in rollouts
@@ -131,15 +130,20 @@ def _kept(workdir: pathlib.Path) -> dict[str, list[_Line]]:
   }
 
 
-def render(workdir: pathlib.Path, lines: Sequence[_Line]) -> str:
+def _render(
+    workdir: pathlib.Path,
+    lines: Sequence[Line],
+    config: Config,
+    values: dict[str, Any],
+) -> str:
   """Returns the page; draws its figures into `report/`.
 
   Args:
-    workdir: of the run, with `config.json`.
+    workdir: of the run.
     lines: of `metrics.jsonl`.
+    config: the settings.
+    values: of `config.json`.
   """
-  values = strict_json.read(workdir / "config.json")
-  config = config_lib.from_dict(values)
   figures = [
       {
           "data": base64.b64encode(
@@ -149,7 +153,7 @@ def render(workdir: pathlib.Path, lines: Sequence[_Line]) -> str:
       }
       for name in plots.draw(lines, workdir / "report", config.method)
   ]
-  updates = [line for line in lines if "prefix_len" in line]
+  updates = report.updates(lines)
   tables = _tables(lines)
   warnings = [
       report.dropped(updates),
@@ -192,10 +196,12 @@ def render(workdir: pathlib.Path, lines: Sequence[_Line]) -> str:
 def write(workdir: pathlib.Path) -> None:
   """Writes `report/` from the workdir's files; prints the closing table."""
   lines = report.read_metrics(workdir / "metrics.jsonl")
+  values = strict_json.read(workdir / "config.json")
+  config = config_lib.from_dict(values)
   directory = workdir / "report"
   directory.mkdir(exist_ok=True)
-  (directory / FILE).write_text(render(workdir, lines), "utf-8")
-  config = config_lib.from_dict(strict_json.read(workdir / "config.json"))
+  text = _render(workdir, lines, config, values)
+  (directory / FILE).write_text(text, "utf-8")
   report.print_closing(lines, config)
   report_at, model_at = directory / FILE, workdir / "export"
   print(f"Report in {report_at}, model in {model_at}.", flush=True)

@@ -13,7 +13,8 @@ from matplotlib import ticker
 from matplotlib.figure import Figure
 import numpy as np
 
-Line = dict[str, Any]
+from prefix_distill.report import report
+from prefix_distill.report.report import Line
 
 _STYLE = {
     "axes.grid": True,
@@ -167,7 +168,7 @@ def accuracy_against_flops(
       "cumulative FLOPs",
       "accuracy, sampled (%)",
   )
-  sampled = [x for x in lines if x.get("mode") == "sampled"]
+  sampled = report.evaluations(lines, mode="sampled")
   for dataset in sorted({x["set"] for x in sampled}):
     mine = [x for x in sampled if x["set"] == dataset]
     students = [x for x in mine if x["model"] == "student"]
@@ -249,11 +250,7 @@ def termination(lines: Sequence[Line], path: pathlib.Path) -> str:
   figure, (ends, lengths) = _panels(2)
   _label(ends, "Do answers end?", "", "share of answers")
   _label(lengths, "Length of answers", "update", "tokens")
-  sampled = [
-      x
-      for x in lines
-      if x.get("mode") == "sampled" and x["model"] == "student"
-  ]
+  sampled = report.evaluations(lines, mode="sampled", model="student")
   for dataset in sorted({x["set"] for x in sampled}):
     mine = [x for x in sampled if x["set"] == dataset]
     label = f"{dataset}: end by themselves"

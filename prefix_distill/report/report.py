@@ -1,7 +1,9 @@
-"""`metrics.jsonl`, how answers end, and what the user sees; no jax.
+"""A run's lines on disk, how answers end, and what the user sees; no jax.
 
 `metrics.jsonl` has one flat JSON object a line. From it come the lines in the
-terminal, the closing table and the plots; `page` puts them together.
+terminal, the closing table and the plots; `page` puts them together. The files
+of `samples/` have a JSON object a line as well; `train/samples.py` says what is
+in it.
 
 The report says how answers end, since a distilled student may forget how to
 stop. Its loss looks good and its answers are right when they end, but fewer and
@@ -12,6 +14,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
 import errno
+import itertools
 import json
 import math
 import os
@@ -32,6 +35,36 @@ from prefix_distill.errors import UserError
 
 Line = dict[str, Any]
 
+SAMPLES = "samples"
+# The fields that every kept rollout and every kept answer has.
+_ROLLOUT = {
+    "step",
+    "source",
+    "record",
+    "prompt",
+    "length",
+    "finished",
+    "measure",
+    "ids",
+    "texts",
+    "special",
+    "divergence",
+    "student",
+    "alternatives",
+}
+_ANSWER = {
+    "step",
+    "model",
+    "set",
+    "mode",
+    "problem",
+    "prompt",
+    "answer",
+    "text",
+    "length",
+    "finished",
+    "right",
+}
 # The terminal needs the line breaks, so that all columns fit side by side.
 HEADER = (
     "",
@@ -60,6 +93,41 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
     if isinstance(step, int) and 0 <= step < 2**31:
       out.append(line)
   return out
+
+
+def updates(lines: Sequence[Line]) -> list[Line]:
+  """Returns the lines of updates; the others are of evaluations."""
+  return [line for line in lines if "prefix_len" in line]
+
+
+def evaluations(lines: Sequence[Line], **wanted: str) -> list[Line]:
+  """Returns the lines whose fields are the wanted ones.
+
+  Args:
+    lines: of the metrics.
+    **wanted: `model`, `set` and `mode`, or some of them.
+  """
+  return [
+      line
+      for line in lines
+      if all(line.get(name) == value for name, value in wanted.items())
+  ]
+
+
+def read_samples(workdir: pathlib.Path) -> tuple[list[Line], list[Line]]:
+  """Returns a run's rollouts and answers, without damaged lines."""
+
+  def lines(name: str, fields: set[str]) -> list[Line]:
+    found = read_metrics(workdir / SAMPLES / f"{name}.jsonl")
+    return [line for line in found if fields <= line.keys()]
+
+  return lines("rollouts", _ROLLOUT), lines("answers", _ANSWER)
+
+
+def spread(values: Sequence[int], most: int) -> set[int]:
+  """Returns at most so many of the values, evenly: the ends among them."""
+  at = np.linspace(0, len(values) - 1, min(len(values), most))
+  return {values[int(i)] for i in np.round(at)}
 
 
 class LineWriter:
@@ -176,6 +244,34 @@ def length_p95(lengths: np.ndarray) -> int:
   return int(np.percentile(lengths, 95, method="inverted_cdf"))
 
 
+# Where the positions of an answer are told apart, in tokens.
+_BORDERS = (0, 16, 64, 256, 1024, 4096)
+
+
+def divergence(nats: Sequence[np.ndarray]) -> dict[str, Any]:
+  """Summarizes the reverse KL of whole answers, in nats an answer.
+
+  Args:
+    nats: of each answer, the divergence at each of its tokens.
+
+  Returns:
+    `kl`, the mean over answers; `kl_answers`, that of each; `kl_positions`,
+    what of the mean lies at tokens 0 to 16, 16 to 64, 64 to 256 and so on, as
+    far as there are any.
+  """
+  totals = [float(np.sum(x)) for x in nats]
+  longest = max(map(len, nats))
+  borders = [x for x in _BORDERS if x < longest]
+  return {
+      "kl": float(np.mean(totals)),
+      "kl_answers": [float(f"{x:.4g}") for x in totals],
+      "kl_positions": [
+          float(np.mean([np.sum(x[start:end]) for x in nats]))
+          for start, end in itertools.pairwise([*borders, longest])
+      ],
+  }
+
+
 def finish_shares(finished: np.ndarray) -> dict[str, float]:
   """Returns the fractions of answers that finished and that were cut.
 
@@ -265,10 +361,11 @@ def evaluation_line(which: str, step: int, values: Line) -> str:
   """Returns one evaluation as a line of text."""
   if values.get("teacher_update"):
     which += f" (the student after update {values['teacher_update']})"
+  nats = f", {values['kl']:.3g} nats from the teacher" if "kl" in values else ""
   return (
       f"step {step:>4}  {which} on {values['set']}, {values['mode']}:"
       f" {accuracy(values)}, {values['finish_rate']:.1%} finish,"
-      f" {values['mean_length']:.0f} tokens"
+      f" {values['mean_length']:.0f} tokens{nats}"
   )
 
 
@@ -327,11 +424,7 @@ def closing_rows(lines: Sequence[Line], dataset: str) -> list[tuple]:
 def warning(lines: Sequence[Line], dataset: str) -> str:
   """Returns a warning if fewer answers of a set end than before training."""
   falls = []
-  students = [
-      line
-      for line in lines
-      if line.get("model") == "student" and line["set"] == dataset
-  ]
+  students = evaluations(lines, model="student", set=dataset)
   for mode in ("sampled", "greedy"):
     rates = [x["finish_rate"] for x in students if x["mode"] == mode]
     if rates and rates[0] - rates[-1] > _FALL:
@@ -354,11 +447,12 @@ def alarms(lines: Sequence[Line]) -> dict[str, str]:
   tenth of the teacher's in five updates running, where the teacher's is above
   0.05 nats a token. An update was skipped if its numbers were not finite.
   """
-  updates = [line for line in lines if "prefix_len" in line]
   found: dict[str, str] = {}
-  for i, line in enumerate(updates):
+  all_updates = updates(lines)
+  for i, line in enumerate(all_updates):
     step, loss = line["step"], line.get("loss")
-    before = [x["loss"] for x in updates[max(i - 10, 0) : i] if x.get("loss")]
+    recent = all_updates[max(i - 10, 0) : i]
+    before = [x["loss"] for x in recent if x.get("loss")]
     if loss and len(before) == 10 and loss > max(1, 10 * np.median(before)):
       found.setdefault(
           "loss",
@@ -366,7 +460,7 @@ def alarms(lines: Sequence[Line]) -> dict[str, str]:
           f" token, after {np.median(before):.3g}; lower"
           " optimizer.learning_rate, or look at that update's prompts.",
       )
-    if i >= 4 and all(map(_collapsed, updates[i - 4 : i + 1])):
+    if i >= 4 and all(map(_collapsed, all_updates[i - 4 : i + 1])):
       found.setdefault(
           "entropy",
           f"Warning: the student's entropy collapsed by update {step}:"
@@ -392,15 +486,15 @@ def _collapsed(line: Line) -> bool:
 
 def spent(lines: Sequence[Line]) -> str:
   """Compares the run's FLOPs with an estimate for full distillation."""
-  updates = [line for line in lines if "prefix_len" in line]
-  if not updates:
+  made = updates(lines)
+  if not made:
     return "No updates were made."
-  last = updates[-1]
+  last = made[-1]
   compiled = sum(
       last[f"compilations_{phase}"] for phase in ("sample", "score", "update")
   )
   text = (
-      f"{last['flops']:.3g} FLOPs in {len(updates)} updates"
+      f"{last['flops']:.3g} FLOPs in {len(made)} updates"
       f" ({last['seconds']:.0f} s, {last['tokens']:,} tokens,"
       f" {compiled} compilations)"
   )
@@ -441,12 +535,10 @@ def chosen(lines: Sequence[Line], dataset: str) -> str:
   """
   found = {
       line["step"]: line
-      for line in lines
-      if line.get("set") == dataset
-      and line.get("mode") == "sampled"
-      and line.get("model") == "student"
-      and line["step"] > 0
-      and line.get("accuracy") is not None
+      for line in evaluations(
+          lines, set=dataset, mode="sampled", model="student"
+      )
+      if line["step"] > 0 and line.get("accuracy") is not None
   }
   if not found:
     return ""
@@ -457,6 +549,45 @@ def chosen(lines: Sequence[Line], dataset: str) -> str:
       f" held-out score. `python -m prefix_distill.export --step=best` writes"
       " that update's model; the tables have the last update's."
   )
+
+
+def table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    width: int,
+    title: str = "",
+) -> rich.table.Table:
+  """Returns a table whose lines break within words in the first column alone.
+
+  So no number is cut while the first column can make room.
+
+  Args:
+    header: names of the columns.
+    rows: cells, as many a row as there are columns.
+    width: the terminal's, in characters.
+    title: stands above the table.
+  """
+  out = rich.table.Table(
+      title=rich.text.Text(title) if title else None,
+      box=rich.box.SIMPLE_HEAD,
+      show_edge=False,
+      padding=(0, 1, 0, 0),
+      pad_edge=False,
+  )
+  columns = [*zip(header, *rows, strict=True)]
+  words = [max(map(len, " ".join(cells).split())) for cells in columns]
+  widths = [
+      max(word, *(len(line) for cell in cells for line in cell.splitlines()))
+      for word, (_, *cells) in zip(words, columns, strict=True)
+  ]
+  room = width - 2 * (len(columns) - 1)
+  if sum(widths) > room:
+    widths = [max(room - sum(words[1:]), 4), *words[1:]]
+  for name, length in zip(header, widths, strict=True):
+    out.add_column(name, overflow="fold", width=length)
+  for row in rows:
+    out.add_row(*map(rich.text.Text, row))
+  return out
 
 
 def _print_table(

@@ -16,7 +16,6 @@ import sys
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 import numpy as np
 
 from prefix_distill import distributed
@@ -46,20 +45,6 @@ def rooms(
   return (*(x for x in sizes[:-1] if x >= _SMALLEST_ROOM), sizes[-1])
 
 
-def to_host(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Brings whole arrays to every process."""
-  if jax.process_count() == 1:
-    return jax.tree.map(np.asarray, tree)
-  place = sharding.replicated(mesh)
-  tree = jax.jit(lambda x: x, out_shardings=place)(tree)
-  return jax.tree.map(
-      lambda x: multihost_utils.global_array_to_host_local_array(
-          x, mesh, jax.sharding.PartitionSpec()
-      ),
-      tree,
-  )
-
-
 # The prompt's number, the tokens, and whether a stop token ended them.
 Answer = tuple[int, np.ndarray, bool]
 
@@ -75,7 +60,7 @@ def kept_answers(
   """Yields what `Engine.answers` does, and keeps each answer in a file.
 
   If the file is there, the answers in it are yielded and not decoded again, so
-  what was stopped or killed goes on where it was. An answer
+  an evaluation that was stopped or killed goes on where it was. An answer
   depends on its prompt, the key and the draw alone.
 
   Args:
@@ -298,7 +283,7 @@ class Engine:
     shown = (drawn.tokens, drawn.mask, state.live)
     if sharding.is_abstract(shown):
       return tuple(np.ones(x.shape, x.dtype) for x in shown)
-    return to_host(shown, self._model.mesh)
+    return sharding.to_host(shown, self._model.mesh)
 
 
 class _Table:

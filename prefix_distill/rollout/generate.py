@@ -23,8 +23,8 @@ from prefix_distill.rollout.sampling import Truncation
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 
-# Columns: the least by which a cache grows. A power of two, of which a segment
-# is a part.
+# The fewest columns by which a cache grows: a power of two, and a multiple of a
+# segment.
 LEAST_STEP = 128
 
 
@@ -117,9 +117,9 @@ def rooms(
 ) -> tuple[int, ...]:
   """Returns the sizes that a cache grows through as rows get longer.
 
-  As columns behind the prompts. A kernel that reads all of the cache, however
-  short the rows are, gets it in steps of an eighth; one that reads each row up
-  to its length gets all of it at once.
+  They are counted in columns behind the prompts. A kernel that reads all of the
+  cache, however short the rows are, gets it in steps of an eighth. A kernel
+  that reads each row up to its length gets all of it at once.
 
   Args:
     model: the architecture.
@@ -253,8 +253,8 @@ def append(rollout: Rollout, drawn: Rollout, at: jax.Array) -> Rollout:
   )
 
 
-# Tokens between two looks at the rows. On a CPU to look costs nothing; on an
-# accelerator the device waits meanwhile.
+# Tokens between two looks at the rows. A look costs nothing on a CPU; an
+# accelerator waits for it.
 _SEGMENT = 64
 _CPU_SEGMENT = 8
 
@@ -526,6 +526,7 @@ class Sampler:
   Attributes:
     model: on the mesh of sampling.
     config: how it samples.
+    buckets: the lengths that rollouts may have, in ascending order.
   """
 
   def __init__(
@@ -543,12 +544,12 @@ class Sampler:
       model: on the mesh of sampling.
       config: see `SamplerConfig`.
       temperature: divides the logits.
-      buckets: the lengths that rollouts may have, in ascending order.
+      buckets: see the class.
       training: the mesh that weights come from and rollouts go to.
       role: what the names of the model's programs begin with.
     """
     self.model, self.config = model, config
-    self._temperature, self._buckets = temperature, buckets
+    self._temperature, self.buckets = temperature, buckets
     self._segment = segment(model)
     self._programs = decoding(model, config, role)
     # Weights go to the mesh of sampling once a rollout, in the compute dtype.
@@ -597,20 +598,20 @@ class Sampler:
     Raises:
       ValueError: no bucket of the run holds the cap.
     """
-    if cap > self._buckets[-1]:
+    if cap > self.buckets[-1]:
       raise ValueError(
           f"The cap is {cap}, but the run's longest prefix is"
-          f" {self._buckets[-1]}; sample with that at most."
+          f" {self.buckets[-1]}; sample with that at most."
       )
     model, config, steps = self.model, self.config, self._segment
     programs = self._programs
-    bucket, prompt = self._bucket(cap), batch.tokens.shape[1]
+    bucket, prompt = self.bucket(cap), batch.tokens.shape[1]
     draw = Draw.of(cap, self._temperature)
     key = sharding.replicate_key(key, model.mesh)
     if self._moves:
       params = programs.move(params)
     # One program reads the prompts of all lengths, into a small cache.
-    room = min(self._buckets[0], LEAST_STEP)
+    room = min(self.buckets[0], LEAST_STEP)
     state, first = programs.prefill(
         model, config, columns(model, config, prompt + room), params, batch,
         key, draw,
@@ -632,10 +633,11 @@ class Sampler:
         rollout = self._append(rollout, new, np.int32(drawn))
         drawn += steps
         live, longest = self._watch(state, bucket)
-    return self._cut(bucket if live else self._bucket(longest), rollout)
+    return self._cut(bucket if live else self.bucket(longest), rollout)
 
-  def _bucket(self, length: int) -> int:
-    return min(b for b in self._buckets if b >= length)
+  def bucket(self, length: int) -> int:
+    """Returns the static length that holds so many tokens."""
+    return min(b for b in self.buckets if b >= length)
 
   def _watch(self, state: DecodeState, bucket: int) -> tuple[bool, int]:
     """Returns whether a row is live, and the longest row's tokens."""

@@ -26,16 +26,12 @@ from prefix_distill.errors import UserError
 from prefix_distill.report import flops
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
-from prefix_distill.structs import PromptBatch
 from prefix_distill.train import microbatch
 from prefix_distill.train import setup as setup_lib
-from prefix_distill.train.checkpoint import Bought
 
 FILE = "answers.parquet"
 _UNFINISHED = "unfinished/teacher-answers.jsonl"
-
-
-# Columns of lengths, and where those of answers are that did not end.
+# The columns of lengths, and the key of the lengths of unended answers.
 _LENGTHS, _UNENDED = ["prompt_tokens", "tokens"], b"unended"
 
 
@@ -45,18 +41,20 @@ class AnswersError(UserError):
 
 def with_answers(
     setup: setup_lib.Setup, workdir: pathlib.Path, poll: Callable[[], None]
-) -> tuple[setup_lib.Setup, Bought]:
+) -> tuple[setup_lib.Setup, flops.Bought]:
   """Returns the supervised part's setup; makes the answers if need be.
 
   Only answers that end by themselves are kept. All of the run's prompts are
   answered, each once: `steps * data.batch_size`, or as many as there are.
-  With it comes what the answers cost, those that did not end included.
 
   Args:
     setup: of the run, with the teacher.
     workdir: keeps the answers so far, so that a run that was stopped or killed
       goes on with them.
     poll: called every few seconds; it may raise to stop.
+
+  Returns:
+    The setup, and what the answers cost, unended ones included.
 
   Raises:
     DataError: no answer ended within `rollout.max_len` tokens.
@@ -95,7 +93,7 @@ def with_answers(
   lengths = np.concatenate([lengths, np.reshape(others, (-1, 2))])
   spent = flops.answers(setup.models.teacher.config, *lengths.T)
   models = dataclasses.replace(setup.models, teacher=None)
-  bought = Bought(spent, table.num_rows / config.data.batch_size)
+  bought = flops.Bought(spent, table.num_rows / config.data.batch_size)
   return dataclasses.replace(setup, data=data, models=models), bought
 
 
@@ -140,11 +138,7 @@ def _answers(
     )
     if row is not None and not setup.data.is_asked(*row):
       kept.append((question, row))
-  batch = PromptBatch(
-      np.stack([tokens for _, (tokens, _) in kept]),
-      np.stack([mask for _, (_, mask) in kept]),
-      np.arange(len(kept), dtype=np.int32),
-  )
+  batch = prompts_lib.stack([row for _, row in kept], range(len(kept)))
   model = models.for_sampling(models.teacher)
   sampler_config = generate.SamplerConfig(
       stop_ids=models.teacher_stop_ids,

@@ -24,12 +24,9 @@ from prefix_distill import sharding
 from prefix_distill.config import CheckpointSpec
 from prefix_distill.errors import one_line
 from prefix_distill.errors import UserError
-from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.transformer import Params
-from prefix_distill.report import flops
 from prefix_distill.report import report
-from prefix_distill.report.flops import Lengths
-from prefix_distill.report.flops import StepFlops
+from prefix_distill.report.flops import Totals
 from prefix_distill.train.step import TrainState
 
 # In a workdir, and in a checkpoint.
@@ -39,161 +36,11 @@ _STATE, _HOST = "state", "host"
 _TEACHER = "teacher"
 # The field of the host's JSON that holds the SHA-256 of the others.
 _SEAL = "sha256"
-# Of a checksum's formula, see `checksums_of`.
+# Constants of the checksum, see `checksums_of`.
 _A, _B = 0x9E3779B1, 0x85EBCA6B
 _MIX = 0xC2B2AE35
 # A path such as "params/layers/mlp/up" -> the checksum.
 Checksums = dict[str, list[int]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Totals:
-  """Sums over the updates so far, and the schedule's state.
-
-  Attributes:
-    schedule: the state of the prefix schedule, JSON.
-    seconds: time of the updates.
-    tokens: sampled tokens.
-    flops: all FLOPs.
-    phases: the same by phase.
-    flops_paper: FLOPs by the paper's formula, of the updates alone.
-    flops_full: an estimate of what the same updates would have cost with whole
-      answers.
-    skipped: updates that were skipped because numbers were not finite.
-    skipped_running: how many of the last updates were skipped.
-    teacher_update: after which update the teacher's weights were the student's;
-      0 if the teacher is as it was loaded.
-  """
-
-  schedule: dict[str, Any]
-  seconds: float = 0.0
-  tokens: int = 0
-  flops: float = 0.0
-  phases: StepFlops = StepFlops()
-  flops_paper: float = 0.0
-  flops_full: float = 0.0
-  skipped: int = 0
-  skipped_running: int = 0
-  teacher_update: int = 0
-
-  def to_json(self) -> dict[str, Any]:
-    return dataclasses.asdict(self)
-
-  @classmethod
-  def from_json(cls, values: dict[str, Any]) -> "Totals":
-    return cls(**values | {"phases": StepFlops(**values["phases"])})
-
-  def line(self) -> dict[str, Any]:
-    """Returns the sums as a metrics line has them."""
-    line = {
-        "tokens": self.tokens,
-        "flops": self.flops,
-        "flops_paper": self.flops_paper,
-    }
-    for phase, value in dataclasses.asdict(self.phases).items():
-      line[f"flops_{phase}"] = value
-    if self.flops_full:
-      line["flops_full_estimate"] = self.flops_full
-    return line
-
-
-@dataclasses.dataclass(frozen=True)
-class Bought:
-  """Answers that were made before the first update.
-
-  An update pays for the answers that it is the first to use. So a run that is
-  stopped early does not pay for those that it did not need.
-
-  Attributes:
-    cost: of all of them.
-    updates: how many updates use each once; after those they are free.
-  """
-
-  cost: StepFlops = StepFlops()
-  updates: float = 1.0
-
-  def share(self, step: int) -> float:
-    """Returns the share that update `step`, from 0, is the first to use."""
-    before, after = (min(x / self.updates, 1.0) for x in (step, step + 1))
-    return after - before
-
-
-@dataclasses.dataclass(frozen=True)
-class Prices:
-  """What an update of certain models costs.
-
-  Attributes:
-    student: the student's architecture.
-    teacher: the teacher's; None for supervised training.
-    remat: what the student computes again, see `ModelSpec`.
-    compares: whether full distillation's cost is estimated too.
-    bought: answers that the updates use.
-    sees: whether the schedule sees the tokens before the loss is summed.
-  """
-
-  student: ModelConfig
-  teacher: ModelConfig | None
-  remat: str = "none"
-  compares: bool = False
-  bought: Bought = Bought()
-  sees: bool = False
-
-  def charge(
-      self,
-      totals: Totals,
-      lengths: Lengths,
-      source: str = "student",
-      whole: float = 0.0,
-      step: int = 0,
-  ) -> Totals:
-    """Adds an update to the sums.
-
-    Args:
-      totals: before the update.
-      lengths: of the update's sequences.
-      source: who sampled the answers, as `flops.distillation` takes it.
-      whole: mean length of whole answers, for the estimate of full
-        distillation's cost.
-      step: the update's number, from 0.
-    """
-    cost, before = self._cost(lengths, source), totals.phases
-    share = self.bought.share(step)
-    phases = StepFlops(**{
-        phase: getattr(before, phase)
-        + getattr(cost, phase)
-        + share * getattr(self.bought.cost, phase)
-        for phase in flops.PHASES
-    })
-    full = 0.0
-    if self.compares:
-      answers, by = np.full(len(lengths.sampled), whole), "student"
-      if lengths.rewriting is not None:  # Whole ones are at hand.
-        answers, by = lengths.rewriting.kept, source
-      answers = dataclasses.replace(lengths, sampled=answers, trained=None)
-      whole_answers = dataclasses.replace(self, sees=False)
-      full = whole_answers._cost(answers, by).total
-    return dataclasses.replace(
-        totals,
-        tokens=totals.tokens + lengths.drawn,
-        flops=totals.flops + cost.total + share * self.bought.cost.total,
-        phases=phases,
-        flops_paper=totals.flops_paper + self._paper(lengths, source),
-        flops_full=totals.flops_full + full,
-    )
-
-  def _cost(self, lengths: Lengths, source: str) -> StepFlops:
-    if self.teacher is None:
-      return flops.supervised(self.student, lengths, self.remat)
-    return flops.distillation(
-        self.student, self.teacher, lengths, source, self.remat, self.sees
-    )
-
-  def _paper(self, lengths: Lengths, source: str) -> float:
-    if self.teacher is None:
-      return flops.paper_supervised(self.student, lengths)
-    return flops.paper_distillation(
-        self.student, self.teacher, lengths, source
-    )
 
 
 class CheckpointError(UserError):
@@ -252,11 +99,9 @@ def best(workdir: pathlib.Path, name: str, steps: Iterable[int]) -> int | None:
     steps: those to choose from; the first of equals is chosen, and one that
       was not evaluated never.
   """
-  accuracy = {}
-  for line in report.read_metrics(workdir / "metrics.jsonl"):
-    found = [line.get(key) for key in ("set", "model", "mode")]
-    if found == [name, "student", "sampled"]:
-      accuracy[line["step"]] = line.get("accuracy")
+  lines = report.read_metrics(workdir / "metrics.jsonl")
+  found = report.evaluations(lines, set=name, model="student", mode="sampled")
+  accuracy = {line["step"]: line.get("accuracy") for line in found}
   judged = [s for s in sorted(steps) if accuracy.get(s) is not None]
   return max(judged, key=accuracy.__getitem__, default=None)
 
@@ -457,7 +302,7 @@ def _read_host(directory: pathlib.Path, step: int) -> dict[str, Any]:
 
 @functools.cache
 def _silence_orbax() -> None:
-  """Drops what reads and writes say that were cut off as another one failed.
+  """Drops the words of reads and writes that were cut off by another's failure.
 
   Orbax raises the first failure, and closes the loop in which the others go on;
   each of those then has a traceback printed by Python, asyncio or TensorStore,

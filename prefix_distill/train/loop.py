@@ -45,21 +45,20 @@ from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.report import page
 from prefix_distill.report import report
-from prefix_distill.report import samples
 from prefix_distill.report import trackers
+from prefix_distill.report.flops import Bought
 from prefix_distill.report.flops import Lengths
+from prefix_distill.report.flops import Prices
+from prefix_distill.report.flops import Totals
 from prefix_distill.structs import PromptBatch
 from prefix_distill.train import answers
 from prefix_distill.train import microbatch
+from prefix_distill.train import samples
 from prefix_distill.train import setup as setup_lib
 from prefix_distill.train import step as step_lib
 from prefix_distill.train import update as update_lib
 from prefix_distill.train import workdir as workdir_lib
-from prefix_distill.train.checkpoint import Bought
 from prefix_distill.train.checkpoint import Checkpointer
-from prefix_distill.train.checkpoint import Prices
-from prefix_distill.train.checkpoint import Totals
-from prefix_distill.train.samples import Keeper
 from prefix_distill.train.step import TrainState
 from prefix_distill.train.update import Programs
 
@@ -124,7 +123,7 @@ _MARGIN = 3.0
 _RETRY = 20.0
 # Polls of an update between two questions to the other processes.
 _EVERY = 8
-# An update is slow that takes so many times the others, and so many seconds.
+# An update is slow if it takes so many times the others, and so many seconds.
 _SLOW, _SLOW_SECONDS = 10, 10.0
 # Answers of an evaluation that a tracker gets.
 _TEXTS = 4
@@ -197,7 +196,7 @@ class Run:
     # Seconds of the last updates, and of the slowest save.
     self._durations: collections.deque[float] = collections.deque(maxlen=9)
     self._save_seconds, self._polls = 0.0, 0
-    # Of an answer of the last evaluation.
+    # Seconds of an answer in the last evaluation.
     self._answer_seconds = 0.0
     self._recent: collections.deque = collections.deque(maxlen=11)
     self._alarms = {"skipped"}  # Each skipped update is said at once.
@@ -242,7 +241,7 @@ class Run:
     )
     if has_adapters:
       self.base = self._load(self.config.student, models.student)
-    self.keeper = Keeper(
+    self.keeper = samples.Keeper(
         self.config,
         self.setup.tokenizer,
         models.stop_ids,
@@ -286,9 +285,9 @@ class Run:
   def seconds_left(self, step: int) -> float:
     """Guesses how long the run takes after update `step`, evaluations too.
 
-    An evaluation that is due after this very update is still to come. Updates
-    are taken to last as the last ones did, and answers as those that were
-    evaluated.
+    An evaluation that is due after this very update is still to come. The guess
+    assumes that updates last as the last ones did, and answers as those of the
+    last evaluation.
     """
     steps = range(step, self.config.steps + 1)
     evaluated = [self._sets(one) for one in steps if self.is_due(one)]
@@ -378,9 +377,6 @@ class Run:
     if _any_process(expected > deadline):
       raise Abandoned
 
-  def _poll_evaluation(self) -> None:
-    _poll(self.stop, "during an evaluation")
-
   def _tell_of_notice(self) -> None:
     """Says once that an update and a save take longer than the notice."""
     notice = self.stop.notice
@@ -395,7 +391,7 @@ class Run:
         )
 
   def _refresh(self, step: int) -> None:
-    """Makes the teacher the student if update `step`, from 0, is to see that.
+    """Copies the student to the teacher if update `step`, from 0, needs that.
 
     A copy that no update would see is not made: after the last update the
     teacher is the one that scored it.
@@ -444,19 +440,23 @@ class Run:
           sets[values["set"]],
           completions,
           values["verdicts"],
+          shown,
       )
       verdicts = values["verdicts"][:: values["samples"]]
-      shown = zip(completions.texts, verdicts, strict=True)
+      graded = zip(completions.texts, verdicts, strict=True)
       self.tracker.text(
           f"{which}/{values['set']}/{values['mode']}",
           "\n\n".join(
               f"[{'right' if right == '1' else 'wrong'}] {texts[0]}"
-              for texts, right in itertools.islice(shown, _TEXTS)
+              for texts, right in itertools.islice(graded, _TEXTS)
           ),
           step,
       )
       if which == "student" and values["mode"] == "sampled":
         self.answer_len = values["mean_length"]
+        if spec.scored:
+          problems = sets[values["set"]]
+          values = values | self._divergence(problems, completions)
       if which == "teacher":
         values = values | self._teacher_update()
       self.write({
@@ -473,6 +473,7 @@ class Run:
     sets = self._sets(step)
     if not sets:
       return
+    shown = self.keeper.problems(step, self.is_last(step))
     sampler = evaluator.sampler_config(setup.tokenizer, spec, stop_ids)
     rows = microbatch.answers(
         models,
@@ -487,16 +488,31 @@ class Run:
         setup.tokenizer,
         spec,
         sets,
-        stop_ids,
+        sampler,
         rows,
         self.config.seed,
         write,
         file,
-        self._poll_evaluation,
-        self.keeper.problems(step, self.is_last(step)),
+        functools.partial(_poll, self.stop, "during an evaluation"),
+        (shown, spec.scored),
     )
     passed = time.perf_counter() - start
     self._answer_seconds = passed / max(self._count(sets), 1)
+
+  def _divergence(
+      self, problems: evaluator.Problems, completions: evaluator.Completions
+  ) -> dict[str, Any]:
+    """Returns how far from the teacher the student's whole answers are."""
+    count = self.config.evaluation.scored
+    numbers = sorted(report.spread(range(len(problems.answers)), count))
+    prompts = jax.tree.map(lambda x: x[np.array(numbers)], problems.batch)
+    nats = self.programs.divergences(
+        self.student_params,
+        self.programs.on_device(self.teacher_params),
+        prompts,
+        [completions.tokens[number] for number in numbers],
+    )
+    return report.divergence(nats)
 
   def _sets(self, step: int) -> dict[str, evaluator.Problems]:
     """Returns the sets to evaluate after update `step`."""
@@ -546,48 +562,13 @@ class Run:
       self.keeper.write_rollouts(
           step + 1, request.source or "data", done.inspected
       )
-    mask, trained = done.mask, done.trained
-    stats = prefix_schedule.stats(done.metrics, mask, done.minima)
-    rewriting = done.rewritten and done.rewritten.lengths
-    read = prompts.for_teacher().mask.sum(1)
-    if rewriting and config.rollout.rewrite.scored_in == "rewriting":
-      read = rewriting.prompts
-    lengths = Lengths(
-        prompts.mask.sum(1), mask.sum(1), read, trained.sum(1), rewriting
-    )
+    lengths = _lengths(prompts, done, config)
     totals = self.prices.charge(
         self.totals, lengths, source, self.answer_len, step
     )
-    if done.metrics["finite"]:
-      state = self.schedule.next(totals.schedule, stats)
-      totals = dataclasses.replace(
-          totals, schedule=state, skipped_running=0
-      )
-    else:
-      totals = dataclasses.replace(
-          totals,
-          skipped=totals.skipped + 1,
-          skipped_running=totals.skipped_running + 1,
-      )
-      self._report_skipped(step + 1, prompts, done)
+    totals = self._after(step, prompts, done, totals)
     line = {"step": step + 1, "prefix_len": cap}
-    line |= _flatten(done.metrics, config)
-    line["skipped"] = totals.skipped
-    line |= self._teacher_update()
-    line |= {"rollout_len": float(mask.sum(1).mean())} | totals.line()
-    if config.rollout.source != "student":
-      line["source"] = source
-    if done.rewritten is not None:
-      line |= done.rewritten.metrics()
-    if "least_entropy" in done.metrics:
-      line["phase"] = "refinement" if request.refines else "exploration"
-    if done.minima is not None:
-      line["trained_len"] = float(trained.sum(1).mean())
-    if not config.is_supervised:
-      stops = {*self.models.stop_ids}
-      if done.rewritten is not None:
-        stops |= {*self.models.teacher_stop_ids}
-      line |= report.rollout_metrics(done.tokens, mask, [*stops])
+    line |= self._line(request, source, done, totals)
     passed = time.perf_counter() - begin
     self._durations.append(passed)
     self._tell_of_notice()
@@ -601,6 +582,52 @@ class Run:
         **clock.seconds,
         "tokens_per_second": lengths.drawn / passed,
     }
+
+  def _after(
+      self,
+      step: int,
+      prompts: PromptBatch,
+      done: update_lib.Outcome,
+      totals: Totals,
+  ) -> Totals:
+    """Returns the totals after update `step`, from 0, finite or skipped."""
+    if done.metrics["finite"]:
+      stats = prefix_schedule.stats(done.metrics, done.mask, done.minima)
+      state = self.schedule.next(totals.schedule, stats)
+      return dataclasses.replace(totals, schedule=state, skipped_running=0)
+    self._report_skipped(step + 1, prompts, done)
+    return dataclasses.replace(
+        totals,
+        skipped=totals.skipped + 1,
+        skipped_running=totals.skipped_running + 1,
+    )
+
+  def _line(
+      self,
+      request: update_lib.Request,
+      source: str,
+      done: update_lib.Outcome,
+      totals: Totals,
+  ) -> dict[str, Any]:
+    """Returns what an update showed, as its metrics line has it."""
+    config, mask = self.config, done.mask
+    line = _flatten(done.metrics, config) | {"skipped": totals.skipped}
+    line |= self._teacher_update()
+    line |= {"rollout_len": float(mask.sum(1).mean())} | totals.line()
+    if config.rollout.source != "student":
+      line["source"] = source
+    if done.rewritten is not None:
+      line |= done.rewritten.metrics()
+    if "least_entropy" in done.metrics:
+      line["phase"] = "refinement" if request.refines else "exploration"
+    if done.minima is not None:
+      line["trained_len"] = float(done.trained.sum(1).mean())
+    if not config.is_supervised:
+      stops = {*self.models.stop_ids}
+      if done.rewritten is not None:
+        stops |= {*self.models.teacher_stop_ids}
+      line |= report.rollout_metrics(done.tokens, mask, [*stops])
+    return line
 
   @contextlib.contextmanager
   def _watched(self, step: int, clock: update_lib.Clock) -> Iterator[None]:
@@ -666,6 +693,23 @@ class Run:
           f" of update {last}. Lower optimizer.learning_rate, or look at the"
           " models and at those batches."
       )
+
+
+def _lengths(
+    prompts: PromptBatch, done: update_lib.Outcome, config: Config
+) -> Lengths:
+  """Returns the actual lengths of an update's sequences."""
+  rewriting = done.rewritten and done.rewritten.lengths
+  read = prompts.for_teacher().mask.sum(1)
+  if rewriting and config.rollout.rewrite.scored_in == "rewriting":
+    read = rewriting.prompts
+  return Lengths(
+      prompts.mask.sum(1),
+      done.mask.sum(1),
+      read,
+      done.trained.sum(1),
+      rewriting,
+  )
 
 
 def _flatten(metrics: dict[str, Any], config: Config) -> dict[str, float]:

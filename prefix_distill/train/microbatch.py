@@ -10,7 +10,6 @@ rows together, so a token of more rows costs less. What a row takes is computed,
 not tried; `python -m prefix_distill.plan` compiles the result.
 """
 
-from collections.abc import Iterable
 from collections.abc import Sequence
 import functools
 import math
@@ -22,7 +21,6 @@ import numpy as np
 
 from prefix_distill import sharding
 from prefix_distill.compilation import Program
-from prefix_distill.distill import prefix_schedule
 from prefix_distill.models.config import num_params
 from prefix_distill.models.transformer import Model
 from prefix_distill.rollout import continuous_batching
@@ -117,28 +115,26 @@ class Microbatches:
   def __init__(
       self,
       models: Models,
-      samplers: Iterable[generate.Sampler],
+      samplers: Sequence[generate.Sampler],
       resting: Any,
-      buckets: tuple[int, ...] = (),
-      per_prompt: int = 0,
   ):
     """Jits the programs.
 
     Args:
       models: of the run.
-      samplers: those that the run may sample with.
+      samplers: those that the run may sample with, all with as many rollouts
+        of a prompt and the same buckets.
       resting: shapes of what lies in the memory while sampling.
-      buckets: the lengths that rollouts may have; empty for the schedule's.
-      per_prompt: rollouts of a prompt; 0 for `rollout.per_prompt`.
     """
     self.mesh = models.mesh
-    self.per_prompt = per_prompt or models.config.rollout.per_prompt
-    self._models, self._samplers = models, tuple(samplers)
+    self.per_prompt = samplers[0].config.per_prompt
+    self._models, self._samplers = models, samplers
     self._resting = resting
     self._capacity = functools.cache(self.rollouts_at_a_time)
-    self._trained = functools.cache(self.trained_at_a_time)
+    self._trained = functools.cache(
+        functools.partial(trained, models, resting)
+    )
     self._sampling_mesh = models.sampling_mesh
-    self._buckets = buckets or prefix_schedule.buckets(models.config)
     self._shards = sharding.batch_shards(models.mesh)
     rows = sharding.batch_sharding(models.mesh)
     self._deal = Program(
@@ -156,7 +152,7 @@ class Microbatches:
 
   def bucket(self, cap: int) -> int:
     """Returns the static length that holds a cap."""
-    return min(b for b in self._buckets if b >= cap)
+    return self._samplers[0].bucket(cap)
 
   def rollouts_at_a_time(self, prompt: int, length: int) -> int:
     """Returns how many rollouts a device samples at a time."""
@@ -172,10 +168,6 @@ class Microbatches:
         )
         for sampler in self._samplers
     )
-
-  def trained_at_a_time(self, prompt: int, length: int) -> int:
-    """Returns how many rows a device scores and differentiates at a time."""
-    return trained(self._models, self._resting, prompt, length)
 
   def sampling_count(self, prompts: PromptBatch, bucket: int) -> int:
     """Returns in how many microbatches prompts [B, S] are sampled."""
@@ -266,14 +258,16 @@ def _free(models: Models, model: Model, resting: Any) -> float:
   """
   layout = jax.eval_shape(model.decode_layout, model.abstract_params())
   layout = sharding.placed(layout, sharding.decode_params(layout, model.mesh))
-  on_device = [
-      x
-      for x in jax.tree.leaves(resting)
-      if not sharding.is_on_host(x.sharding)
-  ]
-  taken = sharding.bytes_per_device(on_device)
-  taken += sharding.bytes_per_device(layout)
+  taken = _resting_bytes(resting) + sharding.bytes_per_device(layout)
   return (1 - _SPARE) * models.memory - taken
+
+
+def _resting_bytes(tree: Any) -> int:
+  """Returns the bytes of a tree that lie in a device's own memory."""
+  leaves = jax.tree.leaves(tree)
+  return sharding.bytes_per_device(
+      [x for x in leaves if not sharding.is_on_host(x.sharding)]
+  )
 
 
 def _row_bytes(
@@ -285,8 +279,8 @@ def _row_bytes(
 ) -> float:
   """Returns bytes that a row takes on a device.
 
-  Its cache, one layer of it once more while it grows, the keys and values of
-  prompts before they are laid out, and its logits.
+  They hold its cache, a second copy of one layer while the cache grows, the
+  keys and values of prompts before they are laid out, and its logits.
 
   Args:
     model: on the mesh of sampling.
@@ -353,9 +347,9 @@ def _kept(model: Model) -> float:
 def _trained_bytes(models: Models, prompt: int, length: int) -> float:
   """Returns bytes that a row takes on a device while it is differentiated.
 
-  What the forward pass keeps of each layer, the work of one layer and its
-  gradient, and the final states of both models, with their gradient. A row that
-  is only scored takes less, unless the teacher is far wider.
+  They hold what the forward pass keeps of each layer, the work of one layer and
+  its gradient, and the final states of both models, with their gradient. A row
+  that is only scored takes less, unless the teacher is far wider.
   """
   student, teacher = models.student, models.teacher
   tokens, width = prompt + length, student.dtype.itemsize
@@ -373,18 +367,13 @@ def _trained_bytes(models: Models, prompt: int, length: int) -> float:
 def _beside_training(models: Models, resting: Any) -> float:
   """Returns bytes that lie on a device while rows are differentiated.
 
-  What rests there, the gradient and its sum, the logits of a chunk, and of both
-  heads and of two layers what is gathered over fsdp; the head's gradient is
-  whole before it is scattered.
+  They hold what rests there, the gradient and its sum, the logits of a chunk,
+  both heads and two layers gathered over fsdp, and the head's gradient, which
+  is whole before it is scattered.
   """
   size, split = sharding.bytes_per_device, models.mesh.shape["tensor"]
-  state, base, teacher = resting
-  on_device = [
-      x
-      for x in jax.tree.leaves((state, base, teacher))
-      if not sharding.is_on_host(x.sharding)
-  ]
-  total = size(on_device) + 2 * size(state.params)
+  state, _, teacher = resting
+  total = _resting_bytes(resting) + 2 * size(state.params)
   if models.config.teacher is not None and models.config.teacher.offload:
     total += size(sharding.moved(sharding.on_device, teacher or ()))
   total += models.config.loss.logits_mib * 2**20

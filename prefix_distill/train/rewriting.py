@@ -20,12 +20,9 @@ import numpy as np
 from prefix_distill import sharding
 from prefix_distill.data import rewriting
 from prefix_distill.data.rewriting import Asking
-from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.report import flops
-from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
-from prefix_distill.rollout.sampling import Truncation
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 from prefix_distill.train import microbatch
@@ -78,12 +75,10 @@ class _Writer:
   Attributes:
     sampler: has that length as its only bucket.
     microbatches: of its prompts.
-    length: the longest answer.
   """
 
   sampler: generate.Sampler
   microbatches: Microbatches
-  length: int
 
   def write(
       self,
@@ -93,15 +88,16 @@ class _Writer:
       poll: Callable[[], None],
   ) -> list[np.ndarray] | None:
     """Returns the tokens of each answer, on the host; None on shapes."""
-    batches = self.microbatches.for_sampling(prompts, self.length)
+    (length,) = self.sampler.buckets
+    batches = self.microbatches.for_sampling(prompts, length)
     rollouts = [
-        self.sampler.sample(params, batch, key, self.length, poll)
+        self.sampler.sample(params, batch, key, length, poll)
         for batch in batches
     ]
     shown = [(r.tokens, r.mask) for r in rollouts]
     if sharding.is_abstract(shown):
       return None
-    found = continuous_batching.to_host(shown, self.microbatches.mesh)
+    found = sharding.to_host(shown, self.microbatches.mesh)
     count = self.sampler.config.per_prompt
     tokens, mask = (
         microbatch.join(list(parts), count)
@@ -117,65 +113,27 @@ class Rewriter:
       self,
       models: Models,
       microbatches: Microbatches,
+      drafter: generate.Sampler,
+      writer: generate.Sampler,
       drafting: object,
       writing: object,
   ):
-    """Jits the programs.
+    """Jits the programs that split the prompts of both samplings.
 
     Args:
       models: of the run.
       microbatches: of the update.
+      drafter: samples with the student.
+      writer: samples with the teacher.
       drafting: shapes of what lies in the memory while the student samples.
       writing: the same while the teacher does.
     """
-    config = models.config
-    rollout = config.rollout
     self._models, self._microbatches = models, microbatches
-    self._spec = rollout.rewrite
-    self._draft = self._writer(
-        models.student,
-        models.stop_ids,
-        rollout.per_prompt,
-        rollout.draft_len,
-        drafting,
+    self._spec = models.config.rollout.rewrite
+    self._draft, self._write = (
+        _Writer(sampler, Microbatches(models, [sampler], resting))
+        for sampler, resting in ((drafter, drafting), (writer, writing))
     )
-    self._write = self._writer(
-        models.teacher,
-        models.teacher_stop_ids,
-        1,
-        rollout.rewriting_len,
-        writing,
-        TEACHER,
-    )
-
-  def _writer(
-      self,
-      model: Model,
-      stop_ids: tuple[int, ...],
-      per_prompt: int,
-      length: int,
-      resting: object,
-      role: str = "",
-  ) -> _Writer:
-    models, rollout = self._models, self._models.config.rollout
-    config = generate.SamplerConfig(
-        stop_ids=stop_ids,
-        pad_id=models.pad_id,
-        num_tokens=models.num_tokens,
-        per_prompt=per_prompt,
-        truncation=Truncation(rollout.top_k, rollout.top_p),
-        cache_dtype=rollout.cache_dtype,
-    )
-    sampler = generate.Sampler(
-        models.for_sampling(model),
-        config,
-        rollout.temperature,
-        (length,),
-        models.mesh,
-        role,
-    )
-    split = Microbatches(models, [sampler], resting, (length,), per_prompt)
-    return _Writer(sampler, split, length)
 
   @property
   def used(self) -> int:

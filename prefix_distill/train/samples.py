@@ -1,8 +1,33 @@
-"""Makes the lines of `samples/`: tokens become texts."""
+"""`samples/`: which texts a run keeps, and how tokens become lines of text.
 
+`rollouts.jsonl` has a line for each rollout that is kept, and `answers.jsonl`
+one for each evaluation, set, mode and problem. A line is a JSON object with its
+`step`, and is written before the metrics of that step. Fields of a rollout:
+
+  step, source      the update, and whose tokens they are
+  record            the number of the prompt's record
+  prompt            segments: [text, 1 for a special token or else 0]
+  teacher_prompt    segments, if the teacher reads another prompt
+  length            tokens of the whole rollout
+  finished          whether it ended with a stop token; else it was cut
+  measure           "reverse_kl", or "cross_entropy" without a teacher
+  ids, texts        the kept tokens, and what each of them reads
+  special           positions of special tokens
+  divergence        nats at each token; null for what was not finite
+  student, teacher  probabilities of each token
+  alternatives      of each position the most probable tokens of the teacher,
+                    or without one of the student: [text, probability]
+
+A character that several tokens make up is the text of the first of them. Fields
+of an answer: `step`, `model`, `set`, `mode`, `problem` (its number), `prompt`
+and `text` (segments), `answer` (the right one), `length`, `finished`, `right`.
+"""
+
+from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
 import math
+import pathlib
 from typing import Any
 
 import numpy as np
@@ -11,7 +36,8 @@ from prefix_distill.config import Config
 from prefix_distill.data.tokenizer import Tokenizer
 from prefix_distill.evaluate.evaluator import Completions
 from prefix_distill.evaluate.evaluator import Problems
-from prefix_distill.report import samples
+from prefix_distill.report import report
+from prefix_distill.report.report import Line
 from prefix_distill.structs import PromptBatch
 
 # A character of UTF-8 has four bytes at most.
@@ -86,6 +112,71 @@ def _rounded(values: np.ndarray) -> list[float | None]:
   ]
 
 
+def updates(steps: int, most: int) -> set[int]:
+  """Returns the updates, counted from 1, whose rollouts are kept."""
+  return report.spread(range(1, steps + 1), most)
+
+
+def evaluations(steps: int, every: int, most: int) -> set[int]:
+  """Returns the updates after which the evaluations' answers are kept.
+
+  Args:
+    steps: of the run.
+    every: updates between two evaluations; 0 for the first and last only.
+    most: how many evaluations.
+  """
+  due = {0, steps, *(range(0, steps, every) if every else ())}
+  return report.spread(sorted(due), most)
+
+
+class Writer:
+  """Appends to both files, and goes on with those of a run that was stopped."""
+
+  def __init__(
+      self,
+      workdir: pathlib.Path,
+      resume_step: int | None,
+      evaluated: Sequence[Sequence[str]],
+  ):
+    """Opens the files.
+
+    Args:
+      workdir: of the run.
+      resume_step: keeps what was written up to this update; the run writes the
+        rest again. None starts with empty files.
+      evaluated: model, set and mode of the evaluations after that update which
+        are done; the others are done again.
+
+    Raises:
+      UserError: they cannot be written.
+    """
+    rollouts, answers = [], []
+    if resume_step is not None:
+      rollouts, answers = report.read_samples(workdir)
+    done = [tuple(names) for names in evaluated]
+
+    def is_done(line: Line) -> bool:
+      names = tuple(line.get(name) for name in ("model", "set", "mode"))
+      return line["step"] < resume_step or (
+          line["step"] == resume_step and names in done
+      )
+
+    self.rollouts = self._open(
+        workdir, "rollouts", rollouts, lambda x: x["step"] <= resume_step
+    )
+    self.answers = self._open(workdir, "answers", answers, is_done)
+
+  def _open(
+      self,
+      workdir: pathlib.Path,
+      name: str,
+      lines: list[Line],
+      keeps: Callable[[Line], bool],
+  ) -> report.LineWriter:
+    kept = [line for line in lines if keeps(line)]
+    return report.LineWriter(workdir / report.SAMPLES / f"{name}.jsonl", kept)
+
+
 class Keeper:
   """Decides which texts are kept, and writes them in the first process."""
 
@@ -94,7 +185,7 @@ class Keeper:
       config: Config,
       tokenizer: Tokenizer,
       stop_ids: Sequence[int],
-      writer: samples.Writer | None,
+      writer: Writer | None,
   ):
     """Takes the settings of a run.
 
@@ -109,9 +200,9 @@ class Keeper:
     self._tokenizer, self._stop_ids = tokenizer, frozenset(stop_ids)
     self._updates, self._evaluations = set(), set()
     if spec.rollouts:
-      self._updates = samples.updates(config.steps, spec.updates)
+      self._updates = updates(config.steps, spec.updates)
     if spec.problems:
-      self._evaluations = samples.evaluations(
+      self._evaluations = evaluations(
           config.steps, evaluation.every, spec.updates
       )
 
@@ -136,7 +227,7 @@ class Keeper:
       head = {"step": step, "source": source}
       self._writer.rollouts.write(head | self._rollout(inspected, row))
 
-  def _rollout(self, inspected: Inspected, row: int) -> samples.Line:
+  def _rollout(self, inspected: Inspected, row: int) -> Line:
     prompts, decode = inspected.prompts, self._tokenizer.decode
     tokens = inspected.tokens[row][inspected.mask[row]].tolist()
     ids = tokens[: self._spec.max_tokens]
@@ -187,6 +278,7 @@ class Keeper:
       problems: Problems,
       completions: Completions,
       verdicts: str,
+      shown: int,
   ) -> None:
     """Writes the answers to some problems of a set, the first to each.
 
@@ -197,12 +289,14 @@ class Keeper:
       problems: the set.
       completions: with the tokens of the answers that are kept.
       verdicts: see `evaluator.summarize`.
+      shown: of how many problems.
     """
     if self._writer is None:
       return
     samples_each = completions.lengths.shape[1]
     batch = problems.batch
-    for number, tokens in sorted(completions.tokens.items()):
+    for number in sorted(report.spread(range(len(problems.answers)), shown)):
+      tokens = completions.tokens[number]
       self._writer.answers.write(
           {
               "step": step,

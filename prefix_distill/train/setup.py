@@ -26,7 +26,6 @@ from prefix_distill.errors import shown
 from prefix_distill.evaluate import evaluator
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models import lora
-from prefix_distill.models import peft
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
@@ -66,6 +65,30 @@ class Models:
   stop_ids: tuple[int, ...] = ()
   teacher_stop_ids: tuple[int, ...] = ()
   memory: float | None = None
+
+  @classmethod
+  def of(
+      cls,
+      config: Config,
+      mesh: jax.sharding.Mesh,
+      student: Model,
+      teacher: Model | None,
+      tokenizers: Sequence[Tokenizer],
+      memory: float | None,
+  ) -> "Models":
+    """Reads token ids from the tokenizers of the student and the teacher."""
+    tokenizer = tokenizers[0]
+    return cls(
+        config,
+        mesh,
+        student,
+        teacher,
+        tokenizer.num_tokens,
+        tokenizer.pad_id,
+        tokenizer.special_ids,
+        *stop_ids(config, tokenizers),
+        memory,
+    )
 
   @property
   def shares_weights(self) -> bool:
@@ -329,7 +352,7 @@ def check(config: Config, first: bool = False) -> Inputs:
   divergence.named(config.loss.exact.divergence)  # Or there is none.
   student, teacher = _read_models(config, mesh)
   if config.lora.path:
-    peft.check_config(config.lora)
+    lora.check_config(config.lora)
   if teacher is not None:
     check_refresh(config, student.config, teacher.config)
   fed = _load_tokenizers(config, student, teacher)
@@ -361,30 +384,18 @@ def check(config: Config, first: bool = False) -> Inputs:
   return Inputs(mesh, fed, student, teacher, data, problems)
 
 
-@dataclasses.dataclass(frozen=True)
-class EvaluationInputs:
-  """What an evaluation without training reads besides weights, checked.
-
-  Attributes:
-    model: the architecture.
-    tokenizer: its tokenizer.
-    problems: the evaluation sets.
-  """
-
-  model: Model
-  tokenizer: Tokenizer
-  problems: dict[str, evaluator.Problems]
-
-
 def read_evaluation(
     config: Config, mesh: jax.sharding.Mesh
-) -> EvaluationInputs:
-  """Checks what an evaluation of the student alone reads.
+) -> tuple[Model, Tokenizer, dict[str, evaluator.Problems]]:
+  """Returns what an evaluation of the student reads besides weights, checked.
 
   Args:
     config: the settings; of the training prompts only the lengths and what
       stands around a prompt count.
     mesh: the device mesh.
+
+  Returns:
+    The architecture, its tokenizer and the evaluation sets.
 
   Raises:
     UserError: one sentence that names what does not fit, and the mend.
@@ -395,7 +406,7 @@ def read_evaluation(
   problems = _load_problems(config, tokenizer)
   _check_problems(config, model, problems)
   _check_weights(spec, model)
-  return EvaluationInputs(model, tokenizer, problems)
+  return model, tokenizer, problems
 
 
 def _load_problems(
@@ -468,7 +479,7 @@ def stop_ids(
 def rewriting_of(
     config: Config, fed: Sequence[prompts.PromptReader]
 ) -> Rewriting | None:
-  """Returns how the teacher rewrites the student's answers, if it does.
+  """Returns how the teacher rewrites the student's answers; None if never.
 
   Args:
     config: the settings.
@@ -491,12 +502,10 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
   _check_same_everywhere(config, workdir)
   inputs = check(config)
   mesh, student, teacher = inputs.mesh, inputs.student, inputs.teacher
-  tokenizer, data = inputs.fed[0].tokenizer, inputs.data
-  tokenizers = [model.tokenizer for model in inputs.fed]
-  student_stop_ids, teacher_stop_ids = stop_ids(config, tokenizers)
+  data, tokenizers = inputs.data, [model.tokenizer for model in inputs.fed]
   _check_weights(config.student, student)
   if config.lora.path:
-    peft.check_weights(config.lora.path, student)
+    lora.check_weights(config.lora.path, student)
   if teacher is not None:
     _check_weights(config.teacher, teacher)
   contents = workdir_lib.read_contents(config, data.records, inputs.problems)
@@ -508,21 +517,11 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
   if jax.process_index() == 0:
     for sentence in data.notes:
       print(sentence, flush=True)
-  models = Models(
-      config,
-      mesh,
-      student,
-      teacher,
-      tokenizer.num_tokens,
-      tokenizer.pad_id,
-      tokenizer.special_ids,
-      student_stop_ids,
-      teacher_stop_ids,
-      distributed.from_first("memory", sharding.memory(mesh)),
-  )
+  memory = distributed.from_first("memory", sharding.memory(mesh))
+  models = Models.of(config, mesh, student, teacher, tokenizers, memory)
   return Setup(
       models,
-      tokenizer,
+      tokenizers[0],
       data,
       inputs.problems,
       contents,
@@ -552,19 +551,19 @@ def export_student(
   lines = report.read_metrics(workdir / "metrics.jsonl")
   licence = card.licence(hf.resolve(config.student.path))
   stored_like, spec = config.teacher or config.student, config.evaluation
+  weights, adapters = lora.split(params)
   if config.lora.rank:
-    peft.export(
-        lora.split(params)[1], config.lora, config.student.path,
-        adapter_directory(directory),
-    )  # fmt: skip
+    beside = adapter_directory(directory)
+    lora.export(adapters, config.lora, config.student.path, beside)
   hf.export(
-      params,
+      weights,
       config.student.path,
       config.student.tokenizer_path,
       directory,
       hf.export_dtype(config.export.dtype, stored_like.path),
       hf.Serving(stop_ids, spec.temperature, spec.top_k, spec.top_p),
       card.text(config, lines, step, licence),
+      adapters,
       config.lora.scale,
   )
 
@@ -615,5 +614,5 @@ def load_adapters(config: Config, model: Model) -> Params:
   key = jax.random.key(config.seed)
   places = sharding.param_shardings(jax.eval_shape(init, key), model.mesh)
   if config.lora.path:
-    return peft.load(config.lora.path, model, places)
+    return lora.load(config.lora.path, model, places)
   return jax.jit(init, out_shardings=places)(key)

@@ -244,8 +244,8 @@ def distillation_loss(
     `kl_position` at each position, `kl_special` per special token, both
     entropies, and the share of tokens at which the most probable one is the
     same. All but `loss` are of the whole rollout, whatever the window. With
-    limits also `counted`, the share of tokens that have a loss, which `loss`
-    is then per one of. What the schedule chose, if it does, is under `chosen`.
+    limits there is also `counted`, the share of tokens that have a loss; `loss`
+    is then per counted token. What the schedule chose is under `chosen`.
   """
   params = lora.join(base, params)
   batch, rollout, scores, limits = Microbatch(*inputs)
@@ -328,8 +328,8 @@ def top_share(
   their devices, and counts are exact in any order.
 
   Args:
-    share: of all numbers, that are the largest; one at least. Numbers as large
-      as the last one of them are not told apart.
+    share: the fraction of all numbers that counts as the largest, and at least
+      one number. Numbers equal to the least of these count as well.
     values: float32 [...] each; what is negative is taken for 0.
     masks: bool, like the values; false for numbers that are left out.
   """
@@ -407,7 +407,8 @@ def gradient(
 def refreshed(dtype: str, params: Params, old: Params | None) -> Params:
   """Returns a copy of the student's weights for the teacher; to be jitted.
 
-  It is a copy in the same dtype, too: the next update donates the student's.
+  Weights of the same dtype are copied, too: the next update donates the
+  student's.
 
   Args:
     dtype: of the teacher's weights.
@@ -451,7 +452,7 @@ def apply(
   Returns:
     The state after, and metrics as means.
   """
-  # Of all microbatches and devices, or it would be a mean of means.
+  # The count over all microbatches and devices: no mean of means.
   count = total.sums["loss"][1] if normalize == "tokens" else total.rows
   grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1), total.grads)
   with jax.named_scope("optimizer"):

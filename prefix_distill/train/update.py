@@ -7,6 +7,7 @@ compiled ahead in the background, and planned for machines that are not there.
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
 import contextlib
 import dataclasses
 import functools
@@ -29,7 +30,6 @@ from prefix_distill.distill.prefix_schedule import Chosen
 from prefix_distill.models import lora
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
-from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
 from prefix_distill.rollout.sampling import Truncation
 from prefix_distill.structs import Limits
@@ -128,7 +128,12 @@ class _Closed(Exception):
 
 
 def sampler(
-    models: Models, model: Model, buckets: tuple[int, ...]
+    models: Models,
+    model: Model,
+    buckets: tuple[int, ...],
+    stop_ids: tuple[int, ...] | None = None,
+    per_prompt: int = 0,
+    role: str = "",
 ) -> generate.Sampler:
   """Returns what samples with the student or the teacher.
 
@@ -136,13 +141,16 @@ def sampler(
     models: of the run.
     model: the student's or the teacher's architecture.
     buckets: the lengths that rollouts may have.
+    stop_ids: tokens that end a rollout; None for `models.stop_ids`.
+    per_prompt: rollouts of a prompt; 0 for `rollout.per_prompt`.
+    role: what the names of the model's programs begin with.
   """
   spec = models.config.rollout
   config = generate.SamplerConfig(
-      stop_ids=models.stop_ids,
+      stop_ids=models.stop_ids if stop_ids is None else stop_ids,
       pad_id=models.pad_id,
       num_tokens=models.num_tokens,
-      per_prompt=spec.per_prompt,
+      per_prompt=per_prompt or spec.per_prompt,
       truncation=Truncation(spec.top_k, spec.top_p),
       cache_dtype=spec.cache_dtype,
       entropy=models.config.loss.form == "relaxed",
@@ -153,6 +161,7 @@ def sampler(
       spec.temperature,
       buckets,
       models.mesh,
+      role,
   )
 
 
@@ -175,22 +184,18 @@ class Programs:
     rows = sharding.batch_sharding(models.mesh)
     replicated = sharding.replicated(models.mesh)
     state = self.abstract_state()
-    self._resting = jax.tree.map(lambda x: x.sharding, state)
+    self._resting = sharding.of(state)
     self._working = working = sharding.on_device(self._resting)
     buckets = prefix_schedule.buckets(config)
     self._samplers = {"student": sampler(models, models.student, buckets)}
     if config.rollout.source == "teacher":
       self._samplers["teacher"] = sampler(models, models.teacher, buckets)
     self.microbatches = Microbatches(
-        models, self._samplers.values(), self.resting()
+        models, [*self._samplers.values()], self.resting()
     )
     self._rewriter = None
     if config.rollout.source == "rewrite":
-      *mine, teacher = resting = self.resting()
-      writing = (*mine, teacher and self.on_device(teacher))
-      self._rewriter = rewriting.Rewriter(
-          models, self.microbatches, resting, writing
-      )
+      self._rewriter = self._rewriting()
     self._score = Program("score", loss_lib.score, 2, out_shardings=rows)
     self._inspect = Program(
         "inspect", inspection.inspect, 5, out_shardings=rows
@@ -230,12 +235,34 @@ class Programs:
         donate_argnums=0,
     )
 
+  def _rewriting(self) -> rewriting.Rewriter:
+    """Returns what drafts and rewrites, with a sampler for each."""
+    models, spec = self._models, self._models.config.rollout
+    *mine, teacher = resting = self.resting()
+    drafter = sampler(models, models.student, (spec.draft_len,))
+    writer = sampler(
+        models,
+        models.teacher,
+        (spec.rewriting_len,),
+        models.teacher_stop_ids,
+        per_prompt=1,
+        role=rewriting.TEACHER,
+    )
+    return rewriting.Rewriter(
+        models,
+        self.microbatches,
+        drafter,
+        writer,
+        resting,
+        (*mine, teacher and self.on_device(teacher)),
+    )
+
   def _refreshing(self) -> Program | None:
     """Returns the program of `refresh`; None if there is no teacher."""
     teacher = self.abstract_teacher()
     if teacher is None:
       return None
-    places = jax.tree.map(lambda x: x.sharding, teacher)
+    places = sharding.of(teacher)
     return Program(
         "refresh",
         functools.partial(
@@ -328,7 +355,7 @@ class Programs:
 
   def on_device(self, params: Params) -> Params:
     """Brings weights that rest on the host, as the teacher's may."""
-    places = jax.tree.map(lambda x: x.sharding, params)
+    places = sharding.of(params)
     if not any(map(sharding.is_on_host, jax.tree.leaves(places))):
       return params
     return sharding.put(params, sharding.on_device(places))
@@ -346,7 +373,7 @@ class Programs:
     Returns:
       The new ones, in the old ones' dtypes and places.
     """
-    places = jax.tree.map(lambda x: x.sharding, teacher_params)
+    places = sharding.of(teacher_params)
     if not any(map(sharding.is_on_host, jax.tree.leaves(places))):
       return self._refresh(params, teacher_params)
     if not sharding.is_abstract(teacher_params):
@@ -392,14 +419,14 @@ class Programs:
     """
     models, spec = self._models, self._models.config.samples
     rollout = Rollout(rollout.tokens, rollout.mask)
-    batch, rollout = continuous_batching.to_host(
+    batch, rollout = sharding.to_host(
         (batch, rollout), models.mesh
     )
     rows, shards = len(rollout.tokens), sharding.batch_shards(models.mesh)
     count = min(spec.rollouts, rows)
     picked = np.arange(count) * (rows // count)
     picked = np.resize(picked, -(-count // shards) * shards)
-    batch, rollout = jax.tree.map(lambda x: x[picked], (batch, rollout))
+    batch, rollout = _rows((batch, rollout), picked)
     most = min(prefix_schedule.longest(models.config), spec.max_tokens)
     behind = max(most - rollout.tokens.shape[1], 0)
     fitted = jax.tree.map(
@@ -415,8 +442,70 @@ class Programs:
         teacher_params,
         *sharding.global_batch((batch, fitted), models.mesh),
     )
-    found = continuous_batching.to_host(found, models.mesh)
+    found = sharding.to_host(found, models.mesh)
     return Inspected(batch, rollout.tokens, rollout.mask, found)
+
+  def divergences(
+      self,
+      params: Params,
+      teacher_params: Params,
+      prompts: PromptBatch,
+      answers: Sequence[np.ndarray],
+  ) -> list[np.ndarray]:
+    """Returns the exact reverse KL at each token of whole answers, in nats.
+
+    The answers are scored as many at a time as an update has rollouts, in
+    microbatches if need be. There is one program for each length of prompts.
+
+    Args:
+      params: the student's.
+      teacher_params: on the devices.
+      prompts: NumPy prompts [N, S].
+      answers: the tokens of each, up to `evaluation.max_len`.
+    """
+    config = self._models.config
+    rows = config.data.batch_size * config.rollout.per_prompt
+    found = []
+    for first in range(0, len(answers), rows):
+      part = answers[first : first + rows]
+      # Prompts behind the last one repeat others; their answers are empty.
+      which = np.resize(np.arange(first, first + len(part)), rows)
+      batch = _rows(prompts, which)
+      shape = (rows, config.evaluation.max_len)
+      tokens = np.full(shape, self._models.pad_id, np.int32)
+      mask = np.zeros(shape, bool)
+      for row, answer in enumerate(part):
+        tokens[row, : len(answer)], mask[row, : len(answer)] = answer, True
+      nats = self._divergences(
+          params, teacher_params, batch, Rollout(tokens, mask)
+      )
+      found += [x[: len(y)] for x, y in zip(nats, part, strict=False)]
+    return found
+
+  def _divergences(
+      self,
+      params: Params,
+      teacher_params: Params,
+      batch: PromptBatch,
+      rollout: Rollout,
+  ) -> np.ndarray:
+    """The same of NumPy rollouts: [B, P]."""
+    models = self._models
+    inputs = sharding.global_batch((batch, rollout), models.mesh)
+    found = [
+        self._inspect(
+            models.student,
+            models.teacher,
+            models.loss.dist,
+            1,
+            models.loss.memory,
+            params,
+            teacher_params,
+            *part,
+        )["divergence"]
+        for part in self.microbatches.for_scoring(*inputs)
+    ]
+    return microbatch.join(sharding.to_host(found, models.mesh))
 
   def update(
       self,
@@ -583,7 +672,7 @@ class Programs:
       self, shown: list[tuple], sampled: int
   ) -> list[np.ndarray | None]:
     """Brings what microbatches showed to the host, in the prompts' order."""
-    found = continuous_batching.to_host(shown, self._models.mesh)
+    found = sharding.to_host(shown, self._models.mesh)
     size = len(found) // sampled
 
     def whole(kind: int) -> np.ndarray | None:
@@ -600,7 +689,7 @@ class Programs:
 
   @property
   def sources(self) -> tuple[str, ...]:
-    """Whose answers updates learn from, as far as they are sampled."""
+    """The sources of answers that updates sample."""
     rollout = self._models.config.rollout
     if rollout.source == "rewrite":
       return ("rewrite", "student")[: 1 if rollout.source_share == 1 else 2]
@@ -695,6 +784,10 @@ class Programs:
         "compilations_score": self._score.used,
         "compilations_update": self.gradient.used,
     }
+
+
+def _rows(tree: Any, which: np.ndarray) -> Any:
+  return jax.tree.map(lambda x: x[which], tree)
 
 
 def _zeros_of(gradient: Any, *args: Any) -> Gradient:

@@ -46,7 +46,7 @@ from prefix_distill.errors import one_line
 from prefix_distill.errors import UserError
 from prefix_distill.evaluate.evaluator import Problems
 from prefix_distill.models import huggingface as hf
-from prefix_distill.models import peft
+from prefix_distill.models import lora
 from prefix_distill.report import report
 from prefix_distill.train import checkpoint
 
@@ -62,7 +62,7 @@ _SETTLE = 0.3
 Contents = dict[str, str]
 # Files up to this size are hashed whole.
 _SMALL = 2**23
-# Of larger ones, so much at either end, and blocks at even distances between.
+# Larger ones are hashed at either end, and in blocks at even distances.
 _END, _BLOCK, _BLOCKS = 2**20, 2**16, 64
 _RECORDS = 64
 _MODEL_FILES = ("*.json", "*.txt", "*.jinja", "*.model")
@@ -175,7 +175,7 @@ class Holder:
     return True if time.time() - self.beat > _AGE else None
 
   def line(self) -> str:
-    # Of one length, so that no rest of a longer one is left.
+    # All lines have one length, so that no end of a longer one is left.
     return json.dumps(dataclasses.asdict(self)).ljust(600) + "\n"
 
 
@@ -426,7 +426,7 @@ def read_contents(
     out |= _model_files("teacher", config.teacher)
   if config.lora.path:
     directory = hf.resolve(config.lora.path, weights=True)
-    for name in (peft.CONFIG, peft.WEIGHTS):
+    for name in (lora.CONFIG, lora.WEIGHTS):
       out[f"lora.path/{name}"] = fingerprint(directory / name)
   out |= _data_files("data.train", config.data.train, records)
   for name, found in problems.items():
@@ -438,7 +438,7 @@ def read_contents(
 
 
 def contents_difference(old: Contents, new: Contents) -> str:
-  """Says what differs first, as it goes on after "its run "; "" if nothing."""
+  """Returns the first difference, a predicate ("read X with A ..."), or ""."""
   for name in [*new, *(name for name in old if name not in new)]:
     before, after = old.get(name, "nothing"), new.get(name, "nothing")
     if before != after:
@@ -566,6 +566,9 @@ def _claim_config(config: Config, workdir: pathlib.Path) -> None:
       (workdir / "export").rename(place)
     _write(file, mine)
     return
+  same_steps = theirs | {"steps": mine["steps"]}
+  if same_steps != mine:  # Other steps alone would be no reason.
+    name, old, new = config_lib.first_difference(same_steps, mine)
   raise WorkdirError(
       f"{workdir} holds a run with {name} = {old!r}, and this one has"
       f" {new!r}; choose another --workdir, or delete that one to start over."

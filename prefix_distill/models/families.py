@@ -1,6 +1,15 @@
-"""What a model family is, and what the families share.
+"""The model families: what sets each apart, and what its tensors are called.
 
-This module and the families' own import neither jax nor each other.
+  llama     Llama and models of its kind, such as SmolLM2 (arXiv 2302.13971)
+  smollm3   SmolLM3 (huggingface.co/blog/smollm3): Llama, but some layers do not
+            rotate. Such a layer (NoPE, arXiv 2305.19466) attends by content
+            alone; causality and the other layers tell it the order of tokens.
+  qwen2     Qwen2 and Qwen2.5 (arXiv 2407.10671): biases on queries, keys and
+            values
+  qwen3     Qwen3 (arXiv 2505.09388): norms on each head's queries and keys, and
+            no biases
+
+This module imports no jax.
 """
 
 from collections.abc import Callable
@@ -38,6 +47,13 @@ class Tensor:
       return [self.name]
     return [self.name.format(i) for i in range(num_layers)]
 
+  def shape(
+      self, shape: tuple[int, ...], head_dim: int
+  ) -> tuple[int, ...]:
+    """Returns the file's shape of our array, or of one layer of ours."""
+    index = self.index(tuple(slice(0, n) for n in shape), head_dim)
+    return tuple(s.stop for s in index)
+
   def index(self, index: Index, head_dim: int) -> Index:
     """Turns an index of our array, whole along H, into one of the file's."""
     if self.heads is None:
@@ -61,7 +77,7 @@ class Tensor:
     return array.reshape(*before, -1, *after)
 
 
-def layer_tensors(
+def _layer_tensors(
     tensors: Mapping[str, tuple[str, int | None]],
 ) -> dict[str, Tensor]:
   """Returns the entries of a layer's parameters.
@@ -98,7 +114,7 @@ TENSORS = {
     "embed/weight": Tensor("model.embed_tokens.weight"),
     "final_norm/scale": Tensor("model.norm.weight"),
     "head/weight": Tensor("lm_head.weight"),
-} | layer_tensors({
+} | _layer_tensors({
     "attention_norm/scale": ("input_layernorm.weight", None),
     "mlp_norm/scale": ("post_attention_layernorm.weight", None),
     "attention/query": ("self_attn.q_proj.weight", 0),
@@ -137,3 +153,71 @@ class Family:
   qk_norm: bool = False
   qkv_bias: bool = False
   rotary: Callable[[Any, str], tuple[bool, ...]] = _everywhere
+
+
+def _smollm3_rotary(config: Any, where: str) -> tuple[bool, ...]:
+  """Returns which layers rotate; () if all do.
+
+  Args:
+    config: a `transformers.SmolLM3Config`. Its `no_rope_layers`, which
+      transformers makes of `no_rope_layer_interval` if it is missing, has 1 for
+      a layer that rotates and 0 for one that does not.
+    where: the model's path, for error messages.
+
+  Raises:
+    UnsupportedModelError: `no_rope_layers` has another value or is too short.
+  """
+  flags, count = config.no_rope_layers, config.num_hidden_layers
+  if len(flags) < count or set(flags) - {0, 1}:
+    raise UnsupportedModelError(
+        f"{where}: no_rope_layers {flags!r} is not implemented; only a 0 or a 1"
+        f" for each of the {count} layers is."
+    )
+  rotary = tuple(map(bool, flags[:count]))
+  return () if all(rotary) else rotary
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family(
+            "qwen3",
+            TENSORS
+            | _layer_tensors({
+                "attention/query_norm/scale": ("self_attn.q_norm.weight", None),
+                "attention/key_norm/scale": ("self_attn.k_norm.weight", None),
+            }),
+            qk_norm=True,
+        ),
+        Family(
+            "qwen2",
+            TENSORS
+            | _layer_tensors({
+                "attention/query_bias": ("self_attn.q_proj.bias", 0),
+                "attention/key_bias": ("self_attn.k_proj.bias", 0),
+                "attention/value_bias": ("self_attn.v_proj.bias", 0),
+            }),
+            qkv_bias=True,
+        ),
+        Family("llama", TENSORS),
+        Family("smollm3", TENSORS, rotary=_smollm3_rotary),
+    )
+}
+
+
+def find(model_type: str | None, where: str) -> Family:
+  """Returns the family of a model type.
+
+  Args:
+    model_type: of a config.json.
+    where: the model's path, for the error message.
+
+  Raises:
+    UnsupportedModelError: no family has this type.
+  """
+  if model_type not in FAMILIES:
+    raise UnsupportedModelError(
+        f"{where}: model type {model_type!r} is not implemented;"
+        f" {', '.join(FAMILIES)} are."
+    )
+  return FAMILIES[model_type]
