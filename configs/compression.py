@@ -55,7 +55,11 @@ qwen3-8b, qwen3-14b, r1-llama-8b
   decay 0.01, M = 50. They report for Qwen3-8B 31.6 % fewer tokens on MATH-500
   (29.8 % with cap=1k) and 17.1 % on AIME24 at the same accuracy; for M = 10
   64 % fewer on MATH-500 at some cost in accuracy, for a frozen teacher 18 %,
-  and for M = 1 a collapse. We have not run it at this size.
+  and for M = 1 a collapse. We have not run it at this size. Evaluation is most
+  of what it costs: on 8 x H100 the updates of the 8B take at least 2.2 hours,
+  says `plan`, and evaluation, were all answers 30,000 tokens long, 555 hours,
+  or 28 without MMLU (sets=math500+aime24+aime25+gpqa). docs/scale.md has the
+  others.
   Problems: the statements of DAPO-Math-17k. The authors took about 13,600. The
   hub's BytedTsinghua-SIA/DAPO-Math-17k has each many times, in a list of chat
   messages with a request for the answer's form around it. So the default is

@@ -3,8 +3,9 @@
   python -m prefix_distill.main --config=configs/math.py:MODEL,method=METHOD
 
 MODEL is `tiny` (default), `tiny-weak`, `tiny-privileged`, `tiny-concise`,
-`tiny-crosslingual`, `chain`, `qwen3-1.7b` or `qwen3-8b`; METHOD is `prefix`
-(default: the paper's growing cap), `full` or `seqkd`.
+`tiny-crosslingual`, `chain`, `qwen3-0.6b`, `qwen3-1.7b`, `qwen3-4b` or
+`qwen3-8b`; METHOD is `prefix` (default: the paper's growing cap), `full` or
+`seqkd`.
 `qwen3-1.7b,sets=math500+aime24` evaluates on those sets only.
 
 tiny, tiny-weak
@@ -53,14 +54,15 @@ chain
     prefix, 1e-3   38   0.5    61   1.7    73   3.5    78   6.0    93  13.1
   docs/results has the test split, more seeds and other methods.
 
-qwen3-1.7b, qwen3-8b
+qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b
   The paper's recipe (arXiv 2602.15260, section 4): Qwen3-*-Base learns from
   Qwen3-8B on 30.7k questions of OpenThoughts3, 512 prompts x 4 rollouts, 60
   updates, AdamW at 5e-5; the cap starts at 1 token and grows by 256 after
   every update, up to 16,384. The paper took 30.8 (1.7B) and 53.0 (8B) hours on
   8 x A100 and 2.4e19 and 7.5e19 FLOPs, and reports MATH500 68.1 and 86.9,
   AIME24 10.6 and 44.0, AIME25 11.5 and 33.5, GPQA 23.6 and 48.3, MMLU-Pro
-  39.4 and 66.1. We have not run it at this size.
+  39.4 and 66.1. We have not run it at this size; docs/scale.md has what `plan`
+  says of it. The 0.6B and the 4B are ours.
   Not stated in the paper, and chosen here: temperature 1, constant learning
   rate after 2 warm-up updates, no weight decay, clip at 1, full parameters,
   stop tokens of student and teacher taken as one event, prompts of at most

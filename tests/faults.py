@@ -822,7 +822,17 @@ _LORA = (
     ),
 )
 
+_PLAN = (
+    _fault(
+        "SeqKD is planned as if its teacher stayed",
+        "return Plan(learning, Programs(learning), built)",
+        "return Plan(built, Programs(built), built)",
+        "plan.py::"
+        "test_a_plan_of_seqkd_is_of_the_teachers_answers_and_then_without_it",
+    ),
+)
+
 FAULTS = (
     *_DISTILL, *_ROLLOUT, *_TRAIN, *_DATA, *_GYM, *_KEEPING, *_LORA,
-    *_REWRITING,
+    *_REWRITING, *_PLAN,
 )  # fmt: skip

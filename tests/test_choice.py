@@ -14,14 +14,19 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import toys
 
+from prefix_distill.config import CheckpointSpec
 from prefix_distill.config import DatasetSpec
 from prefix_distill.config import DataSpec
 from prefix_distill.data import prompts
 from prefix_distill.data import records
 from prefix_distill.data import tokenizer as tokenizer_lib
 from prefix_distill.errors import ConfigError
+from prefix_distill.errors import UserError
 from prefix_distill.evaluate import evaluator
+from prefix_distill.report import report
+from prefix_distill.train import loop
 
 _SPEC = DatasetSpec(
     "x.jsonl", question="conversations.0.value", where=("domain=math",),
@@ -311,3 +316,55 @@ def test_a_run_reads_the_choice_and_remembers_it(tmp_path):
   assert [*one] == [*two]
   assert one.where(0) == f"{source} record {one.numbers[0] + 1}"
   assert np.all(np.diff(one.numbers) > 0)
+
+
+def _updates(workdir: pathlib.Path) -> list[dict]:
+  """The lines of a run's updates, without what depends on the clock."""
+  variable = ("seconds", "tokens_per_second", "compilations")
+  return [
+      {k: v for k, v in line.items() if not k.startswith(variable)}
+      for line in report.read_metrics(workdir / "metrics.jsonl")
+      if "kl" in line
+  ]
+
+
+def test_a_run_of_drawn_records_goes_on_exactly(tmp_path, monkeypatch):
+  def rows(first):
+    return [
+        {"question": f"Ann has {first + i % 20} pens.", "kind": "ab"[i % 3 > 1]}
+        for i in range(90)
+    ]
+
+  source = _write(tmp_path, "jsonl", rows(0))
+  train = DatasetSpec(
+      source, where=("kind=a",), distinct=True, random=True, size=12, seed=3
+  )
+  config = toys.run_config(
+      *toys.write_models(tmp_path),
+      steps=4,
+      data=DataSpec(train, batch_size=4, max_prompt_len=48),
+      checkpoint=CheckpointSpec(every=1),
+  )
+  graded = dataclasses.replace(config.evaluation, sets={})
+  config = dataclasses.replace(config, evaluation=graded)
+  loop.train(config, tmp_path / "whole")
+  update = loop.Run.update
+
+  def stop_at_two(self, step):
+    if step == 2:
+      raise KeyboardInterrupt
+    return update(self, step)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.Run, "update", stop_at_two)
+    with pytest.raises(KeyboardInterrupt):
+      loop.train(config, tmp_path / "parts")
+  # Other questions at the same place are another run.
+  _write(tmp_path, "jsonl", rows(100))
+  with pytest.raises(UserError, match="data.train"):
+    loop.train(config, tmp_path / "parts")
+  _write(tmp_path, "jsonl", rows(0))
+  loop.train(config, tmp_path / "parts")
+  whole = _updates(tmp_path / "whole")
+  assert [line["step"] for line in whole] == [1, 2, 3, 4]
+  assert _updates(tmp_path / "parts") == whole

@@ -217,7 +217,15 @@ def _toy_directory(path, seed):
   return str(path)
 
 
-def test_the_qwen3_config_updates_toy_directories(tmp_path):
+@pytest.mark.parametrize(
+    "method",
+    [
+        "prefix",
+        pytest.param("full", marks=pytest.mark.slow),
+        pytest.param("seqkd", marks=pytest.mark.slow),
+    ],
+)
+def test_the_qwen3_config_updates_toy_directories(tmp_path, method):
   prompts = tmp_path / "prompts.jsonl"
   prompts.write_text(
       "".join(
@@ -232,7 +240,7 @@ def test_the_qwen3_config_updates_toy_directories(tmp_path):
           for i in range(40)
       )
   )
-  settings = experiment.get_config("qwen3-1.7b")
+  settings = experiment.get_config(f"qwen3-1.7b,method={method}")
   settings.steps = 2
   settings.student.path = _toy_directory(tmp_path / "student", 0)
   settings.teacher.path = _toy_directory(tmp_path / "teacher", 1)
@@ -241,7 +249,10 @@ def test_the_qwen3_config_updates_toy_directories(tmp_path):
   settings.data.batch_size = 8
   settings.data.max_prompt_len = 64
   settings.rollout.max_len = settings.evaluation.max_len = 24
-  settings.prefix.linear.increment = 16
+  if method == "prefix":
+    settings.prefix.linear.increment = 16
+  if method == "seqkd":  # This one's answers end.
+    settings.teacher.path, settings.rollout.max_len = "bundled:teacher", 256
   settings.prefix.buckets = (24,)
   settings.optimizer.batch_tokens = 1024
   settings.rollout.batch_tokens = 1024
@@ -256,9 +267,11 @@ def test_the_qwen3_config_updates_toy_directories(tmp_path):
       json.loads(x)
       for x in (workdir / "metrics.jsonl").read_text().splitlines()
   ]
-  updates = [x for x in lines if "kl" in x]
-  assert [x["prefix_len"] for x in updates] == [1, 17]
-  assert all(x["kl"] > 0 for x in updates)
+  loss = "cross_entropy" if method == "seqkd" else "kl"
+  updates = [x for x in lines if loss in x]
+  caps = {"prefix": [1, 17], "full": [24, 24], "seqkd": [256, 256]}[method]
+  assert [x["prefix_len"] for x in updates] == caps
+  assert all(x[loss] > 0 for x in updates)
   graded = {x["set"]: (x["grading"], x["dropped"]) for x in lines if "set" in x}
   assert graded == {
       "math500": ("math", 0), "aime24": ("math", 0), "aime25": ("math", 0),

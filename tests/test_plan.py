@@ -1,15 +1,19 @@
 from collections.abc import Callable
 import dataclasses
+import io
 import json
 import os
 import pathlib
 import subprocess
 import sys
 
+import huggingface_hub
 import jax
 import pytest
+import rich.console
 import toys
 
+from prefix_distill import assets
 from prefix_distill import sharding
 from prefix_distill.config import Config
 from prefix_distill.config import DatasetSpec
@@ -19,6 +23,7 @@ from prefix_distill.config import ModelSpec
 from prefix_distill.config import RolloutSpec
 from prefix_distill.errors import UserError
 from prefix_distill.evaluate import evaluator
+from prefix_distill.models import huggingface as hf
 from prefix_distill.models.config import QWEN3_1_7B
 from prefix_distill.models.config import QWEN3_8B
 from prefix_distill.plan import machines
@@ -386,6 +391,7 @@ def _result(price: float = 0.0) -> planner.Result:
       [],
       [],
       {},
+      {},
       {"student, 30 answers": 5.0},
       [3600.0 * hours for hours in range(1, 11)],
       4,
@@ -408,6 +414,27 @@ def test_a_plan_says_how_a_run_is_cut_and_what_a_kill_costs():
   assert "36,000 s" in given_up and "30 s" in given_up
   # Updates 5 to 8 are the longest way from one checkpoint to the next.
   assert "up to 26.0 h:" in kill
+
+
+def test_a_plan_says_if_most_of_the_time_is_evaluation():
+  result = dataclasses.replace(_result(), evaluation={"student": 56.0})
+  said, *_ = planner.turns(result, 0, 40_000, 0)
+  assert "Evaluation takes 56.0 of 111.0 h" in said
+  assert "evaluation.every" in said
+
+
+def test_a_set_whose_size_is_not_known_is_refused_before_the_work(
+    models, stand_ins
+):
+  made = toys.run_config(*models)
+  own = DatasetSpec("no.jsonl", answer="answer")
+  spec = dataclasses.replace(made.evaluation, sets={"own": own})
+  with pytest.raises(UserError) as error:
+    planned(dataclasses.replace(made, evaluation=spec))
+  sentence = str(error.value)
+  assert sentence.startswith("The file no.jsonl does not exist")
+  assert sentence.endswith("set evaluation.sets.own.size.")
+  assert not stand_ins
 
 
 def test_a_long_enough_limit_and_notice_cut_nothing():
@@ -640,3 +667,138 @@ def test_weights_are_gathered_once_a_rollout(audits):
   found = audits["1x8x1"]
   assert found["layout"]["sent"]["all-gather over fsdp"] > 50_000
   assert sum(found["decode"]["sent"].values()) < 100
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+  """The CPU in place of all devices; programs are traced and not compiled."""
+  monkeypatch.setattr(
+      machines, "devices", lambda machine: jax.devices()[: machine.size]
+  )
+  seen = []
+
+  def traced(job, machine):
+    del machine
+    seen.append(job)
+    known = programs.reckon(job.stage, job.bucket)
+    return dataclasses.replace(known, memory=1.0)
+
+  monkeypatch.setattr(programs, "measure", traced)
+  return seen
+
+
+def planned(made, machine: str = "h100:1") -> planner.Result:
+  question = planner.Question(made, machines.parse(machine))
+  return planner.plan(question, rich.console.Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize(
+    "machine, mesh, note",
+    [
+        ("h100:1", {"data": 1, "fsdp": 1, "tensor": 1}, "the config's"),
+        ("h100:8", {"data": 1, "fsdp": 8, "tensor": 1}, "the config's"),
+        # Hosts of GPUs are replicas, if one holds the weights.
+        ("h100:16", {"data": 2, "fsdp": 8, "tensor": 1}, "chosen"),
+    ],
+)
+def test_an_fsdp_axis_of_all_devices_fills_the_machine(
+    large, machine, mesh, note
+):
+  made = dataclasses.replace(
+      large,
+      mesh=MeshSpec(data=1, fsdp=-1),
+      data=dataclasses.replace(large.data, batch_size=16),
+  )
+  question = planner.Question(made, machines.parse(machine))
+  found, said = planner._choose_mesh(question)
+  assert found.mesh == MeshSpec(*mesh.values())
+  assert said.startswith(f"Mesh: {note}")
+
+
+def test_a_plan_of_a_mesh_that_takes_all_devices(models, stand_ins):
+  made = toys.run_config(*models, mesh=MeshSpec(data=1, fsdp=-1))
+  result = planned(made)
+  assert result.fits and result.notes == ["Mesh: the config's."]
+  assert result.mesh == {"data": 1, "fsdp": 1, "tensor": 1}
+  assert len(result.each) == made.steps and result.total_hours > 0
+  assert not result.answers
+  # The student before and after the updates, eight problems each time.
+  assert [*result.evaluation] == [
+      "student, 2 x 8 answers", "teacher, 8 answers",
+  ]  # fmt: skip
+  assert len(stand_ins) == len(result.programs) == 8
+
+
+def test_a_plan_of_seqkd_is_of_the_teachers_answers_and_then_without_it(
+    models, stand_ins
+):
+  rollout = RolloutSpec(per_prompt=1, max_len=24)
+  made = toys.run_config(*models, method="seqkd", rollout=rollout)
+  result = planned(made)
+  assert [(one.name, one.bucket) for one in result.programs] == [
+      ("apply", 24), ("evaluate", 12), ("answer", 24), ("gradient", 24),
+  ]  # fmt: skip
+  assert set(result.held) == {"student", "moments"}
+  assert any("is gone while the student learns" in x for x in result.notes)
+  # Three updates of eight prompts, of which there are 200.
+  ((name, hours),) = result.answers.items()
+  assert name == "The teacher's 24 answers" and hours > 0
+  assert [*result.hours] == ["This run's updates"]
+  assert [name.split(",")[0] for name in result.evaluation] == ["student"]
+  parts = (result.hours, result.answers, result.evaluation)
+  whole = sum(sum(one.values()) for one in parts)
+  assert result.total_hours == pytest.approx(whole)
+  # What lies beside: the teacher alone; then the student and its moments.
+  for job in stand_ins:
+    wanted = {
+        "apply": {"student"}, "answer": {"teacher"},
+        "evaluate": {"student", "moments"}, "gradient": {"moments"},
+    }[job.stage.name]  # fmt: skip
+    beside = job.plan.beside(job.stage)
+    assert {name for name, x in beside.items() if jax.tree.leaves(x)} <= wanted
+    if job.stage.name == "gradient":  # Of given answers; nothing scores them.
+      inputs = job.stage.variant.arguments["inputs"]
+      assert inputs.rollout.tokens.shape == (8, 24) and inputs.scores is None
+  few = dataclasses.replace(made.data.train, size=5)
+  data = dataclasses.replace(made.data, train=few)
+  result = planned(dataclasses.replace(made, data=data))
+  assert [*result.answers] == ["The teacher's 5 answers"]
+
+
+def test_a_model_that_cannot_be_downloaded_can_be_a_config(
+    monkeypatch, tmp_path
+):
+  def unreachable(*_, **__):
+    raise OSError("no network")
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+  assert programs.architecture("Qwen/Qwen3-8B-Base") == (LARGE, False)
+  with pytest.raises(UserError) as error:
+    programs.architecture("someone/model")
+  sentence = str(error.value)
+  assert "someone/model is neither a directory here" in sentence
+  assert sentence.endswith(
+      "or put its config.json, all that a plan reads of a model, into a"
+      " directory, and give that."
+  )
+  source = assets.path("teacher") / "config.json"
+  (tmp_path / "config.json").write_text(source.read_text())
+  found, was_read = programs.architecture(str(tmp_path))
+  assert was_read and found == hf.read_config("bundled:teacher")
+
+
+@pytest.mark.aot
+def test_every_recipe_at_full_size_is_planned_for_eight_devices():
+  names = (
+      "compression:qwen3-8b", "crosslingual:qwen3-1.7b", "relaxed:qwen3-1.7b",
+      "mixed_policy:qwen3-1.7b", "math:qwen3-0.6b,method=seqkd",
+  )  # fmt: skip
+  process = toys.start("planned.py", *names, devices=1)
+  (printed,) = toys.finish([process], seconds=3600)
+  found = dict(zip(names, map(json.loads, printed.splitlines()), strict=True))
+  for name, plan in found.items():
+    assert plan["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}, name
+    assert plan["rows"]["gradient"] >= 8 and plan["rows"]["evaluate"] >= 8
+    assert bool(plan["answers"]) == ("seqkd" in name)
+    for part in ("hours", "evaluation"):
+      assert plan[part] and all(hours > 0 for hours in plan[part].values())

@@ -1,6 +1,7 @@
 """What both models are fed is shown and checked before anything is paid."""
 
 import dataclasses
+import importlib
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import datasets
 import huggingface_hub
 import pytest
 import rich.console
+import schemas
 
 from configs import bundled
 from configs import math as experiment
@@ -540,3 +542,81 @@ def test_what_is_cut_off_or_dropped_is_a_warning(tmp_path):
   words = _words(_config(train=DatasetSpec(str(source))))
   assert "read as plain text." in words and "Dropped 1 of the first" in words
   assert "passed with 2 warnings." in words
+
+
+def _record(number):
+  """A record of all recipes' training data at once."""
+  problem = f"What is {number} + 7?"
+  return {
+      "conversations": [{"from": "human", "value": problem}], "domain": "math",
+      "prompt": problem, "problem": problem, "solution": "We add.",
+      "problem_translated": f"{number} + 7 ni ngapi?",
+  }  # fmt: skip
+
+
+def _held_out(name, tmp_path):
+  """Writes problems with the fields of a recipe's evaluation set."""
+  rows = [{"question": "1 + 1 ni ngapi?", "answer_number": 2}]
+  if name == "mmlu":
+    rows = [{"question": "Which?", "choices": ["a", "b"], "answer": 1}]
+  elif name != "afrimgsm":
+    rows = schemas.rows(name, 2)
+  return schemas.write_jsonl(tmp_path / f"{name}.jsonl", rows)
+
+
+_RECIPES = (
+    "compression:qwen3-8b", "compression:qwen3-14b", "compression:r1-llama-8b",
+    "crosslingual:qwen3-1.7b", "crosslingual:qwen3-4b",
+    "crosslingual:qwen3-8b", "relaxed:r1-1.5b", "relaxed:qwen3-1.7b",
+    "relaxed:qwen3-8b", "mixed_policy:qwen3-1.7b", "math:qwen3-0.6b",
+    "math:qwen3-4b,method=full", "math:qwen3-8b,method=seqkd",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", _RECIPES)
+def test_a_recipe_at_full_size_passes_with_local_models_and_data(
+    tmp_path, recipe
+):
+  """Only names are replaced: lengths, batches and the mesh are its own."""
+  name, _, variant = recipe.partition(":")
+  module = importlib.import_module(f"configs.{name}")
+  settings = module.get_config(variant)
+  # A base model has no thoughts; DeepSeek's templates open them.
+  make = _thinking if variant.startswith("r1-") else _model
+  long = {"max_position_embeddings": 40_960}
+  for role, model in (("student", "weak"), ("teacher", "teacher")):
+    path = make(tmp_path / role, model)
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | long))
+    settings[role].path = str(path)
+  if name in ("compression", "crosslingual"):  # One model is both.
+    settings.student.path = settings.teacher.path
+  settings.data.train.source = schemas.write_jsonl(
+      tmp_path / "train.jsonl", [_record(i) for i in range(9)]
+  )
+  for subset in (settings.data.train, *settings.evaluation.sets.values()):
+    subset.subset = ""
+  for one, spec in settings.evaluation.sets.items():
+    spec.source = _held_out(one, tmp_path)
+  words = _words(config_lib.from_dict(settings.to_dict()))
+  assert "The checks passed" in words
+  assert ("Final answer:" in words) == (name == "mixed_policy")
+  own = "each model's own; the teacher reads data.teacher_prompt" in words
+  assert own == (name in ("compression", "crosslingual"))
+
+
+@pytest.mark.parametrize("recipe", _RECIPES)
+def test_without_a_network_a_recipe_ends_in_one_sentence(monkeypatch, recipe):
+  def unreachable(*_, **__):
+    raise OSError("Cannot reach the hub\nand so on")
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+  name, _, variant = recipe.partition(":")
+  module = importlib.import_module(f"configs.{name}")
+  config = config_lib.from_dict(module.get_config(variant).to_dict())
+  sentence = _refusal(config)
+  assert sentence == (
+      f"{config.student.path} is neither a directory here nor could it be"
+      " downloaded (Cannot reach the hub); check the name, the network and"
+      " HF_TOKEN."
+  )

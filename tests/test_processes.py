@@ -214,6 +214,37 @@ def test_processes_agree_on_a_damaged_checkpoint(toy, whole, damage):
 
 
 @pytest.mark.slow
+def test_processes_agree_on_records_that_are_drawn_from_a_stream(toy, tmp_path):
+  """One process, not stopped; two that are stopped, and two that go on."""
+  rows = [
+      {"question": f"Ann has {i % 30} pens.", "answer": str(i % 30),
+       "kind": "ab"[i % 4 == 3]}
+      for i in range(240)
+  ]  # fmt: skip
+  source = tmp_path / "rows.jsonl"
+  source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  flags = (
+      f"--config.data.train.source={source}",
+      "--config.data.train.where=('kind=a',)",
+      "--config.data.train.distinct=True",
+      "--config.data.train.random=True",
+      "--config.data.train.size=16",
+  )
+  ((code, _, err),) = toys.end(toy.start("drawn", 1, 4, *flags), 900)
+  assert code == 0, err[-3000:]
+  started = toy.start("drawn by two", 2, 2, *flags)
+  wait_for(toy.root / "drawn by two", '"step": 5, "prefix_len"', started)
+  started[1].send_signal(signal.SIGTERM)
+  assert [code for code, _, _ in toys.end(started, 900)] == [130, 130]
+  ends = toys.end(toy.start("drawn by two", 2, 2, *flags), 900)
+  assert [code for code, _, _ in ends] == [0, 0], ends
+  assert "Resuming after update" in ends[0][1]
+  whole = lines(toy.root / "drawn")
+  assert_same_lines(lines(toy.root / "drawn by two"), whole)
+  assert len([line for line in whole if "kl" in line]) == STEPS
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_others_and_all_go_on(toy, whole, killed):
   name = f"killed-{killed}"

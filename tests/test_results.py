@@ -249,13 +249,14 @@ def test_a_run_that_is_known_is_not_done_again(tmp_path, monkeypatch, capsys):
 
 def test_the_page_and_the_figure_are_made(tmp_path, capsys):
   runs = [*rising(), *rising("linear", 5.0), *rising("fixed-64", 2.0, to=0.4)]
-  results.write(runs, tmp_path, TASKS, CELLS, ["full", "linear"])
+  cells = ["full", "linear"]
+  results.write(runs, tmp_path, TASKS, CELLS, cells, cells)
   text = (tmp_path / "README.md").read_text()
   assert "90.0 (85.5-94.0)" in text or "90.0 (" in text
   assert "growing prefix (the paper's) - full on-policy distillation" in text
   assert "| 0.50 (0.50-0.50) | 3 | cheaper |" in text
   assert (tmp_path / "accuracy_flops.png").stat().st_size > 5_000
-  results.write([], tmp_path / "none", TASKS, CELLS, [])
+  results.write([], tmp_path / "none", TASKS, CELLS, [], [])
   assert "no two runs" in capsys.readouterr().out
 
 
@@ -272,11 +273,13 @@ def test_the_committed_pages_are_what_the_committed_runs_say():
   runs = results.load(DOCS / "runs.jsonl")
   mechanism = results.load(DOCS / "mechanism.jsonl")
   assert runs and mechanism
-  page = results.page(runs, TASKS, CELLS, mechanism)
+  notes = {name: task.note for name, task in reproduce.TASKS.items()}
+  page = results.page(runs, TASKS, CELLS, mechanism, notes)
   assert (DOCS / "README.md").read_text() == page
   readme = (DOCS.parents[1] / "README.md").read_text()
   assert "<!-- results: chain -->\n|" in readme
-  assert results.with_summaries(readme, runs, TASKS, CELLS) == readme
+  few = {cell: CELLS[cell] for cell in CELLS if cell in reproduce.SUMMED}
+  assert results.with_summaries(readme, runs, TASKS, few) == readme
 
 
 def _word(first, second, what):
@@ -303,14 +306,20 @@ def test_a_prefix_wins_under_a_small_budget_as_the_readme_says(first, second):
 def test_the_differences_in_the_readmes_sentences():
   text = " ".join((DOCS.parents[1] / "README.md").read_text().split())
   for first, second, what in (
+      ("forward", "full", "end"),
+      ("forward", "full-forward", "equal"),
+      ("off-forward", "forward", "end"),
       ("fixed-64", "full", 0.05),
       ("fixed-64", "full", 0.1),
       ("fixed-64-fast", "full-fast", 0.05),
       ("fixed-64-fast", "full-fast", 0.1),
+      ("first-32", "32-64", "end"),
+      ("first-32", "last-32", "end"),
       ("linear", "full", "end"),
       ("random", "linear", "end"),
+      ("linear", "full-forward", "equal"),
+      ("fixed-64", "forward", "end"),
       ("linear", "seqkd", "equal"),
-      ("fixed-64", "seqkd", "equal"),
   ):
     assert _word(first, second, what).accuracy.points() in text
 
@@ -320,7 +329,9 @@ def test_the_chains_in_the_table_of_methods():
   runs = results.load(DOCS / "runs.jsonl")
   found = results.curves(run for run in runs if "rate" not in run)
   for cell in (
-      "linear", "full", "fixed-64", "fixed-16", "random", "audited", "seqkd"
+      "linear", "full", "fixed-64", "fixed-16", "random", "audited", "seqkd",
+      "forward", "off-reverse", "off-forward", "full-forward", "first-32",
+      "32-64", "last-32",
   ):  # fmt: skip
     curve = found["chain", cell]
     assert results.interval(results.at_end, curve).percent() in text
@@ -336,7 +347,13 @@ def test_what_the_readme_says_of_equal_flops():
   assert _word("linear", "full", "end").word() == "worse"
   assert _word("random", "linear", "end").word() == "as good"
   assert _word("linear", "seqkd", "equal").word() == "worse"
-  assert _word("fixed-64", "seqkd", "equal").word() == "undecided"
+  assert _word("linear", "full-forward", "equal").word() == "worse"
+  assert _word("fixed-64", "forward", "end").word() == "worse"
+  assert _word("forward", "full", "end").word() == "as good"
+  assert _word("forward", "full-forward", "equal").word() == "better"
+  assert _word("off-forward", "forward", "end").word() == "as good"
+  for other in ("32-64", "last-32"):
+    assert _word("first-32", other, "end").word() == "better"
 
 
 def _found(**accuracies):

@@ -601,7 +601,10 @@ def test_the_recipe_is_whole():
 
 def _scaled_down(settings, often, tmp_path):
   """The recipe at full size, on toy models and a local file."""
-  records = ({"conversations": [{"value": f"Add {i}."}]} for i in range(8))
+  records = (
+      {"conversations": [{"value": f"Add {i}."}], "domain": "math"}
+      for i in range(8)
+  )
   file = tmp_path / "prompts.jsonl"
   file.write_text("".join(f"{json.dumps(record)}\n" for record in records))
   settings.update_from_flattened_dict({

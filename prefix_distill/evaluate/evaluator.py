@@ -88,6 +88,9 @@ PROBLEMS: Mapping[str, int] = {
     "cais/mmlu": 14_042,
     "MathArena/hmmt_feb_2025": 30,
     "math-ai/amc23": 40,
+    # In each language; of the second at each level.
+    "masakhane/afrimgsm": 250,
+    "Qwen/PolyMath": 125,
 }
 
 SETS: Mapping[str, DatasetSpec] = {

@@ -26,8 +26,10 @@ import dataclasses
 import functools
 import json
 import pathlib
+import types
 from typing import Any
 
+from matplotlib import ticker
 from matplotlib.figure import Figure
 import numpy as np
 from scipy import stats
@@ -792,6 +794,8 @@ def verdicts_table(
   rows = []
   for finding in FINDINGS:
     for task, found in by_task.items():
+      if _is_scored(found):
+        continue
       said, why = verdict(finding, found)
       first = "" if rows and rows[-1][-1] == finding.text else finding.text
       rows.append([first, tasks[task], said, why, finding.text])
@@ -860,26 +864,35 @@ def trials_table(
   return _markdown(["", *(f"{rate:g}" for rate in rates)], rows)
 
 
+# Full distillation as it may be run, and what stands over the differences.
+_WHOLE = {
+    "full": "minus full's at the same FLOPs",
+    "full-fast": "full's with a larger rate",
+    "full-forward": "full's by forward KL",
+}
+
+
 def summary(
     found: Mapping[str, Curve], about: Mapping[str, str]
 ) -> str:
   """Returns a task's table for the README: each method beside full at its cost.
 
-  "full" has the learning rate that was best in the trials, and "full-fast" one
-  that learns sooner.
+  "full" has the learning rate that was best in the trials, "full-fast" one that
+  learns sooner, and "full-forward" the other divergence.
   """
   whole = found["full"]
-  rows = [["before", interval(at_start, whole).percent(), "", "", ""]]
+  before = interval(at_start, whole).percent()
+  rows = [["before", before, "", *("" for _ in _WHOLE)]]
   for name, text in about.items():
     if name not in found:
       continue
-    beside = ["", ""]
-    if not name.startswith("full"):
+    beside = [""] * len(_WHOLE)
+    if name not in _WHOLE:
       beside = [
           interval(at_equal_cost, found[name], found[other]).points()
           if other in found
           else ""
-          for other in ("full", "full-fast")
+          for other in _WHOLE
       ]
     rows.append([
         text,
@@ -887,8 +900,7 @@ def summary(
         _share(found[name], end_cost, whole),
         *beside,
     ])
-  header = ["", "accuracy, %", "FLOPs", "minus full's at the same FLOPs",
-            "minus full's at a larger rate"]  # fmt: skip
+  header = ["", "accuracy, %", "FLOPs", *_WHOLE.values()]
   return _markdown(header, rows)
 
 
@@ -1008,7 +1020,10 @@ def draw(
     about: Mapping[str, str],
     path: pathlib.Path,
 ) -> None:
-  """Draws test accuracy against cumulative FLOPs, a panel for each task.
+  """Draws what methods reach against cumulative FLOPs, a panel for each task.
+
+  That is the accuracy on the test split; or the divergence of whole answers,
+  where the teacher scored them.
 
   Args:
     panels: by what stands over a panel, the curves by cell.
@@ -1016,33 +1031,54 @@ def draw(
     path: of the PNG.
   """
   figure = Figure(figsize=(4.6 * len(panels) + 2.2, 4.0))
-  row = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+  row = figure.subplots(1, len(panels), squeeze=False)[0]
   lines = {}
   for axes, (title, found) in zip(row, panels.items(), strict=True):
     whole = found["full"].flops[:, -1].mean()
+    of = KL if _is_scored(found) else TEST
     for i, name in enumerate(about):
       if name in found:
-        lines[name] = _draw_curve(axes, found[name], whole, f"C{i}")
+        lines[name] = _draw_curve(axes, found[name], whole, f"C{i}", of)
     axes.set(title=title, xlabel="FLOPs, % of full distillation's")
-    axes.set(xscale="log", ylim=(0, 1))
+    axes.set(xscale="log", ylim=(0, None if of == KL else 1))
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+    if of == KL:
+      axes.set_ylabel("reverse KL to the teacher, nats an answer")
+    else:
+      axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+      axes.set_ylabel("accuracy on the test split, sampled")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-  row[0].set_ylabel("accuracy on the test split, sampled")
   figure.legend(
-      lines.values(), [about[name] for name in lines],
-      frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5),
+      lines.values(),
+      [about[name] for name in lines],
+      frameon=False,
+      fontsize=9,
+      loc="center left",
+      bbox_to_anchor=(1, 0.5),
   )
   figure.tight_layout()
   figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
-def _draw_curve(axes: Any, curve: Curve, whole: float, color: str) -> Any:
+def _is_scored(found: Mapping[str, Curve]) -> bool:
+  """Whether the teacher scored the answers of a task's students."""
+  return KL in found["full"].right
+
+
+def _draw_curve(
+    axes: Any, curve: Curve, whole: float, color: str, of: str
+) -> Any:
   """Draws a curve with its band and its best stopping point."""
+
+  def at_evaluation(number: int) -> Callable[..., np.ndarray]:
+    return lambda sample, c: c.accuracy(sample, of)[:, number]
+
   points = [
-      interval(lambda sample, c, t=t: c.accuracy(sample)[:, t], curve)
-      for t in range(1, len(curve.steps))
+      interval(at_evaluation(number), curve, of=of)
+      for number in range(1, len(curve.steps))
   ]
   x = 100 * curve.flops.mean(0)[1:] / whole
   value, low, high = np.array([dataclasses.astuple(p) for p in points]).T
@@ -1070,12 +1106,12 @@ file again. One run with a seed of your own, beside what the others say:
 - **Stop** is a method's best stopping point: the cheapest evaluation within
   {margin:.0f} points of its best on the validation split. All choices
   (stopping points, learning rates) look at the validation split alone;
-  accuracies are those of the test split, {problems} problems sampled at
-  temperature 1.
+  accuracies are those of the test split, sampled at temperature 1.
 - **Intervals** are of 95 %, from a bootstrap over seeds and problems, paired
   where two methods are compared. "As good" means that the interval of the
   difference ends above minus {margin:.0f} points, a margin that was set
-  before the runs; "better" and "worse" that it leaves out 0.
+  before the runs; "better" and "worse" that it leaves out 0. With one seed an
+  interval is over problems alone.
 - **Learning rates** are those of the best stop in the trials. This rule was
   chosen after the trials had been seen: by the mean over a run, full
   distillation, the growing and the audited prefix would have taken 1e-3 on
@@ -1090,7 +1126,8 @@ way round.
 ## Verdicts
 
 A finding holds on a task if its comparisons' intervals say so, one by one; it
-does not hold if an interval says the opposite; else it is open.
+does not hold if an interval says the opposite; else it is open. Where the
+divergence alone tells students apart there are no verdicts.
 
 {verdicts}
 
@@ -1125,7 +1162,9 @@ def write(
     tasks: Mapping[str, str],
     cells: Mapping[str, str],
     drawn: Sequence[str],
+    summed: Sequence[str],
     mechanism: Sequence[dict[str, Any]] = (),
+    notes: Mapping[str, str] = types.MappingProxyType({}),
 ) -> None:
   """Writes the page and its figure, and the tables of the README above them.
 
@@ -1135,9 +1174,11 @@ def write(
     tasks: their names and what stands over their tables.
     cells: their names and what they are called in tables.
     drawn: the cells in the figure.
+    summed: the cells in the README's tables.
     mechanism: of `mechanism.jsonl`.
+    notes: by task, what a reader should know of it.
   """
-  text = page(runs, tasks, cells, mechanism)
+  text = page(runs, tasks, cells, mechanism, notes)
   if not text:
     print("There are no two runs of one cell yet.")
     return
@@ -1145,13 +1186,15 @@ def write(
   readme = docs.parents[1] / "README.md"
   if readme.is_file():
     old = readme.read_text()
-    readme.write_text(with_summaries(old, runs, tasks, cells))
+    few = {name: text for name, text in cells.items() if name in summed}
+    readme.write_text(with_summaries(old, runs, tasks, few))
   panels = {
       tasks[task]: found for task, found in _by_task(runs, tasks).items()
   }
   chosen = {name: cells[name] for name in drawn}
   draw(panels, chosen, docs / "accuracy_flops.png")
-  print(text)
+  print(verdicts_table(_by_task(runs, tasks), tasks))
+  print(f"Written: {docs / 'README.md'}, accuracy_flops.png beside it.")
 
 
 def _by_task(
@@ -1166,30 +1209,40 @@ def _by_task(
   return {task: cells for task, cells in found.items() if "full" in cells}
 
 
+def _sizes(curve: Curve) -> str:
+  """Says how many problems a task has."""
+  count = {name: x.shape[2] for name, x in curve.right.items()}
+  text = f"{count[TEST]} test problems"
+  if VALIDATION in count:
+    text += f", {count[VALIDATION]} validation problems"
+  return f"{text}."
+
+
 def page(
     runs: Sequence[dict[str, Any]],
     tasks: Mapping[str, str],
     cells: Mapping[str, str],
     mechanism: Sequence[dict[str, Any]] = (),
+    notes: Mapping[str, str] = types.MappingProxyType({}),
 ) -> str:
   """Returns `docs/results/README.md`; empty without runs."""
   by_task = _by_task(runs, tasks)
   if not by_task:
     return ""
-  problems = next(iter(by_task.values()))["full"].right[TEST].shape[2]
   parts = [
       _INTRODUCTION.format(
           margin=100 * MARGIN,
-          problems=problems,
           verdicts=verdicts_table(by_task, tasks),
       )
   ]
   for task, found in by_task.items():
     parts += [
         f"## {tasks[task][0].upper()}{tasks[task][1:]}\n",
+        f"{_sizes(found['full'])} {notes.get(task, '')}".rstrip() + "\n",
         methods_table(found, cells),
-        comparisons_table(found, cells),
-        divergence_table(found, cells),
+        divergence_table(found, cells)
+        if _is_scored(found)
+        else comparisons_table(found, cells),
     ]
     if any("rate" in run and run["task"] == task for run in runs):
       parts += [

@@ -105,6 +105,10 @@ class ModelFilesError(UserError):
   """A model directory that is missing, incomplete or of another kind."""
 
 
+class DownloadError(ModelFilesError):
+  """A model that the hub does not give."""
+
+
 def resolve(path: str, weights: bool = False) -> pathlib.Path:
   """Returns the local directory of a model.
 
@@ -115,6 +119,7 @@ def resolve(path: str, weights: bool = False) -> pathlib.Path:
 
   Raises:
     ModelFilesError: there is no such model.
+    DownloadError: the hub does not give it.
   """
   if path.startswith("bundled:"):
     try:
@@ -141,7 +146,7 @@ def resolve(path: str, weights: bool = False) -> pathlib.Path:
     )
   except Exception as error:  # The hub's client raises many kinds.
     reason = str(error).strip().splitlines()[0] if str(error) else repr(error)
-    raise ModelFilesError(
+    raise DownloadError(
         f"{path} is neither a directory here nor could it be downloaded"
         f" ({reason}); check the name, the network and HF_TOKEN."
     ) from error

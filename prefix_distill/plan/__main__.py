@@ -278,10 +278,10 @@ def _assumed(result: Result) -> str:
 
 def _hours(result: Result) -> rich.table.Table:
   """Returns hours of the run and of its evaluations, and the price."""
-  (updates, hours), full = result.hours.items()
-  rows = [(f"Evaluation, {n}", h) for n, h in result.evaluation.items()]
-  total = hours + sum(result.evaluation.values())
-  rows = [(updates, hours), *rows, ("This run", total), full]
+  updates, *full = result.hours.items()
+  graded = [(f"Evaluation, {n}", h) for n, h in result.evaluation.items()]
+  rows = [*result.answers.items(), updates, *graded]
+  rows += [("This run", result.total_hours), *full]
   price = result.assumptions.price * result.machine.size
   table = _table("at least", "hours", *(["price"] if price else []))
   for name, hours in rows:
@@ -291,14 +291,22 @@ def _hours(result: Result) -> rich.table.Table:
 
 
 def _verdict(result: Result, console: rich.console.Console) -> None:
+  """Prints whether it fits, how long it takes and what it costs."""
+  hours, price = result.total_hours, result.assumptions.price
+  takes = f"takes at least {hours:.1f} h with all answers at full length"
+  if price:
+    takes += f", which costs {price * result.machine.size * hours:,.0f}"
   if result.fits:
-    console.print(Text("It fits.", style="bold green"))
+    console.print(Text(f"It fits, and {takes}.", style="bold green"))
     return
   console.print(Text("It does not fit.", style="bold red"))
   mended = all(one.verdict(result.machine) for one in result.mended)
   for i, sentence in enumerate(result.advice):
-    starts = "It fits with " if result.mended and mended and not i else ""
-    console.print(Text(starts + sentence))
+    if result.mended and mended and not i:
+      console.print(Text(f"It fits with {sentence}"))
+      console.print(Text(f"With that it {takes}."))
+    else:
+      console.print(Text(sentence))
 
 
 def _short(result: Result) -> str:

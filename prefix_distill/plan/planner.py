@@ -9,6 +9,7 @@ again; moments, layers' inputs or the teacher wait in the host's memory; and
 more tensor shards split what a row takes.
 """
 
+import collections
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -59,7 +60,7 @@ _LIMITS = {
         "prefill",
         *programs.REWRITING_ROWS,
     ),
-    ("evaluation", "batch_size"): tuple(programs.EVALUATION.values()),
+    ("evaluation", "batch_size"): programs.ANSWERING,
 }
 # Parts of the config that a search may change.
 _PARTS = ("mesh", "rollout", "optimizer", "student", "teacher", "evaluation")
@@ -177,7 +178,7 @@ def least_sent(plan: Plan) -> float:
   scattered = width * weights + _FLOAT32 * table
   if c.lora is not None:
     scattered = width * num_adapters(c)
-  if isinstance(setup.loss, ExactLoss):
+  if setup.teacher is not None and isinstance(setup.loss, ExactLoss):
     t = setup.teacher.config
     gathered += setup.teacher.dtype.itemsize * t.vocab_size * t.dim
   around = (n - 1) / n * (gathered + scattered) / tensor
@@ -214,7 +215,7 @@ def evaluations(config: Config) -> Iterator[tuple[str, Sequence[str], int]]:
   between = 1 + (max(config.steps - 1, 0) // spec.every if spec.every else 0)
   yield "student", spec.between or every, between
   yield "student", every, 1
-  if spec.teacher:
+  if spec.teacher and not config.is_supervised:
     yield "teacher", every, 1
 
 
@@ -229,7 +230,13 @@ def num_answers(spec: EvaluationSpec, names: Sequence[str]) -> int:
     one = spec.sets[name]
     number = one.size or evaluator.PROBLEMS.get(one.source)
     if number is None:
-      number = len(records.read(one))
+      try:
+        number = len(records.read(one))
+      except UserError as error:
+        raise ConfigError(
+            f"{str(error)[:-1]}. A plan needs the number of its problems alone:"
+            f" set evaluation.sets.{name}.size."
+        ) from error
     total += number * (one.samples + int(spec.greedy))
   return total
 
@@ -327,12 +334,14 @@ def bytes_held(plan: Plan) -> dict[str, float]:
   """
   state = plan.programs.abstract_state()
   size = sharding.bytes_per_device
-  shared = plan.models.shares_weights
-  return {
+  held = {
       "student": float(size(plan.student_params)),
       "moments": float(size(state.opt_state)),
-      "teacher": 0.0 if shared else float(size(plan.teacher_params)),
   }
+  if plan.models.teacher is not None:
+    shared = plan.models.shares_weights
+    held["teacher"] = 0.0 if shared else float(size(plan.teacher_params))
+  return held
 
 
 @dataclasses.dataclass(frozen=True)
@@ -466,7 +475,10 @@ class Result:
     mended: the programs with other settings, if the first do not fit or larger
       batches were looked for.
     updates: one for each bucket.
-    hours: least time of the run's updates, and of full distillation's.
+    hours: least time of the run's updates; for prefixes also of full
+      distillation's.
+    answers: hours in which the teacher answers the prompts before the first
+      update, by their number; empty but for SeqKD.
     evaluation: hours of a run's evaluations, by what is evaluated.
     each: seconds of each of the run's updates, in order.
     saved_every: updates from one checkpoint to the next.
@@ -483,6 +495,7 @@ class Result:
   mended: list[Measured]
   updates: list[Update]
   hours: dict[str, float]
+  answers: dict[str, float]
   evaluation: dict[str, float]
   each: list[float]
   saved_every: int
@@ -496,8 +509,12 @@ class Result:
 
   @property
   def total_hours(self) -> float:
-    """Of the run's updates and evaluations."""
-    return (sum(self.each) / 3600) + sum(self.evaluation.values())
+    """Of the run's updates, and of all else."""
+    return sum(self.each) / 3600 + self._other_hours
+
+  @property
+  def _other_hours(self) -> float:
+    return sum((*self.answers.values(), *self.evaluation.values()))
 
   @property
   def unsaved_hours(self) -> float:
@@ -511,9 +528,10 @@ class Result:
   def affordable(self, hours: float) -> int:
     """Returns how many updates fit into so many hours.
 
-    Evaluations are taken as they are; what is left is for updates.
+    Evaluations and the teacher's answers are taken as they are; what is left
+    is for updates.
     """
-    left, count = (hours - sum(self.evaluation.values())) * 3600, 0
+    left, count = (hours - self._other_hours) * 3600, 0
     for seconds in self.each:
       left -= seconds
       if left < 0:
@@ -536,7 +554,13 @@ def turns(
   total, unsaved = result.total_hours, result.unsaved_hours
   price = result.assumptions.price * result.machine.size
   cost = f" ({price * unsaved:,.0f})" if price else ""
-  lines = []
+  lines, graded = [], sum(result.evaluation.values())
+  if graded > total / 2:
+    lines.append(
+        f"Evaluation takes {graded:.1f} of {total:.1f} h if every answer is as"
+        " long as it may be: fewer sets or samples, a larger evaluation.every"
+        " or a smaller evaluation.max_len shorten it."
+    )
   if limit:
     turns = math.ceil(total / limit)
     lines.append(
@@ -624,18 +648,39 @@ class _Reckoner:
       UserError: the size of a set is not known.
     """
     config = self._plan.models.config
-    spec, hours = config.evaluation, {}
-    stages = self._plan.evaluation()
+    spec, hours, often = config.evaluation, {}, collections.Counter()
     for model, sets, times in evaluations(config):
-      seconds, number = 0.0, num_answers(spec, sets)
-      for stage in stages:
-        if stage.name == programs.EVALUATION[model]:
-          time, _, _ = self._run(stage, spec.max_len)
-          seconds += time * max(number / stage.rows, 1.0)
-      often = f"{times} x " if times > 1 else ""
-      shown = f"{model}, {often}{number:,} answers"
-      hours[shown] = hours.get(shown, 0.0) + times * seconds / 3600
+      often[model, num_answers(spec, sets)] += times
+    stages = self._plan.evaluation()
+    for (model, number), times in often.items():
+      name = programs.EVALUATION[model]
+      found = [stage for stage in stages if stage.name == name]
+      seconds = self._decoding(found, spec.max_len, number)
+      shown = f"{times} x " if times > 1 else ""
+      hours[f"{model}, {shown}{number:,} answers"] = times * seconds / 3600
     return hours
+
+  def answers(self) -> dict[str, float]:
+    """Returns hours of the teacher's answers to the prompts of SeqKD.
+
+    Each prompt is answered once, as long as may be.
+    """
+    stages, config = self._plan.answers(), self._plan.models.config
+    if not stages:
+      return {}
+    number = config.steps * config.data.batch_size
+    number = min(number, config.data.train.size or number)
+    seconds = self._decoding(stages, config.rollout.max_len, number)
+    return {f"The teacher's {number:,} answers": seconds / 3600}
+
+  def _decoding(
+      self, stages: Sequence[Stage], length: int, number: int
+  ) -> float:
+    """Returns seconds of a number of answers, all of one length."""
+    return sum(
+        self._run(stage, length)[0] * max(number / stage.rows, 1.0)
+        for stage in stages
+    )
 
 
 def plan(question: Question, console: rich.console.Console) -> Result:
@@ -651,16 +696,21 @@ def plan(question: Question, console: rich.console.Console) -> Result:
   """
   config, note = _choose_mesh(question)
   machine, buckets = question.machine, _lengths(question)
+  # Before the work: the size of a set may not be known.
+  num_answers(config.evaluation, [*config.evaluation.sets])
   look = Look(machine, machines.devices(machine), console)
   check_weights(look.build(config), machine)
   notes = [note]
-  if config.shares_weights:
+  if config.is_supervised:
+    notes.append(
+        "The teacher answers all prompts before the first update, and is gone"
+        " while the student learns."
+    )
+  elif config.shares_weights:
     notes.append("The teacher's weights are those beside the adapters.")
-  for spec in (config.student, config.teacher):
-    if not programs.architecture(spec.path)[1]:
-      notes.append(
-          f"{spec.path} could not be read; its architecture is known."
-      )
+  for path in dict.fromkeys((config.student.path, config.teacher.path)):
+    if not programs.architecture(path)[1]:
+      notes.append(f"{path} could not be read; its architecture is known.")
   compiled = latest = look.at(config, buckets)
   found, mended = Found(config), []
   for _ in range(_ROUNDS):
@@ -678,15 +728,14 @@ def plan(question: Question, console: rich.console.Console) -> Result:
   caps = [prefix_schedule.cap(settled, step) for step in range(settled.steps)]
   totals = {cap: reckoner.update(cap).total for cap in set(caps)}
   each = [totals[cap] for cap in caps]
-  whole = dataclasses.replace(settled, method="full")
-  longest = prefix_schedule.longest(whole)
-  if prefix_schedule.longest(settled) < longest:
-    full = _Reckoner(look.build(whole), latest, question)
-  every = f"Full distillation's, all answers of {longest:,} tokens"
-  hours = {
-      "This run's updates": sum(each) / 3600,
-      every: settled.steps * full.update(longest).total / 3600,
-  }
+  hours = {"This run's updates": sum(each) / 3600}
+  if settled.method == "prefix":
+    whole = dataclasses.replace(settled, method="full")
+    longest = prefix_schedule.longest(whole)
+    if prefix_schedule.longest(settled) < longest:
+      full = _Reckoner(look.build(whole), latest, question)
+    every = f"Full distillation's, all answers of {longest:,} tokens"
+    hours[every] = settled.steps * full.update(longest).total / 3600
   return Result(
       machine,
       dict(built.models.mesh.shape),
@@ -696,6 +745,7 @@ def plan(question: Question, console: rich.console.Console) -> Result:
       mended,
       [reckoner.update(bucket) for bucket in prefix_schedule.needed(settled)],
       hours,
+      reckoner.answers(),
       reckoner.evaluation(),
       each,
       settled.checkpoint.every,

@@ -58,8 +58,11 @@ from prefix_distill.train.setup import Models
 from prefix_distill.train.update import Programs
 
 _GIB, _FLOAT32 = 2**30, 4
-# Evaluation's programs, by the model that writes the answers.
+# Evaluation's programs, by the model that writes the answers; and that of the
+# teacher which answers the prompts of SeqKD before the first update.
 EVALUATION = {"student": "evaluate", "teacher": "evaluate teacher"}
+ANSWER = "answer"
+ANSWERING = (*EVALUATION.values(), ANSWER)
 _SAMPLING = ("move", "prefill", "layout", "decode", "cut")
 # Of the teacher that rewrites answers.
 _MOVE, _PREFILL, _LAYOUT, _DECODE = REWRITING = tuple(
@@ -71,7 +74,7 @@ _TRAINING = (
     *("refresh", "move", "layout", _MOVE, _LAYOUT),
     *("apply", "score", "prefill", _PREFILL),
 )
-ORDER = (*_TRAINING, *EVALUATION.values(), "decode", _DECODE, "gradient")
+ORDER = (*_TRAINING, *ANSWERING, "decode", _DECODE, "gradient")
 # These programs are the same for all lengths of the prefix.
 _ONCE = ("refresh", "move", "layout", "apply", *REWRITING)
 # The architectures of the recipes' models, for a laptop without a network.
@@ -106,7 +109,7 @@ class Stage:
   """A program of an update or an evaluation, and how often it runs.
 
   Attributes:
-    name: the program's; of an evaluation's decoding one of `EVALUATION`.
+    name: the program's; of the decoding of whole answers one of `ANSWERING`.
     variant: the program for its shapes.
     times: how often it runs.
     rows: of one run, over all devices; 0 if it has none.
@@ -163,12 +166,15 @@ class Plan:
   """A config on a machine.
 
   Attributes:
-    models: of the run.
+    models: of the run's updates.
     programs: the run's programs, none compiled yet.
+    answering: the models while the teacher answers the prompts of SeqKD, which
+      it does alone; None for another method.
   """
 
   models: Models
   programs: Programs
+  answering: Models | None = None
 
   @property
   def teacher_params(self) -> Params:
@@ -248,9 +254,36 @@ class Plan:
     if not spec.sets:
       return []
     stages = self._evaluate(models.student, EVALUATION["student"])
-    if spec.teacher:
+    if spec.teacher and models.teacher is not None:
       stages += self._evaluate(models.teacher, EVALUATION["teacher"])
     return stages
+
+  def answers(self) -> list[Stage]:
+    """Returns the decoding of the teacher's answers, as `evaluation` does."""
+    if self.answering is None:
+      return []
+    models, config = self.answering, self.answering.config
+    sampler = generate.SamplerConfig(
+        models.teacher_stop_ids, models.pad_id, models.num_tokens
+    )
+    prompt, length = config.data.max_prompt_len, config.rollout.max_len
+    params = self.answering_params
+    model = models.for_sampling(models.teacher)
+    rows = microbatch.answers(models, model, sampler, params, prompt, length)
+    return self._decoding(
+        ANSWER, model, sampler, params, (rows, prompt, length)
+    )
+
+  @property
+  def answering_params(self) -> Params:
+    """Shapes of the weights of the teacher that answers."""
+    models = self.answering
+    dtype = models.config.teacher.param_dtype
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype),
+        models.teacher.abstract_params(),
+    )
+    return sharding.with_shardings(shapes, models.mesh)
 
   def _evaluate(self, model: Model, name: str) -> list[Stage]:
     models, spec = self.models, self.models.config.evaluation
@@ -268,6 +301,28 @@ class Plan:
     params = sharding.with_shardings(model.abstract_params(), models.mesh)
     if name == EVALUATION["student"]:
       params = self.student_params
+    return self._decoding(
+        name, model, config, params, (rows, prompt, spec.max_len)
+    )
+
+  def _decoding(
+      self,
+      name: str,
+      model: Model,
+      config: generate.SamplerConfig,
+      params: Params,
+      shape: tuple[int, int, int],
+  ) -> list[Stage]:
+    """Returns the decoding of answers of full length, under a name.
+
+    Args:
+      name: one of `ANSWERING`.
+      model: on the mesh of sampling.
+      config: how it samples.
+      params: shapes of its weights.
+      shape: rows, tokens of a prompt and of an answer.
+    """
+    rows, prompt, length = shape
     prompts = PromptBatch(
         jax.ShapeDtypeStruct((rows, prompt), np.int32),
         jax.ShapeDtypeStruct((rows, prompt), bool),
@@ -277,9 +332,9 @@ class Plan:
     calls: list[Variant] = []
     with compilation.watching(calls.append):
       engine = continuous_batching.Engine(model, config, params, rows)
-      draw = generate.Draw.of(spec.max_len)
-      for _ in engine.answers(prompts, key, draw):
+      for _ in engine.answers(prompts, key, generate.Draw.of(length)):
         pass
+    usual = self.models.config.data.max_prompt_len
     return [
         dataclasses.replace(stage, name=name)
         for stage in self._stages(calls, usual)
@@ -288,7 +343,7 @@ class Plan:
 
   def mesh(self, name: str) -> jax.sharding.Mesh:
     """Returns the mesh that a program runs on."""
-    if name in (*_SAMPLING, *REWRITING, *EVALUATION.values()):
+    if name in (*_SAMPLING, *REWRITING, *ANSWERING):
       return self.models.sampling_mesh
     return self.models.mesh
 
@@ -297,6 +352,11 @@ class Plan:
     models, config, name = self.models, self.models.config, stage.name
     state, lying = self.programs.abstract_state(), {}
     two_meshes = models.sampling_mesh != models.mesh
+    if name == ANSWER:  # Neither the student nor its moments are there yet.
+      lying["teacher"] = self.answering_params
+      if two_meshes:
+        lying["moved"] = self._moved(self.answering.teacher)
+      return lying
     evaluated = {v: k for k, v in EVALUATION.items()}.get(name)
     teacher_waits = (
         config.teacher.offload
@@ -318,19 +378,22 @@ class Plan:
       lying["student"] = self.student_params
     if two_meshes and evaluated:  # Prompts are read between two segments.
       model = models.teacher if evaluated == "teacher" else models.student
-      weights = jax.eval_shape(model.cast, model.abstract_params())
-      moved = sharding.with_shardings(weights, models.sampling_mesh)
-      lying["moved"] = moved
+      lying["moved"] = self._moved(model)
     if not config.optimizer.offload and name != "apply":
       lying["moments"] = state.opt_state
     if name == "score" and stage.times > 1:  # A part's gradient is kept.
       lying["gradient"] = state.params
     return lying
 
+  def _moved(self, model: Model) -> Params:
+    """Shapes of a model's weights on the mesh of sampling."""
+    weights = jax.eval_shape(model.cast, model.abstract_params())
+    return sharding.with_shardings(weights, self.models.sampling_mesh)
+
   def _largest(self) -> tuple[int, int]:
     """Returns float32 bytes of the largest layer and of the largest table."""
-    layers, tables = [], []
-    for model in (self.models.student, self.models.teacher):
+    layers, tables, models = [], [], self.answering or self.models
+    for model in (models.student, models.teacher):
       c = model.config
       tables.append(_FLOAT32 * c.vocab_size * c.dim)
       rest = num_params(c, False) - c.vocab_size * c.dim
@@ -390,10 +453,13 @@ def architecture(path: str) -> tuple[ModelConfig, bool]:
   """
   try:
     return hf.read_config(path), True
-  except hf.ModelFilesError:
+  except hf.DownloadError as error:
     known = _KNOWN.get(path.removesuffix("-Base"))
     if known is None:
-      raise
+      raise hf.DownloadError(
+          f"{str(error)[:-1]}; or put its config.json, all that a plan reads of"
+          " a model, into a directory, and give that."
+      ) from error
     return known, False
 
 
@@ -412,7 +478,7 @@ def build(config: Config, devices: list, memory: float | None = None) -> Plan:
   if config.teacher is None:
     raise ConfigError(
         f"method is {config.method!r}, which has no teacher; plan a"
-        " distillation, with method 'prefix' or 'full'."
+        " distillation, with method 'prefix', 'full' or 'seqkd'."
     )
   mesh = sharding.make_mesh(config.mesh, devices)
   setup_lib.check_batches(config, mesh)
@@ -437,7 +503,10 @@ def build(config: Config, devices: list, memory: float | None = None) -> Plan:
       teacher_stop_ids=(0,),
       memory=memory,
   )
-  return Plan(built, Programs(built))
+  if not config.is_supervised:
+    return Plan(built, Programs(built))
+  learning = dataclasses.replace(built, teacher=None)
+  return Plan(learning, Programs(learning), built)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -466,9 +535,12 @@ def jobs(plan: Plan, buckets: Sequence[int]) -> list[Job]:
   all. A program that does not depend on the bucket is there once.
   """
   once = {*_ONCE, *(_SAMPLING if plan.rewrites else ())}
-  longest = plan.models.config.evaluation.max_len
+  config = plan.models.config
   last = {stage.name: stage for stage in plan.evaluation()}
+  longest = config.evaluation.max_len
   found = [Job(plan, stage, longest) for stage in last.values()]
+  longest = config.rollout.max_len
+  found += [Job(plan, stage, longest) for stage in plan.answers()[-1:]]
   for i, bucket in enumerate(buckets):
     last = {stage.name: stage for stage in plan.stages(bucket)}
     for name, stage in last.items():

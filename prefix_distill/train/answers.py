@@ -149,7 +149,12 @@ def _answers(
       config.teacher, models.teacher, models.mesh, config.seed, poll
   )
   rows = microbatch.answers(
-      models, model, sampler_config, params, batch.tokens.shape[1]
+      models,
+      model,
+      sampler_config,
+      params,
+      batch.tokens.shape[1],
+      config.rollout.max_len,
   )
   engine = continuous_batching.Engine(model, sampler_config, params, rows)
   draw = generate.Draw.of(

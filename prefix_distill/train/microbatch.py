@@ -411,6 +411,7 @@ def answers(
     config: generate.SamplerConfig,
     resting: Any,
     prompt: int,
+    length: int = 0,
 ) -> int:
   """Returns how many answers are decoded at a time, over all devices.
 
@@ -422,6 +423,7 @@ def answers(
     config: see `SamplerConfig`.
     resting: see `_free`.
     prompt: S.
+    length: of the longest answer; 0 for evaluation's.
   """
   spec = models.config.evaluation
   if spec.batch_size:
@@ -438,7 +440,7 @@ def answers(
       config,
       resting,
       prompt,
-      spec.max_len,
+      length or spec.max_len,
       reading=continuous_batching.REFILL,
   )
   return shards * most

@@ -698,12 +698,17 @@ class Programs:
   def update_on_shapes(self, cap: int, source: str = "") -> None:
     """Calls an update's programs on shapes, for `compilation.watching`.
 
+    Supervised training has given answers of `rollout.max_len` tokens.
+
     Args:
       cap: in tokens.
       source: see `Request`; empty for the first of `sources`.
     """
     state, config = self.abstract_state(), self._models.config
-    teacher = self.abstract_teacher()
+    teacher, given = self.abstract_teacher(), None
+    wanted: str | None = source or self.sources[0]
+    if teacher is None:
+      wanted, given = None, self._abstract_answers()
     key = jax.eval_shape(lambda: jax.random.key(0))
     adaptive = prefix_schedule.make(config)
     threshold = adaptive.threshold(adaptive.start())
@@ -713,25 +718,28 @@ class Programs:
         state,
         teacher,
         self._abstract_prompts(),
-        None,
-        Request(cap, key, source or self.sources[0], threshold),
+        given,
+        Request(cap, key, wanted, threshold),
         Clock(),
         self.abstract_base(),
     )
 
-  def _abstract_prompts(self) -> PromptBatch:
-    spec = self._models.config.data
+  def _abstract_rows(self, *length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Returns shapes of tokens and of their mask, [B, length]."""
     place = sharding.batch_sharding(self._models.mesh)
+    shape = (self._models.config.data.batch_size, *length)
+    return tuple(
+        jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+        for dtype in (jnp.int32, bool)
+    )
 
-    def array(dtype: Any, *length: int) -> jax.ShapeDtypeStruct:
-      shape = (spec.batch_size, *length)
-      return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+  def _abstract_prompts(self) -> PromptBatch:
+    spec, rows = self._models.config.data, self._abstract_rows
+    own = rows(spec.teacher_prompt_len) if spec.teacher_prompt else ()
+    return PromptBatch(*rows(spec.max_prompt_len), rows()[0], *own)
 
-    def prompts(length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-      return array(jnp.int32, length), array(bool, length)
-
-    own = prompts(spec.teacher_prompt_len) if spec.teacher_prompt else ()
-    return PromptBatch(*prompts(spec.max_prompt_len), array(jnp.int32), *own)
+  def _abstract_answers(self) -> Rollout:
+    return Rollout(*self._abstract_rows(self._models.config.rollout.max_len))
 
   def compile_ahead(self) -> None:
     """Compiles the updates of all buckets in another thread, in order."""
