@@ -60,7 +60,7 @@ r1-1.5b
 
 qwen3-1.7b, qwen3-8b
   The same with the pairs of `configs/math.py`: 31.8 and 66.0 hours, and 3.2 and
-  7.7 for evaluation, see docs/scale.md. Not run by us.
+  7.7 for evaluation; both fit, see docs/scale.md. Not run by us.
 """
 
 import dataclasses
