@@ -1172,8 +1172,8 @@ class EvaluationSpec:
       an accelerator's memory holds, and 64 on a CPU.
     teacher: evaluates the teacher after the last update.
     scored: is the number of problems, evenly over each set, whose first sampled
-      answers are scored by the teacher, whole: the reverse KL tells students
-      apart that hardly ever answer right. 0 is off.
+      answers the teacher scores, whole, since the reverse KL tells students
+      apart that hardly ever answer right; 0 is off.
   """
 
   sets: Mapping[_SetName, DatasetSpec]

@@ -282,14 +282,14 @@ def test_the_committed_pages_are_what_the_committed_runs_say():
   assert results.with_summaries(readme, runs, TASKS, few) == readme
 
 
-def _word(first, second, what):
+def _word(first, second, what, task="chain"):
   runs = results.load(DOCS / "runs.jsonl")
   found = {
       cell: found
-      for (task, cell), found in results.curves(
+      for (name, cell), found in results.curves(
           run for run in runs if "rate" not in run
       ).items()
-      if task == "chain"
+      if name == task
   }
   return results.compare(results.Comparison("", first, second, what), found)
 
@@ -322,6 +322,40 @@ def test_the_differences_in_the_readmes_sentences():
       ("linear", "seqkd", "equal"),
   ):
     assert _word(first, second, what).accuracy.points() in text
+
+
+def test_what_the_readme_says_of_the_capable_student():
+  text = " ".join((DOCS.parents[1] / "README.md").read_text().split())
+  for first, second, what, words in (
+      ("linear", "full", "end", ("as good",)),
+      ("fixed-16", "full", "end", ("as good",)),
+      ("linear", "full-fast", "equal", ("as good", "undecided")),
+      ("fixed-16", "full-fast", "equal", ("as good", "better")),
+      ("forward", "full", "end", ("worse",)),
+      ("off-forward", "full", "end", ("as good",)),
+  ):
+    found = _word(first, second, what, "capable")
+    assert found.word() in words and found.accuracy.points() in text
+  cost = _word("linear", "full", "end", "capable").cost.value
+  assert f"for {cost:.0%}".replace("%", " %") in text
+  cost = _word("fixed-16", "full", "end", "capable").cost.value
+  assert f"for {cost:.0%}".replace("%", " %") in text
+
+
+def test_what_the_readme_says_of_the_language_model():
+  text = " ".join((DOCS.parents[1] / "README.md").read_text().split())
+  runs = results.load(DOCS / "runs.jsonl")
+  found = {
+      run["cell"]: [np.mean(x) for x in run["kl"]]
+      for run in runs
+      if run["task"] == "language"
+  }
+  full, linear, short = (found[x] for x in ("full", "linear", "fixed-8"))
+  assert (
+      f"are {full[0]:.0f} nats from the teacher before, {full[-1]:.0f} after"
+      f" full distillation, {linear[-1]:.0f} after the growing prefix"
+  ) in text
+  assert f"and {short[-1]:.0f} after a prefix of 8" in text
 
 
 def test_the_chains_in_the_table_of_methods():

@@ -308,6 +308,7 @@ _DRAWN = (
     "full-forward",
     "forward",
     "off-forward",
+    "fixed-8",
 )
 SUMMED = (*_DRAWN, "audited", "fixed-16-fast", "fixed-64-fast")
 # The students of these cells are analysed, and these prefixes' gradients.

@@ -1015,6 +1015,9 @@ def _prefixes(rows: Sequence[Mapping[str, Any]]) -> str:
   )
 
 
+_COLORS = (*(f"C{i}" for i in range(10)), "black", "olive")
+
+
 def draw(
     panels: Mapping[str, Mapping[str, Curve]],
     about: Mapping[str, str],
@@ -1038,7 +1041,8 @@ def draw(
     of = KL if _is_scored(found) else TEST
     for i, name in enumerate(about):
       if name in found:
-        lines[name] = _draw_curve(axes, found[name], whole, f"C{i}", of)
+        color = _COLORS[i % len(_COLORS)]
+        lines[name] = _draw_curve(axes, found[name], whole, color, of)
     axes.set(title=title, xlabel="FLOPs, % of full distillation's")
     axes.set(xscale="log", ylim=(0, None if of == KL else 1))
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
