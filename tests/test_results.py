@@ -342,6 +342,20 @@ def test_what_the_readme_says_of_the_capable_student():
   assert f"for {cost:.0%}".replace("%", " %") in text
 
 
+def test_why_as_the_readme_says_it():
+  text = " ".join((DOCS.parents[1] / "README.md").read_text().split())
+  lines = results.load(DOCS / "mechanism.jsonl")
+  for task in ("capable", "chain"):
+    mine = {x["what"]: x for x in lines if x["task"] == task}
+    (eight,) = [
+        x for x in mine["gradient"]["prefixes"] if x["length"] == 8
+    ]
+    assert f"{eight['cosine']:.2f})" in text
+    rows = {x["length"]: x for x in mine["teacher_prefix"]["rows"]}
+    low, high = 100 * rows[0]["accuracy"], 100 * rows[8]["accuracy"]
+    assert f"from {low:.1f} to {high:.1f} %" in text
+
+
 def test_what_the_readme_says_of_the_language_model():
   text = " ".join((DOCS.parents[1] / "README.md").read_text().split())
   runs = results.load(DOCS / "runs.jsonl")
