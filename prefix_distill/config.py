@@ -1366,8 +1366,8 @@ class Config:
     _check(
         not scored or not self.data.teacher_prompt,
         f"evaluation.scored is {scored} but data.teacher_prompt is"
-        f" {shown(self.data.teacher_prompt)}, which evaluation sets do not"
-        " fill; set evaluation.scored to 0.",
+        f" {shown(self.data.teacher_prompt)}, and evaluation sets have no"
+        " prompt of the teacher's own; set evaluation.scored to 0.",
     )
 
   def _check_lora(self) -> None:

@@ -247,6 +247,33 @@ def test_a_run_that_is_known_is_not_done_again(tmp_path, monkeypatch, capsys):
   assert len(results.load(file)) == 2
 
 
+def test_a_teacher_that_cannot_be_trained_fails_its_task_alone(
+    tmp_path, monkeypatch
+):
+  started = []
+
+  def start(line, **kwargs):
+    (config,) = [x for x in line if x.startswith("--config=")]
+    (workdir,) = [x for x in line if x.startswith("--workdir=")]
+    started.append("sft" if "method=sft" in config else "run")
+    if started[-1] == "run":
+      place = pathlib.Path(workdir.removeprefix("--workdir="))
+      (place / "export").mkdir(parents=True)
+
+  monkeypatch.setattr(reproduce.subprocess, "run", start)
+  monkeypatch.setattr(results, "read_run", lambda place: {"steps": [0]})
+  runner = reproduce.Runner(tmp_path / "runs", tmp_path / "runs.jsonl")
+  todo = [
+      reproduce.Experiment(task, "full", seed)
+      for task in ("language", "chain")
+      for seed in range(2)
+  ]
+  assert runner.run_all(todo, 1)  # Some failed.
+  assert started == ["sft", "run", "run"]
+  kept = results.load(tmp_path / "runs.jsonl")
+  assert [run["task"] for run in kept] == ["chain", "chain"]
+
+
 def test_the_page_and_the_figure_are_made(tmp_path, capsys):
   runs = [*rising(), *rising("linear", 5.0), *rising("fixed-64", 2.0, to=0.4)]
   cells = ["full", "linear"]

@@ -286,8 +286,8 @@ def complete(
       differ by their weights alone.
     draw: the longest answer, the temperature, and whether to decode greedily.
     answers: `Engine.answers`, or what keeps the answers too.
-    shown: of how many problems, evenly over the set, to return tokens; of all
-      of these choices.
+    shown: numbers of problems. Each number chooses so many problems, evenly
+      over the set; the tokens of all that were chosen are returned.
   """
   key = jax.random.key(seed)
   key = jax.random.fold_in(key, zlib.crc32(problems.name.encode()))

@@ -39,6 +39,7 @@ import sys
 import threading
 import types
 from typing import Any
+from typing import IO
 
 from prefix_distill.experiments import results
 
@@ -414,13 +415,21 @@ class Runner:
     self._workdir, self._file = workdir, file
     teacher = workdir / "language" / "teacher"
     self._models = {"student": student, "teacher": str(teacher / "export")}
-    self._lock = threading.Lock()
+    self._lock, self._teaching = threading.Lock(), threading.Lock()
+    self._has_failed = False
 
-  def make_teacher(self) -> bool:
-    """Trains the language model's teacher, unless it is there."""
+  def _make_teacher(self, log: IO[str]) -> bool:
+    """Trains the language model's teacher, unless it is there.
+
+    Args:
+      log: gets what the training prints.
+
+    Returns:
+      Whether it is there. Training that failed is not tried again.
+    """
     export = pathlib.Path(self._models["teacher"])
-    if export.is_dir():
-      return True
+    if export.is_dir() or self._has_failed:
+      return export.is_dir()
     asked = f"method=sft,student={self._models['student']}"
     line = [
         sys.executable,
@@ -429,7 +438,8 @@ class Runner:
         f"--config={_CONFIGS}/language.py:{asked}",
         f"--workdir={export.parent}",
     ]
-    subprocess.run(line, check=False)
+    subprocess.run(line, stdout=log, stderr=log, check=False)
+    self._has_failed = not export.is_dir()
     return export.is_dir()
 
   def runs(self) -> list[dict[str, Any]]:
@@ -448,6 +458,10 @@ class Runner:
     if core is not None:
       line = ["taskset", "-c", str(core), *line]
     with (place / "log").open("a") as log:
+      if TASKS[todo.task].is_language:
+        with self._teaching:
+          if not self._make_teacher(log):
+            return None
       subprocess.run(line, stdout=log, stderr=log, check=False)
     found = results.read_run(place)
     return found and todo.key | found
@@ -608,9 +622,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         file.writelines(json.dumps(line) + "\n" for line in lines)
   elif not args.report:
     args.docs.mkdir(parents=True, exist_ok=True)
-    if any(TASKS[task].is_language for task in args.tasks):
-      if not runner.make_teacher():
-        sys.exit("The teacher of the language model could not be trained.")
     failed = runner.run_all(_experiments(args), args.parallel)
   results.write(
       runner.runs(),

@@ -63,7 +63,7 @@ class Curve:
     right: by set, float [S, T, P], the share of right answers to a problem;
       under `KL`, where the teacher scored answers, nats of each, [S, T, K].
     positions: [S, T, B], nats of an answer by position, see
-      `report.divergence`; none of another task's.
+      `report.divergence`; None where the teacher scored nothing.
     seconds: [S, T], cumulative seconds of the updates.
   """
 
@@ -88,8 +88,8 @@ class Curve:
         positions=None if self.positions is None else self.positions[rows],
     )
 
-  def accuracy(self, sample: "Sample", name: str = TEST) -> np.ndarray:
-    """Mean accuracy at each evaluation: [R, T]."""
+  def mean(self, sample: "Sample", name: str = TEST) -> np.ndarray:
+    """The mean over seeds and problems at each evaluation: [R, T]."""
     problems = self.right[name] @ sample.problems.T  # [S, T, R]
     return np.einsum("rs,str->rt", sample.seeds, problems)
 
@@ -323,21 +323,20 @@ def value(
 # Statistics: (sample, curves) -> [R].
 
 
-def at_end(sample: Sample, curve: Curve) -> np.ndarray:
-  return curve.accuracy(sample)[:, -1]
+def at_evaluation(number: int, of: str = TEST) -> Callable[..., np.ndarray]:
+  """The mean at an evaluation, counted from 0; to be taken with the same `of`.
+
+  It is an accuracy, or with `KL` the nats of a whole answer.
+  """
+  return lambda sample, curve: curve.mean(sample, of)[:, number]
 
 
-def at_start(sample: Sample, curve: Curve) -> np.ndarray:
-  return curve.accuracy(sample)[:, 0]
+at_start, at_end = at_evaluation(0), at_evaluation(-1)
+kl_at_end = at_evaluation(-1, KL)
 
 
 def at_stop(sample: Sample, curve: Curve) -> np.ndarray:
-  return curve.accuracy(sample)[:, curve.stop]
-
-
-def kl_at_end(sample: Sample, curve: Curve) -> np.ndarray:
-  """Nats of a whole answer; to be taken with `of=KL`."""
-  return curve.accuracy(sample, KL)[:, -1]
+  return curve.mean(sample)[:, curve.stop]
 
 
 def end_cost(sample: Sample, curve: Curve) -> np.ndarray:
@@ -355,7 +354,7 @@ def cost_to(goal: float) -> Callable[..., np.ndarray]:
   """
 
   def statistic(sample: Sample, curve: Curve) -> np.ndarray:
-    accuracy, cost = curve.accuracy(sample), curve.cost(sample)
+    accuracy, cost = curve.mean(sample), curve.cost(sample)
     reached = accuracy >= goal
     after = np.argmax(reached, axis=1)
     rows, before = np.arange(len(after)), np.maximum(after - 1, 0)
@@ -383,12 +382,12 @@ def at_cost(share: float) -> Callable[..., np.ndarray]:
 
 def at_equal_cost(sample: Sample, a: Curve, b: Curve) -> np.ndarray:
   """Accuracy of `a` at its end minus that of `b` at the same FLOPs."""
-  return a.accuracy(sample)[:, -1] - _read(sample, b, a.cost(sample)[:, -1])
+  return a.mean(sample)[:, -1] - _read(sample, b, a.cost(sample)[:, -1])
 
 
 def _read(sample: Sample, curve: Curve, budget: np.ndarray) -> np.ndarray:
   """Reads accuracies at FLOPs [R] along a curve."""
-  along = zip(budget, curve.cost(sample), curve.accuracy(sample), strict=True)
+  along = zip(budget, curve.cost(sample), curve.mean(sample), strict=True)
   return np.array([np.interp(*point) for point in along])
 
 
@@ -773,9 +772,7 @@ def divergence_table(
 
 
 def _nats_row(text: str, curve: Curve, at: int, beside: str) -> list[Any]:
-  found = interval(
-      lambda sample, c: c.accuracy(sample, KL)[:, at], curve, of=KL
-  )
+  found = interval(at_evaluation(at, KL), curve, of=KL)
   first, *rest = curve.positions[:, at].mean(0)
   return [
       text,
@@ -1076,12 +1073,8 @@ def _draw_curve(
     axes: Any, curve: Curve, whole: float, color: str, of: str
 ) -> Any:
   """Draws a curve with its band and its best stopping point."""
-
-  def at_evaluation(number: int) -> Callable[..., np.ndarray]:
-    return lambda sample, c: c.accuracy(sample, of)[:, number]
-
   points = [
-      interval(at_evaluation(number), curve, of=of)
+      interval(at_evaluation(number, of), curve, of=of)
       for number in range(1, len(curve.steps))
   ]
   x = 100 * curve.flops.mean(0)[1:] / whole
