@@ -487,6 +487,30 @@ def test_answers_that_the_teacher_scored_are_compared():
   assert not results.divergence_table(_found(full=(0.9, 1.0)), CELLS)
 
 
+def test_where_answers_were_scored_the_divergence_decides():
+  cells = (("full", 2.0), ("linear", 2.1), ("fixed-8", 12.0))
+  runs = [
+      _scored(cell, seed, nats) for cell, nats in cells for seed in range(2)
+  ]
+  found = {cell: c for (_, cell), c in results.curves(runs).items()}
+  # The margin is 2 % of the 9 nats before, and 0.1 nats are within it.
+  compared = results.compare(
+      results.Comparison("", "linear", "full", "end"), found
+  )
+  assert compared.gain() == "-0.1 (-0.1 to -0.1) nats"
+  assert compared.word() == "as good"
+  spoiled = results.compare(
+      results.Comparison("", "fixed-8", "before", "end"), found
+  )
+  assert spoiled.word() == "worse" and spoiled.accuracy.value < -3.0
+  # A prefix of 8 stands for the one of 16, which was not run.
+  said, why = results.verdict(results.FINDINGS[2], found)
+  assert said == "holds" and "fixed-8 - before" in why
+  for what in ("stop", "to 90%"):  # Accuracies and a validation split only.
+    of = results.Comparison("", "linear", "full", what)
+    assert results.compare(of, found) is None
+
+
 def test_a_mechanism_that_is_known_is_not_measured_again(
     tmp_path, monkeypatch
 ):
