@@ -729,6 +729,40 @@ def test_a_plan_of_a_mesh_that_takes_all_devices(models, stand_ins):
   assert len(stand_ins) == len(result.programs) == 8
 
 
+def test_a_plan_counts_the_answers_that_evaluations_score(models, stand_ins):
+  made = toys.run_config(*models)
+  rows = made.data.batch_size * made.rollout.per_prompt
+  spec = dataclasses.replace(made.evaluation, scored=rows + 1, max_len=8)
+  big = {
+      name: dataclasses.replace(one, size=2 * rows)
+      for name, one in spec.sets.items()
+  }
+  spec = dataclasses.replace(spec, sets=big)
+  result = planned(dataclasses.replace(made, evaluation=spec))
+  (name,) = (x for x in result.evaluation if "scored" in x)
+  assert name == f"student, {2 * (rows + 1)} answers scored"
+  job = next(x for x in stand_ins if x.stage.name == programs.SCORING)
+  plan = job.plan
+  (stage,) = plan.scoring()
+  assert stage.times * stage.rows == rows and job.bucket == spec.max_len
+  # A whole batch for the last answer too, before and after the updates.
+  reckoner = planner._Reckoner(
+      plan, result.programs, planner.Question(made, machines.parse("h100:1"))
+  )
+  once = reckoner._run(stage, spec.max_len)[0]
+  assert result.evaluation[name] == pytest.approx(2 * 2 * once / 3600)
+  # The program takes both models' weights; the moments lie beside.
+  beside = plan.beside(stage)
+  assert {n for n, x in beside.items() if jax.tree.leaves(x)} == {"moments"}
+  # Both models read the answers: about twice what the teacher alone takes.
+  score = next(x for x in plan.stages(spec.max_len) if x.name == "score")
+  ratio = (
+      programs.reckon(stage, spec.max_len).flops
+      / programs.reckon(score, spec.max_len).flops
+  )
+  assert 1.5 < ratio * score.rows / stage.rows < 2.5
+
+
 def test_a_plan_of_seqkd_is_of_the_teachers_answers_and_then_without_it(
     models, stand_ins
 ):

@@ -54,7 +54,7 @@ _ROUNDS = 3
 _TRIES = 6
 # The settings that bound a program's memory, and those programs.
 _LIMITS = {
-    ("optimizer", "batch_tokens"): ("gradient", "score"),
+    ("optimizer", "batch_tokens"): ("gradient", "score", programs.SCORING),
     ("rollout", "batch_tokens"): (
         "decode",
         "prefill",
@@ -225,20 +225,25 @@ def num_answers(spec: EvaluationSpec, names: Sequence[str]) -> int:
   Raises:
     UserError: a set cannot be read, and its size is not known.
   """
-  total = 0
-  for name in names:
-    one = spec.sets[name]
-    number = one.size or evaluator.PROBLEMS.get(one.source)
-    if number is None:
-      try:
-        number = len(records.read(one))
-      except UserError as error:
-        raise ConfigError(
-            f"{str(error)[:-1]}. A plan needs the number of its problems alone:"
-            f" set evaluation.sets.{name}.size."
-        ) from error
-    total += number * (one.samples + int(spec.greedy))
-  return total
+  return sum(
+      num_problems(spec, name) * (spec.sets[name].samples + int(spec.greedy))
+      for name in names
+  )
+
+
+def num_problems(spec: EvaluationSpec, name: str) -> int:
+  """Returns how many problems a set has; raises what `num_answers` does."""
+  one = spec.sets[name]
+  number = one.size or evaluator.PROBLEMS.get(one.source)
+  if number is not None:
+    return number
+  try:
+    return len(records.read(one))
+  except UserError as error:
+    raise ConfigError(
+        f"{str(error)[:-1]}. A plan needs the number of its problems alone:"
+        f" set evaluation.sets.{name}.size."
+    ) from error
 
 
 def suggest_mesh(
@@ -660,6 +665,22 @@ class _Reckoner:
       hours[f"{model}, {shown}{number:,} answers"] = times * seconds / 3600
     return hours
 
+  def scoring(self) -> dict[str, float]:
+    """Returns hours in which the teacher scores evaluation's answers."""
+    config = self._plan.models.config
+    spec, stages = config.evaluation, self._plan.scoring()
+    if not stages:
+      return {}
+    at_a_time = config.data.batch_size * config.rollout.per_prompt
+    seconds = sum(self._run(stage, spec.max_len)[0] for stage in stages)
+    number = batches = 0
+    for model, names, times in evaluations(config):
+      if model == "student":
+        sizes = [min(spec.scored, num_problems(spec, x)) for x in names]
+        number += times * sum(sizes)
+        batches += times * sum(-(-size // at_a_time) for size in sizes)
+    return {f"student, {number:,} answers scored": batches * seconds / 3600}
+
   def answers(self) -> dict[str, float]:
     """Returns hours of the teacher's answers to the prompts of SeqKD.
 
@@ -746,7 +767,7 @@ def plan(question: Question, console: rich.console.Console) -> Result:
       [reckoner.update(bucket) for bucket in prefix_schedule.needed(settled)],
       hours,
       reckoner.answers(),
-      reckoner.evaluation(),
+      reckoner.evaluation() | reckoner.scoring(),
       each,
       settled.checkpoint.every,
       least_sent(built),

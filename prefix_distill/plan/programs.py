@@ -62,6 +62,8 @@ _GIB, _FLOAT32 = 2**30, 4
 # teacher which answers the prompts of SeqKD before the first update.
 EVALUATION = {"student": "evaluate", "teacher": "evaluate teacher"}
 ANSWER = "answer"
+# Scores the student's answers in evaluations.
+SCORING = "inspect"
 ANSWERING = (*EVALUATION.values(), ANSWER)
 _SAMPLING = ("move", "prefill", "layout", "decode", "cut")
 # Of the teacher that rewrites answers.
@@ -74,7 +76,7 @@ _TRAINING = (
     *("refresh", "move", "layout", _MOVE, _LAYOUT),
     *("apply", "score", "prefill", _PREFILL),
 )
-ORDER = (*_TRAINING, *ANSWERING, "decode", _DECODE, "gradient")
+ORDER = (*_TRAINING, *ANSWERING, SCORING, "decode", _DECODE, "gradient")
 # These programs are the same for all lengths of the prefix.
 _ONCE = ("refresh", "move", "layout", "apply", *REWRITING)
 # The architectures of the recipes' models, for a laptop without a network.
@@ -235,7 +237,7 @@ class Plan:
 
   def _chunks(self, variant: Variant) -> int:
     """Returns in how many chunks the output head takes the tokens, at most."""
-    if variant.program.name not in ("score", "gradient"):
+    if variant.program.name not in ("score", "gradient", SCORING):
       return 1
     found = variant.arguments
     rollout = found.get("rollout") or found["inputs"][1]
@@ -257,6 +259,24 @@ class Plan:
     if spec.teacher and models.teacher is not None:
       stages += self._evaluate(models.teacher, EVALUATION["teacher"])
     return stages
+
+  def scoring(self) -> list[Stage]:
+    """Returns what scores as many of evaluation's answers as a batch has."""
+    if not self.models.config.evaluation.scored:
+      return []
+    calls: list[Variant] = []
+    with compilation.watching(calls.append):
+      self.programs.divergences_on_shapes(
+          self.student_params, self._longest_prompt
+      )
+    return [x for x in self._stages(calls, 0) if x.name == SCORING]
+
+  @property
+  def _longest_prompt(self) -> int:
+    """S of evaluation's prompts."""
+    config = self.models.config
+    sets, usual = config.evaluation.sets, config.data.max_prompt_len
+    return max(one.max_prompt_len or usual for one in sets.values())
 
   def answers(self) -> list[Stage]:
     """Returns the decoding of the teacher's answers, as `evaluation` does."""
@@ -294,8 +314,7 @@ class Plan:
         models.num_tokens,
         truncation=Truncation(spec.top_k, spec.top_p),
     )
-    usual = models.config.data.max_prompt_len
-    prompt = max(one.max_prompt_len or usual for one in spec.sets.values())
+    prompt = self._longest_prompt
     resting = self.programs.resting()
     rows = microbatch.answers(models, model, config, resting, prompt)
     params = sharding.with_shardings(model.abstract_params(), models.mesh)
@@ -363,8 +382,8 @@ class Plan:
         and (name in _SAMPLING or evaluated == "student")
     )
     shared = models.shares_weights
-    takes_teacher = ["score", "refresh", _MOVE]
-    takes_student = ["refresh", "move", "gradient", "apply"]
+    takes_teacher = ["score", "refresh", _MOVE, SCORING]
+    takes_student = ["refresh", "move", "gradient", "apply", SCORING]
     if not two_meshes:
       takes_teacher += [_PREFILL, _LAYOUT]
       takes_student += ["prefill", "layout"]
@@ -372,7 +391,7 @@ class Plan:
       lying["teacher"] = self.teacher_params
     if name == "apply":  # It takes what is trained alone.
       lying["student"] = self.programs.abstract_base()
-    elif shared and name in takes_teacher:
+    elif shared and name in takes_teacher and name != SCORING:
       lying["student"] = state.params
     elif name not in takes_student:
       lying["student"] = self.student_params
@@ -539,6 +558,7 @@ def jobs(plan: Plan, buckets: Sequence[int]) -> list[Job]:
   last = {stage.name: stage for stage in plan.evaluation()}
   longest = config.evaluation.max_len
   found = [Job(plan, stage, longest) for stage in last.values()]
+  found += [Job(plan, stage, longest) for stage in plan.scoring()]
   longest = config.rollout.max_len
   found += [Job(plan, stage, longest) for stage in plan.answers()[-1:]]
   for i, bucket in enumerate(buckets):

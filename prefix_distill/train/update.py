@@ -476,11 +476,31 @@ class Programs:
       mask = np.zeros(shape, bool)
       for row, answer in enumerate(part):
         tokens[row, : len(answer)], mask[row, : len(answer)] = answer, True
-      nats = self._divergences(
-          params, teacher_params, batch, Rollout(tokens, mask)
+      inputs = sharding.global_batch(
+          (batch, Rollout(tokens, mask)), self._models.mesh
       )
+      nats = self._divergences(params, teacher_params, *inputs)
+      nats = microbatch.join(sharding.to_host(nats, self._models.mesh))
       found += [x[: len(y)] for x, y in zip(nats, part, strict=False)]
     return found
+
+  def divergences_on_shapes(self, params: Params, prompt: int) -> None:
+    """Calls the programs of `divergences` on shapes, for as many answers.
+
+    Args:
+      params: shapes of the student's.
+      prompt: S, the length of prompts.
+    """
+    config = self._models.config
+    rows = functools.partial(
+        self._abstract_rows, repeats=config.rollout.per_prompt
+    )
+    self._divergences(
+        params,
+        self.on_device(self.abstract_teacher()),
+        PromptBatch(*rows(prompt), rows()[0]),
+        Rollout(*rows(config.evaluation.max_len)),
+    )
 
   def _divergences(
       self,
@@ -488,11 +508,10 @@ class Programs:
       teacher_params: Params,
       batch: PromptBatch,
       rollout: Rollout,
-  ) -> np.ndarray:
-    """The same of NumPy rollouts: [B, P]."""
+  ) -> list[jax.Array]:
+    """Returns nats of each token of rollouts [B, P], by microbatch."""
     models = self._models
-    inputs = sharding.global_batch((batch, rollout), models.mesh)
-    found = [
+    return [
         self._inspect(
             models.student,
             models.teacher,
@@ -503,9 +522,8 @@ class Programs:
             teacher_params,
             *part,
         )["divergence"]
-        for part in self.microbatches.for_scoring(*inputs)
+        for part in self.microbatches.for_scoring(batch, rollout)
     ]
-    return microbatch.join(sharding.to_host(found, models.mesh))
 
   def update(
       self,
@@ -724,10 +742,12 @@ class Programs:
         self.abstract_base(),
     )
 
-  def _abstract_rows(self, *length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Returns shapes of tokens and of their mask, [B, length]."""
+  def _abstract_rows(
+      self, *length: int, repeats: int = 1
+  ) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Returns shapes of tokens and of their mask, [B * repeats, length]."""
     place = sharding.batch_sharding(self._models.mesh)
-    shape = (self._models.config.data.batch_size, *length)
+    shape = (self._models.config.data.batch_size * repeats, *length)
     return tuple(
         jax.ShapeDtypeStruct(shape, dtype, sharding=place)
         for dtype in (jnp.int32, bool)
