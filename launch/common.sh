@@ -149,6 +149,6 @@ need_bucket() {
 # Ends if --workdir is in a bucket, where only a mounted one will do.
 need_no_bucket() {
   [[ $workdir != gs:* ]] ||
-    fail "--workdir is '$workdir'; mount the bucket (launch/README.md) and" \
+    fail "--workdir is '$workdir'; mount the bucket (docs/clusters.md) and" \
       "give the directory it is mounted on."
 }

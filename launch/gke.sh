@@ -6,7 +6,7 @@
 #     --workdir gs://BUCKET/DIR -- --config=configs/math.py:qwen3-1.7b [...]
 #   launch/gke.sh logs | status | delete --name NAME [PLACE]
 #
-# PLACE is a cluster that is there (launch/README.md says what it needs):
+# PLACE is a cluster that is there (docs/clusters.md says what it needs):
 #   --project PROJECT --location LOCATION --cluster CLUSTER
 # SLICE is what a TPU slice is made of:
 #   --machine TYPE    machine type, such as ct5lp-hightpu-4t

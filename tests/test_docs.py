@@ -1,4 +1,4 @@
-"""The commands of README, docs and launch: each is one that works.
+"""The commands of README and docs: each is one that works.
 
 Bash reads the fences of a page from top to bottom, as a reader pastes them,
 with a recorder in the place of every program. What it recorded is then parsed
@@ -23,8 +23,7 @@ from prefix_distill import config as config_lib
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _PAGES = ("README.md", *sorted(
-    str(p.relative_to(_ROOT))
-    for p in (*(_ROOT / "docs").rglob("*.md"), _ROOT / "launch" / "README.md")
+    str(p.relative_to(_ROOT)) for p in (_ROOT / "docs").rglob("*.md")
 ))  # fmt: skip
 _FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)```$", re.M)
 # Commands in the running text, and in paragraphs that are set in.

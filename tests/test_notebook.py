@@ -84,6 +84,96 @@ def test_notebook_runs(path, tmp_path):
     assert kind in outputs
 
 
+def _install_cell() -> str:
+  """Returns the cell that installs; all notebooks have the same."""
+  cells = {
+      cell.source
+      for path in _NOTEBOOKS
+      for cell in nbformat.read(path, 4).cells
+      if _installs(cell)
+  }
+  (source,) = cells
+  return source
+
+
+def test_the_first_cell_clones_once_and_installs(tmp_path):
+  """On Colab the notebook lies beside no clone."""
+  script = _install_cell().removeprefix("%%bash\n")
+
+  def run(text):
+    return subprocess.run(
+        ["bash", "-c", text],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+  done = run(script)
+  assert done.returncode and "Put the address of the repository" in done.stderr
+  origin = tmp_path / "origin"
+  (origin / "colab").mkdir(parents=True)
+  (origin / "colab" / "install.sh").write_text("echo installed in $PWD")
+  for line in (
+      "git init -q -b main .",
+      "git add .",
+      "git -c user.name=a -c user.email=a@b commit -qm one",
+  ):
+    subprocess.run(line.split(), cwd=origin, check=True)
+  script = script.replace("REPOSITORY=", f"REPOSITORY={origin}")
+  for _ in range(2):  # A cell that is run again.
+    done = run(script)
+    assert done.stdout == f"installed in {tmp_path}/clone/colab\n", done.stderr
+
+
+def test_whoever_publishes_writes_the_address_once(tmp_path):
+  root = _FOLDER.parent
+  names = ("README.md", "setup.py", "CITATION.cff", "mkdocs.yml")
+  for name in (*names, *(f"colab/{p.name}" for p in _NOTEBOOKS)):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes((root / name).read_bytes())
+  (tmp_path / "colab" / "address.py").write_bytes(
+      (_FOLDER / "address.py").read_bytes()
+  )
+
+  def run(address):
+    return subprocess.run(
+        [sys.executable, tmp_path / "colab" / "address.py", address],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+  assert "give https://github.com/OWNER/NAME" in run("gitlab.com/a/b").stderr
+  before = (tmp_path / "README.md").read_text()
+  assert not run("https://github.com/someone/else.git").returncode
+  assert not run("https://github.com/me/prefix_distill").returncode
+  text = (tmp_path / "README.md").read_text()
+  assert "someone" not in text
+  for path in _NOTEBOOKS:
+    badge = (
+        "(https://colab.research.google.com/github/me/prefix_distill/blob/main/"
+        f"colab/{path.name})"
+    )
+    assert text.count(badge) == 1
+    notebook = nbformat.read(tmp_path / "colab" / path.name, 4)
+    nbformat.validate(notebook)
+    assert (
+        "REPOSITORY=https://github.com/me/prefix_distill\n"
+        in notebook.cells[1].source
+    )
+  # Nothing but the badges is new in the README.
+  assert [x for x in text.splitlines() if "colab.research" not in x] == [
+      x for x in before.splitlines() if "](colab/" not in x
+  ]
+  address = "https://github.com/me/prefix_distill"
+  urls = f'project_urls={{"Source": "{address}", "Paper": '
+  assert urls in (tmp_path / "setup.py").read_text()
+  cited = (tmp_path / "CITATION.cff").read_text()
+  assert cited.count(f'repository-code: "{address}"') == 1
+  assert f"repo_url: {address}\n" in (tmp_path / "mkdocs.yml").read_text()
+
+
 @pytest.mark.parametrize(
     "plugin, driver, extra",
     [

@@ -1178,8 +1178,8 @@ way round.
 A finding holds on a task if its comparisons' intervals say so, one by one; it
 does not hold if an interval says the opposite; else it is open. The language
 model's students are never right yet, so there the divergence of whole answers
-decides; its margin is {margin:.0f} % of what it was before training, and was set
-when one seed of each method had been seen.
+decides; its margin is {margin:.0f} % of what it was before training, and was
+set when one seed of each method had been seen.
 
 {verdicts}
 
