@@ -150,8 +150,11 @@ class Marker:
       limit: in seconds; 0 for that of the stage.
     """
     content = {
-        "names": list(names), "at": at, "since": time.time(), "limit": limit,
-    }  # fmt: skip
+        "names": list(names),
+        "at": at,
+        "since": time.time(),
+        "limit": limit,
+    }
     partial = self._file.with_suffix(".partial")
     partial.write_text(json.dumps(content))
     partial.rename(self._file)
@@ -271,9 +274,12 @@ class Bench:
       if at in self.results.settled(stage):
         name = f"after {at}"  # Whose line was there already.
       self.results.add(
-          stage, name, "limit" if status is None else "failed", error=why,
+          stage,
+          name,
+          "limit" if status is None else "failed",
+          error=why,
           log=self._tail(stage),
-      )  # fmt: skip
+      )
       lost += 1
       if not at or until - time.time() < 5:
         break
@@ -293,9 +299,11 @@ class Bench:
     for name in self._marker(stage).read()["names"]:
       if name not in settled:
         self.results.add(
-            stage, name, "limit",
+            stage,
+            name,
+            "limit",
             error=f"not begun: the stage's {limit:.0f} s were up",
-        )  # fmt: skip
+        )
 
   def _watch(self, stage: str, until: float) -> tuple[int | None, str]:
     """Runs one process; returns its exit status and why it was ended."""
@@ -323,19 +331,26 @@ class Bench:
     args = self._args
     script = "machine.py" if stage == "machine" else "stages.py"
     command = [
-        sys.executable, str(pathlib.Path(__file__).with_name(script)),
-        *sys.argv[1:], f"--child={stage}", f"--run={self._run}",
-        f"--until={until}", f"--programs={self._programs}",
+        sys.executable,
+        str(pathlib.Path(__file__).with_name(script)),
+        *sys.argv[1:],
+        f"--child={stage}",
+        f"--run={self._run}",
+        f"--until={until}",
+        f"--programs={self._programs}",
         f"--commit={_commit(args.commit)}",
-    ]  # fmt: skip
+    ]
     with self._log(stage).open("ab") as log:
       log.write(f"\n== {stage}, {time.strftime('%H:%M:%S')}\n".encode())
       log.flush()
       return subprocess.Popen(
-          command, env=environment(args.cpu, stage, self._programs),
-          stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+          command,
+          env=environment(args.cpu, stage, self._programs),
+          stdin=subprocess.DEVNULL,
+          stdout=log,
+          stderr=log,
           start_new_session=True,
-      )  # fmt: skip
+      )
 
   def _tail(self, stage: str) -> str:
     text = self._log(stage).read_text(errors="replace").rpartition("\n== ")[2]
@@ -348,17 +363,27 @@ class Bench:
       return
     command = [
         # It ends in time even if this process is killed.
-        "timeout", str(int(max(self.left, 1))), "nice", sys.executable, "-m",
-        "prefix_distill.plan", "--config=configs/math.py:qwen3-1.7b",
-        f"--topology={topology}:1", "--prefix=256,2048",
+        "timeout",
+        str(int(max(self.left, 1))),
+        "nice",
+        sys.executable,
+        "-m",
+        "prefix_distill.plan",
+        "--config=configs/math.py:qwen3-1.7b",
+        f"--topology={topology}:1",
+        "--prefix=256,2048",
         f"--json={self._args.out / 'plan.json'}",
-    ]  # fmt: skip
+    ]
     with self._log("plan").open("ab") as log:
       self._children["plan"] = subprocess.Popen(
-          command, cwd=_ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+          command,
+          cwd=_ROOT,
+          stdin=subprocess.DEVNULL,
+          stdout=log,
+          stderr=log,
           env=environment(False, "plan", self._programs),
           start_new_session=True,
-      )  # fmt: skip
+      )
 
 
 def environment(cpu: bool, stage: str, programs: str) -> dict[str, str]:
@@ -475,13 +500,20 @@ def tables(results: Results, directory: pathlib.Path) -> None:
   """Prints the table, and keeps it as Markdown."""
   heading = _heading(results)
   table = rich.table.Table(
-      "stage", rich.table.Column("measured", no_wrap=True), "result",
-      box=rich.box.SIMPLE_HEAD, title=heading,
-  )  # fmt: skip
+      "stage",
+      rich.table.Column("measured", no_wrap=True),
+      "result",
+      box=rich.box.SIMPLE_HEAD,
+      title=heading,
+  )
   text = [
-      f"## {heading.partition(':')[0]}", "", heading.partition(": ")[2] + ".",
-      "", "| stage | measured | result |", "|---|---|---|",
-  ]  # fmt: skip
+      f"## {heading.partition(':')[0]}",
+      "",
+      heading.partition(": ")[2] + ".",
+      "",
+      "| stage | measured | result |",
+      "|---|---|---|",
+  ]
   order = ["machine", *STAGES]
   found = sorted(
       results.latest().items(), key=lambda item: order.index(item[0][0])

@@ -112,12 +112,16 @@ def _measure(bench: Bench, stage: str, one: Measurement) -> None:
   if one.needs and one.needs > bench.memory:
     available = bench.memory
     bench.results.add(
-        stage, one.name, "skipped", needed=one.needs, available=available,
+        stage,
+        one.name,
+        "skipped",
+        needed=one.needs,
+        available=available,
         error=(
             f"needs {one.needs / GIB:.3g} GiB, and {available / GIB:.3g} GiB"
             " are there"
         ),
-    )  # fmt: skip
+    )
     return
   start = time.perf_counter()
   try:
@@ -127,9 +131,13 @@ def _measure(bench: Bench, stage: str, one: Measurement) -> None:
     trace = "".join(traceback.format_tb(error.__traceback__)[-4:])
     print(f"{one.name}: {text}\n{trace}", file=sys.stderr)
     bench.results.add(
-        stage, one.name, "failed", error=text[:300], trace=trace[-1200:],
+        stage,
+        one.name,
+        "failed",
+        error=text[:300],
+        trace=trace[-1200:],
         seconds=time.perf_counter() - start,
-    )  # fmt: skip
+    )
     return
   values = {"seconds": time.perf_counter() - start} | found
   bench.results.add(stage, one.name, "done", **values)

@@ -45,11 +45,21 @@ def _model(vocabulary: int, width: int, mesh: jax.sharding.Mesh) -> Model:
   """A model of which only the head is used."""
   return Model(
       ModelConfig(
-          "qwen3", vocabulary, width, 8, 1, 1, 1, 8, 1e-6, RopeConfig(1e4),
-          False, 8,
+          "qwen3",
+          vocabulary,
+          width,
+          8,
+          1,
+          1,
+          1,
+          8,
+          1e-6,
+          RopeConfig(1e4),
+          False,
+          8,
       ),
       mesh=mesh,
-  )  # fmt: skip
+  )
 
 
 def _dense(dist, mesh, hidden, head, teacher_hidden, teacher_head, mask):
@@ -178,9 +188,15 @@ def main() -> None:
   parser.add_argument("--repeats", type=int, default=3)
   args = parser.parse_args()
   table = rich.table.Table(
-      "B x P x V", "dense", "chunked", "less", "dense", "chunked", "time",
+      "B x P x V",
+      "dense",
+      "chunked",
+      "less",
+      "dense",
+      "chunked",
+      "time",
       title="reverse KL with gradients: memory, and time",
-  )  # fmt: skip
+  )
   if args.topology:
     mesh, dtype, repeats = _topology_mesh(args.topology), jnp.bfloat16, 0
     widths = args.widths or "2048,4096"

@@ -29,9 +29,11 @@ NAMES = ("ours", "torch_generate", "tunix_sampler")
 
 
 def limit(
-    config: ModelConfig, here: machine.Machine, case: tuple[int, int, int],
+    config: ModelConfig,
+    here: machine.Machine,
+    case: tuple[int, int, int],
     width: int,
-) -> float:  # fmt: skip
+) -> float:
   """Returns the least seconds that a rollout can take on this machine.
 
   Args:

@@ -77,12 +77,20 @@ def _run(
   before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
   done = subprocess.run(
       [
-          sys.executable, __file__, f"--child={'safe' if safe else 'unsafe'}",
-          "--", *flags, f"--workdir={workdir}",
+          sys.executable,
+          __file__,
+          f"--child={'safe' if safe else 'unsafe'}",
+          "--",
+          *flags,
+          f"--workdir={workdir}",
       ],
-      cwd=_ROOT, env=os.environ | {"PYTHONPATH": str(_ROOT)}, check=False,
-      stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-  )  # fmt: skip
+      cwd=_ROOT,
+      env=os.environ | {"PYTHONPATH": str(_ROOT)},
+      check=False,
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
+      text=True,
+  )
   if done.returncode:
     sys.exit(f"error: the run failed:\n{done.stderr[-2000:]}")
   wall = time.time() - start

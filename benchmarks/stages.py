@@ -95,16 +95,31 @@ class Size:
 
 def _toy(layers: int, dim: int) -> ModelConfig:
   return ModelConfig(
-      "qwen3", 320, dim, 2 * dim, layers, 4, 2, 16, 1e-6, RopeConfig(1e4),
-      dim < 64, 1024,
-  )  # fmt: skip
+      "qwen3",
+      320,
+      dim,
+      2 * dim,
+      layers,
+      4,
+      2,
+      16,
+      1e-6,
+      RopeConfig(1e4),
+      dim < 64,
+      1024,
+  )
 
 
 _TOY = Size(_toy(2, 32), _toy(2, 64), 16, (8, 24), (4,), 12, (24,))
 _TRUE = Size(
-    QWEN3_1_7B, QWEN3_8B, 256, (512, 2048), (64, 1),
-    1024, (256, 512, 1024, 2048),
-)  # fmt: skip
+    QWEN3_1_7B,
+    QWEN3_8B,
+    256,
+    (512, 2048),
+    (64, 1),
+    1024,
+    (256, 512, 1024, 2048),
+)
 
 
 class HalfModel(Model):
@@ -322,9 +337,10 @@ def _case(
       )
       for tiny, model in zip(
           (make_reference.STUDENT, make_reference.TEACHER),
-          (models.student, models.teacher), strict=True,
+          (models.student, models.teacher),
+          strict=True,
       )
-  )  # fmt: skip
+  )
   index = np.arange(rows, dtype=np.int32)
   batch = PromptBatch(given.prompt, given.prompt_mask, index)
   rollout = Rollout(
@@ -401,9 +417,12 @@ def _against_reference(
   )
   shown = ", ".join(f"{k} {x:.1e}" for k, x in off.items())
   return _judged(
-      passed, f"{shown}; bounds {values:g} and {gradients:g}", off=off,
-      bound_values=values, bound_gradients=gradients,
-  )  # fmt: skip
+      passed,
+      f"{shown}; bounds {values:g} and {gradients:g}",
+      off=off,
+      bound_values=values,
+      bound_gradients=gradients,
+  )
 
 
 @contextlib.contextmanager
@@ -439,9 +458,11 @@ def _teacher_forced(
   precision = "highest" if dtype == "float32" else "default"
   with _precision(precision):
     case = _case(
-        bench, dtype, rollout__cache_dtype=cache_dtype,
+        bench,
+        dtype,
+        rollout__cache_dtype=cache_dtype,
         prefix__buckets=_BUCKETS,
-    )  # fmt: skip
+    )
     length = case.models.config.prefix.fixed.length
     rollout = case.programs.sample(
         case.params, case.batch, jax.random.key(0), length
@@ -464,8 +485,10 @@ def _teacher_forced(
   return _judged(
       bool(off <= bound),
       f"{off:.1e} nats root mean square, {most:.1e} at most; bound {bound:g}",
-      rms=float(off), most=float(most), bound=bound,
-  )  # fmt: skip
+      rms=float(off),
+      most=float(most),
+      bound=bound,
+  )
 
 
 def _cudnn(length: int) -> dict[str, Any]:
@@ -516,8 +539,9 @@ def _cudnn(length: int) -> dict[str, Any]:
     )
   shown = "; ".join(
       f"{n}: value off by {off[n][0]:.1e}, gradient by {off[n][1]:.1e},"
-      f" {1e3 * seconds[n]:.2f} ms" for n in off
-  )  # fmt: skip
+      f" {1e3 * seconds[n]:.2f} ms"
+      for n in off
+  )
   return _judged(
       max(off["cudnn"]) <= _ATTENTION_BOUND, shown, off=off, seconds=seconds
   )
@@ -527,9 +551,11 @@ def _twice(bench: Bench) -> dict[str, Any]:
   """Does the same update twice."""
   states = []
   case = _case(
-      bench, "bfloat16", rollout__cache_dtype=_CACHE_DTYPES[0],
+      bench,
+      "bfloat16",
+      rollout__cache_dtype=_CACHE_DTYPES[0],
       prefix__buckets=_BUCKETS,
-  )  # fmt: skip
+  )
   for _ in range(2):
     state = case.programs.init(jax.tree.map(jnp.copy, case.params))
     state, shown = case.programs.update(
@@ -557,9 +583,12 @@ def _main(flags: Sequence[str], workdir: str) -> list[dict[str, Any]]:
     RuntimeError: it failed, with the end of what it said.
   """
   command = [
-      sys.executable, "-m", "prefix_distill.main", f"--workdir={workdir}",
+      sys.executable,
+      "-m",
+      "prefix_distill.main",
+      f"--workdir={workdir}",
       *flags,
-  ]  # fmt: skip
+  ]
   env = dict(os.environ)
   # As a user has it.
   env["XLA_FLAGS"] = env.get("XLA_FLAGS", "").replace(accelerator.UNTUNED, "")
@@ -575,12 +604,16 @@ def _main(flags: Sequence[str], workdir: str) -> list[dict[str, Any]]:
 
 # What makes the run of the README's command small.
 _SHORT = (
-    "--config.steps=2", "--config.evaluation.sets.heldout.size=8",
-    "--config.evaluation.batch_size=8", "--config.evaluation.max_len=8",
-    "--config.evaluation.greedy=False", "--config.evaluation.teacher=False",
-    "--config.data.batch_size=4", "--config.rollout.max_len=8",
+    "--config.steps=2",
+    "--config.evaluation.sets.heldout.size=8",
+    "--config.evaluation.batch_size=8",
+    "--config.evaluation.max_len=8",
+    "--config.evaluation.greedy=False",
+    "--config.evaluation.teacher=False",
+    "--config.data.batch_size=4",
+    "--config.rollout.max_len=8",
     "--config.prefix.buckets=(8,)",
-)  # fmt: skip
+)
 
 
 def _readme(cpu: bool) -> dict[str, Any]:
@@ -812,9 +845,11 @@ def _total_bytes(compiled: Any) -> float:
   if sizes is None:
     return 0.0
   return float(
-      sizes.argument_size_in_bytes + sizes.output_size_in_bytes
-      - sizes.alias_size_in_bytes + sizes.temp_size_in_bytes
-  )  # fmt: skip
+      sizes.argument_size_in_bytes
+      + sizes.output_size_in_bytes
+      - sizes.alias_size_in_bytes
+      + sizes.temp_size_in_bytes
+  )
 
 
 def _writer(
@@ -830,15 +865,20 @@ def _writer(
   size = bench.size
   per_prompt = 4 if rows % 4 == 0 else 1
   config = _config(
-      rows // per_prompt, size.prompt, size.news[-1],
-      rollout__per_prompt=per_prompt, rollout__cache_dtype=cache_dtype,
+      rows // per_prompt,
+      size.prompt,
+      size.news[-1],
+      rollout__per_prompt=per_prompt,
+      rollout__cache_dtype=cache_dtype,
       # All rows at a time: there are no moments and no teacher here.
-      rollout__batch_tokens=2**31 - 1, prefix__buckets=size.buckets,
-  )  # fmt: skip
+      rollout__batch_tokens=2**31 - 1,
+      prefix__buckets=size.buckets,
+  )
   models = bench.models(
-      config, HalfModel(size.student, "bfloat16"),
+      config,
       HalfModel(size.student, "bfloat16"),
-  )  # fmt: skip
+      HalfModel(size.student, "bfloat16"),
+  )
   with _fresh_cache():
     cold, found = _compile(_sampling(models, Programs(models), size.news))
     jax.clear_caches()
@@ -879,9 +919,12 @@ def _compiled(
 
 
 def _write(
-    bench: Bench, memo: dict[Any, _Writer], rows: int, cache_dtype: str,
+    bench: Bench,
+    memo: dict[Any, _Writer],
+    rows: int,
+    cache_dtype: str,
     new: int,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
   """Writes rollouts of a length, and the first token alone."""
   writer, size = _writer(bench, memo, rows, cache_dtype), bench.size
   batch, key = _prompts(writer.models), jax.random.key(0)
@@ -960,18 +1003,22 @@ def rollout(bench: Bench) -> Iterator[Measurement]:
   half, narrow = _CACHE_DTYPES
   first, *rest = size.rows
   for rows, cache_dtype in (
-      (first, half), (None, half), (first, narrow),
+      (first, half),
+      (None, half),
+      (first, narrow),
       # A few rows read little of the cache.
-      *((rows, half) for rows in rest), (None, narrow),
-  ):  # fmt: skip
+      *((rows, half) for rows in rest),
+      (None, narrow),
+  ):
     count = rows or _largest(bench, cache_dtype)
     name = f"{rows or 'most'} rows, {cache_dtype} cache"
     options = {"bench": bench, "memo": memo, "cache_dtype": cache_dtype}
     needs = _rollout_bytes(size, count, cache_dtype)
     yield Measurement(
         f"{name}: compiling",
-        functools.partial(_compiled, rows=count, **options), needs,
-    )  # fmt: skip
+        functools.partial(_compiled, rows=count, **options),
+        needs,
+    )
     for new in size.news:
       run = functools.partial(_write, rows=count, new=new, **options)
       if rows is None:
@@ -1300,9 +1347,10 @@ def _whole_update(bench: Bench, bucket: int) -> dict[str, Any]:
   found = {
       line["name"].rpartition(" ")[2]: line
       for (stage, _), line in bench.results.latest().items()
-      if stage == "update" and line.get("bucket") == bucket
+      if stage == "update"
+      and line.get("bucket") == bucket
       and line["status"] == "done"
-  }  # fmt: skip
+  }
   missing = set(_PHASES) - found.keys()
   if missing:
     raise RuntimeError(f"{', '.join(sorted(missing))} could not be measured")
@@ -1337,9 +1385,11 @@ def update(bench: Bench) -> Iterator[Measurement]:
     name = f"P = {bucket}:"
     options = {"bench": bench, "memo": memo, "bucket": bucket}
     yield Measurement(
-        f"{name} compiling", functools.partial(_compiled_update, **options),
-        needs, fresh=bench.device.memory_stats() is not None,
-    )  # fmt: skip
+        f"{name} compiling",
+        functools.partial(_compiled_update, **options),
+        needs,
+        fresh=bench.device.memory_stats() is not None,
+    )
     for phase in _PHASES:
       run = functools.partial(_phase, name=phase, **options)
       yield Measurement(f"{name} {phase}", run, needs)
@@ -1373,20 +1423,34 @@ def _random_model(cpu: bool, layers: int) -> str:
   """Writes a model of random weights, as everybody reads them."""
   import transformers  # noqa: PLC0415
 
-
   wide = (
-      {"hidden_size": 32, "intermediate_size": 64, "head_dim": 16,
-       "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320}
-      if cpu else
-      {"hidden_size": 1024, "intermediate_size": 3072, "head_dim": 128,
-       "num_attention_heads": 16, "num_key_value_heads": 8,
-       "vocab_size": 151_936}
-  )  # fmt: skip
+      {
+          "hidden_size": 32,
+          "intermediate_size": 64,
+          "head_dim": 16,
+          "num_attention_heads": 4,
+          "num_key_value_heads": 2,
+          "vocab_size": 320,
+      }
+      if cpu
+      else {
+          "hidden_size": 1024,
+          "intermediate_size": 3072,
+          "head_dim": 128,
+          "num_attention_heads": 16,
+          "num_key_value_heads": 8,
+          "vocab_size": 151_936,
+      }
+  )
   directory = pathlib.Path(tempfile.mkdtemp(dir=_programs()))
   config = transformers.Qwen3Config(
-      **wide, num_hidden_layers=layers, tie_word_embeddings=True,
-      max_position_embeddings=4096, eos_token_id=None, bos_token_id=None,
-  )  # fmt: skip
+      **wide,
+      num_hidden_layers=layers,
+      tie_word_embeddings=True,
+      max_position_embeddings=4096,
+      eos_token_id=None,
+      bos_token_id=None,
+  )
   config.architectures = ["Qwen3ForCausalLM"]
   config.save_pretrained(directory / "config")
   source, out = str(directory / "config"), directory / "model"
@@ -1453,9 +1517,10 @@ def peers(bench: Bench) -> Iterator[Measurement]:
   layers, vocabulary = (2, 320) if cpu else (28, 151_936)
   dtype = "float32" if cpu else "bfloat16"
   missing = [
-      name for name in ("torch", "transformers")
+      name
+      for name in ("torch", "transformers")
       if importlib.util.find_spec(name) is None
-  ]  # fmt: skip
+  ]
   skip = f"{' and '.join(missing)} not installed here" if missing else ""
   if not cpu and not missing:
     import torch  # noqa: PLC0415
@@ -1469,21 +1534,25 @@ def peers(bench: Bench) -> Iterator[Measurement]:
     ways = {
         "ours": ("ours", {}),
         f"transformers, {cache} cache": (
-            "torch_generate", {"static": cache == "static"}
+            "torch_generate",
+            {"static": cache == "static"},
         ),
-    }  # fmt: skip
+    }
     return _Match(
-        {"ours": (model, dtype), "torch_generate": (model, dtype)}, ways,
-        (2, 8, 8) if cpu else (32, 256, 128), repeats,
-    )  # fmt: skip
+        {"ours": (model, dtype), "torch_generate": (model, dtype)},
+        ways,
+        (2, 8, 8) if cpu else (32, 256, 128),
+        repeats,
+    )
 
   def updates() -> _Match:
     models = _random_model(cpu, layers), _random_model(cpu, layers // 2)
     return _Match(
         dict.fromkeys(("ours_step", "torch_step"), (*models, dtype)),
         {"ours": ("ours_step", {}), "torch": ("torch_step", {})},
-        (2, 8, 8) if cpu else (16, 256, 256), repeats,
-    )  # fmt: skip
+        (2, 8, 8) if cpu else (16, 256, 256),
+        repeats,
+    )
 
   # Weights of three processes, and caches and logits.
   needs = 0 if cpu else 24 * child.GIB
@@ -1532,17 +1601,20 @@ def _lesson(args: argparse.Namespace) -> _Lesson | None:
     else:
       rows, prompt, length, steps = 64, 256, 256, 16
     flags = (
-        f"--config.steps={steps}", f"--config.data.batch_size={rows}",
+        f"--config.steps={steps}",
+        f"--config.data.batch_size={rows}",
         f"--config.data.max_prompt_len={prompt}",
         f"--config.rollout.max_len={length}",
         f"--config.evaluation.max_len={length}",
         f"--config.evaluation.batch_size={rows}",
         f"--config.evaluation.sets.heldout.size={rows}",
-        "--config.evaluation.every=0", "--config.evaluation.greedy=False",
+        "--config.evaluation.every=0",
+        "--config.evaluation.greedy=False",
         "--config.evaluation.teacher=False",
-        "--config.data.suffix=", "--config.optimizer.learning_rate=1e-5",
+        "--config.data.suffix=",
+        "--config.optimizer.learning_rate=1e-5",
         f"--config.prefix.buckets=({length // 4},{length})",
-    )  # fmt: skip
+    )
     if not args.cpu:
       flags += (
           "--config.student.compute_dtype=bfloat16",
@@ -1638,8 +1710,9 @@ def _learn(
   student, teacher = map(_resolved, (lesson.student, lesson.teacher))
   before = _held_out(bench, lesson, student)
   models = (
-      f"--config.student.path={student}", f"--config.teacher.path={teacher}",
-  )  # fmt: skip
+      f"--config.student.path={student}",
+      f"--config.teacher.path={teacher}",
+  )
   config = _settings((*lesson.flags, *flags, *models))
   with tempfile.TemporaryDirectory(dir=_programs()) as directory:
     workdir = pathlib.Path(directory, "run")
@@ -1697,10 +1770,11 @@ def main() -> None:
   child.measure(
       bench,
       [
-          one for one in stages[bench.args.child](bench)
+          one
+          for one in stages[bench.args.child](bench)
           if re.search(bench.args.only, one.name)
       ],
-  )  # fmt: skip
+  )
 
 
 if __name__ == "__main__":

@@ -31,9 +31,11 @@ def main() -> None:
   args = parser.parse_args()
   vocabulary = hf.read_config(args.student).vocab_size
   contestants = contest.start(
-      args.names, dict(p.split("=") for p in args.python), args.teacher,
+      args.names,
+      dict(p.split("=") for p in args.python),
+      args.teacher,
       args.student,
-  )  # fmt: skip
+  )
   table = rich.table.Table(title="seconds an update")
   others = [name for name in args.names if name != args.names[0]]
   headings = [f"{name} / {args.names[0]}" for name in others]

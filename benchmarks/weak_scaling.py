@@ -71,15 +71,18 @@ def main() -> None:
     (stage,) = (s for s in plan.stages(args.prefix) if s.name == "gradient")
     one = programs.measure(programs.Job(plan, stage, args.prefix), machine)
     values = (
-        one.flops / machine.size, one.memory / 2**30,
+        one.flops / machine.size,
+        one.memory / 2**30,
         sum(one.sent.values()) / 1e9,
-    )  # fmt: skip
+    )
     first = first or values
     mesh = "x".join(map(str, plan.models.mesh.shape.values()))
     table.add_row(
-        name, str(machine.size), mesh,
+        name,
+        str(machine.size),
+        mesh,
         *(f"{v:.4g} ({v / f:.2f})" for v, f in zip(values, first, strict=True)),
-    )  # fmt: skip
+    )
   rich.console.Console(width=100).print(table)
 
 

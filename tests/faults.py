@@ -833,6 +833,13 @@ _PLAN = (
 )
 
 FAULTS = (
-    *_DISTILL, *_ROLLOUT, *_TRAIN, *_DATA, *_GYM, *_KEEPING, *_LORA,
-    *_REWRITING, *_PLAN,
-)  # fmt: skip
+    *_DISTILL,
+    *_ROLLOUT,
+    *_TRAIN,
+    *_DATA,
+    *_GYM,
+    *_KEEPING,
+    *_LORA,
+    *_REWRITING,
+    *_PLAN,
+)

@@ -45,9 +45,15 @@ from prefix_distill.train import checkpoint
 _ROOT = pathlib.Path(__file__).parent.parent
 _WATCHED = _ROOT / "tests" / "programs" / "phases.py"
 PHASES = (
-    "loading", "sampling", "scoring", "update", "saving", "evaluation",
-    "export", "report",
-)  # fmt: skip
+    "loading",
+    "sampling",
+    "scoring",
+    "update",
+    "saving",
+    "evaluation",
+    "export",
+    "report",
+)
 _HOST_PHASES = ("loading", "sampling", "saving", "evaluation")
 # What depends on the clock and on how often a run was started.
 _VARIABLE = ("seconds", "tokens_per_second", "compilations")
@@ -235,12 +241,18 @@ class Bench:
     ):
       process = subprocess.Popen(
           [
-              sys.executable, *program, *toys.SMALL_RUN,
-              f"--workdir={workdir}", *flags,
+              sys.executable,
+              *program,
+              *toys.SMALL_RUN,
+              f"--workdir={workdir}",
+              *flags,
           ],
-          cwd=_ROOT, env=self._environment, stdout=out, stderr=err,
+          cwd=_ROOT,
+          env=self._environment,
+          stdout=out,
+          stderr=err,
           preexec_fn=before,
-      )  # fmt: skip
+      )
     return Job(process, workdir, log, phases)
 
   def pair(self, workdir: pathlib.Path, watched: bool = False) -> list[Job]:
@@ -248,12 +260,16 @@ class Bench:
     address = f"--distributed=localhost:{toys.free_port()}"
     return [
         self.start(
-            workdir, address, "--num_processes=2", f"--process_id={i}",
+            workdir,
+            address,
+            "--num_processes=2",
+            f"--process_id={i}",
             f"--distributed_timeout={_TIMEOUT}",
-            f"--distributed_heartbeat={_HEARTBEAT}", watched=watched,
+            f"--distributed_heartbeat={_HEARTBEAT}",
+            watched=watched,
         )
         for i in range(2)
-    ]  # fmt: skip
+    ]
 
   @functools.cached_property
   def whole(self) -> Job:
@@ -293,9 +309,14 @@ class Bench:
     return found
 
   def strike(
-      self, name: str, whole: Job, jobs: Sequence[Job], victim: int,
-      phase: str, number: signal.Signals,
-  ) -> str:  # fmt: skip
+      self,
+      name: str,
+      whole: Job,
+      jobs: Sequence[Job],
+      victim: int,
+      phase: str,
+      number: signal.Signals,
+  ) -> str:
     """Sends a signal at a random moment of a phase; returns where it came."""
     chance, job = self.random(name), jobs[victim]
     which, seconds = chance.choice(self.moments(whole, phase))
@@ -364,9 +385,10 @@ class Bench:
       _check("the same command goes on" in job.sentence(), job.sentence())
     self.goes_on(job.workdir)
     said = {
-        0: "it ended anyway", 130: "it saved and said so",
+        0: "it ended anyway",
+        130: "it saved and said so",
         -signal.SIGTERM: "it ended at once",
-    }[code]  # fmt: skip
+    }[code]
     return f"{said}; the same command ended as the whole run"
 
   def damage(self, name: str, damage) -> str:
@@ -451,7 +473,7 @@ class Bench:
       flags += [
           f"--config.{source.role}.path={model}",
           f"--config.{source.role}.tokenizer={_MODELS[source.role]}",
-      ]  # fmt: skip
+      ]
     job = self.start(workdir, *flags)
     code, sentence = job.wait(), job.sentence()
     if workdir.exists():
@@ -525,8 +547,9 @@ class Bench:
 def _mount(place: pathlib.Path, options: str) -> None:
   subprocess.run(
       ["mount", "-t", "tmpfs", "-o", options, "tmpfs", place],
-      check=True, capture_output=True,
-  )  # fmt: skip
+      check=True,
+      capture_output=True,
+  )
 
 
 def _mounts(directory: pathlib.Path) -> bool:
@@ -570,50 +593,70 @@ _LAYER = "model.layers.0."
 SOURCES = (
     Source("learning rate 1e30", (_RATE.format("1e30"),)),
     Source(
-        "NaN in the teacher's embedding", role="teacher",
-        tensor="model.embed_tokens.weight", value=math.nan,
+        "NaN in the teacher's embedding",
+        role="teacher",
+        tensor="model.embed_tokens.weight",
+        value=math.nan,
     ),
     Source(
-        "weights of the checkpoint", tensor="params", value=math.nan,
+        "weights of the checkpoint",
+        tensor="params",
+        value=math.nan,
         plants=True,
     ),
     Source(
-        "the teacher's norm, 3e38", role="teacher",
-        tensor="model.norm.weight", value=3e38,
+        "the teacher's norm, 3e38",
+        role="teacher",
+        tensor="model.norm.weight",
+        value=3e38,
     ),
     Source(
-        "infinity in the student's queries", role="student",
-        tensor=f"{_LAYER}self_attn.q_proj.weight", value=math.inf,
+        "infinity in the student's queries",
+        role="student",
+        tensor=f"{_LAYER}self_attn.q_proj.weight",
+        value=math.inf,
     ),
     Source(
-        "the student's MLP, 1e20", role="student",
-        tensor=f"{_LAYER}mlp.gate_proj.weight", value=1e20,
+        "the student's MLP, 1e20",
+        role="student",
+        tensor=f"{_LAYER}mlp.gate_proj.weight",
+        value=1e20,
     ),
     Source(
-        "the student's norm, 3e38", role="student",
-        tensor="model.norm.weight", value=3e38,
+        "the student's norm, 3e38",
+        role="student",
+        tensor="model.norm.weight",
+        value=3e38,
     ),
     Source(
-        "-infinity in the teacher's MLP", role="teacher",
-        tensor=f"{_LAYER}mlp.down_proj.weight", value=-math.inf,
+        "-infinity in the teacher's MLP",
+        role="teacher",
+        tensor=f"{_LAYER}mlp.down_proj.weight",
+        value=-math.inf,
     ),
     Source(
-        "moments of the checkpoint", tensor="opt_state", value=math.inf,
+        "moments of the checkpoint",
+        tensor="opt_state",
+        value=math.inf,
         plants=True,
     ),
     Source(
-        "NaN in the student's norm", role="student",
-        tensor=f"{_LAYER}input_layernorm.weight", value=math.nan,
+        "NaN in the student's norm",
+        role="student",
+        tensor=f"{_LAYER}input_layernorm.weight",
+        value=math.nan,
     ),
     Source(
-        "the teacher's MLP, -3e38", role="teacher",
-        tensor=f"{_LAYER}mlp.up_proj.weight", value=-3e38,
+        "the teacher's MLP, -3e38",
+        role="teacher",
+        tensor=f"{_LAYER}mlp.up_proj.weight",
+        value=-3e38,
     ),
     Source(
         "a learning rate of 1 without clipping",
         (_RATE.format("1"), "--config.optimizer.clip_norm=0.0"),
     ),
-)  # fmt: skip
+)
 
 
 def _spoil(source: Source, directory: pathlib.Path) -> None:
@@ -828,12 +871,15 @@ Measured {day} on {machine}, {cores} cores, with {versions}.
 def document(results: Sequence[dict]) -> str:
   days = sorted({x["day"] for x in results})
   return _INTRODUCTION.format(
-      heartbeat=_HEARTBEAT, spare=_SPARE, timeout=_TIMEOUT,
+      heartbeat=_HEARTBEAT,
+      spare=_SPARE,
+      timeout=_TIMEOUT,
       day=" to ".join(dict.fromkeys([days[0], days[-1]])),
       machine=f"{platform.system()} {platform.machine()}",
-      cores=os.cpu_count(), versions=f"JAX {jax.__version__}",
+      cores=os.cpu_count(),
+      versions=f"JAX {jax.__version__}",
       table=table(results),
-  )  # fmt: skip
+  )
 
 
 def main() -> None:

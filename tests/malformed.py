@@ -411,9 +411,10 @@ def _ropes() -> Iterator[tuple[str, Case]]:
   yield "rope by two layer types", new(
       "full_attention",
       rope_parameters={
-          "full_attention": _LINEAR, "sliding_attention": _LLAMA3,
+          "full_attention": _LINEAR,
+          "sliding_attention": _LLAMA3,
       },
-  )  # fmt: skip
+  )
   yield "theta null outside", new(rope_theta=None)
   yield "theta outside alone", old(rope_theta=50.0)
   yield "theta in both", new(rope_theta=50.0)

@@ -122,12 +122,16 @@ _REFUSED_FILES = {
     ),
     "digits": ("a.jsonl", b'{"n": ' + b"9" * 9999 + b"}", "line 1 is"),
     "a bare object": (
-        "a.json", json.dumps(record(), indent=1).encode(), "line 1 is not",
+        "a.json",
+        json.dumps(record(), indent=1).encode(),
+        "line 1 is not",
     ),
     "a list of texts": ("a.json", b'["How many?"]', "record 1 is not a JSON"),
     "a list, cut": ("a.json", f"[{_LINE},".encode(), "is not JSON"),
     "a list with one less": (
-        "a.json", f'[{_LINE}, {{"q": 1}}]'.encode(), "record 2 has no field",
+        "a.json",
+        f'[{_LINE}, {{"q": 1}}]'.encode(),
+        "record 2 has no field",
     ),
     "brackets in .json": ("a.json", b"[" * _DEEP, "has brackets in brackets"),
     "no parquet": ("a.parquet", b"PAR1PAR1", "cannot be read as parquet"),
@@ -137,42 +141,58 @@ _REFUSED_FILES = {
     "text": ("a.txt", b"How many?\n", "of a kind that is not read"),
     "compressed": ("a.jsonl.gz", b"\x1f\x8b", "of a kind that is not read"),
     "UTF-16 without a mark": (
-        "a.jsonl", _LINE.encode("utf-16-le"), "line 1 is not JSON",
+        "a.jsonl",
+        _LINE.encode("utf-16-le"),
+        "line 1 is not JSON",
     ),
     "UTF-32": ("a.jsonl", _LINE.encode("utf-32"), "cannot be read as jsonl"),
     "surrogates as bytes": (
-        "a.jsonl", b'{"question": "\xed\xa0\xbd"}', "cannot be read as jsonl",
+        "a.jsonl",
+        b'{"question": "\xed\xa0\xbd"}',
+        "cannot be read as jsonl",
     ),
     "a mark in line 2": (
-        "a.jsonl", f"{_LINE}\n\ufeff{_LINE}".encode(), "line 2 is not JSON",
+        "a.jsonl",
+        f"{_LINE}\n\ufeff{_LINE}".encode(),
+        "line 2 is not JSON",
     ),
     "a comma behind": ("a.jsonl", f"{_LINE},\n".encode(), "line 1 is not JSON"),
     "an end of DOS": (
-        "a.jsonl", f"{_LINE}\n\x1a".encode(), "line 2 is not JSON",
+        "a.jsonl",
+        f"{_LINE}\n\x1a".encode(),
+        "line 2 is not JSON",
     ),
     "a control character": (
-        "a.jsonl", b'{"question": "a\x01b"}', "line 1 is not JSON",
+        "a.jsonl",
+        b'{"question": "a\x01b"}',
+        "line 1 is not JSON",
     ),
     "150 brackets": (
-        "a.jsonl", f'{_LINE[:-1]}, "n": {"[" * 150}{"]" * 150}}}'.encode(),
+        "a.jsonl",
+        f'{_LINE[:-1]}, "n": {"[" * 150}{"]" * 150}}}'.encode(),
         "line 1 is not JSON (it has brackets",
     ),
     "records within": (
-        "a.json", json.dumps({"data": [record()]}).encode(),
+        "a.json",
+        json.dumps({"data": [record()]}).encode(),
         "line 1 has no field 'question'; it has data",
     ),
     "a list of lists": (
-        "a.json", f"[[{_LINE}]]".encode(), "record 1 is not a JSON object",
+        "a.json",
+        f"[[{_LINE}]]".encode(),
+        "record 1 is not a JSON object",
     ),
     "a list of null": ("a.json", b"[null]", "record 1 is not a JSON object"),
     "two lists": ("a.json", f"[{_LINE}][{_LINE}]".encode(), "is not JSON"),
     "a list in UTF-16": (
-        "a.json", f"[{_LINE}]".encode("utf-16"), "cannot be read as json",
+        "a.json",
+        f"[{_LINE}]".encode("utf-16"),
+        "cannot be read as json",
     ),
     "an empty .json": ("a.json", b"", "has no records"),
     "a number in .json": ("a.json", b"7", "line 1 is not a JSON object"),
     "no suffix": ("prompts", _LINE.encode(), "of a kind that is not read"),
-}  # fmt: skip
+}
 
 _READ_FILES = {
     "a mark": ("a.jsonl", b"\xef\xbb\xbf" + _LINE.encode()),
@@ -186,22 +206,25 @@ _READ_FILES = {
     "lines in .json": ("a.json", f"{_LINE}\n".encode()),
     "capitals": ("A.JSONL", _LINE.encode()),
     "a line break of Unicode": (
-        "a.jsonl", json.dumps(record(note="\u2028\x85"), ensure_ascii=False)
-        .encode(),
+        "a.jsonl",
+        json.dumps(record(note="\u2028\x85"), ensure_ascii=False).encode(),
     ),
     "the same field twice": (
-        "a.jsonl", ('{"question": "Old?", ' + _LINE[1:]).encode(),
+        "a.jsonl",
+        ('{"question": "Old?", ' + _LINE[1:]).encode(),
     ),
     "a list with a mark and CRLF": (
-        "a.json", f"\ufeff\r\n[{_LINE}]\r\n".encode(),
+        "a.json",
+        f"\ufeff\r\n[{_LINE}]\r\n".encode(),
     ),
     "a zero character": ("a.jsonl", line(note="\0").encode()),
     "a large number": ("a.jsonl", f'{_LINE[:-1]}, "n": 1e999}}'.encode()),
     "two halves of a character": (
-        "a.jsonl", line(note="\ud83d\ude00").encode(),
+        "a.jsonl",
+        line(note="\ud83d\ude00").encode(),
     ),
     "no numbers": ("a.jsonl", (_LINE[:-1] + ', "n": NaN}').encode()),
-}  # fmt: skip
+}
 
 # What is no text, wherever text is wanted.
 _NO_TEXT = {
@@ -242,7 +265,8 @@ _NO_TEXT = {
     ],
     "a text among messages": [*messages(("user", QUESTION)), "text"],
     "a message without a role": [
-        *messages(("user", QUESTION)), {"content": QUESTION},
+        *messages(("user", QUESTION)),
+        {"content": QUESTION},
     ],
     "a role in capitals": messages(("User", QUESTION)),
     "a developer": messages(("developer", "Be brief."), ("user", QUESTION)),
@@ -259,7 +283,7 @@ _NO_TEXT = {
         {"role": "assistant", "content": ANSWER, "reasoning_content": "We add."}
     ],
     "a dictionary of a message": {"role": "user", "content": QUESTION},
-}  # fmt: skip
+}
 
 _READ_QUESTIONS = {
     "the assistant first": messages(("assistant", "Hi."), ("user", QUESTION)),
@@ -323,28 +347,44 @@ def _fields() -> Iterator[Case]:
       ("of wide spaces", "\u3000\u00a0"),
   ):
     yield Case(
-        f"answer/{name}", _jsonl(record(), record(answer=value)),
+        f"answer/{name}",
+        _jsonl(record(), record(answer=value)),
         ("record 2", "'answer'"),
-    )  # fmt: skip
+    )
     yield Case(
-        f"question/{name}", _jsonl(record(), record(question=value)),
+        f"question/{name}",
+        _jsonl(record(), record(question=value)),
         ("record 2", "repair it"),
-    )  # fmt: skip
-  yield Case("question/blank, all", _jsonl(record(question=" ")),
-             ("none can be used", "empty"))  # fmt: skip
+    )
+  yield Case(
+      "question/blank, all",
+      _jsonl(record(question=" ")),
+      ("none can be used", "empty"),
+  )
   for name, text in (("a stop alone", "<|im_end|>"), ("a tag", "<think>")):
-    yield Case(f"completion/{name}", _jsonl(record(completion=text)),
-               ("none can be used", "empty"))  # fmt: skip
+    yield Case(
+        f"completion/{name}",
+        _jsonl(record(completion=text)),
+        ("none can be used", "empty"),
+    )
   for name, text in (("the system", "\udc00"), ("a turn before", "a\ud801")):
     role = "system" if name == "the system" else "assistant"
     turns = [{"role": role, "content": text}, *messages(("user", QUESTION))]
-    yield Case(f"question/half a character of {name}",
-               _jsonl(record(question=turns)),
-               ("none can be used", "surrogate"))  # fmt: skip
-  yield Case("completion/blank, all", _jsonl(record(completion=" ")),
-             ("none can be used", "empty"))  # fmt: skip
-  yield Case("question/long, all", _jsonl(record(question="How many? " * 99)),
-             ("data.max_prompt_len is", "longer"))  # fmt: skip
+    yield Case(
+        f"question/half a character of {name}",
+        _jsonl(record(question=turns)),
+        ("none can be used", "surrogate"),
+    )
+  yield Case(
+      "completion/blank, all",
+      _jsonl(record(completion=" ")),
+      ("none can be used", "empty"),
+  )
+  yield Case(
+      "question/long, all",
+      _jsonl(record(question="How many? " * 99)),
+      ("data.max_prompt_len is", "longer"),
+  )
 
 
 def _columns() -> Iterator[Case]:
@@ -369,24 +409,29 @@ def _columns() -> Iterator[Case]:
           ("a.parquet record 1", column),
       )
   yield Case(
-      "parquet/a null", _parquet("question", [QUESTION, None]),
+      "parquet/a null",
+      _parquet("question", [QUESTION, None]),
       ("a.parquet record 2", "nothing"),
-  )  # fmt: skip
+  )
   yield Case(
       "parquet/messages",
       _parquet("question", [_READ_QUESTIONS["turns"]]),
       reads=[QUESTION],
   )
   yield Case(
-      "parquet/long text", _parquet("question", [QUESTION], pa.large_string()),
+      "parquet/long text",
+      _parquet("question", [QUESTION], pa.large_string()),
       reads=[QUESTION],
-  )  # fmt: skip
+  )
   yield Case(
       "parquet/a dictionary of texts",
-      _parquet("question", pa.array([QUESTION]).dictionary_encode().to_pylist(),
-               pa.dictionary(pa.int8(), pa.string())),
+      _parquet(
+          "question",
+          pa.array([QUESTION]).dictionary_encode().to_pylist(),
+          pa.dictionary(pa.int8(), pa.string()),
+      ),
       reads=[QUESTION],
-  )  # fmt: skip
+  )
 
 
 def _choices() -> Iterator[Case]:
@@ -402,9 +447,11 @@ def _choices() -> Iterator[Case]:
       ("half a character", ["a", "\udfff"]),
   ):
     yield Case(
-        f"choices/{name}", _jsonl(record(options=value, answer="A")),
-        ("record 1", "options"), fields=fields,
-    )  # fmt: skip
+        f"choices/{name}",
+        _jsonl(record(options=value, answer="A")),
+        ("record 1", "options"),
+        fields=fields,
+    )
   for name, value in (("a number", 2), ("of none", "C"), ("a word", "first")):
     yield Case(
         f"choices/the letter is {name}",
@@ -415,9 +462,11 @@ def _choices() -> Iterator[Case]:
   fields = {"choices": ("answer", "other")}
   for name, value in (("a number", 7), ("a list", ["7"]), ("null", None)):
     yield Case(
-        f"choices/an option is {name}", _jsonl(record(other=value)),
-        ("line 1", "other"), fields=fields,
-    )  # fmt: skip
+        f"choices/an option is {name}",
+        _jsonl(record(other=value)),
+        ("line 1", "other"),
+        fields=fields,
+    )
 
 
 def _tokenizer(
@@ -472,7 +521,8 @@ _TEMPLATES = {
     "that is empty": ("", "no chat template"),
     "that is constant": ("<|im_start|>user\n", "leaves the question out"),
     "without the question": (
-        _TEMPLATE.replace("message.content", "''"), "leaves the question out",
+        _TEMPLATE.replace("message.content", "''"),
+        "leaves the question out",
     ),
     "with a cut question": (
         _TEMPLATE.replace("message.content", "message.content[:4]"),
@@ -483,13 +533,16 @@ _TEMPLATES = {
         "does not open the assistant's turn",
     ),
     "for the first message": (
-        "{{ messages[3].content }}", "fails on messages",
+        "{{ messages[3].content }}",
+        "fails on messages",
     ),
     "that asks for too much": (
-        "{% for i in range(10**9) %}a{% endfor %}", "fails on messages",
+        "{% for i in range(10**9) %}a{% endfor %}",
+        "fails on messages",
     ),
     "that calls itself": (
-        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails on messages",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "fails on messages",
     ),
     "in capitals": (
         _TEMPLATE.replace("message.content", "message.content|upper"),
@@ -500,15 +553,14 @@ _TEMPLATES = {
         "leaves the question out",
     ),
     "that ends the assistant's turn": (
-        _TEMPLATE.replace(
-            "assistant\\n' }}", "assistant\\n<|im_end|>' }}"
-        ),
+        _TEMPLATE.replace("assistant\\n' }}", "assistant\\n<|im_end|>' }}"),
         "ends it at once",
     ),
     "that reaches out": (
-        "{{ ().__class__.__base__.__subclasses__() }}", "fails on messages",
+        "{{ ().__class__.__base__.__subclasses__() }}",
+        "fails on messages",
     ),
-}  # fmt: skip
+}
 
 
 def _tokenizers() -> Iterator[Case]:
@@ -558,8 +610,11 @@ def _tokenizers() -> Iterator[Case]:
         _tokenizer(_both(drop, _set(setting, chat_template=listed))),
         (setting, "without a name or a template"),
     )
-  for name, listed in (("a number", 7), ("none", []), ("a mapping",
-                       {"rag": _TEMPLATE})):  # fmt: skip
+  for name, listed in (
+      ("a number", 7),
+      ("none", []),
+      ("a mapping", {"rag": _TEMPLATE}),
+  ):
     yield Case(
         f"tokenizer/a template that is {name}",
         _tokenizer(_both(drop, _set(setting, chat_template=listed))),
@@ -576,18 +631,22 @@ def _tokenizers() -> Iterator[Case]:
       ("eos_token '<|nope|>'", "tokenizer.json does not have"),
   )
   for name, text in (
-      ("a number", "468"), ("null", "null"), ("in UTF-16", "\ufeff{}"),
+      ("a number", "468"),
+      ("null", "null"),
+      ("in UTF-16", "\ufeff{}"),
       ("a text", '"468"'),
-  ):  # fmt: skip
+  ):
     encoding = "utf-16" if "UTF" in name else "utf-8"
     yield Case(
         f"tokenizer/a generation config that is {name}",
-        _tokenizer(_put(_GENERATION, text.encode(encoding))), (_GENERATION,),
-    )  # fmt: skip
+        _tokenizer(_put(_GENERATION, text.encode(encoding))),
+        (_GENERATION,),
+    )
   yield Case(
       "tokenizer/a generation config that is a list",
-      _tokenizer(_put(_GENERATION, "[468]")), ("not a JSON object",),
-  )  # fmt: skip
+      _tokenizer(_put(_GENERATION, "[468]")),
+      ("not a JSON object",),
+  )
   for name, value in (
       ("a text", "468"),
       ("texts", ["<|im_end|>"]),
@@ -610,48 +669,64 @@ def _tokenizers() -> Iterator[Case]:
     yield Case(
         f"tokenizer/config.json's stop token is {name}",
         _tokenizer(
-            _both(_put(_GENERATION, None),
-                  _set("config.json", eos_token_id=value))
+            _both(
+                _put(_GENERATION, None), _set("config.json", eos_token_id=value)
+            )
         ),
         ("config.json", "eos_token_id"),
-    )  # fmt: skip
+    )
   mark = "\ufeff" + json.dumps({"eos_token_id": [466, 468]})
   yield Case(
       "tokenizer/a generation config with a mark",
-      _tokenizer(_put(_GENERATION, mark)), (_GENERATION, "byte order mark"),
-  )  # fmt: skip
+      _tokenizer(_put(_GENERATION, mark)),
+      (_GENERATION, "byte order mark"),
+  )
   yield Case(
       "tokenizer/stop tokens listed in config.json",
-      _tokenizer(_both(_put(_GENERATION, None),
-                       _set("config.json", eos_token_id=[466, 468]))),
+      _tokenizer(
+          _both(
+              _put(_GENERATION, None),
+              _set("config.json", eos_token_id=[466, 468]),
+          )
+      ),
       reads=(466, 468),
-  )  # fmt: skip
+  )
   yield Case(
       "tokenizer/a generation config without stop tokens",
-      _tokenizer(_put(_GENERATION, "{}")), reads=_STOPS,
-  )  # fmt: skip
+      _tokenizer(_put(_GENERATION, "{}")),
+      reads=_STOPS,
+  )
   for file in ("tokenizer.json", setting):
     yield Case(
-        f"tokenizer/{file} a list", _tokenizer(_put(file, "[]")),
+        f"tokenizer/{file} a list",
+        _tokenizer(_put(file, "[]")),
         (f"{file} is no JSON object",),
-    )  # fmt: skip
+    )
   yield Case(
-      "tokenizer/no tokenizer.json", _tokenizer(_put("tokenizer.json", None)),
+      "tokenizer/no tokenizer.json",
+      _tokenizer(_put("tokenizer.json", None)),
       ("model", "tokenizer"),
-  )  # fmt: skip
+  )
   yield Case(
       "tokenizer/a vocabulary of nothing",
-      _tokenizer(_set("tokenizer.json", model={
-          "type": "BPE", "vocab": {}, "merges": []})),
+      _tokenizer(
+          _set(
+              "tokenizer.json", model={"type": "BPE", "vocab": {}, "merges": []}
+          )
+      ),
       ("model", "tokenizer"),
-  )  # fmt: skip
+  )
   start = "{{- '<|endoftext|><|endoftext|>' }}" + _TEMPLATE
   yield Case(
       "tokenizer/two beginnings",
-      _tokenizer(_both(_put("chat_template.jinja", start),
-                       _set(setting, bos_token="<|endoftext|>"))),
+      _tokenizer(
+          _both(
+              _put("chat_template.jinja", start),
+              _set(setting, bos_token="<|endoftext|>"),
+          )
+      ),
       ("begins with '<|endoftext|>' twice",),
-  )  # fmt: skip
+  )
 
 
 def cases() -> list[Case]:

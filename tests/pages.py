@@ -140,9 +140,10 @@ def write(
   (workdir / "samples").mkdir(parents=True, exist_ok=True)
   (workdir / "config.json").write_text(json.dumps(config_lib.plain(config)))
   for name, values in (
-      ("metrics", lines), ("samples/rollouts", rollouts),
+      ("metrics", lines),
+      ("samples/rollouts", rollouts),
       ("samples/answers", answers),
-  ):  # fmt: skip
+  ):
     (workdir / f"{name}.jsonl").write_text(
         "".join(json.dumps(value) + "\n" for value in values)
     )

@@ -12,17 +12,24 @@ import pyarrow.parquet
 
 def _math500(n: int) -> dict[str, Any]:
   return {
-      "problem": f"What is ${n} + \\frac{{1}}{{2}}$?", "solution": "We add.",
-      "answer": f"\\frac{{{2 * n + 1}}}{{2}}", "subject": "Algebra",
-      "level": 2, "unique_id": f"test/algebra/{n}.json",
-  }  # fmt: skip
+      "problem": f"What is ${n} + \\frac{{1}}{{2}}$?",
+      "solution": "We add.",
+      "answer": f"\\frac{{{2 * n + 1}}}{{2}}",
+      "subject": "Algebra",
+      "level": 2,
+      "unique_id": f"test/algebra/{n}.json",
+  }
 
 
 def _aime24(n: int) -> dict[str, Any]:
   return {
-      "id": 60 + n, "problem": f"Find {n} + 7.", "solution": "We add.",
-      "answer": f"{n + 7:03}", "url": "https://example.org", "year": "2024",
-  }  # fmt: skip
+      "id": 60 + n,
+      "problem": f"Find {n} + 7.",
+      "solution": "We add.",
+      "answer": f"{n + 7:03}",
+      "url": "https://example.org",
+      "year": "2024",
+  }
 
 
 def _aime25(n: int) -> dict[str, Any]:
@@ -31,36 +38,48 @@ def _aime25(n: int) -> dict[str, Any]:
 
 def _gpqa(n: int) -> dict[str, Any]:
   return {
-      "Pre-Revision Question": "An older one.", "Question": f"Which gas, {n}?",
-      "Correct Answer": f"neon {n}\n", "Incorrect Answer 1": "oxygen, O2",
-      "Incorrect Answer 2": "nitrogen", "Incorrect Answer 3": "steam",
-      "Explanation": "It is noble.", "Record ID": f"rec{n}",
-  }  # fmt: skip
+      "Pre-Revision Question": "An older one.",
+      "Question": f"Which gas, {n}?",
+      "Correct Answer": f"neon {n}\n",
+      "Incorrect Answer 1": "oxygen, O2",
+      "Incorrect Answer 2": "nitrogen",
+      "Incorrect Answer 3": "steam",
+      "Explanation": "It is noble.",
+      "Record ID": f"rec{n}",
+  }
 
 
 def _mmlu_pro(n: int) -> dict[str, Any]:
   options = [f"option {i} of {n}" for i in range(3 + n % 8)]
   right = n % len(options)
   return {
-      "question_id": 70 + n, "question": f"Which one, {n}?",
-      "options": options, "answer": "ABCDEFGHIJ"[right],
-      "answer_index": right, "cot_content": "", "category": "other",
+      "question_id": 70 + n,
+      "question": f"Which one, {n}?",
+      "options": options,
+      "answer": "ABCDEFGHIJ"[right],
+      "answer_index": right,
+      "cot_content": "",
+      "category": "other",
       "src": "none",
-  }  # fmt: skip
+  }
 
 
 def _hmmt(n: int) -> dict[str, Any]:
   return {
-      "problem_idx": n + 1, "problem": f"Compute $\\sqrt{{{n + 2}}} - \\pi$.",
-      "answer": f"\\sqrt{{{n + 2}}}-\\pi", "problem_type": ["Algebra"],
-  }  # fmt: skip
+      "problem_idx": n + 1,
+      "problem": f"Compute $\\sqrt{{{n + 2}}} - \\pi$.",
+      "answer": f"\\sqrt{{{n + 2}}}-\\pi",
+      "problem_type": ["Algebra"],
+  }
 
 
 def _amc(n: int) -> dict[str, Any]:
   return {
-      "id": n, "question": f"What is {n} + 20?", "answer": f"{n + 20}.0",
+      "id": n,
+      "question": f"What is {n} + 20?",
+      "answer": f"{n + 20}.0",
       "url": "https://example.org",
-  }  # fmt: skip
+  }
 
 
 _ROWS = {
@@ -104,9 +123,11 @@ def _card(path: pathlib.Path, configs: dict[str, tuple[str, str]]) -> None:
   lines = ["---", "configs:"]
   for config, (split, files) in configs.items():
     lines += [
-        f"- config_name: {config}", "  data_files:",
-        f"  - split: {split}", f"    path: {files}",
-    ]  # fmt: skip
+        f"- config_name: {config}",
+        "  data_files:",
+        f"  - split: {split}",
+        f"    path: {files}",
+    ]
   (path / "README.md").write_text("\n".join([*lines, "---", ""]))
 
 

@@ -23,11 +23,17 @@ _PATIENCE = 240
 
 def _start(out, *flags, **environment):
   return subprocess.Popen(
-      [sys.executable, str(_BENCHMARKS / "accelerator.py"), f"--out={out}",
-       *flags],
+      [
+          sys.executable,
+          str(_BENCHMARKS / "accelerator.py"),
+          f"--out={out}",
+          *flags,
+      ],
       env=os.environ | {"PYTHONPATH": str(_BENCHMARKS.parent)} | environment,
-      text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-  )  # fmt: skip
+      text=True,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+  )
 
 
 def _finish(process):
@@ -143,8 +149,11 @@ def test_a_rollouts_numbers_fit_together(rehearsed):
       x for x in _lines(out) if x["stage"] == "rollout" and "new" in x
   ]
   assert {(x["rows"], "int8" in x["name"]) for x in lines} == {
-      (4, False), (4, True), (12, False), (12, True)
-  }  # fmt: skip
+      (4, False),
+      (4, True),
+      (12, False),
+      (12, True),
+  }
   for x in lines:
     tokens = x["rows"] * x["new"]
     assert x["tokens_per_second"] == pytest.approx(tokens / x["whole"])

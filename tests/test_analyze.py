@@ -70,10 +70,12 @@ def test_the_table_has_means_over_seeds():
           for s in (1, 2, 3)
       ),
       {
-          "task": "chain", "what": "gradient", "halves": 0.9,
+          "task": "chain",
+          "what": "gradient",
+          "halves": 0.9,
           "prefixes": [{"length": 8, "cosine": 0.5, "norm": 0.25}],
       },
-  ]  # fmt: skip
+  ]
   text = results.mechanism_tables(lines, "chain", {"full": "whole rollouts"})
   half = 0.1 / 3**0.5 * 4.303
   assert "| the student before | 1 | 1.00 | 2.00 | 3.00 |" in text

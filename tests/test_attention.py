@@ -101,9 +101,10 @@ def test_a_tpus_kernel_over_the_cache_looks_up_to_each_rows_length():
   )
   lengths = jnp.array([0, 130, 511], jnp.int32)
   projected = (
-      draw(rows, heads * groups, size), draw(rows, heads, size),
+      draw(rows, heads * groups, size),
       draw(rows, heads, size),
-  )  # fmt: skip
+      draw(rows, heads, size),
+  )
   with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
     found, kept = attention.over_cache(kernel, layer, projected, lengths)
   plain = dataclasses.replace(kernel, name="plain")

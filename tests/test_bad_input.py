@@ -117,8 +117,10 @@ def test_a_set_whose_own_prompts_are_too_long(tmp_path):
   settings = _config()
   heldout = dataclasses.replace(
       settings.evaluation.sets["heldout"],
-      source=str(file), split="train", max_prompt_len=900,
-  )  # fmt: skip
+      source=str(file),
+      split="train",
+      max_prompt_len=900,
+  )
   evaluation = dataclasses.replace(
       settings.evaluation, sets={"heldout": heldout}
   )
@@ -158,12 +160,19 @@ def test_prompt_files(tmp_path):
 def _command(tmp_path, *flags, devices=1):
   process = subprocess.run(
       [
-          sys.executable, "-m", "prefix_distill.main",
-          f"--workdir={tmp_path / 'workdir'}", *flags,
+          sys.executable,
+          "-m",
+          "prefix_distill.main",
+          f"--workdir={tmp_path / 'workdir'}",
+          *flags,
       ],
-      cwd=_ROOT, text=True, capture_output=True, timeout=120, check=False,
+      cwd=_ROOT,
+      text=True,
+      capture_output=True,
+      timeout=120,
+      check=False,
       env=os.environ | {"XLA_FLAGS": toys.xla_flags(devices)},
-  )  # fmt: skip
+  )
   assert not (tmp_path / "workdir").exists()
   lines = process.stderr.strip().splitlines()
   return process.returncode, [x for x in lines if x.startswith("error")]

@@ -73,9 +73,14 @@ def test_the_protocol_is_the_papers():
   assert (spec.top_k, spec.greedy) == (0, False)
   samples = {name: s.samples for name, s in spec.sets.items()}
   assert samples == {
-      "math500": 4, "aime24": 16, "aime25": 16, "gpqa": 4, "mmlu_pro": 4,
-      "hmmt": 16, "amc": 16,
-  }  # fmt: skip
+      "math500": 4,
+      "aime24": 16,
+      "aime25": 16,
+      "gpqa": 4,
+      "mmlu_pro": 4,
+      "hmmt": 16,
+      "amc": 16,
+  }
   sizes = {n: s.size for n, s in spec.sets.items() if s.size or s.random}
   assert sizes == {"mmlu_pro": 500} and spec.sets["mmlu_pro"].random
   lettered = {n for n, s in spec.sets.items() if s.grading == "letter"}
@@ -190,11 +195,12 @@ def test_the_random_questions_are_always_the_same_and_not_the_first(copy):
 def test_formats_draw_the_same_random_questions(copy):
   rows = schemas.rows("mmlu_pro", 60)
   drawn = [
-      [r["question_id"] for r in records.read(
-          copy("mmlu_pro", rows, kind, size=20)
-      )]
+      [
+          r["question_id"]
+          for r in records.read(copy("mmlu_pro", rows, kind, size=20))
+      ]
       for kind in ("directory", "jsonl", "parquet")
-  ]  # fmt: skip
+  ]
   assert drawn[0] == drawn[1] == drawn[2] and len(drawn[0]) == 20
 
 
@@ -292,10 +298,9 @@ def test_a_local_copy_that_changes_is_read_again(
   assert len(records.read(copy(name, rows[:5], "directory"))) == 5
   other = schemas.write(name, "directory", tmp_path / "other", rows[4:])
   assert [
-      r[spec.question] for r in records.read(
-          dataclasses.replace(spec, source=other)
-      )
-  ] == [r[spec.question] for r in rows[4:]]  # fmt: skip
+      r[spec.question]
+      for r in records.read(dataclasses.replace(spec, source=other))
+  ] == [r[spec.question] for r in rows[4:]]
 
 
 def test_a_directory_of_bare_files_has_no_subset(copy, tokenizer, tmp_path):
@@ -325,7 +330,7 @@ def test_a_set_may_have_room_of_its_own(copy, tokenizer):
         tokenizer,
         default,
         "<think>",
-    )  # fmt: skip
+    )
 
   found = load(8192)
   assert found.dropped == 0
@@ -373,9 +378,10 @@ def test_specs_that_cannot_work_are_refused(changes, words):
 def test_a_question_of_multiple_choice_reads_so():
   spec = evaluator.SETS["mmlu_pro"]
   record = {
-      "question": "Which of these is a noble gas?\n", "answer": "B",
+      "question": "Which of these is a noble gas?\n",
+      "answer": "B",
       "options": ["Nitrogen", " Neon"],
-  }  # fmt: skip
+  }
   question, letter = records.multiple_choice(record, spec, "record 1")
   assert letter == "B"
   text = records.__doc__

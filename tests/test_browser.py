@@ -12,9 +12,12 @@ webdriver = pytest.importorskip(
     reason="selenium is not installed: pip install -e '.[test,browser]'",
 )
 CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser",
-                                    "google-chrome"))), None
-)  # fmt: skip
+    filter(
+        None,
+        map(shutil.which, ("chromium", "chromium-browser", "google-chrome")),
+    ),
+    None,
+)
 DRIVER = shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.browser,
@@ -27,10 +30,15 @@ pytestmark = [
     ),
 ]
 _FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
-    "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-)  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +74,13 @@ def opened(browser, folder, request):
     browser.get_log(kind)
   browser.execute_cdp_cmd(
       "Emulation.setDeviceMetricsOverride",
-      {"width": width, "height": 900, "deviceScaleFactor": 1,
-       "mobile": width < 600},
-  )  # fmt: skip
+      {
+          "width": width,
+          "height": 900,
+          "deviceScaleFactor": 1,
+          "mobile": width < 600,
+      },
+  )
   browser.execute_cdp_cmd(
       "Emulation.setEmulatedMedia",
       {"features": [{"name": "prefers-color-scheme", "value": scheme}]},
@@ -169,8 +181,10 @@ def test_redder_is_further_from_the_teacher(opened):
 def test_answers_stand_side_by_side_and_are_filtered(opened):
   first = ".problem:first-child .answer .head strong"
   assert texts(opened, first) == [
-      "before training", "after (update 2)", "teacher",
-  ]  # fmt: skip
+      "before training",
+      "after (update 2)",
+      "teacher",
+  ]
   assert texts(opened, "#answers-shown") == ["6 of 6 answers"]
   tops = js(
       opened,
@@ -207,7 +221,7 @@ def test_what_a_model_wrote_is_text_and_nothing_else(opened):
 @pytest.mark.parametrize(
     "opened", [(1200, "dark"), (1200, "light"), (400, "light"), (400, "dark")],
     indirect=True,
-)  # fmt: skip
+)
 def test_it_is_readable_everywhere(opened):
   wide, inner = js(
       opened, "[document.documentElement.scrollWidth, window.innerWidth]"

@@ -22,10 +22,16 @@ def _config(argument: str = "qwen3-1.7b") -> config_lib.Config:
 
 def _evaluation(step: int, model: str, accuracy: float) -> dict:
   return {
-      "step": step, "model": model, "set": "aime24", "mode": "sampled",
-      "accuracy": accuracy, "accuracy_low": accuracy - 0.05,
-      "accuracy_high": accuracy + 0.05, "problems": 30, "samples": 16,
-  }  # fmt: skip
+      "step": step,
+      "model": model,
+      "set": "aime24",
+      "mode": "sampled",
+      "accuracy": accuracy,
+      "accuracy_low": accuracy - 0.05,
+      "accuracy_high": accuracy + 0.05,
+      "problems": 30,
+      "samples": 16,
+  }
 
 
 _LINES = (
@@ -85,9 +91,13 @@ def test_a_base_without_a_card_has_no_licence(tmp_path):
 def exported(tmp_path_factory) -> pathlib.Path:
   workdir = tmp_path_factory.mktemp("run")
   command = [
-      sys.executable, "-m", "prefix_distill.main", *toys.SMALL_RUN,
-      f"--workdir={workdir}", "--tracker=none",
-  ]  # fmt: skip
+      sys.executable,
+      "-m",
+      "prefix_distill.main",
+      *toys.SMALL_RUN,
+      f"--workdir={workdir}",
+      "--tracker=none",
+  ]
   subprocess.run(command, cwd=_ROOT, check=True)
   return workdir / "export"
 

@@ -29,16 +29,23 @@ from prefix_distill.report import report
 from prefix_distill.train import loop
 
 _SPEC = DatasetSpec(
-    "x.jsonl", question="conversations.0.value", where=("domain=math",),
-    distinct=True, random=True, size=40, seed=3,
-)  # fmt: skip
+    "x.jsonl",
+    question="conversations.0.value",
+    where=("domain=math",),
+    distinct=True,
+    random=True,
+    size=40,
+    seed=3,
+)
 
 
 def _rows(questions=120, answers=7, others=300):
   """Rows as OpenThoughts3 has them: many answers to each question."""
   rows = [
       {
-          "difficulty": None, "source": "somewhere", "domain": "math",
+          "difficulty": None,
+          "source": "somewhere",
+          "domain": "math",
           "conversations": [
               {"from": "human", "value": f"How many is {i} + {i}?"},
               {"from": "gpt", "value": f"Answer {j}. " * 50},
@@ -46,7 +53,7 @@ def _rows(questions=120, answers=7, others=300):
       }
       for i in range(questions)
       for j in range(answers)
-  ]  # fmt: skip
+  ]
   rows += [
       {**rows[0], "domain": "code", "conversations": [{"value": f"Code {i}."}]}
       for i in range(others)
@@ -141,8 +148,9 @@ def test_white_space_does_not_tell_questions_apart(tmp_path):
   rows = [{"question": x} for x in ("How many?", " How  many?\n", "How few?")]
   spec = DatasetSpec(_write(tmp_path, "jsonl", rows), distinct=True)
   assert [x["question"] for x in records.read(spec)] == [
-      "How many?", "How few?",
-  ]  # fmt: skip
+      "How many?",
+      "How few?",
+  ]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -173,8 +181,9 @@ def test_the_first_records_come_from_shards_that_lie_apart(tmp_path):
   (tmp_path / "set").mkdir()
   for i in range(6):
     domain = "math" if i == 4 else "code"
-    rows = [{"question": f"{domain} {i} {j}", "domain": domain}
-            for j in range(300)]  # fmt: skip
+    rows = [
+        {"question": f"{domain} {i} {j}", "domain": domain} for j in range(300)
+    ]
     pyarrow.parquet.write_table(
         pyarrow.Table.from_pylist(rows),
         tmp_path / "set" / f"train-{i:05}-of-00006.parquet",
@@ -225,9 +234,13 @@ def test_a_stream_of_chosen_records_resumes_exactly(tmp_path):
       for i in range(400)
   ]
   train = DatasetSpec(
-      _write(tmp_path, "jsonl", rows), question="problem", where=("kind=a",),
-      distinct=True, random=True, size=20,
-  )  # fmt: skip
+      _write(tmp_path, "jsonl", rows),
+      question="problem",
+      where=("kind=a",),
+      distinct=True,
+      random=True,
+      size=20,
+  )
   spec = DataSpec(train, batch_size=4, max_prompt_len=40)
   stream = _stream(spec)
   for _ in range(3):
@@ -242,12 +255,14 @@ def test_a_stream_of_chosen_records_resumes_exactly(tmp_path):
 
 _TWO = [
     {
-        "problem": f"Ann has {i} pens.", "start": start, "answer": str(i),
+        "problem": f"Ann has {i} pens.",
+        "start": start,
+        "answer": str(i),
         "solution": f"Ann has {i} pens.",
     }
     for i in range(1, 9)
     for start in ("We want", "Ann")
-]  # fmt: skip
+]
 _WORDS = DatasetSpec(
     "x", question="Take care. {problem}", answer="answer"
 )
@@ -258,10 +273,13 @@ def test_questions_and_suffixes_are_filled_from_the_record(tmp_path):
       _WORDS, source=_write(tmp_path, "jsonl", _TWO)
   )
   spec = DataSpec(
-      train, batch_size=16, max_prompt_len=40, suffix="<think>{start}",
+      train,
+      batch_size=16,
+      max_prompt_len=40,
+      suffix="<think>{start}",
       teacher_prompt="{problem}\nSolution:\n{solution}",
       max_teacher_prompt_len=60,
-  )  # fmt: skip
+  )
   stream = _stream(spec)
   assert stream.suffixes == ["<think>We want", "<think>Ann"]
   tokenizer = tokenizer_lib.load("bundled:guided")

@@ -61,9 +61,11 @@ def scores() -> TeacherScores:
   token = jnp.take_along_axis(probs, ROLLOUT.tokens[..., None], -1)[..., 0]
   is_stop = jnp.isin(ROLLOUT.tokens, jnp.array(toys.STOPS))
   return TeacherScores(
-      TEACHER_HIDDEN, jnp.log(jnp.where(is_stop, stop, token)),
-      normal(4, ROWS, LENGTH), jnp.zeros((ROWS, LENGTH), jnp.int32),
-  )  # fmt: skip
+      TEACHER_HIDDEN,
+      jnp.log(jnp.where(is_stop, stop, token)),
+      normal(4, ROWS, LENGTH),
+      jnp.zeros((ROWS, LENGTH), jnp.int32),
+  )
 
 
 def bounded_forward_kl(student, teacher, objective: ExactLoss) -> jax.Array:
@@ -100,9 +102,15 @@ def arguments(objective: Loss, hidden, head, weights, model=STUDENT):
     limits = LIMITS
     rollout = dataclasses.replace(rollout, entropy=ENTROPY)
   return objective.arguments(
-      model, {"head": {"weight": head}}, TEACHER_HEAD, hidden, rollout,
-      scores(), weights, limits,
-  )  # fmt: skip
+      model,
+      {"head": {"weight": head}},
+      TEACHER_HEAD,
+      hidden,
+      rollout,
+      scores(),
+      weights,
+      limits,
+  )
 
 
 def dense_values(objective: Loss, hidden, head) -> jax.Array:
@@ -224,8 +232,9 @@ def test_logits_exist_for_one_chunk_at_a_time():
   vocabulary, memory = 4096, 4 * 4 * 4096 * 8
   text = compiled_loss(
       sharding.make_mesh(MeshSpec(), jax.devices()[:1]),
-      (4, 64, vocabulary), memory,
-  )  # fmt: skip
+      (4, 64, vocabulary),
+      memory,
+  )
   shapes = re.findall(r"f32\[([\d,]+)\]", text)
   sizes = [
       np.prod([int(x) for x in dims.split(",")])
@@ -356,9 +365,13 @@ def test_token_scores_are_those_of_the_softmax():
 def test_cross_entropy_has_the_gradient_of_the_softmax():
   def chunked_loss(hidden, head):
     return loss_lib.cross_entropy(
-        STUDENT, {"head": {"weight": head}}, hidden, ROLLOUT,
-        toys.distribution(), 24 * 16 * VOCABULARY,
-    )  # fmt: skip
+        STUDENT,
+        {"head": {"weight": head}},
+        hidden,
+        ROLLOUT,
+        toys.distribution(),
+        24 * 16 * VOCABULARY,
+    )
 
   def plain(hidden, head):
     logits = (hidden @ head.T)[..., : toys.NUM_TOKENS]

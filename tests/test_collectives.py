@@ -79,43 +79,64 @@ def test_an_unreadable_text_is_an_error():
 OVER = "channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}"
 # A line; its kind, the bytes of the whole array, and what a device sends.
 FORMS = {
-    "  %r = f32[256]{0} all-gather(%x), OVER, dimensions={0}":
-        ("all-gather", 1024, 768),
-    "  %r = bf16[16,8]{1,0} all-gather(%y), OVER, dimensions={0}":
-        ("all-gather", 256, 192),
+    "  %r = f32[256]{0} all-gather(%x), OVER, dimensions={0}": (
+        "all-gather",
+        1024,
+        768,
+    ),
+    "  %r = bf16[16,8]{1,0} all-gather(%y), OVER, dimensions={0}": (
+        "all-gather",
+        256,
+        192,
+    ),
     "  %r = (f32[64]{0}, f32[256]{0}) all-gather-start(%x), OVER, dimensions={0"
-    "}\n  %d = f32[256]{0} all-gather-done(%r)":
-        ("all-gather", 1024, 768),
+    "}\n  %d = f32[256]{0} all-gather-done(%r)": ("all-gather", 1024, 768),
     # Arrays that are sent together.
     "  %r = ((f32[64]{0}, bf16[4,8]{1,0}), (f32[256]{0}, bf16[16,8]{1,0}))"
     " all-gather-start(%x, %y), OVER, dimensions={0}\n"
-    "  %d = (f32[256]{0}, bf16[16,8]{1,0}) all-gather-done(%r)":
-        ("all-gather", 1280, 960),
+    "  %d = (f32[256]{0}, bf16[16,8]{1,0}) all-gather-done(%r)": (
+        "all-gather",
+        1280,
+        960,
+    ),
     "  %r = (f32[64]{0}, bf16[4,8]{1,0}) all-reduce(%x, %y), OVER,"
-    " to_apply=%sum":
-        ("all-reduce", 320, 480),
+    " to_apply=%sum": ("all-reduce", 320, 480),
     "  %r = f32[64]{0} all-reduce-start(%x), OVER, to_apply=%sum\n"
-    "  %d = f32[64]{0} all-reduce-done(%r)":
-        ("all-reduce", 256, 384),
-    "  %r = f32[16]{0} reduce-scatter(%x), OVER, dimensions={0}, to_apply=%sum":
-        ("reduce-scatter", 256, 192),
+    "  %d = f32[64]{0} all-reduce-done(%r)": ("all-reduce", 256, 384),
+    "  %r = f32[16]{0} reduce-scatter(%x), OVER, dimensions={0}"
+    ", to_apply=%sum": (
+        "reduce-scatter",
+        256,
+        192,
+    ),
     "  %r = ((f32[64]{0}), f32[16]{0}) reduce-scatter-start(%x), OVER,"
     " dimensions={0}, to_apply=%sum\n"
-    "  %d = f32[16]{0} reduce-scatter-done(%r)":
-        ("reduce-scatter", 256, 192),
-    "  %r = f32[64]{0} all-to-all(%x), OVER, dimensions={0}":
-        ("all-to-all", 256, 192),
-    "  %r = bf16[4,8]{1,0} collective-broadcast(%y), OVER":
-        ("collective-broadcast", 64, 64),
+    "  %d = f32[16]{0} reduce-scatter-done(%r)": ("reduce-scatter", 256, 192),
+    "  %r = f32[64]{0} all-to-all(%x), OVER, dimensions={0}": (
+        "all-to-all",
+        256,
+        192,
+    ),
+    "  %r = bf16[4,8]{1,0} collective-broadcast(%y), OVER": (
+        "collective-broadcast",
+        64,
+        64,
+    ),
     "  %r = (f32[64]{0:S(1)}, f32[64]{0:S(1)}, u32[]{:S(2)}, u32[]{:S(2)})"
     " collective-permute-start(%x), channel_id=1,"
     " source_target_pairs={{0,3},{3,0}}\n"
-    "  %d = f32[64]{0} collective-permute-done(%r)":
-        ("collective-permute", 256, 256),
+    "  %d = f32[64]{0} collective-permute-done(%r)": (
+        "collective-permute",
+        256,
+        256,
+    ),
     "  %i = s32[4]{0} constant({0,1,2,3})\n"
-    "  %r = f32[64]{0} ragged-all-to-all(%x, %x, %i, %i, %i, %i), OVER":
-        ("ragged-all-to-all", 256, 192),
-}  # fmt: skip
+    "  %r = f32[64]{0} ragged-all-to-all(%x, %x, %i, %i, %i, %i), OVER": (
+        "ragged-all-to-all",
+        256,
+        192,
+    ),
+}
 
 
 @pytest.mark.parametrize("lines", FORMS)

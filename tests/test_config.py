@@ -30,11 +30,13 @@ _VALUES = {
         "sets": {
             "test": {"source": "test.jsonl", "answer": "answer"},
             "hard": {
-                "source": "hard.jsonl", "answer": "a.0", "samples": 4,
+                "source": "hard.jsonl",
+                "answer": "a.0",
+                "samples": 4,
             },
         },
     },
-}  # fmt: skip
+}
 
 
 def _changed(changes):
@@ -226,7 +228,7 @@ def test_wrong_types_are_refused_with_the_value(name, value, kind):
         "rollout.max_len", "optimizer.learning_rate", "evaluation.sets",
         "evaluation.sets.test.source", "teacher.path",
     ),
-)  # fmt: skip
+)
 def test_missing_fields_are_named(name):
   values = copy.deepcopy(_VALUES)
   *groups, last = name.split(".")
@@ -485,7 +487,7 @@ _SFT = {"method": "sft", "teacher": None, "rollout.per_prompt": 1}
             {"evaluation.sets.test.answer": "answer"},
         ),
     ),
-)  # fmt: skip
+)
 def test_values_that_do_not_fit_together_are_refused(changes, named, mend):
   _assert_names(_refusal(changes), named)
   config_lib.from_dict(_changed(changes | mend))
@@ -505,7 +507,7 @@ def test_values_that_do_not_fit_together_are_refused(changes, named, mend):
         ("loss.relaxed.weight", 0.1, "loss.form is 'exact'",
          {"loss.form": "relaxed", "loss.normalize": "tokens"}),
     ),
-)  # fmt: skip
+)
 def test_a_setting_of_a_group_that_is_not_in_use_is_refused(
     name, value, choice, mend
 ):
@@ -532,7 +534,7 @@ def test_a_setting_of_a_group_that_is_not_in_use_is_refused(
              " loss.exact.divergence to 'jsd'"),
         ),
     ),
-)  # fmt: skip
+)
 def test_the_exact_loss_has_settings_of_its_own(changes, named):
   _assert_names(_refusal(changes), named)
 

@@ -25,9 +25,16 @@ from prefix_distill.train import loop
 
 _GUIDED = ("tiny-privileged", "tiny-concise", "tiny-crosslingual")
 _MODELS = (
-    "", "tiny", "tiny-weak", *_GUIDED, "chain",
-    "qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b",
-)  # fmt: skip
+    "",
+    "tiny",
+    "tiny-weak",
+    *_GUIDED,
+    "chain",
+    "qwen3-0.6b",
+    "qwen3-1.7b",
+    "qwen3-4b",
+    "qwen3-8b",
+)
 
 
 @pytest.mark.parametrize("model", _MODELS)
@@ -210,9 +217,12 @@ def _toy_directory(path, seed):
   config = json.loads((assets.path("weak") / "config.json").read_text())
   model = Model(hf.read_config("bundled:weak"))
   hf.export(
-      model.init(jax.random.key(seed)), "bundled:weak", "bundled:weak", path,
+      model.init(jax.random.key(seed)),
+      "bundled:weak",
+      "bundled:weak",
+      path,
       "bfloat16",
-  )  # fmt: skip
+  )
   assert config["model_type"] == "qwen3"
   return str(path)
 
@@ -274,10 +284,14 @@ def test_the_qwen3_config_updates_toy_directories(tmp_path, method):
   assert all(x[loss] > 0 for x in updates)
   graded = {x["set"]: (x["grading"], x["dropped"]) for x in lines if "set" in x}
   assert graded == {
-      "math500": ("math", 0), "aime24": ("math", 0), "aime25": ("math", 0),
-      "gpqa": ("letter", 0), "mmlu_pro": ("letter", 0), "hmmt": ("math", 0),
+      "math500": ("math", 0),
+      "aime24": ("math", 0),
+      "aime25": ("math", 0),
+      "gpqa": ("letter", 0),
+      "mmlu_pro": ("letter", 0),
+      "hmmt": ("math", 0),
       "amc": ("math", 0),
-  }  # fmt: skip
+  }
 
 
 _LANGUAGES = ("swa", "ewe", "deu", "zho", "tha")
@@ -297,8 +311,10 @@ def test_the_crosslingual_recipe(size, language):
   assert (config.steps, config.data.batch_size) == (100, 32)
   assert config.optimizer.clip_norm == 0.1
   assert set(config.data.teacher_fields) == {
-      "problem_translated", "problem", "solution",
-  }  # fmt: skip
+      "problem_translated",
+      "problem",
+      "solution",
+  }
   ((name, spec),) = config.evaluation.sets.items()
   assert name == ("afrimgsm" if language in ("swa", "ewe") else "polymath")
   assert spec.source in ("masakhane/afrimgsm", "Qwen/PolyMath")
@@ -318,14 +334,18 @@ def test_the_crosslingual_config_updates_toy_directories(tmp_path):
   train = tmp_path / "train.jsonl"
   train.write_text(
       "".join(
-          json.dumps({
-              "problem": f"Ann has {i} pens.", "solution": f"It is {i}.",
-              "problem_translated": f"Ann ana kalamu {i}.", "language": "swa",
-          })
+          json.dumps(
+              {
+                  "problem": f"Ann has {i} pens.",
+                  "solution": f"It is {i}.",
+                  "problem_translated": f"Ann ana kalamu {i}.",
+                  "language": "swa",
+              }
+          )
           + "\n"
           for i in range(8)
       )
-  )  # fmt: skip
+  )
   heldout = tmp_path / "test.jsonl"
   heldout.write_text(
       "".join(
@@ -406,6 +426,8 @@ def test_the_compression_config_updates_toy_directories(tmp_path):
 def _mmlu(n):
   """A record of MMLU, whose answer is the right option's number."""
   return {
-      "question": f"Which one, {n}?", "subject": "virology",
-      "choices": [f"option {i}" for i in range(4)], "answer": n % 4,
-  }  # fmt: skip
+      "question": f"Which one, {n}?",
+      "subject": "virology",
+      "choices": [f"option {i}" for i in range(4)],
+      "answer": n % 4,
+  }

@@ -49,9 +49,12 @@ def test_a_product_is_two_flops_for_each_pair():
 def test_a_convolution_is_a_product_for_each_place_of_its_window():
   image, kernel = array(2, 8, 9, 4), array(3, 5, 2, 6)
   conv = functools.partial(
-      jax.lax.conv_general_dilated, window_strides=(1, 1), padding="SAME",
-      dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2,
-  )  # fmt: skip
+      jax.lax.conv_general_dilated,
+      window_strides=(1, 1),
+      padding="SAME",
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      feature_group_count=2,
+  )
   wanted = 2 * (2 * 8 * 9 * 6) * (3 * 5 * 2)
   assert counted(conv, image, kernel) == wanted
 
@@ -144,9 +147,13 @@ def test_shards_are_counted_on_all_devices():
 
   def shards(axes, rows):
     product = jax.shard_map(
-        lambda x, w: jnp.matmul(x, w), mesh=mesh, in_specs=(rows, spec()),
-        out_specs=rows, axis_names=axes, check_vma=False,
-    )  # fmt: skip
+        lambda x, w: jnp.matmul(x, w),
+        mesh=mesh,
+        in_specs=(rows, spec()),
+        out_specs=rows,
+        axis_names=axes,
+        check_vma=False,
+    )
     return counted(product, array(30 * M, K), array(K, N))
 
   every = {"data", "fsdp", "tensor"}
@@ -198,13 +205,15 @@ def test_another_kernel_counts_by_its_grid():
 
   def function(x, w):
     return pl.pallas_call(
-        kernel, grid=(4,), out_shape=array(4 * M, N),
+        kernel,
+        grid=(4,),
+        out_shape=array(4 * M, N),
         in_specs=[
             pl.BlockSpec((M, K), lambda i: (i, 0)),
             pl.BlockSpec((K, N), lambda i: (0, 0)),
         ],
         out_specs=pl.BlockSpec((M, N), lambda i: (i, 0)),
-    )(x, w)  # fmt: skip
+    )(x, w)
 
   assert counted(function, array(4 * M, K), array(K, N)) == 4 * PRODUCT
 
@@ -228,9 +237,14 @@ def test_bytes_of_arrays_as_they_are_split():
 PROMPT, SAMPLED, ROWS = 16, 33, 4
 WHOLE = PROMPT + SAMPLED - 1
 STUDENT = toys.model_config(
-    dim=64, mlp_dim=128, num_heads=4, num_kv_heads=2, head_dim=16,
-    num_layers=3, vocab_size=128,
-)  # fmt: skip
+    dim=64,
+    mlp_dim=128,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    num_layers=3,
+    vocab_size=128,
+)
 TEACHER = dataclasses.replace(STUDENT, dim=96, num_kv_heads=4)
 LENGTHS = flops.Lengths(np.full(ROWS, PROMPT), np.full(ROWS, SAMPLED))
 BATCH = PromptBatch(
@@ -293,8 +307,11 @@ def score(loss: Loss, *args):
 def test_scoring_costs_what_the_ledger_says():
   found = counted(
       functools.partial(score, loss_of("policy_gradient")),
-      Model(TEACHER).abstract_params(), BATCH, ROLLOUT, trips=1,
-  )  # fmt: skip
+      Model(TEACHER).abstract_params(),
+      BATCH,
+      ROLLOUT,
+      trips=1,
+  )
   wanted = flops.distillation(STUDENT, TEACHER, LENGTHS).score
   check(found, wanted + hidden_pairs(TEACHER, WHOLE))
 
@@ -309,14 +326,20 @@ def test_an_update_costs_what_the_ledger_says(form, remat):
       functools.partial(score, chosen), teacher, BATCH, ROLLOUT
   )
   loss = functools.partial(
-      step_lib.distillation_loss, model, chosen, step_lib.Watch(SAMPLED, ()),
+      step_lib.distillation_loss,
+      model,
+      chosen,
+      step_lib.Watch(SAMPLED, ()),
       step_lib.Window(),
-  )  # fmt: skip
+  )
   head = Model(TEACHER).head(teacher) if form == "exact" else None
   found = counted(
-      jax.value_and_grad(loss, has_aux=True), model.abstract_params(), head,
-      (BATCH, ROLLOUT, scores), trips=1,
-  )  # fmt: skip
+      jax.value_and_grad(loss, has_aux=True),
+      model.abstract_params(),
+      head,
+      (BATCH, ROLLOUT, scores),
+      trips=1,
+  )
   cost = flops.distillation(STUDENT, TEACHER, LENGTHS, remat=remat)
   wanted = cost.forward + cost.backward
   if form == "exact":  # Which forms the teacher's logits in the update.

@@ -231,8 +231,10 @@ def test_the_math_task_is_a_source():
   assert list(found) == list(bundled_tasks.MathTask("test", 3, "weak"))
   clean = records.read(dataclasses.replace(spec, subset=""))
   assert list(clean) == list(bundled_tasks.MathTask("test", 3))
-  for changes, named in (({"split": "dev"}, "'dev'"),
-                         ({"subset": "tidy"}, "'tidy'")):  # fmt: skip
+  for changes, named in (
+      ({"split": "dev"}, "'dev'"),
+      ({"subset": "tidy"}, "'tidy'"),
+  ):
     assert named in _refusal(dataclasses.replace(spec, **changes))
 
 

@@ -14,10 +14,15 @@ def compiled(machine, dtype):
   return json.loads(printed.strip().splitlines()[-1])
 
 
-@pytest.mark.parametrize("machine, dtype, most", [
-    ("h100:1", "bfloat16", 12.5), ("h100:1", "int8", 17),
-    ("v5e:2x2", "bfloat16", None), ("v6e:2x2", "bfloat16", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "machine, dtype, most",
+    [
+        ("h100:1", "bfloat16", 12.5),
+        ("h100:1", "int8", 17),
+        ("v5e:2x2", "bfloat16", None),
+        ("v6e:2x2", "bfloat16", None),
+    ],
+)
 def test_a_token_takes_few_kernels_and_waits_for_nobody(machine, dtype, most):
   found = compiled(machine, dtype)
   layer = (found["kernels_4"] - found["kernels_2"]) / 2

@@ -355,8 +355,11 @@ def test_where_a_cut_entry_leaves_the_student():
   def slope(kind, logits):
     return divergence.compare_with_gradient(
         divergence.named(kind, max_entry=0.05),
-        divergence.log_probs(logits, dist, these), q, these, dist,
-    )  # fmt: skip
+        divergence.log_probs(logits, dist, these),
+        q,
+        these,
+        dist,
+    )
 
   # 0.9 log(0.9 / 0.86) is 0.041 and is not cut: z moves by q - p.
   _, gradient = slope("forward_kl", near)

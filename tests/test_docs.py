@@ -22,9 +22,10 @@ from configs import math as experiment
 from prefix_distill import config as config_lib
 
 _ROOT = pathlib.Path(__file__).parent.parent
-_PAGES = ("README.md", *sorted(
-    str(p.relative_to(_ROOT)) for p in (_ROOT / "docs").rglob("*.md")
-))  # fmt: skip
+_PAGES = (
+    "README.md",
+    *sorted(str(p.relative_to(_ROOT)) for p in (_ROOT / "docs").rglob("*.md")),
+)
 _FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)```$", re.M)
 # Commands in the running text, and in paragraphs that are set in.
 _INLINE = re.compile(
@@ -34,9 +35,17 @@ _INDENTED = re.compile(r"^    ((?:prefix-distill|python) .*)$", re.M)
 # What no laptop has; the rest of these are launch/'s.
 _REMOTE = ("gcloud", "gcsfuse", "ssh-add", "slurm.sh", "tpu.sh", "gke.sh")
 _LOCAL = (
-    "git", "local.sh", "ls", "pip", "prefix-distill", "pytest", "python",
-    "python3", "ruff", "uv",
-)  # fmt: skip
+    "git",
+    "local.sh",
+    "ls",
+    "pip",
+    "prefix-distill",
+    "pytest",
+    "python",
+    "python3",
+    "ruff",
+    "uv",
+)
 _RECORDER = f"""#!{sys.executable} -S
 import json, os, sys
 name = os.path.basename(sys.argv[0])
@@ -206,8 +215,11 @@ def test_the_launch_scripts_take_the_flags_that_the_pages_give(calls):
     )
     assert done.returncode == 0, f"{name} {command} {rest}: {done.stderr}"
   assert {name for name, *_ in found} == {
-      "local.sh", "slurm.sh", "tpu.sh", "gke.sh"
-  }  # fmt: skip
+      "local.sh",
+      "slurm.sh",
+      "tpu.sh",
+      "gke.sh",
+  }
 
 
 def test_other_commands_name_what_is_there(calls):

@@ -57,16 +57,28 @@ def _run(copy: pathlib.Path, *tests: str) -> tuple[int, str]:
   """Runs tests on the copy; returns the exit status and what was printed."""
   # What Python would keep of a fault could be taken for the code without it.
   environment = os.environ | {
-      "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"
-  }  # fmt: skip
+      "PYTHONPATH": str(copy),
+      "PYTHONDONTWRITEBYTECODE": "1",
+  }
   done = subprocess.run(
       [
-          sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider",
-          "-o", "addopts=-q", *tests,
+          sys.executable,
+          "-m",
+          "pytest",
+          "-x",
+          "-p",
+          "no:cacheprovider",
+          "-o",
+          "addopts=-q",
+          *tests,
       ],
-      cwd=copy, env=environment, text=True, timeout=900,
-      stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-  )  # fmt: skip
+      cwd=copy,
+      env=environment,
+      text=True,
+      timeout=900,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+  )
   return done.returncode, done.stdout
 
 

@@ -139,9 +139,14 @@ def test_supervised_training_only_updates():
 PROMPT, SAMPLED, ROWS = 16, 33, 4
 WHOLE = PROMPT + SAMPLED - 1
 STUDENT = toys.model_config(
-    dim=512, mlp_dim=1024, num_heads=4, num_kv_heads=2, head_dim=64,
-    num_layers=1, vocab_size=1024,
-)  # fmt: skip
+    dim=512,
+    mlp_dim=1024,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    num_layers=1,
+    vocab_size=1024,
+)
 TEACHER = dataclasses.replace(STUDENT, dim=768, num_kv_heads=4)
 THESE = lengths([PROMPT] * ROWS, [SAMPLED] * ROWS)
 
@@ -186,9 +191,11 @@ def test_prefill_agrees_with_the_compiler():
     return model.logits(params, hidden), cache
 
   xla = counted(
-      prefill, model.abstract_params(), array(ROWS, length),
+      prefill,
+      model.abstract_params(),
+      array(ROWS, length),
       array(ROWS, length, dtype=bool),
-  )  # fmt: skip
+  )
   ledger = flops.prefill(STUDENT, [length] * ROWS)
   check(ledger, hidden_pairs(STUDENT, length), xla)
 
@@ -207,9 +214,12 @@ def test_a_step_of_decoding_agrees_with_the_compiler():
     return model.logits(params, hidden), cache
 
   xla = counted(
-      decode, jax.eval_shape(model.decode_layout, params), array(ROWS),
-      array(ROWS, dtype=bool), cache,
-  )  # fmt: skip
+      decode,
+      jax.eval_shape(model.decode_layout, params),
+      array(ROWS),
+      array(ROWS, dtype=bool),
+      cache,
+  )
   ledger = flops.decode(config, np.full(ROWS, before), np.full(ROWS, 2))
   check(ledger, 0, xla)
 
@@ -228,8 +238,10 @@ def test_scoring_agrees_with_the_compiler():
   # The sampled loss, for which the teacher's logits are formed here.
   xla = counted(
       functools.partial(score, loss_of("policy_gradient")),
-      Model(TEACHER).abstract_params(), BATCH, ROLLOUT,
-  )  # fmt: skip
+      Model(TEACHER).abstract_params(),
+      BATCH,
+      ROLLOUT,
+  )
   ledger = flops.distillation(STUDENT, TEACHER, THESE).score
   check(ledger, hidden_pairs(TEACHER, WHOLE), xla)
 
@@ -248,14 +260,19 @@ def test_forward_and_backward_agree_with_the_compiler(form, remat):
       functools.partial(score, chosen), teacher, BATCH, ROLLOUT
   )
   loss = functools.partial(
-      step_lib.distillation_loss, model, chosen, step_lib.Watch(SAMPLED, ()),
+      step_lib.distillation_loss,
+      model,
+      chosen,
+      step_lib.Watch(SAMPLED, ()),
       step_lib.Window(),
-  )  # fmt: skip
+  )
   head = Model(TEACHER).head(teacher) if form == "exact" else None
   xla = counted(
-      jax.value_and_grad(loss, has_aux=True), model.abstract_params(), head,
+      jax.value_and_grad(loss, has_aux=True),
+      model.abstract_params(),
+      head,
       (BATCH, ROLLOUT, scores),
-  )  # fmt: skip
+  )
   cost = flops.distillation(STUDENT, TEACHER, THESE, remat=remat)
   ledger = cost.forward + cost.backward
   if form == "exact":  # Which forms the teacher's logits in the update.

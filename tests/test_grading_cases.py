@@ -9,8 +9,10 @@ from prefix_distill.evaluate import grading
 
 _FILE = pathlib.Path(__file__).parent / "grading_cases.txt"
 _KINDS = {
-    "letters": "letter", "dual": "dual_math", "dual letters": "dual_letter"
-}  # fmt: skip
+    "letters": "letter",
+    "dual": "dual_math",
+    "dual letters": "dual_letter",
+}
 
 
 def _read():

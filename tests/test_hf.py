@@ -57,9 +57,14 @@ def _answer(model, config, length, params, batch):
   """Returns hidden states, logits and the greedy continuation of prompts."""
   hidden = model.apply(params, batch.tokens, batch.mask)
   rollout = generate.sample(
-      model, config, length, params, batch, jax.random.key(0),
+      model,
+      config,
+      length,
+      params,
+      batch,
+      jax.random.key(0),
       generate.Draw.of(length, greedy=True),
-  )  # fmt: skip
+  )
   return hidden, model.logits(params, hidden), rollout
 
 
@@ -307,9 +312,12 @@ def test_a_small_export_is_one_file(tmp_path):
 def test_an_export_takes_its_tokenizer_from_where_it_is_told(tmp_path):
   model = Model(hf.read_config("bundled:teacher"))
   hf.export(
-      _random_params(model), "bundled:teacher", "bundled:capable",
-      tmp_path / "out", "float32",
-  )  # fmt: skip
+      _random_params(model),
+      "bundled:teacher",
+      "bundled:capable",
+      tmp_path / "out",
+      "float32",
+  )
   companion = assets.path("capable")
   for name in (
       "generation_config.json", "chat_template.jinja", "tokenizer.json"
@@ -430,7 +438,7 @@ def _empty_index(directory):
         _lose, _add, _misshape, _lose_shard, _truncate, _truncate_header,
         _remove, _pickle, _break_index, _empty_index,
     ),
-)  # fmt: skip
+)
 def test_damaged_weights_are_refused_by_name(damage, tmp_path):
   directory = _copy("qwen3", tmp_path)
   config = hf.read_config(str(directory))

@@ -28,9 +28,13 @@ _ARGUMENTS = ("--config=configs/math.py:tiny", "--config.steps=2", _HARD)
 _BUCKET = "gs://my-bucket/runs/it's a run"
 _TPU = ("--name=t1", "--zone", "us-west4-a", "--project=p")
 _GKE = (
-    "--name=t1", "--project=p", "--location=us-west4", "--cluster=c",
-    "--machine=ct5lp-hightpu-4t", "--topology=4x4",
-)  # fmt: skip
+    "--name=t1",
+    "--project=p",
+    "--location=us-west4",
+    "--cluster=c",
+    "--machine=ct5lp-hightpu-4t",
+    "--topology=4x4",
+)
 _SLURM = ("--name=t1", "--workdir=/scratch/it's a run")
 
 # Appends its name, arguments and input to the file CALLS, one JSON a line.
@@ -66,9 +70,15 @@ class Place:
 
   def run(self, *command: str, given: str | None = None):
     return subprocess.run(
-        command, cwd=self.root, env=self.environment, input=given, text=True,
-        capture_output=True, timeout=120, check=False,
-    )  # fmt: skip
+        command,
+        cwd=self.root,
+        env=self.environment,
+        input=given,
+        text=True,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
 
   def launch(self, script: str, *arguments: str):
     return self.run(str(_LAUNCH / script), *arguments)
@@ -87,9 +97,16 @@ class Place:
 def place(tmp_path):
   place = Place(tmp_path)
   place.stub(
-      "gcloud", "kubectl", "sbatch", "squeue", "scancel", "tail", "mkdir",
-      "python3", "stub_python",
-  )  # fmt: skip
+      "gcloud",
+      "kubectl",
+      "sbatch",
+      "squeue",
+      "scancel",
+      "tail",
+      "mkdir",
+      "python3",
+      "stub_python",
+  )
   executable(tmp_path / ".venv" / "bin" / "pip", _RECORDER)
   return place
 
@@ -366,8 +383,11 @@ def test_shellcheck_finds_nothing():
   assert found, "shellcheck is missing; pip install -e '.[test]' has it"
   done = subprocess.run(
       [found, "-x", *sorted(_LAUNCH.glob("*.sh"))],
-      cwd=_ROOT, text=True, capture_output=True, check=False,
-  )  # fmt: skip
+      cwd=_ROOT,
+      text=True,
+      capture_output=True,
+      check=False,
+  )
   assert done.returncode == 0, done.stdout
 
 
@@ -408,9 +428,15 @@ def test_a_host_is_set_up(host):
       ["curl", "-LsSf", "https://astral.sh/uv/install.sh"],
       [uv, "venv", "--python", "3.11", ".venv"],
       [
-          uv, "pip", "install", "--python", ".venv/bin/python", "-e", ".[tpu]",
+          uv,
+          "pip",
+          "install",
+          "--python",
+          ".venv/bin/python",
+          "-e",
+          ".[tpu]",
       ],
-  ]  # fmt: skip
+  ]
 
 
 def _wait_for(path: pathlib.Path) -> str:
@@ -438,20 +464,26 @@ def test_a_run_on_a_host_outlives_the_connection_and_is_alone(host):
     assert host.calls() == [
         [
             [
-                "gcsfuse", "--metadata-cache-ttl-secs=0",
-                "--metadata-cache-negative-ttl-secs=0", "my-bucket", mounted,
+                "gcsfuse",
+                "--metadata-cache-ttl-secs=0",
+                "--metadata-cache-negative-ttl-secs=0",
+                "my-bucket",
+                mounted,
             ],
             "",
         ],
         [
             [
-                ".venv/bin/python", "-m", "prefix_distill.main",
-                "--distributed=auto", f"--workdir={mounted}/runs/it's a run",
+                ".venv/bin/python",
+                "-m",
+                "prefix_distill.main",
+                "--distributed=auto",
+                f"--workdir={mounted}/runs/it's a run",
                 *_ARGUMENTS,
             ],
             "",
         ],
-    ]  # fmt: skip
+    ]
     again = host.launch("tpu.sh", *run)
     assert again.returncode == 1 and "host-0: a run is alive" in again.stderr
     assert host.launch("tpu.sh", "status", *_TPU).stdout == "host-0: runs\n"
@@ -469,9 +501,15 @@ def test_a_run_on_a_host_outlives_the_connection_and_is_alone(host):
 
 def test_the_manifest_is_a_job_of_all_hosts_for_each_slice(place):
   done = place.launch(
-      "gke.sh", "run", *_GKE, "--slices=2", "--restarts=7",
-      "--repo=https://host/it's mine.git", f"--workdir={_BUCKET}", *dashes(),
-  )  # fmt: skip
+      "gke.sh",
+      "run",
+      *_GKE,
+      "--slices=2",
+      "--restarts=7",
+      "--repo=https://host/it's mine.git",
+      f"--workdir={_BUCKET}",
+      *dashes(),
+  )
   assert done.returncode == 0, done.stderr
   ((_, manifest),) = place.calls()
   account, jobset = yaml.safe_load_all(manifest)
@@ -480,8 +518,10 @@ def test_the_manifest_is_a_job_of_all_hosts_for_each_slice(place):
   (slices,) = jobset["spec"]["replicatedJobs"]
   job = slices["template"]["spec"]
   assert (slices["replicas"], job["parallelism"], job["completions"]) == (
-      2, 4, 4,
-  )  # fmt: skip
+      2,
+      4,
+      4,
+  )
   assert job["backoffLimit"] == 0
   pod = job["template"]["spec"]
   assert pod["serviceAccountName"] == account["metadata"]["name"]
@@ -506,15 +546,26 @@ def test_the_manifest_is_a_job_of_all_hosts_for_each_slice(place):
   assert done.returncode == 0, done.stderr
   assert [argv for argv, _ in place.calls()] == [
       [
-          "git", "clone", "--depth", "1", "--branch", "main",
-          "https://host/it's mine.git", clone,
+          "git",
+          "clone",
+          "--depth",
+          "1",
+          "--branch",
+          "main",
+          "https://host/it's mine.git",
+          clone,
       ],
       ["pip", "install", "--quiet", "-e", ".[tpu]"],
       [
-          "python", "-m", "prefix_distill.main", "--distributed=auto",
-          "--notice=120", "--workdir=/gcs/runs/it's a run", *_ARGUMENTS,
+          "python",
+          "-m",
+          "prefix_distill.main",
+          "--distributed=auto",
+          "--notice=120",
+          "--workdir=/gcs/runs/it's a run",
+          *_ARGUMENTS,
       ],
-  ]  # fmt: skip
+  ]
 
 
 # In a SLURM job.
@@ -532,18 +583,23 @@ def job(tmp_path):
       "while [[ $1 == --* ]]; do shift; done\n"
       'echo $$ > step; exec "$@"\n',
   )
-  job.stub("scancel", text=_RECORDER + (
-      "import signal\n"
-      "os.kill(int(open('step').read()), signal.SIGTERM)\n"
-  ))  # fmt: skip
+  job.stub(
+      "scancel",
+      text=_RECORDER
+      + (
+          "import signal\n"
+          "os.kill(int(open('step').read()), signal.SIGTERM)\n"
+      ),
+  )
   return job
 
 
 def _batch(job, training: str, signalled: bool) -> int:
   process = subprocess.Popen(
       [_LAUNCH / "slurm_job.sh", "bash", "-c", training],
-      cwd=job.root, env=job.environment,
-  )  # fmt: skip
+      cwd=job.root,
+      env=job.environment,
+  )
   if signalled:
     _wait_for(job.root / "ready")
     process.send_signal(signal.SIGUSR1)
@@ -559,8 +615,9 @@ _UNTIL_TERM = (
 def test_a_job_at_its_time_limit_saves_and_is_requeued(job):
   assert _batch(job, _UNTIL_TERM % 130, True) == 130
   assert [argv for argv, _ in job.calls()] == [
-      ["scancel", "--signal=TERM", "17"], ["scontrol", "requeue", "17"],
-  ]  # fmt: skip
+      ["scancel", "--signal=TERM", "17"],
+      ["scontrol", "requeue", "17"],
+  ]
 
 
 def test_a_job_that_finished_in_time_is_not_requeued(job):
@@ -579,10 +636,16 @@ def test_a_job_that_failed_is_not_requeued(job):
 def test_several_processes_know_their_number_and_where_they_meet(place):
   place.environment["XLA_FLAGS"] = "--xla_one --xla_two"
   done = place.launch(
-      "local.sh", "run", "--dry-run", "--processes=2", "--devices=3",
-      "--port=1234", "--workdir=a b", "--python=stub_python",
+      "local.sh",
+      "run",
+      "--dry-run",
+      "--processes=2",
+      "--devices=3",
+      "--port=1234",
+      "--workdir=a b",
+      "--python=stub_python",
       *dashes("--config=configs/math.py"),
-  )  # fmt: skip
+  )
   assert done.stdout.splitlines() == [
       *(
           "env JAX_PLATFORMS=cpu 'XLA_FLAGS=--xla_one --xla_two"
@@ -608,12 +671,19 @@ def _locally(place, text: str) -> subprocess.Popen:
   )
   return subprocess.Popen(
       toys.interruptible(
-          _LAUNCH / "local.sh", "run", f"--python={python}", "--processes=3",
-          "--grace=1", *dashes(),
+          _LAUNCH / "local.sh",
+          "run",
+          f"--python={python}",
+          "--processes=3",
+          "--grace=1",
+          *dashes(),
       ),
-      cwd=place.root, env=place.environment, text=True,
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-  )  # fmt: skip
+      cwd=place.root,
+      env=place.environment,
+      text=True,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+  )
 
 
 def _alive(pid: str) -> bool:
@@ -662,22 +732,37 @@ def test_two_processes_train_to_the_end(tmp_path):
     port = probe.getsockname()[1]
   workdir = tmp_path / "a run"
   small = {
-      "steps": 2, "mesh.fsdp": 2, "data.batch_size": 4, "rollout.max_len": 8,
-      "prefix.buckets": "(8,)", "evaluation.max_len": 8,
-      "evaluation.every": 0, "evaluation.batch_size": 4,
-      "evaluation.greedy": False, "evaluation.teacher": False,
+      "steps": 2,
+      "mesh.fsdp": 2,
+      "data.batch_size": 4,
+      "rollout.max_len": 8,
+      "prefix.buckets": "(8,)",
+      "evaluation.max_len": 8,
+      "evaluation.every": 0,
+      "evaluation.batch_size": 4,
+      "evaluation.greedy": False,
+      "evaluation.teacher": False,
       "evaluation.sets.heldout.size": 4,
-  }  # fmt: skip
+  }
   done = subprocess.run(
       [
-          _LAUNCH / "local.sh", "run", "--processes=2", "--devices=2",
-          f"--port={port}", f"--workdir={workdir}",
-          f"--python={sys.executable}", "--",
+          _LAUNCH / "local.sh",
+          "run",
+          "--processes=2",
+          "--devices=2",
+          f"--port={port}",
+          f"--workdir={workdir}",
+          f"--python={sys.executable}",
+          "--",
           "--config=configs/math.py:tiny",
           *(f"--config.{name}={value}" for name, value in small.items()),
       ],
-      cwd=_ROOT, text=True, capture_output=True, timeout=280, check=False,
-  )  # fmt: skip
+      cwd=_ROOT,
+      text=True,
+      capture_output=True,
+      timeout=280,
+      check=False,
+  )
   assert done.returncode == 0, done.stderr[-5000:]
   assert "mesh data 2 x fsdp 2" in done.stdout
   assert (workdir / "export" / "model.safetensors").is_file()

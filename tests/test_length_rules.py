@@ -83,9 +83,12 @@ def test_rollouts_end_where_the_first_low_window_starts(
   calm = rng.random(mask.shape) < 0.06
   kl = np.where(np.cumsum(calm, 1) % 2 == 1, kl / 8, kl)
   chosen = prefix_schedule.cut(
-      window, low_windows, jnp.asarray(np.where(mask, kl, np.nan)),
-      jnp.asarray(mask), jnp.float32(0.2),
-  )  # fmt: skip
+      window,
+      low_windows,
+      jnp.asarray(np.where(mask, kl, np.nan)),
+      jnp.asarray(mask),
+      jnp.float32(0.2),
+  )
   wanted = [
       stopped(row[:length], window, low_windows, 0.2)
       for row, length in zip(kl, lengths, strict=True)
@@ -135,9 +138,12 @@ def shows(minima) -> Stats:
 def test_the_threshold_is_a_quantile_of_the_last_rollouts_with_a_window(seed):
   rng = np.random.default_rng(seed)
   spec = AgreementSpec(
-      window_tokens=8, quantile=float(rng.random()), memory_rollouts=50,
-      warmup_updates=3, min_rollouts=30,
-  )  # fmt: skip
+      window_tokens=8,
+      quantile=float(rng.random()),
+      memory_rollouts=50,
+      warmup_updates=3,
+      min_rollouts=30,
+  )
   rule = Agreement(100, spec)
   state, past, active = rule.start(), [], 0
   for step in range(20):
@@ -349,8 +355,10 @@ def test_plateau_waits_while_the_worst_signal_falls():
   assert caps_of(rule, done) == [20] * 13
   # Nobody has the band, which is no progress.
   assert caps_of(rule, [banded(0.9**i, (3, 3)) for i in range(2)]) == [
-      20, 20, 30,
-  ]  # fmt: skip
+      20,
+      20,
+      30,
+  ]
 
 
 def test_plateau_grows_at_once_when_enough_rollouts_reach_the_cap():
@@ -460,9 +468,15 @@ def summed(schedule, rollout=ROLLOUT, threshold=None):
 
   def loss(params):
     return step_lib.distillation_loss(
-        STUDENT, EXACT, watch, step_lib.Window(), params, HEAD,
-        (PROMPTS, rollout, SCORES), threshold,
-    )  # fmt: skip
+        STUDENT,
+        EXACT,
+        watch,
+        step_lib.Window(),
+        params,
+        HEAD,
+        (PROMPTS, rollout, SCORES),
+        threshold,
+    )
 
   (value, sums), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(PARAMS)
   return value, sums, grads
@@ -566,10 +580,11 @@ PREFIXES = {
         "plateau", (4, 8), plateau=PlateauSpec(8, 4, top_tokens=4)
     ),
     "agreement": PrefixSpec(
-        "agreement", (4, 8),
+        "agreement",
+        (4, 8),
         agreement=AgreementSpec(2, low_windows=2, top_tokens=4),
     ),
-}  # fmt: skip
+}
 
 
 NOT_AGREEMENT = ("drift", "plateau")
@@ -580,10 +595,13 @@ def made(prefix, shape=(1, 1, 1), **optimizer):
   mesh = sharding.make_mesh(MeshSpec(*shape), jax.devices()[: math.prod(shape)])
   task = DatasetSpec("math_task", answer="answer", size=1)
   config = toys.run_config(
-      "student", "teacher", data=DataSpec(task, 8, 5), prefix=prefix,
+      "student",
+      "teacher",
+      data=DataSpec(task, 8, 5),
+      prefix=prefix,
       rollout=RolloutSpec(per_prompt=1, max_len=8),
       optimizer=OptimizerSpec(learning_rate=1e-2, **optimizer),
-  )  # fmt: skip
+  )
   models = toys.models(config, mesh)
   shardings = sharding.param_shardings(models.student.abstract_params(), mesh)
   params, teacher_params = (

@@ -93,9 +93,14 @@ def _logits(model, params, tokens, mask):
 def _sampled(model, params):
   settings = generate.SamplerConfig(toys.STOPS, toys.PAD, toys.NUM_TOKENS)
   return generate.sample(
-      model, settings, 8, params, PROMPTS, jax.random.key(3),
+      model,
+      settings,
+      8,
+      params,
+      PROMPTS,
+      jax.random.key(3),
       generate.Draw.of(8),
-  )  # fmt: skip
+  )
 
 
 def _merged(params, scale):
@@ -157,7 +162,7 @@ def test_rank_0_is_the_code_without_adapters():
     "family, targets",
     [("qwen3", Lora.targets), ("qwen2", ("query", "down")),
      ("llama", Lora.targets)],
-)  # fmt: skip
+)
 def test_adapters_compute_what_merged_weights_do(family, targets):
   model, params = _toy(targets=targets, family=family)
   dense = _merged(params, 2.0)
@@ -250,9 +255,12 @@ def test_gradients_are_those_of_a_dense_float64_reference(family, form):
   dist = toys.distribution()
   loss = ExactLoss(dist) if form == "exact" else SampledLoss(dist)
   scored = functools.partial(
-      step_lib.distillation_loss, model, loss,
-      step_lib.Watch(4 * _COLUMNS, toys.STOPS), step_lib.Window(),
-  )  # fmt: skip
+      step_lib.distillation_loss,
+      model,
+      loss,
+      step_lib.Watch(4 * _COLUMNS, toys.STOPS),
+      step_lib.Window(),
+  )
 
   @jax.jit
   def ours(adapters, base):
@@ -303,9 +311,10 @@ def test_a_merged_export_equals_the_adapters(name, tmp_path):
       scale=spec.scale,
   )
   plain = hf.load_params(
-      str(out), model.base,
+      str(out),
+      model.base,
       sharding.param_shardings(model.base.abstract_params(), _ONE),
-  )  # fmt: skip
+  )
   expected = np.load(_GOLDEN / name / "expected.npz")
   tokens, mask = expected["tokens"], expected["mask"]
   given = jnp.asarray(tokens, jnp.int32), jnp.asarray(mask)
@@ -494,9 +503,15 @@ _TARGETS = (Lora.targets, ("query", "value"))
 def test_an_update_costs_what_the_ledger_says(remat, targets):
   rows, prompt, sampled = 4, 16, 33
   config = toys.model_config(
-      dim=64, mlp_dim=128, num_heads=4, num_kv_heads=2, head_dim=16,
-      num_layers=3, vocab_size=128, lora=Lora(4, 1.0, targets),
-  )  # fmt: skip
+      dim=64,
+      mlp_dim=128,
+      num_heads=4,
+      num_kv_heads=2,
+      head_dim=16,
+      num_layers=3,
+      vocab_size=128,
+      lora=Lora(4, 1.0, targets),
+  )
   model, dist = Model(config, remat=remat), toys.distribution()
 
   def array(*shape, dtype=jnp.float32):
@@ -547,13 +562,18 @@ def test_an_update_costs_what_the_ledger_says(remat, targets):
 def _config(path, steps=4, **changes):
   """A run that teaches a model what it would say if it knew the answer."""
   config = toys.run_config(
-      path, path, steps=steps, lora=LoraSpec(2, alpha=4.0),
-      checkpoint=CheckpointSpec(every=1, keep=9), **changes,
-  )  # fmt: skip
+      path,
+      path,
+      steps=steps,
+      lora=LoraSpec(2, alpha=4.0),
+      checkpoint=CheckpointSpec(every=1, keep=9),
+      **changes,
+  )
   data = dataclasses.replace(
-      config.data, teacher_prompt="{question} It is {answer}.",
+      config.data,
+      teacher_prompt="{question} It is {answer}.",
       max_teacher_prompt_len=112,
-  )  # fmt: skip
+  )
   sets = dataclasses.replace(config.evaluation, teacher=False)
   return dataclasses.replace(config, data=data, evaluation=sets)
 

@@ -35,13 +35,14 @@ def _config(case, source):
       config,
       data=dataclasses.replace(config.data, train=train),
       rollout=dataclasses.replace(
-          config.rollout, source="student" if case.fields else "data",
+          config.rollout,
+          source="student" if case.fields else "data",
           max_len=32,
       ),
       evaluation=dataclasses.replace(
           config.evaluation, sets={"heldout": heldout}
       ),
-  )  # fmt: skip
+  )
 
 
 def _preflight(config):

@@ -123,8 +123,9 @@ def test_a_clean_solution_is_right_in_every_line():
     assert _boxed(text) == record["answer"]
     assert text.count("</think>") == 1
     total = int(re.search(r"so the total is (\d+)", text).group(1))
-    sums = re.findall(r"(\d+) ([+-]) (\d+) = (\d+)\. Now the total is (\d+)",
-                      text)  # fmt: skip
+    sums = re.findall(
+        r"(\d+) ([+-]) (\d+) = (\d+)\. Now the total is (\d+)", text
+    )
     for before, sign, amount, after, now in sums:
       assert int(before) == total
       total += int(amount) if sign == "+" else -int(amount)

@@ -26,21 +26,30 @@ _FLAGS = (
 # sampling. In the last ones an axis that batches are not split over runs
 # through two or four processes.
 _LAYOUTS = (
-    (1, 8, (8, 1, 1, 0)), (1, 8, (1, 8, 1, 0)), (1, 8, (2, 2, 2, 0)),
-    (1, 8, (1, 2, 4, 0)), (1, 8, (1, 8, 1, 4)), (2, 2, (4, 1, 1, 0)),
-    (2, 4, (1, 8, 1, 0)), (4, 2, (2, 2, 2, 0)), (4, 2, (1, 2, 4, 0)),
-    (4, 2, (1, 1, 8, 0)), (4, 2, (1, 8, 1, 4)),
-)  # fmt: skip
+    (1, 8, (8, 1, 1, 0)),
+    (1, 8, (1, 8, 1, 0)),
+    (1, 8, (2, 2, 2, 0)),
+    (1, 8, (1, 2, 4, 0)),
+    (1, 8, (1, 8, 1, 4)),
+    (2, 2, (4, 1, 1, 0)),
+    (2, 4, (1, 8, 1, 0)),
+    (4, 2, (2, 2, 2, 0)),
+    (4, 2, (1, 2, 4, 0)),
+    (4, 2, (1, 1, 8, 0)),
+    (4, 2, (1, 8, 1, 4)),
+)
 
 
 def start_and_end(root, name, processes, devices, mesh):
   names = ("data", "fsdp", "tensor", "sampling_tensor")
   sizes = zip(names, mesh, strict=True)
   started = toys.start_run(
-      *_FLAGS, f"--workdir={root / name}",
+      *_FLAGS,
+      f"--workdir={root / name}",
       *(f"--config.mesh.{axis}={size}" for axis, size in sizes),
-      processes=processes, devices=devices,
-  )  # fmt: skip
+      processes=processes,
+      devices=devices,
+  )
   for code, _, err in toys.end(started, 1800):
     assert code == 0, err[-3000:]
   return root / name

@@ -147,7 +147,7 @@ def test_the_teachers_prompt_takes_the_last_turns_place(tokenizer, tmp_path):
     ("system", "wanted"),
     ((None, _turn("system", _OWN)), ("", ""), ("Be kind.",
      _turn("system", "Be kind."))),
-)  # fmt: skip
+)
 def test_a_system_prompt_is_the_templates_or_set_or_off(
     tmp_path, system, wanted
 ):
@@ -185,13 +185,18 @@ def test_nothing_is_left_out_where_the_template_adds_nothing(tokenizer):
 def test_the_system_prompt_reaches_training_and_evaluation(tmp_path):
   source = _write(tmp_path, {"question": "How many?", "answer": "7"})
   config = toys.run_config("bundled:teacher", "bundled:teacher")
-  data = _spec(source, system="Be kind.", batch_size=8,
-               teacher_prompt="{question} {answer}")  # fmt: skip
+  data = _spec(
+      source,
+      system="Be kind.",
+      batch_size=8,
+      teacher_prompt="{question} {answer}",
+  )
   sets = {"mine": DatasetSpec(source, answer="answer")}
   config = dataclasses.replace(
-      config, data=data,
+      config,
+      data=data,
       evaluation=dataclasses.replace(config.evaluation, sets=sets),
-  )  # fmt: skip
+  )
   inputs = setup.check(config)
   batch, _ = next(inputs.data)
   tokenizer, problems = inputs.fed[0].tokenizer, inputs.problems["mine"].batch
@@ -302,14 +307,22 @@ def test_records_are_dropped_and_counted_by_their_reasons(tokenizer, tmp_path):
   assert iterator.reasons.total() == iterator.dropped
   counts = iterator.counts()
   assert list(counts) == [
-      "dropped", "dropped_broken", "dropped_empty", "dropped_long",
-  ]  # fmt: skip
+      "dropped",
+      "dropped_broken",
+      "dropped_empty",
+      "dropped_long",
+  ]
   assert counts.pop("dropped") == sum(counts.values()) >= 3
   assert set(iterator.noted) == {"plain"}
   notes = "\n".join(iterator.notes)
-  for words in ("Dropped 1 of the first 5 records", "empty in a field",
-                "with half of a character", "longer than", "Changed 1 of",
-                "read as plain text."):  # fmt: skip
+  for words in (
+      "Dropped 1 of the first 5 records",
+      "empty in a field",
+      "with half of a character",
+      "longer than",
+      "Changed 1 of",
+      "read as plain text.",
+  ):
     assert words in notes
   other = PromptIterator(_spec(_write(tmp_path, *rows)), tokenizer, seed=0)
   other.set_state(iterator.get_state())
@@ -336,19 +349,22 @@ def test_a_template_that_refuses_some_messages_drops_them(tmp_path):
   iterator = PromptIterator(_spec(source), tokenizer, seed=0)
   assert next(iterator)[0].index[0] == 1
   assert "the chat template refuses its messages" in iterator.notes[0]
-  spec = DatasetSpec(_write(tmp_path, {"question": _TURNS, "a": "7"}),
-                     answer="a")  # fmt: skip
+  spec = DatasetSpec(
+      _write(tmp_path, {"question": _TURNS, "a": "7"}), answer="a"
+  )
   with pytest.raises(errors.UserError, match="record 1 .*One, please"):
     evaluator.load_problems("mine", spec, tokenizer, 90, "")
 
 
 def test_a_prompt_that_does_not_hold_its_question_drops_it(tmp_path):
-  tokenizer = _with_template(tmp_path, _QWEN.replace(
-      "message.content ", "message.content[:20] "))  # fmt: skip
+  tokenizer = _with_template(
+      tmp_path, _QWEN.replace("message.content ", "message.content[:20] ")
+  )
   source = _write(
-      tmp_path, {"question": "How many?"},
+      tmp_path,
+      {"question": "How many?"},
       {"question": "Ann has 7 pens. How many pens does Ann have?"},
-  )  # fmt: skip
+  )
   iterator = PromptIterator(_spec(source), tokenizer, seed=0)
   assert "does not read as the question" in iterator.notes[0]
   assert [int(next(iterator)[0].index[0]) for _ in range(3)] == [0, 0, 0]
@@ -371,7 +387,7 @@ def test_a_prompt_that_does_not_hold_its_question_drops_it(tmp_path):
         ("<think>", "<think>a</think> <think> b", "a</think> <think> b",
          {"opened"}),
     ),
-)  # fmt: skip
+)
 def test_a_completion_follows_its_prompt(
     tokenizer, tmp_path, suffix, text, wanted, noted
 ):

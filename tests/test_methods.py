@@ -173,10 +173,13 @@ def test_seqkd_asks_the_teacher_once_and_charges_it(
 def test_answers_that_do_not_end_are_an_error(models, tmp_path):
   with pytest.raises(records.DataError, match="rollout.max_len 4 tokens"):
     run(
-        models, tmp_path / "run", method="seqkd", steps=1,
+        models,
+        tmp_path / "run",
+        method="seqkd",
+        steps=1,
         rollout=RolloutSpec(1, 4),
         prefix=PrefixSpec("fixed", fixed=FixedSpec(4)),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl"])
@@ -199,9 +202,13 @@ def test_a_share_of_updates_is_off_policy(models, tmp_path):
   # Stored answers must fit.
   rollout = dataclasses.replace(rollout, max_len=256)
   lines = run(
-      models, tmp_path / "run", rollout=rollout, data=data, steps=8,
+      models,
+      tmp_path / "run",
+      rollout=rollout,
+      data=data,
+      steps=8,
       prefix=PrefixSpec("fixed", fixed=FixedSpec(8)),
-  )  # fmt: skip
+  )
   sources = [x["source"] for x in lines]
   assert set(sources) == {"student", "data"}
   decoded = [x["flops_decode"] for x in lines]

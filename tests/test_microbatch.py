@@ -37,9 +37,10 @@ def test_parts_are_even():
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_parts_together_are_the_whole_in_its_order(count):
   mesh = jax.make_mesh(
-      (1, 1, 1), ("data", "fsdp", "tensor"),
+      (1, 1, 1),
+      ("data", "fsdp", "tensor"),
       axis_types=(jax.sharding.AxisType.Auto,) * 3,
-  )  # fmt: skip
+  )
   whole = np.arange(8 * 3).reshape(8, 3)
   take = jax.jit(microbatch.take, static_argnums=(0, 1))
   taken = [

@@ -125,15 +125,20 @@ def _full(family):
 @families
 def test_cached_decoding_equals_the_full_forward(family):
   np.testing.assert_allclose(
-      _decode(_MODELS[family], _params(family))[_MASK], _full(family)[_MASK],
-      atol=1e-5, rtol=1e-5,
-  )  # fmt: skip
+      _decode(_MODELS[family], _params(family))[_MASK],
+      _full(family)[_MASK],
+      atol=1e-5,
+      rtol=1e-5,
+  )
 
 
 # As the kernels of a CPU, a GPU and a TPU want it, and as no kernel does.
 _LAYOUTS = [
-    ("bkhm", "bkmh"), ("bkmh", "bkmh"), ("bmkh", "bmkh"), ("kbmh", "kbmh"),
-]  # fmt: skip
+    ("bkhm", "bkmh"),
+    ("bkmh", "bkmh"),
+    ("bmkh", "bmkh"),
+    ("kbmh", "kbmh"),
+]
 
 
 @pytest.mark.parametrize("keys, values", _LAYOUTS)
@@ -215,13 +220,16 @@ def test_decoding_after_a_prefill_equals_the_full_forward(family):
   np.testing.assert_allclose(
       model.logits(params, hidden)[rows],
       _full(family)[np.arange(len(rows)), last][rows],
-      atol=1e-5, rtol=1e-5,
-  )  # fmt: skip
+      atol=1e-5,
+      rtol=1e-5,
+  )
   after = _decode(model, params, cache, split)
   np.testing.assert_allclose(
-      after[_MASK[:, split:]], _full(family)[:, split:][_MASK[:, split:]],
-      atol=1e-5, rtol=1e-5,
-  )  # fmt: skip
+      after[_MASK[:, split:]],
+      _full(family)[:, split:][_MASK[:, split:]],
+      atol=1e-5,
+      rtol=1e-5,
+  )
 
 
 @families
@@ -532,10 +540,19 @@ def test_from_hf_reads_every_size(family, tied):
       family, tie_word_embeddings=tied, head_dim=6, rope_parameters=rope
   )
   assert found == ModelConfig(
-      family=family, vocab_size=23, dim=16, mlp_dim=24, num_layers=2,
-      num_heads=4, num_kv_heads=2, head_dim=6, norm_eps=1e-5,
-      rope=RopeConfig(700.0), tied=tied, max_length=64,
-  )  # fmt: skip
+      family=family,
+      vocab_size=23,
+      dim=16,
+      mlp_dim=24,
+      num_layers=2,
+      num_heads=4,
+      num_kv_heads=2,
+      head_dim=6,
+      norm_eps=1e-5,
+      rope=RopeConfig(700.0),
+      tied=tied,
+      max_length=64,
+  )
   assert hash(found) == hash(dataclasses.replace(found))
 
 
@@ -576,8 +593,10 @@ def _yarn(**changes):
 
 
 _PARTIAL = {
-    "rope_type": "default", "rope_theta": 10.0, "partial_rotary_factor": 0.5
-}  # fmt: skip
+    "rope_type": "default",
+    "rope_theta": 10.0,
+    "partial_rotary_factor": 0.5,
+}
 
 
 @pytest.mark.parametrize(

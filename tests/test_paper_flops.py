@@ -126,7 +126,12 @@ def test_the_command_prints_both_tables_and_what_is_inferred(capsys):
   paper_tables.main()
   out = capsys.readouterr().out
   for text in (
-      "Qwen3-1.7B-Base", "Qwen3-8B-Base", "prefix 2048", "9.4e+17", "2.2e+20",
-      "inferred", "not published",
-  ):  # fmt: skip
+      "Qwen3-1.7B-Base",
+      "Qwen3-8B-Base",
+      "prefix 2048",
+      "9.4e+17",
+      "2.2e+20",
+      "inferred",
+      "not published",
+  ):
     assert text in out

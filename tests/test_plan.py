@@ -40,7 +40,7 @@ SMALL, LARGE = QWEN3_1_7B, QWEN3_8B
     ("name", "size"),
     [("v5e:4x4", 16), ("v5p:2x2x2", 8), ("v6e:4x4", 16), ("h100:8", 8),
      ("v5e:4x4*2", 32), ("a100:1", 1), ("h200:16", 16)],
-)  # fmt: skip
+)
 def test_a_machine_has_so_many_devices(name, size):
   assert machines.parse(name).size == size
 
@@ -68,9 +68,12 @@ def test_another_machine_is_refused_with_what_there_is(name, text):
 def ask(*flags: str) -> subprocess.CompletedProcess:
   return subprocess.run(
       [sys.executable, "-m", "prefix_distill.plan", *flags],
-      text=True, capture_output=True, timeout=400, check=False,
+      text=True,
+      capture_output=True,
+      timeout=400,
+      check=False,
       env=os.environ | {"HF_HUB_OFFLINE": "1"},
-  )  # fmt: skip
+  )
 
 
 def test_a_missing_compiler_ends_in_the_line_that_installs_it():
@@ -111,11 +114,13 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_compiled():
 @pytest.mark.aot
 def test_what_the_compiler_refuses_gets_a_setting_that_it_takes(tmp_path):
   asked = ask(
-      "--config=configs/math.py:tiny", "--topology=v5e:2x2", "--prefix=64",
+      "--config=configs/math.py:tiny",
+      "--topology=v5e:2x2",
+      "--prefix=64",
       "--config.data.batch_size=524288",
       "--config.optimizer.batch_tokens=65536",
       f"--json={tmp_path / 'plan.json'}",
-  )  # fmt: skip
+  )
   assert asked.returncode == 1
   assert "of 15.75 GiB" in asked.stderr.splitlines()[-1]
   plan = json.loads((tmp_path / "plan.json").read_text())
@@ -175,12 +180,11 @@ def test_training_has_tensor_shards_where_there_are_more_devices_than_prompts():
 def test_long_answers_need_more_shards_to_lie_on():
   made = config()
   made = dataclasses.replace(
-      made, method="full",
+      made,
+      method="full",
       evaluation=dataclasses.replace(made.evaluation, teacher=False),
-      rollout=dataclasses.replace(
-          made.rollout, per_prompt=8, max_len=16_384
-      ),
-  )  # fmt: skip
+      rollout=dataclasses.replace(made.rollout, per_prompt=8, max_len=16_384),
+  )
   # Keys and values of one prompt's eight rollouts take 14 GiB.
   tight, ample = map(machines.parse, ("v5e:4x4", "v6e:4x4"))
   assert planner.suggest_mesh(made, SMALL, LARGE, tight).sampling_tensor == 2
@@ -219,11 +223,23 @@ _UPDATES = [
     {"stage": "update", "name": "256: sample", "flops": 1.0, "phase": 9.0},
 ]
 _ROLLOUTS = [
-    {"stage": "rollout", "name": "a", "rows": 1, "new": 257,
-     "least_bytes": 1.0, "ms_per_token": 9.0},
-    {"stage": "rollout", "name": "b", "rows": 64, "new": 257,
-     "least_bytes": 256 * 5e9, "ms_per_token": 2.5},
-]  # fmt: skip
+    {
+        "stage": "rollout",
+        "name": "a",
+        "rows": 1,
+        "new": 257,
+        "least_bytes": 1.0,
+        "ms_per_token": 9.0,
+    },
+    {
+        "stage": "rollout",
+        "name": "b",
+        "rows": 64,
+        "new": 257,
+        "least_bytes": 256 * 5e9,
+        "ms_per_token": 2.5,
+    },
+]
 
 
 def test_measured_shares_take_the_place_of_assumed_ones(tmp_path):
@@ -319,11 +335,11 @@ def test_a_device_takes_as_many_rows_as_its_memory_holds(models):
   rollout = RolloutSpec(per_prompt=2, max_len=8)
   made = toys.run_config(*models)
   made = dataclasses.replace(
-      made, rollout=rollout, evaluation=dataclasses.replace(
-          made.evaluation, batch_size=0
-      ),
+      made,
+      rollout=rollout,
+      evaluation=dataclasses.replace(made.evaluation, batch_size=0),
       data=dataclasses.replace(made.data, batch_size=64),
-  )  # fmt: skip
+  )
 
   def look(made, memory):
     plan = programs.build(made, jax.devices()[:1], memory)
@@ -359,8 +375,9 @@ def test_the_compilers_refusal_is_read():
       " in memory space hbm. Used 26.90G of 15.75G hbm. Exceeded hbm capacity"
   )
   assert programs._refusal(text) == {
-      "refused": "needs 26.9 of 15.75 GiB", "memory": 26.9 * 2**30
-  }  # fmt: skip
+      "refused": "needs 26.9 of 15.75 GiB",
+      "memory": 26.9 * 2**30,
+  }
   text = (
       "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required"
       " for HLO temporaries (2.45T) exceeds available HBM (15.75G)."
@@ -467,9 +484,15 @@ def test_a_plan_looks_at_evaluation_with_rows_as_long_as_they_get(models):
   plan = programs.build(made, jax.devices()[:1])
   names = [job.stage.name for job in programs.jobs(plan, (8,))]
   assert names == [
-      "layout", "apply", "score", "prefill", "evaluate", "evaluate teacher",
-      "decode", "gradient",
-  ]  # fmt: skip
+      "layout",
+      "apply",
+      "score",
+      "prefill",
+      "evaluate",
+      "evaluate teacher",
+      "decode",
+      "gradient",
+  ]
   spec = made.evaluation
   for stage in plan.evaluation():
     assert stage.rows == spec.batch_size
@@ -558,11 +581,13 @@ def test_then_the_host_keeps_what_it_can_and_then_shards_split_a_row(large):
   (flags,) = planner.advice(large, found(memory, large, "gradient"))
   # 130 GiB a row: 65 with two shards, and nothing for the moments.
   assert set(flags.split()) == {
-      "--config.mesh.fsdp=4", "--config.mesh.tensor=2",
+      "--config.mesh.fsdp=4",
+      "--config.mesh.tensor=2",
       "--config.mesh.sampling_tensor=1",
-      "--config.optimizer.offload=True", "--config.student.remat=offload",
+      "--config.optimizer.offload=True",
+      "--config.student.remat=offload",
       "--config.optimizer.batch_tokens=131072",
-  }  # fmt: skip
+  }
 
 
 def test_before_a_row_is_split_the_layers_inputs_go_to_the_host(large):
@@ -572,8 +597,9 @@ def test_before_a_row_is_split_the_layers_inputs_go_to_the_host(large):
   )
   (flags,) = planner.advice(large, found(memory, large, "gradient"))
   assert set(flags.split()) == {
-      "--config.student.remat=offload", "--config.optimizer.offload=True",
-  }  # fmt: skip
+      "--config.student.remat=offload",
+      "--config.optimizer.offload=True",
+  }
   kept["full"] = 60
   (flags,) = planner.advice(large, found(memory, large, "gradient"))
   assert "--config.student.remat=full" in flags
@@ -625,8 +651,13 @@ def test_no_collective_is_unplanned(audits, mesh):
   programs = {k: v for k, v in audits[mesh].items() if k != "least"}
   moved = programs.pop("move", None)
   assert set(programs) == {
-      "prefill", "layout", "decode", "score", "gradient", "apply",
-  }  # fmt: skip
+      "prefill",
+      "layout",
+      "decode",
+      "score",
+      "gradient",
+      "apply",
+  }
   assert [one["unplanned"] for one in programs.values()] == [[]] * 6
   assert (moved is None) == (mesh != "two meshes")
 
@@ -724,8 +755,9 @@ def test_a_plan_of_a_mesh_that_takes_all_devices(models, stand_ins):
   assert not result.answers
   # The student before and after the updates, eight problems each time.
   assert [*result.evaluation] == [
-      "student, 2 x 8 answers", "teacher, 8 answers",
-  ]  # fmt: skip
+      "student, 2 x 8 answers",
+      "teacher, 8 answers",
+  ]
   assert len(stand_ins) == len(result.programs) == 8
 
 
@@ -770,8 +802,11 @@ def test_a_plan_of_seqkd_is_of_the_teachers_answers_and_then_without_it(
   made = toys.run_config(*models, method="seqkd", rollout=rollout)
   result = planned(made)
   assert [(one.name, one.bucket) for one in result.programs] == [
-      ("apply", 24), ("evaluate", 12), ("answer", 24), ("gradient", 24),
-  ]  # fmt: skip
+      ("apply", 24),
+      ("evaluate", 12),
+      ("answer", 24),
+      ("gradient", 24),
+  ]
   assert set(result.held) == {"student", "moments"}
   assert any("is gone while the student learns" in x for x in result.notes)
   # Three updates of eight prompts, of which there are 200.
@@ -785,9 +820,11 @@ def test_a_plan_of_seqkd_is_of_the_teachers_answers_and_then_without_it(
   # What lies beside: the teacher alone; then the student and its moments.
   for job in stand_ins:
     wanted = {
-        "apply": {"student"}, "answer": {"teacher"},
-        "evaluate": {"student", "moments"}, "gradient": {"moments"},
-    }[job.stage.name]  # fmt: skip
+        "apply": {"student"},
+        "answer": {"teacher"},
+        "evaluate": {"student", "moments"},
+        "gradient": {"moments"},
+    }[job.stage.name]
     beside = job.plan.beside(job.stage)
     assert {name for name, x in beside.items() if jax.tree.leaves(x)} <= wanted
     if job.stage.name == "gradient":  # Of given answers; nothing scores them.
@@ -824,9 +861,12 @@ def test_a_model_that_cannot_be_downloaded_can_be_a_config(
 @pytest.mark.aot
 def test_every_recipe_at_full_size_is_planned_for_eight_devices():
   names = (
-      "compression:qwen3-8b", "crosslingual:qwen3-1.7b", "relaxed:qwen3-1.7b",
-      "mixed_policy:qwen3-1.7b", "math:qwen3-0.6b,method=seqkd",
-  )  # fmt: skip
+      "compression:qwen3-8b",
+      "crosslingual:qwen3-1.7b",
+      "relaxed:qwen3-1.7b",
+      "mixed_policy:qwen3-1.7b",
+      "math:qwen3-0.6b,method=seqkd",
+  )
   process = toys.start("planned.py", *names, devices=1)
   (printed,) = toys.finish([process], seconds=3600)
   found = dict(zip(names, map(json.loads, printed.splitlines()), strict=True))

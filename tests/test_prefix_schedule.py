@@ -100,8 +100,10 @@ def test_drift_grows_holds_and_shrinks():
   assert drive(controller, shown) == [20, 30, 40, 40, 40, 50, 50, 50, 40]
   assert drive(controller, [hold] * 6) == [20] * 7
   assert drive(make("drift", start=95, increment=10), [grow] * 2) == [
-      95, 100, 100,
-  ]  # fmt: skip
+      95,
+      100,
+      100,
+  ]
 
 
 def test_an_audit_puts_the_cap_where_the_divergence_is():
@@ -114,8 +116,19 @@ def test_an_audit_puts_the_cap_where_the_divergence_is():
   # It moves on when the opening is learned, and back when it is forgotten.
   shown = [stats(opening)] * 3 + [stats(later)] * 4 + [stats(opening)] * 4
   assert drive(controller, shown) == [
-      4, 4, 4, 100, 59, 59, 59, 100, 9, 9, 9, 100,
-  ]  # fmt: skip
+      4,
+      4,
+      4,
+      100,
+      59,
+      59,
+      59,
+      100,
+      9,
+      9,
+      9,
+      100,
+  ]
   # Never below the start.
   first = np.zeros(LONGEST)
   first[0] = 1.0
@@ -191,7 +204,7 @@ def test_a_share_of_the_updates_has_another_source():
             "rollout.source is 'teacher' but loss.form is 'policy_gradient'",
         ),
     ],
-)  # fmt: skip
+)
 def test_settings_that_do_not_fit_are_refused(changes, named):
   with pytest.raises(ConfigError, match=named):
     toys.run_config(

@@ -166,12 +166,20 @@ def _command(tmp_path, *flags):
   here.mkdir()
   process = subprocess.run(
       [
-          sys.executable, "-m", "prefix_distill.main", "--preflight",
-          f"--config={_ROOT}/configs/math.py", *flags,
+          sys.executable,
+          "-m",
+          "prefix_distill.main",
+          "--preflight",
+          f"--config={_ROOT}/configs/math.py",
+          *flags,
       ],
-      cwd=here, text=True, capture_output=True, timeout=120, check=False,
+      cwd=here,
+      text=True,
+      capture_output=True,
+      timeout=120,
+      check=False,
       env=os.environ | {"PYTHONPATH": str(_ROOT)},
-  )  # fmt: skip
+  )
   assert not list(here.iterdir())
   return process.returncode, process.stdout, process.stderr
 
@@ -509,15 +517,25 @@ def test_a_batch_that_does_not_split_is_refused_for_other_devices(
   here.mkdir()
   process = subprocess.run(
       [
-          sys.executable, "-m", "prefix_distill.main", "--preflight",
-          f"--config={_ROOT}/configs/math.py", *flags,
+          sys.executable,
+          "-m",
+          "prefix_distill.main",
+          "--preflight",
+          f"--config={_ROOT}/configs/math.py",
+          *flags,
       ],
-      cwd=here, text=True, capture_output=True, timeout=120, check=False,
-      env=os.environ | {
-          "PYTHONPATH": str(_ROOT), "JAX_PLATFORMS": "cpu",
+      cwd=here,
+      text=True,
+      capture_output=True,
+      timeout=120,
+      check=False,
+      env=os.environ
+      | {
+          "PYTHONPATH": str(_ROOT),
+          "JAX_PLATFORMS": "cpu",
           "JAX_NUM_CPU_DEVICES": "8",
       },
-  )  # fmt: skip
+  )
   assert process.returncode == 1 and not process.stdout
   words = f"{group}.batch_size is 12, which is not divisible by 8"
   assert words in process.stderr
@@ -548,10 +566,13 @@ def _record(number):
   """A record of all recipes' training data at once."""
   problem = f"What is {number} + 7?"
   return {
-      "conversations": [{"from": "human", "value": problem}], "domain": "math",
-      "prompt": problem, "problem": problem, "solution": "We add.",
+      "conversations": [{"from": "human", "value": problem}],
+      "domain": "math",
+      "prompt": problem,
+      "problem": problem,
+      "solution": "We add.",
       "problem_translated": f"{number} + 7 ni ngapi?",
-  }  # fmt: skip
+  }
 
 
 def _held_out(name, tmp_path):
@@ -565,12 +586,20 @@ def _held_out(name, tmp_path):
 
 
 _RECIPES = (
-    "compression:qwen3-8b", "compression:qwen3-14b", "compression:r1-llama-8b",
-    "crosslingual:qwen3-1.7b", "crosslingual:qwen3-4b",
-    "crosslingual:qwen3-8b", "relaxed:r1-1.5b", "relaxed:qwen3-1.7b",
-    "relaxed:qwen3-8b", "mixed_policy:qwen3-1.7b", "math:qwen3-0.6b",
-    "math:qwen3-4b,method=full", "math:qwen3-8b,method=seqkd",
-)  # fmt: skip
+    "compression:qwen3-8b",
+    "compression:qwen3-14b",
+    "compression:r1-llama-8b",
+    "crosslingual:qwen3-1.7b",
+    "crosslingual:qwen3-4b",
+    "crosslingual:qwen3-8b",
+    "relaxed:r1-1.5b",
+    "relaxed:qwen3-1.7b",
+    "relaxed:qwen3-8b",
+    "mixed_policy:qwen3-1.7b",
+    "math:qwen3-0.6b",
+    "math:qwen3-4b,method=full",
+    "math:qwen3-8b,method=seqkd",
+)
 
 
 @pytest.mark.parametrize("recipe", _RECIPES)

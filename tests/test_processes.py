@@ -29,9 +29,12 @@ STEPS = 12
 _DAMAGES = ("no arrays", "a bit of the arrays at 25%", "half of the host")
 # What srun sets for the first of two tasks.
 _STEP = {
-    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[1-2]",
-    "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
-}  # fmt: skip
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
 
 
 def lines(workdir: pathlib.Path) -> list[dict]:
@@ -80,10 +83,14 @@ class Toys:
 
   def start(self, name: str, processes: int, devices: int, *flags, **options):
     return toys.start_run(
-        self.config, f"--workdir={self.root / name}",
-        f"--config.steps={STEPS}", *flags,
-        processes=processes, devices=devices, **options,
-    )  # fmt: skip
+        self.config,
+        f"--workdir={self.root / name}",
+        f"--config.steps={STEPS}",
+        *flags,
+        processes=processes,
+        devices=devices,
+        **options,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +138,10 @@ def test_a_run_goes_on_with_another_number_of_processes(parts, whole):
   """One, then two, then one; the lines are those of one, uninterrupted."""
   workdir, ends = parts
   assert [[code for code, _, _ in stage] for stage in ends] == [
-      [130], [130, 130], [0],
-  ]  # fmt: skip
+      [130],
+      [130, 130],
+      [0],
+  ]
   for stage in ends[1:]:
     assert "Resuming after update" in stage[0][1]
   assert_same_lines(lines(workdir), lines(whole))
@@ -180,12 +189,16 @@ def test_what_one_process_cannot_do_ends_all_with_its_sentence(toy, tmp_path):
   (here / "prompts.jsonl").write_text(json.dumps(record) + "\n")
   ends = toys.end(
       toy.start(
-          "failed", 2, 1, "--config.data.train.source=prompts.jsonl",
-          "--config.data.train.size=0", "--config.mesh.fsdp=1",
+          "failed",
+          2,
+          1,
+          "--config.data.train.source=prompts.jsonl",
+          "--config.data.train.size=0",
+          "--config.mesh.fsdp=1",
           folders=[here, there],
       ),
       300,
-  )  # fmt: skip
+  )
   assert [code for code, _, _ in ends] == [1, 1]
   first, second = (err.strip().splitlines() for _, _, err in ends)
   assert second[-1].startswith("error: The file prompts.jsonl does not")
@@ -217,10 +230,13 @@ def test_processes_agree_on_a_damaged_checkpoint(toy, whole, damage):
 def test_processes_agree_on_records_that_are_drawn_from_a_stream(toy, tmp_path):
   """One process, not stopped; two that are stopped, and two that go on."""
   rows = [
-      {"question": f"Ann has {i % 30} pens.", "answer": str(i % 30),
-       "kind": "ab"[i % 4 == 3]}
+      {
+          "question": f"Ann has {i % 30} pens.",
+          "answer": str(i % 30),
+          "kind": "ab"[i % 4 == 3],
+      }
       for i in range(240)
-  ]  # fmt: skip
+  ]
   source = tmp_path / "rows.jsonl"
   source.write_text("".join(json.dumps(row) + "\n" for row in rows))
   flags = (
@@ -278,7 +294,7 @@ def test_a_workdir_that_is_not_shared_is_refused(toy, tmp_path):
           "", 2, 1, "--workdir=run", folders=[tmp_path / "0", tmp_path / "1"]
       ),
       300,
-  )  # fmt: skip
+  )
   assert [code for code, _, _ in ends] == [1, 1]
   for _, _, err in ends:
     assert "--workdir run lacks here what process 0 has written" in err
@@ -296,11 +312,13 @@ def test_a_process_whose_output_nobody_reads_tells_the_others():
   )
   first, second = (
       subprocess.Popen(
-          [sys.executable, "-c", program, number], text=True,
-          env=os.environ | {"JAX_PLATFORMS": "cpu"}, stderr=subprocess.PIPE,
+          [sys.executable, "-c", program, number],
+          text=True,
+          env=os.environ | {"JAX_PLATFORMS": "cpu"},
+          stderr=subprocess.PIPE,
       )
       for number in "01"
-  )  # fmt: skip
+  )
   first.stderr.close()
   ((code, _, err),) = toys.end([second], 900)
   assert code == 1
@@ -313,7 +331,7 @@ def test_processes_with_different_settings_are_refused(toy):
   ends = toys.end(
       toy.start("different", 2, 1, own=[(), ("--config.data.batch_size=16",)]),
       300,
-  )  # fmt: skip
+  )
   sentence = (
       "data.batch_size is 16 in this process, and 8 in process 0; start all"
       " with the same command, but for --process_id."
@@ -336,9 +354,12 @@ def test_processes_that_do_not_come_together_end_in_time(process, reason):
       "with distributed.joined(spec): raise AssertionError\n"
   )
   done = subprocess.run(
-      [sys.executable, "-c", program], capture_output=True, text=True,
-      timeout=300, env=os.environ | {"JAX_PLATFORMS": "cpu"},
-  )  # fmt: skip
+      [sys.executable, "-c", program],
+      capture_output=True,
+      text=True,
+      timeout=300,
+      env=os.environ | {"JAX_PLATFORMS": "cpu"},
+  )
   assert done.returncode == 1
   (sentence,) = (x for x in done.stderr.splitlines() if "error: " in x)
   for text in ("The 2 processes", address, "within 3 s", reason):
@@ -356,18 +377,22 @@ def test_the_tasks_of_a_slurm_step_find_one_another():
       "  print(got, jax.process_count(), jax.local_device_count())\n"
   )
   step = _STEP | {
-      "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "2",
-      "JAX_COORDINATOR_PORT": str(toys.free_port()), "JAX_PLATFORMS": "cpu",
+      "SLURM_STEP_NODELIST": "localhost",
+      "SLURM_STEP_NUM_NODES": "2",
+      "JAX_COORDINATOR_PORT": str(toys.free_port()),
+      "JAX_PLATFORMS": "cpu",
       "XLA_FLAGS": toys.xla_flags(3),
-  }  # fmt: skip
+  }
   started = [
       subprocess.Popen(
-          [sys.executable, "-c", program], text=True,
+          [sys.executable, "-c", program],
+          text=True,
           env=os.environ | step | {"SLURM_PROCID": number},
-          stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+          stdout=subprocess.PIPE,
+          stderr=subprocess.PIPE,
       )
       for number in ("0", "1")
-  ]  # fmt: skip
+  ]
   for out in toys.finish(started, 300):
     assert out.splitlines()[-1] == "of 0 2 3"
 
@@ -495,8 +520,10 @@ def test_a_process_of_its_own_needs_no_flag(surroundings, variables):
 def test_settings_are_checked_before_anything_else():
   """Before the config, which is wrong as well."""
   (process,) = toys.start_run(
-      "--config=configs/none.py", "--process_id=1", devices=1,
-  )  # fmt: skip
+      "--config=configs/none.py",
+      "--process_id=1",
+      devices=1,
+  )
   ((code, _, err),) = toys.end([process], 900)
   assert code == 1
   assert err.startswith("error: --process_id=1 needs --distributed=HOST:PORT")

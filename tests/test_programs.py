@@ -78,9 +78,23 @@ def _ahead(made):
 
 # The programs of an update, and not what it does to a few numbers on the side.
 _PHASES = (
-    "move", "deal", "prefill", "layout", "start", "decode", "append", "resize",
-    "look", "cut", "repeat", "take", "score", "zeros", "gradient", "apply",
-)  # fmt: skip
+    "move",
+    "deal",
+    "prefill",
+    "layout",
+    "start",
+    "decode",
+    "append",
+    "resize",
+    "look",
+    "cut",
+    "repeat",
+    "take",
+    "score",
+    "zeros",
+    "gradient",
+    "apply",
+)
 
 
 @pytest.fixture(scope="module")

@@ -43,8 +43,12 @@ _TASKS = [
 ]
 # Facts of reasoning-gym 0.1.25. These have no right answer of their own:
 _NO_ANSWER = {
-    "boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour",
-}  # fmt: skip
+    "boxnet",
+    "graph_color",
+    "propositional_logic",
+    "rubiks_cube",
+    "rush_hour",
+}
 # Any text is the answer "False" to its verifier.
 _ANY_ANSWER = {"game_of_life_halting"}
 # A question takes seconds.
@@ -85,11 +89,17 @@ def source(tmp_path_factory):
     (directory / name).write_text(text)
   settings = json.loads((assets.path("teacher") / "config.json").read_text())
   settings |= {
-      "vocab_size": 264, "hidden_size": 16, "intermediate_size": 32,
-      "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2,
-      "max_window_layers": 2, "head_dim": 8, "eos_token_id": 258,
-      "pad_token_id": 256, "max_position_embeddings": 2048,
-  }  # fmt: skip
+      "vocab_size": 264,
+      "hidden_size": 16,
+      "intermediate_size": 32,
+      "num_hidden_layers": 2,
+      "layer_types": ["full_attention"] * 2,
+      "max_window_layers": 2,
+      "head_dim": 8,
+      "eos_token_id": 258,
+      "pad_token_id": 256,
+      "max_position_embeddings": 2048,
+  }
   (directory / "config.json").write_text(json.dumps(settings))
   return directory
 
@@ -148,9 +158,12 @@ def test_a_record_depends_on_its_number_alone(tmp_path):
       if task not in _SLOW
   ]
   done = subprocess.run(
-      [sys.executable, "-c", _PROGRAM], input=json.dumps(asked), text=True,
-      capture_output=True, env=toys._environment(1) | {"PYTHONHASHSEED": "7"},
-  )  # fmt: skip
+      [sys.executable, "-c", _PROGRAM],
+      input=json.dumps(asked),
+      text=True,
+      capture_output=True,
+      env=toys._environment(1) | {"PYTHONHASHSEED": "7"},
+  )
   assert done.returncode == 0, done.stderr[-2000:]
   lines = done.stdout.splitlines()
   for (task, count), line in zip(asked, lines, strict=True):
@@ -247,9 +260,10 @@ def test_options_have_their_kinds():
   }
   for task, has in texts.items():
     assert has in _read(task)[0]["question"]
-  assert _read("chain_sum?min_terms=5&max_terms=5")[3]["metadata"][
-      "num_terms"
-  ] == 5  # fmt: skip
+  assert (
+      _read("chain_sum?min_terms=5&max_terms=5")[3]["metadata"]["num_terms"]
+      == 5
+  )
 
 
 def test_a_missing_package_is_one_sentence(monkeypatch):
@@ -390,10 +404,13 @@ def test_a_run_trains_on_one_task_and_is_graded_by_another(
 ):
   student, teacher = models
   flags = (
-      "--config=configs/math.py:tiny-weak", *_RUN,
-      f"--config.method={method}", f"--config.student.path={student}",
-      f"--config.teacher.path={teacher}", f"--workdir={tmp_path}",
-  )  # fmt: skip
+      "--config=configs/math.py:tiny-weak",
+      *_RUN,
+      f"--config.method={method}",
+      f"--config.student.path={student}",
+      f"--config.teacher.path={teacher}",
+      f"--workdir={tmp_path}",
+  )
   if method == "seqkd":  # Random models end their answers by chance alone.
     flags += ("--config.steps=10", "--config.rollout.max_len=64")
   toys.finish(toys.start_run(*flags, devices=1), 300)
@@ -410,11 +427,14 @@ def test_sft_without_completions_is_one_sentence(models, tmp_path):
   student, teacher = models
   (ended,) = toys.end(
       toys.start_run(
-          "--config=configs/math.py:tiny-weak", *_RUN, "--config.method=sft",
-          f"--config.student.path={student}", f"--workdir={tmp_path}",
+          "--config=configs/math.py:tiny-weak",
+          *_RUN,
+          "--config.method=sft",
+          f"--config.student.path={student}",
+          f"--workdir={tmp_path}",
           devices=1,
       ),
       120,
-  )  # fmt: skip
+  )
   assert ended[0] != 0
   assert "data.train.completion is empty" in ended[2]

@@ -144,10 +144,16 @@ def test_losses_masks_and_gradients_equal_float64(phase):
   def value(hidden, head):
     return chunked_head.weighted_sum(
         *_LOSS.arguments(
-            student, {"head": {"weight": head}}, None, hidden, _ROLLOUT,
-            _SCORES, _ROLLOUT.mask, limits,
+            student,
+            {"head": {"weight": head}},
+            None,
+            hidden,
+            _ROLLOUT,
+            _SCORES,
+            _ROLLOUT.mask,
+            limits,
         )
-    )  # fmt: skip
+    )
 
   (total, metrics), gradients = jax.jit(
       jax.value_and_grad(value, (0, 1), has_aux=True)
@@ -173,10 +179,16 @@ def test_a_reward_that_is_no_number_is_not_dropped():
   student = Model(toys.model_config(vocab_size=16, dim=_WIDTH))
   total, _ = chunked_head.weighted_sum(
       *_LOSS.arguments(
-          student, {"head": {"weight": head}}, None, hidden, _ROLLOUT, scores,
-          _ROLLOUT.mask, _limits("exploration"),
+          student,
+          {"head": {"weight": head}},
+          None,
+          hidden,
+          _ROLLOUT,
+          scores,
+          _ROLLOUT.mask,
+          _limits("exploration"),
       )
-  )  # fmt: skip
+  )
   assert np.isnan(total)
 
 
@@ -228,8 +240,10 @@ def test_the_sum_is_divided_by_the_tokens_that_count(phase):
       lambda p, new, g: np.testing.assert_allclose(
           new, p - g / counted.sum(), atol=1e-6
       ),
-      _PARAMS, state.params, total.grads,
-  )  # fmt: skip
+      _PARAMS,
+      state.params,
+      total.grads,
+  )
 
 
 @pytest.mark.parametrize("parts", [2, 8])
@@ -241,8 +255,9 @@ def test_microbatches_do_not_change_the_update(parts):
       np.testing.assert_allclose(ours[1][name], one[1][name], rtol=1e-5)
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, atol=1e-6),
-        ours[0].params, one[0].params,
-    )  # fmt: skip
+        ours[0].params,
+        one[0].params,
+    )
 
 
 def test_only_tokens_of_the_window_are_ranked():
@@ -272,8 +287,9 @@ def test_the_sampler_records_the_entropies_of_the_student():
   assert mask.any() and not mask.all()
   np.testing.assert_allclose(
       np.asarray(rollout.entropy)[mask],
-      -(probs * np.log(probs)).sum(-1)[mask], rtol=1e-4,
-  )  # fmt: skip
+      -(probs * np.log(probs)).sum(-1)[mask],
+      rtol=1e-4,
+  )
   assert not np.asarray(rollout.entropy)[~mask].any()
 
 

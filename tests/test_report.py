@@ -66,10 +66,15 @@ def test_the_reasons_of_what_was_dropped_are_told(tmp_path):
 
 def test_a_set_that_chose_the_checkpoint_is_no_held_out_score(tmp_path):
   lines = [
-      *RUN, update(3), update(4), evaluation(4, accuracy=0.75), update(5),
-      evaluation(6, accuracy=0.7), evaluation(6, mode="greedy", accuracy=0.9),
+      *RUN,
+      update(3),
+      update(4),
+      evaluation(4, accuracy=0.75),
+      update(5),
+      evaluation(6, accuracy=0.7),
+      evaluation(6, mode="greedy", accuracy=0.9),
       evaluation(6, set="other", accuracy=0.99),
-  ]  # fmt: skip
+  ]
   text = write(lines, tmp_path, best="heldout")
   assert "heldout chose update 4 of 3 that were evaluated: 75.0%" in text
   assert "no held-out score" in text and "--step=best" in text
@@ -82,17 +87,27 @@ def test_the_table_holds_accuracy_and_how_answers_end(tmp_path):
   rows = _Reader(write(RUN, tmp_path)).rows
   assert rows[:4] == [
       [
-          "", "sampled (95 %)", "greedy (95 %)", "finish", "right if finished",
-          "tokens (mean / p95)", "repetition",
+          "",
+          "sampled (95 %)",
+          "greedy (95 %)",
+          "finish",
+          "right if finished",
+          "tokens (mean / p95)",
+          "repetition",
       ],
       *(
           [
-              name, "50.0 % (40.0-60.0)", "50.0 % (40.0-60.0)", "100.0%",
-              "50.0%", "120 / 231", "12.5%",
+              name,
+              "50.0 % (40.0-60.0)",
+              "50.0 % (40.0-60.0)",
+              "100.0%",
+              "50.0%",
+              "120 / 231",
+              "12.5%",
           ]
           for name in ("teacher", "student before", "student after")
       ),
-  ]  # fmt: skip
+  ]
   # And the updates, with what they have.
   assert rows[4:] == [
       ["update", "KL", "cap", "mean tokens", "finished", "FLOPs"],
@@ -120,9 +135,13 @@ def test_many_updates_are_a_few_rows_with_both_ends(tmp_path):
 def test_the_page_says_what_the_run_was(tmp_path):
   text = write(RUN, tmp_path / "my & run")
   for part in (
-      "<h1>my &amp; run</h1>", "bundled:teacher", "exact reverse KL",
-      "3 of 8 prompts x 2 rollouts", "math_task", "fixed",
-  ):  # fmt: skip
+      "<h1>my &amp; run</h1>",
+      "bundled:teacher",
+      "exact reverse KL",
+      "3 of 8 prompts x 2 rollouts",
+      "math_task",
+      "fixed",
+  ):
     assert part in text
   assert re.search(r"20\d\d-\d\d-\d\d \d\d:\d\d UTC", text)
   for name in ("accuracy_flops", "termination", "kl_step", "kl_position"):
@@ -168,9 +187,13 @@ def test_the_widest_table_fits_a_terminal(tmp_path, capsys, monkeypatch):
   assert max(len(line) for line in printed.splitlines()[:-1]) <= 80
   # Nothing was cut or broken.
   for cell in (
-      "repetition", "(mean / p95)", "12346 / 16384", "(99.2-100.0)", "100.0%",
+      "repetition",
+      "(mean / p95)",
+      "12346 / 16384",
+      "(99.2-100.0)",
+      "100.0%",
       "student",
-  ):  # fmt: skip
+  ):
     assert cell in printed
   assert "…" not in printed
 
@@ -195,7 +218,7 @@ def test_answers_that_end_less_often_are_warned_of(tmp_path, capsys):
 @pytest.mark.parametrize(
     "first, last, warned", [(1.0, 0.94, True), (1.0, 0.96, False),
                             (0.6, 0.5, True), (0.5, 0.9, False)],
-)  # fmt: skip
+)
 def test_more_than_five_points_fewer_are_warned_of(mode, first, last, warned):
   between = [evaluation(1, finish=0.3, mode=mode)]
   ends = [evaluation(0, first, mode=mode), evaluation(2, last, mode=mode)]
@@ -244,7 +267,7 @@ KL = {"kl_step.svg", "kl_position.svg"}
         *(([{"step": 1, name: value}], {"agreement.svg"})
           for name, value in AGREEMENT.items() if name != "entropy_teacher"),
     ],
-)  # fmt: skip
+)
 def test_pictures_are_drawn_of_what_was_measured(lines, pictures, tmp_path):
   names = plots.draw(lines, tmp_path, "prefix")
   assert set(names) == pictures
@@ -293,7 +316,7 @@ def test_a_number_that_json_lacks_leaves_a_gap(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "kl, scale", [([8, 4, 2, 1], "linear"), ([9, 0.1, 0.02, 0.01], "log"),
                   ([0, 0], "linear"), ([9, 0, 0.01, 0.01], "log")],
-)  # fmt: skip
+)
 def test_curves_that_would_lie_on_zero_have_a_log_scale(
     monkeypatch, tmp_path, kl, scale
 ):
@@ -316,8 +339,10 @@ def test_ticks_of_updates_are_whole_numbers(monkeypatch, tmp_path):
 def test_no_legend_lies_on_a_curve(monkeypatch, tmp_path):
   lines = [update(1, **AGREEMENT), update(2, **AGREEMENT), *RUN]
   for picture in (
-      plots.termination, plots.agreement, plots.kl_against_position,
-  ):  # fmt: skip
+      plots.termination,
+      plots.agreement,
+      plots.kl_against_position,
+  ):
     for axes in drawn(monkeypatch, lines, tmp_path, picture):
       axes.figure.draw_without_rendering()
       legend = axes.get_legend().get_window_extent()

@@ -59,13 +59,23 @@ def test_skipped_updates_are_told():
 def _evaluations(name):
   return [
       {
-          "step": step, "model": model, "set": name, "mode": "sampled",
-          "flops": 1e9 * step, "accuracy": 0.5, "accuracy_low": 0.4,
-          "accuracy_high": 0.6, "accuracy_finished": 0.5, "finish_rate": 1.0,
-          "cut": 0.0, "mean_length": 9.0, "length_p95": 12, "repetition": 0.1,
+          "step": step,
+          "model": model,
+          "set": name,
+          "mode": "sampled",
+          "flops": 1e9 * step,
+          "accuracy": 0.5,
+          "accuracy_low": 0.4,
+          "accuracy_high": 0.6,
+          "accuracy_finished": 0.5,
+          "finish_rate": 1.0,
+          "cut": 0.0,
+          "mean_length": 9.0,
+          "length_p95": 12,
+          "repetition": 0.1,
       }
       for step, model in ((0, "student"), (3, "student"), (3, "teacher"))
-  ]  # fmt: skip
+  ]
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,10 @@ def test_an_interval_has_the_width_of_both_sources():
   rng = np.random.default_rng(1)
 
   def noisy(means, problems):
-    runs = [run("full", i, [0.0, 0.0], 1.0, problems=problems)
-            for i in range(len(means))]  # fmt: skip
+    runs = [
+        run("full", i, [0.0, 0.0], 1.0, problems=problems)
+        for i in range(len(means))
+    ]
     for one, mean in zip(runs, means, strict=True):
       right = rng.random(problems) < mean
       text = "".join("1" if x else "0" for x in right)
@@ -123,11 +125,15 @@ def test_what_is_never_reached_has_no_finite_ratio():
 def test_the_best_stop_is_chosen_on_the_validation_split():
   (one,) = rising(seeds=1)
   one["verdicts"] = {
-      "validation": [results.pack(("1" * n).ljust(200, "0"))
-                     for n in (20, 178, 100, 181, 181)],
-      "heldout": [results.pack(("1" * n).ljust(200, "0"))
-                  for n in (20, 60, 80, 199, 200)],
-  }  # fmt: skip
+      "validation": [
+          results.pack(("1" * n).ljust(200, "0"))
+          for n in (20, 178, 100, 181, 181)
+      ],
+      "heldout": [
+          results.pack(("1" * n).ljust(200, "0"))
+          for n in (20, 60, 80, 199, 200)
+      ],
+  }
   found = curve(one)
   assert found.stop == 1  # Within two points of 181, and the cheapest.
   assert results.value(results.at_stop, found) == pytest.approx(0.3)
@@ -178,8 +184,9 @@ def test_the_trials_choose_by_validation():
 
 
 def test_a_new_seed_lands_inside_or_not():
-  found = curve(*(run("full", s, [0, x], 1.0)
-                  for s, x in enumerate((0.78, 0.8, 0.82))))  # fmt: skip
+  found = curve(
+      *(run("full", s, [0, x], 1.0) for s, x in enumerate((0.78, 0.8, 0.82)))
+  )
   text, inside = results.compare_seed(found, run("full", 9, [0, 0.83], 1.0))
   assert inside and "inside" in text
   text, inside = results.compare_seed(found, run("full", 9, [0, 0.3], 1.0))
@@ -189,10 +196,17 @@ def test_a_new_seed_lands_inside_or_not():
 def test_a_run_is_read_from_its_workdir(tmp_path):
   def line(step, name, verdicts, **values):
     return {
-        "step": step, "model": "student", "mode": "sampled", "set": name,
-        "flops": 7.0 * step, "verdicts": verdicts, "samples": 1,
-        "problems": len(verdicts), "finish_rate": 1.0, "mean_length": 3.0,
-    } | values  # fmt: skip
+        "step": step,
+        "model": "student",
+        "mode": "sampled",
+        "set": name,
+        "flops": 7.0 * step,
+        "verdicts": verdicts,
+        "samples": 1,
+        "problems": len(verdicts),
+        "finish_rate": 1.0,
+        "mean_length": 3.0,
+    } | values
 
   lines = [
       line(0, "validation", "00000"),
@@ -241,8 +255,10 @@ def test_a_run_that_is_known_is_not_done_again(tmp_path, monkeypatch, capsys):
   ]
   assert runner.run_all(todo, 2)  # Some failed.
   assert sorted(started) == [
-      "capable full 1", "capable linear 0", "capable linear 1",
-  ]  # fmt: skip
+      "capable full 1",
+      "capable linear 0",
+      "capable linear 1",
+  ]
   assert "FAILED" in capsys.readouterr().out
   assert len(results.load(file)) == 2
 
@@ -404,10 +420,21 @@ def test_the_chains_in_the_table_of_methods():
   runs = results.load(DOCS / "runs.jsonl")
   found = results.curves(run for run in runs if "rate" not in run)
   for cell in (
-      "linear", "full", "fixed-64", "fixed-16", "random", "audited", "seqkd",
-      "forward", "off-reverse", "off-forward", "full-forward", "first-32",
-      "32-64", "last-32",
-  ):  # fmt: skip
+      "linear",
+      "full",
+      "fixed-64",
+      "fixed-16",
+      "random",
+      "audited",
+      "seqkd",
+      "forward",
+      "off-reverse",
+      "off-forward",
+      "full-forward",
+      "first-32",
+      "32-64",
+      "last-32",
+  ):
     curve = found["chain", cell]
     assert results.interval(results.at_end, curve).percent() in text
     assert len(curve.seeds) == 5
@@ -474,9 +501,11 @@ def _scored(cell, seed, nats):
 
 
 def test_answers_that_the_teacher_scored_are_compared():
-  runs = [_scored(cell, seed, nats)
-          for cell, nats in (("full", 2.0), ("linear", 3.0))
-          for seed in range(2)]  # fmt: skip
+  runs = [
+      _scored(cell, seed, nats)
+      for cell, nats in (("full", 2.0), ("linear", 3.0))
+      for seed in range(2)
+  ]
   found = {cell: c for (_, cell), c in results.curves(runs).items()}
   table = results.divergence_table(found, CELLS)
   before, full, linear = table.splitlines()[2:]

@@ -38,9 +38,13 @@ from prefix_distill.train import setup as setup_lib
 from prefix_distill.train import update
 
 _SPEC = RewriteSpec(
-    prompt="{question} {answer} Be brief.", thoughts="keep",
-    scored_in="rewriting", max_draft_len=12, max_prompt_len=144, max_len=10,
-)  # fmt: skip
+    prompt="{question} {answer} Be brief.",
+    thoughts="keep",
+    scored_in="rewriting",
+    max_draft_len=12,
+    max_prompt_len=144,
+    max_len=10,
+)
 _QUESTION = "Ann has 7 pens."
 
 
@@ -53,9 +57,10 @@ def _config(student="a", teacher="b", **changes) -> config_lib.Config:
   """A small run whose answers are rewritten; changes are of `rewrite`."""
   spec = dataclasses.replace(_SPEC, **changes)
   return toys.run_config(
-      student, teacher,
+      student,
+      teacher,
       rollout=RolloutSpec(2, 16, source="rewrite", rewrite=spec),
-  )  # fmt: skip
+  )
 
 
 def _rewriting(tokenizer, **changes) -> Rewriting:
@@ -182,7 +187,7 @@ def test_the_students_thoughts_are_closed_before_the_final_mark(tokenizer):
         (" \n\n<|im_end|>", {}, "empty"),
         ("<think>We add.</think>\n\n<|im_end|>", {"thoughts": "cut"}, "empty"),
     ],
-)  # fmt: skip
+)
 def test_a_rewriting_that_fails_says_why(tokenizer, text, changes, reason):
   taken = _rewriting(tokenizer, **changes).take(tokenizer.encode(text))
   assert (taken.tokens, taken.failed) == ((), reason)
@@ -219,10 +224,15 @@ class _Small:
     self.tokenizer = tokenizer_lib.load(self.student)
     self.stops = tuple(range(0, self.tokenizer.num_tokens, 12))
     self.models = setup_lib.Models(
-        self.config, mesh, *self._architectures(mesh),
-        self.tokenizer.num_tokens, self.tokenizer.pad_id,
-        self.tokenizer.special_ids, self.stops, self.stops,
-    )  # fmt: skip
+        self.config,
+        mesh,
+        *self._architectures(mesh),
+        self.tokenizer.num_tokens,
+        self.tokenizer.pad_id,
+        self.tokenizer.special_ids,
+        self.stops,
+        self.stops,
+    )
     self.programs = update.Programs(self.models)
     self.params, self.teacher_params = (
         setup_lib.load_model(spec, model, mesh, 0)
@@ -252,9 +262,11 @@ class _Small:
     copy = functools.partial(jax.tree.map, jnp.copy)
     before = self.programs.init(copy(self.params))
     request = update.Request(
-        cap, jax.random.key(3), "rewrite",
+        cap,
+        jax.random.key(3),
+        "rewrite",
         asking=Asking(rewriting, self.questions, self.prompts.index),
-    )  # fmt: skip
+    )
     prompts = sharding.global_batch(self.prompts, self.models.mesh)
     kept = copy(before)
     after, done = self.programs.update(
@@ -310,9 +322,13 @@ def asked(small):
   )
   turns = rewriting.ask(small.questions, prompts.index, drafts)
   written = write(
-      small.models.teacher, small.teacher_params, turns.prompts,
-      jax.random.fold_in(key, 1), config.rewriting_len, 1,
-  )  # fmt: skip
+      small.models.teacher,
+      small.teacher_params,
+      turns.prompts,
+      jax.random.fold_in(key, 1),
+      config.rewriting_len,
+      1,
+  )
   return drafts, turns, written
 
 
@@ -425,8 +441,9 @@ def test_if_all_rewritings_fail_nothing_is_learned(small):
   assert int(after.step) == 1
   for ours, theirs in zip(
       jax.tree.leaves((after.params, after.opt_state)),
-      jax.tree.leaves((before.params, before.opt_state)), strict=True,
-  ):  # fmt: skip
+      jax.tree.leaves((before.params, before.opt_state)),
+      strict=True,
+  ):
     np.testing.assert_array_equal(ours, theirs)
 
 
@@ -534,14 +551,16 @@ def test_a_run_goes_on_exactly_in_its_middle(often, tmp_path):
   """With a share of on-policy updates, and prefixes that grow."""
   config = _config(*often)
   config = dataclasses.replace(
-      config, steps=4, seed=16,
+      config,
+      steps=4,
+      seed=16,
       rollout=dataclasses.replace(config.rollout, source_share=0.75),
       prefix=config_lib.PrefixSpec(
           buckets=(4, 16), linear=config_lib.LinearSpec(2, 4)
       ),
       checkpoint=config_lib.CheckpointSpec(every=1, keep=9),
       evaluation=dataclasses.replace(config.evaluation, sets={}),
-  )  # fmt: skip
+  )
   loop.train(config, tmp_path / "whole")
   wanted = _lines(tmp_path / "whole")
   assert {line.get("source") for line in wanted} == {"rewrite", "student"}
@@ -565,18 +584,23 @@ def test_a_run_goes_on_exactly_in_its_middle(often, tmp_path):
 def test_two_processes_learn_what_one_does(often, tmp_path):
   toys_config = f"--config=tests/programs/toy_config.py:{','.join(often)}"
   flags = (
-      toys_config, "--config.steps=3", "--config.rollout.source=rewrite",
-      "--config.data.teacher_prompt=", "--config.data.max_teacher_prompt_len=0",
+      toys_config,
+      "--config.steps=3",
+      "--config.rollout.source=rewrite",
+      "--config.data.teacher_prompt=",
+      "--config.data.max_teacher_prompt_len=0",
       "--config.rollout.rewrite.prompt={question} {answer} Be brief.",
       "--config.rollout.rewrite.max_prompt_len=110",
       "--config.rollout.rewrite.thoughts=keep",
       "--config.rollout.rewrite.scored_in=rewriting",
-  )  # fmt: skip
+  )
   for name, processes in (("one", 1), ("two", 2)):
     started = toys.start_run(
-        *flags, f"--workdir={tmp_path / name}", processes=processes,
+        *flags,
+        f"--workdir={tmp_path / name}",
+        processes=processes,
         devices=4 // processes,
-    )  # fmt: skip
+    )
     toys.finish(started, 900)
   ours, wanted = _lines(tmp_path / "two"), _lines(tmp_path / "one")
   assert any(0 < line["rewritten"] < 1 for line in wanted)
@@ -607,14 +631,23 @@ def _scaled_down(settings, often, tmp_path):
   )
   file = tmp_path / "prompts.jsonl"
   file.write_text("".join(f"{json.dumps(record)}\n" for record in records))
-  settings.update_from_flattened_dict({
-      "steps": 2, "data.train.source": str(file), "data.batch_size": 4,
-      "data.max_prompt_len": 64, "rollout.max_len": 12, "mesh.fsdp": 1,
-      "rollout.rewrite.max_draft_len": 16, "rollout.rewrite.max_len": 24,
-      "rollout.rewrite.max_prompt_len": 900, "optimizer.batch_tokens": 512,
-      "evaluation.max_len": 8, "student.path": often[0],
-      "teacher.path": often[1],
-  })  # fmt: skip
+  settings.update_from_flattened_dict(
+      {
+          "steps": 2,
+          "data.train.source": str(file),
+          "data.batch_size": 4,
+          "data.max_prompt_len": 64,
+          "rollout.max_len": 12,
+          "mesh.fsdp": 1,
+          "rollout.rewrite.max_draft_len": 16,
+          "rollout.rewrite.max_len": 24,
+          "rollout.rewrite.max_prompt_len": 900,
+          "optimizer.batch_tokens": 512,
+          "evaluation.max_len": 8,
+          "student.path": often[0],
+          "teacher.path": often[1],
+      }
+  )
   with settings.unlocked():
     settings.evaluation.sets = {}
   return settings

@@ -32,12 +32,19 @@ def _start(workdir, cache, *flags):
   }
   return subprocess.Popen(
       toys.interruptible(
-          sys.executable, "-m", "prefix_distill.main",
-          f"--workdir={workdir}", *toys.SMALL_RUN, *flags,
+          sys.executable,
+          "-m",
+          "prefix_distill.main",
+          f"--workdir={workdir}",
+          *toys.SMALL_RUN,
+          *flags,
       ),
-      cwd=_ROOT, env=environment, text=True,
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-  )  # fmt: skip
+      cwd=_ROOT,
+      env=environment,
+      text=True,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+  )
 
 
 def _finish(process):
@@ -77,14 +84,21 @@ def whole(tmp_path_factory, cache):
 def test_a_run_leaves_what_the_readme_promises(whole):
   workdir, out = whole
   for name in (
-      "config.json", "metrics.jsonl", "checkpoints/6", "report/report.html",
-      "report/accuracy_flops.svg", "report/kl_step.svg",
-      "report/kl_position.svg", "report/termination.svg",
-      "samples/rollouts.jsonl", "samples/answers.jsonl",
+      "config.json",
+      "metrics.jsonl",
+      "checkpoints/6",
+      "report/report.html",
+      "report/accuracy_flops.svg",
+      "report/kl_step.svg",
+      "report/kl_position.svg",
+      "report/termination.svg",
+      "samples/rollouts.jsonl",
+      "samples/answers.jsonl",
       "export/model.safetensors",
-      "export/config.json", "export/tokenizer.json",
+      "export/config.json",
+      "export/tokenizer.json",
       "export/chat_template.jinja",
-  ):  # fmt: skip
+  ):
     assert (workdir / name).exists(), name
   assert "before" in out and "teacher" in out and "FLOPs" in out
   updates = [m for m in _metrics(workdir) if "kl" in m]

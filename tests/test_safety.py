@@ -22,12 +22,21 @@ _SPREAD = rf"{_NUMBER} {{}} \({_NUMBER} to {_NUMBER}\)"
 def _start(directory, *flags):
   return subprocess.run(
       [
-          sys.executable, "benchmarks/safety.py", f"--directory={directory}",
-          *flags, "--", *toys.SMALL_RUN, "--config.steps=2",
+          sys.executable,
+          "benchmarks/safety.py",
+          f"--directory={directory}",
+          *flags,
+          "--",
+          *toys.SMALL_RUN,
+          "--config.steps=2",
       ],
-      cwd=_ROOT, env=os.environ | {"PYTHONPATH": str(_ROOT)},
-      text=True, check=True, timeout=900, stdout=subprocess.PIPE,
-  ).stdout  # fmt: skip
+      cwd=_ROOT,
+      env=os.environ | {"PYTHONPATH": str(_ROOT)},
+      text=True,
+      check=True,
+      timeout=900,
+      stdout=subprocess.PIPE,
+  ).stdout
 
 
 def _checksums(workdir):

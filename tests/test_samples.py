@@ -149,9 +149,11 @@ def models(tmp_path_factory):
 
 def settings(models, **changes):
   config = toys.run_config(
-      *models, steps=5, samples=SPEC,
+      *models,
+      steps=5,
+      samples=SPEC,
       prefix=PrefixSpec("fixed", fixed=FixedSpec(8), buckets=(8,)),
-  )  # fmt: skip
+  )
   evaluation = dataclasses.replace(config.evaluation, every=2, teacher=True)
   checkpoint = dataclasses.replace(config.checkpoint, every=1)
   return dataclasses.replace(
@@ -188,10 +190,14 @@ def test_a_run_keeps_as_many_texts_as_were_asked_for(whole):
   seen = [(x["step"], x["model"]) for x in answers]
   assert seen == [
       (step, model)
-      for step, model in ((0, "student"), (4, "student"), (5, "student"),
-                          (5, "teacher"))
+      for step, model in (
+          (0, "student"),
+          (4, "student"),
+          (5, "student"),
+          (5, "teacher"),
+      )
       for _ in range(3)
-  ]  # fmt: skip
+  ]
   assert [x["problem"] for x in answers] == [0, 4, 7] * 4
   size = sum(x.stat().st_size for x in (whole / "samples").iterdir())
   assert size < 50_000
@@ -226,13 +232,18 @@ def test_divergences_are_the_exact_reverse_kl_of_the_first_student(
     prompt = tokenizer.encode("".join(text for text, _ in line["prompt"]))
     kept = np.array([line["ids"]], np.int32)
     kl = toys.token_divergence(
-        student, teacher, setup.models.loss.dist, ours, theirs,
+        student,
+        teacher,
+        setup.models.loss.dist,
+        ours,
+        theirs,
         PromptBatch(
-            jnp.array([prompt]), jnp.ones((1, len(prompt)), bool),
+            jnp.array([prompt]),
+            jnp.ones((1, len(prompt)), bool),
             jnp.zeros(1, jnp.int32),
         ),
         Rollout(jnp.array(kept), jnp.ones(kept.shape, bool)),
-    )  # fmt: skip
+    )
     np.testing.assert_allclose(line["divergence"], kl[0], rtol=1e-3, atol=1e-5)
     assert min(line["divergence"]) > 0.01
     # Random models write bytes that are no characters.

@@ -33,9 +33,13 @@ def _run(*command: str) -> tuple[int, bytes]:
   """Returns the exit status, and all that was said."""
   found = subprocess.run(
       [sys.executable, *command],
-      cwd=_ROOT, env=os.environ | _SECRETS, timeout=400, check=False,
-      stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-  )  # fmt: skip
+      cwd=_ROOT,
+      env=os.environ | _SECRETS,
+      timeout=400,
+      check=False,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+  )
   return found.returncode, found.stdout
 
 
@@ -47,17 +51,25 @@ def _leaks(data: bytes) -> list[str]:
 def test_a_run_writes_no_secret_of_its_environment(tmp_path):
   workdir = tmp_path / "run"
   code, said = _run(
-      "-m", "prefix_distill.main", f"--workdir={workdir}", *toys.SMALL_RUN,
+      "-m",
+      "prefix_distill.main",
+      f"--workdir={workdir}",
+      *toys.SMALL_RUN,
       "--trace=2",
-  )  # fmt: skip
+  )
   assert code == 0, said
   assert not _leaks(said)
   files = [path for path in workdir.rglob("*") if path.is_file()]
   names = {path.relative_to(workdir).parts[0] for path in files}
   assert names >= {
-      "config.json", "contents.json", "metrics.jsonl", "checkpoints", "report",
-      "export", "trace",
-  }  # fmt: skip
+      "config.json",
+      "contents.json",
+      "metrics.jsonl",
+      "checkpoints",
+      "report",
+      "export",
+      "trace",
+  }
   for path in files:
     assert not _leaks(path.read_bytes()), path
 

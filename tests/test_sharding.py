@@ -131,9 +131,11 @@ def test_a_batch_that_does_not_split_evenly_is_refused():
   with pytest.raises(ConfigError) as error:
     sharding.check_batch("data.batch_size", 18, mesh(2, 2, 2))
   for text in (
-      "data.batch_size is 18", "divisible by 4", "data x fsdp",
+      "data.batch_size is 18",
+      "divisible by 4",
+      "data x fsdp",
       "set it to 20.",
-  ):  # fmt: skip
+  ):
     assert text in str(error.value)
 
 
@@ -144,9 +146,12 @@ def runs(tmp_path_factory):
   (printed,) = toys.finish([process], seconds=180)
   lines = printed.strip().splitlines()
   names = (
-      "one device", "eight devices", "in parts", "two meshes",
+      "one device",
+      "eight devices",
+      "in parts",
+      "two meshes",
       "two meshes in parts",
-  )  # fmt: skip
+  )
   return dict(zip(names, map(json.loads, lines), strict=True))
 
 
@@ -181,6 +186,9 @@ def test_weights_are_loaded_onto_the_mesh_as_they_are_without_one(runs):
 
 def test_a_mesh_does_not_compile_more_often(runs):
   assert [run["compilations"] for run in runs.values()] == [
-      {"compilations_sample": 2, "compilations_score": 1,
-       "compilations_update": 1}
-  ] * 5  # fmt: skip
+      {
+          "compilations_sample": 2,
+          "compilations_score": 1,
+          "compilations_update": 1,
+      }
+  ] * 5

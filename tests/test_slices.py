@@ -71,9 +71,11 @@ def test_weights_that_would_lie_over_two_slices_are_refused(grids, spec):
   with pytest.raises(ConfigError) as error:
     sharding.make_mesh(spec, slices(2, 4))
   for text in (
-      f"1 x {spec.fsdp} x {spec.tensor}", "2 slices",
-      "mesh.data a multiple of 2", "4 devices of a slice",
-  ):  # fmt: skip
+      f"1 x {spec.fsdp} x {spec.tensor}",
+      "2 slices",
+      "mesh.data a multiple of 2",
+      "4 devices of a slice",
+  ):
     assert text in str(error.value)
 
 

@@ -141,20 +141,31 @@ def test_greedy_text_equals_that_of_transformers():
   import torch
 
   tokenizer, tokens, mask = _prompts()
-  theirs = _theirs("float32").generate(
-      torch.from_numpy(tokens).long(),
-      attention_mask=torch.from_numpy(mask).long(), do_sample=False,
-      max_new_tokens=_NEW, pad_token_id=tokenizer.pad_id,
-  )[:, tokens.shape[1] :].numpy()  # fmt: skip
+  theirs = (
+      _theirs("float32")
+      .generate(
+          torch.from_numpy(tokens).long(),
+          attention_mask=torch.from_numpy(mask).long(),
+          do_sample=False,
+          max_new_tokens=_NEW,
+          pad_token_id=tokenizer.pad_id,
+      )[:, tokens.shape[1] :]
+      .numpy()
+  )
   model, params = _ours("float32")
   config = generate.SamplerConfig(
       tokenizer.stop_ids, tokenizer.pad_id, model.config.vocab_size
   )
   batch = PromptBatch(tokens, mask, np.arange(len(tokens), dtype=np.int32))
   rollout = jax.jit(generate.sample, static_argnums=(0, 1, 2))(
-      model, config, _NEW, params, batch, jax.random.key(0),
+      model,
+      config,
+      _NEW,
+      params,
+      batch,
+      jax.random.key(0),
       generate.Draw.of(_NEW, greedy=True),
-  )  # fmt: skip
+  )
   ours = np.asarray(rollout.tokens)[:, : theirs.shape[1]]
   parted = np.flatnonzero((ours != theirs).any(axis=1))
   for row in parted:

@@ -401,9 +401,14 @@ def kl_before_and_after(form: str) -> tuple[float, float]:
   for number in range(51):
     key = jax.random.key(number)
     rollout = sample(
-        STUDENT, config, cap, state.params, prompts, key,
+        STUDENT,
+        config,
+        cap,
+        state.params,
+        prompts,
+        key,
         generate.Draw.of(cap),
-    )  # fmt: skip
+    )
     if number in (0, 50):
       inputs = (batch, rollout, score("exact", rollout, batch))
       _, metrics = train_step(LOSS, tx=tx)(state, TEACHER_HEAD, inputs)

@@ -54,9 +54,13 @@ def source(tmp_path):
 
 def _spec(train, template=_TEMPLATE, room=200, **changes):
   return DataSpec(
-      train, batch_size=2, max_prompt_len=60, teacher_prompt=template,
-      max_teacher_prompt_len=room, **changes,
-  )  # fmt: skip
+      train,
+      batch_size=2,
+      max_prompt_len=60,
+      teacher_prompt=template,
+      max_teacher_prompt_len=room,
+      **changes,
+  )
 
 
 def _take(spec, tokenizer, count=3, **changes):
@@ -213,8 +217,9 @@ def _with_own(rows, columns, length, seed=3):
   theirs = toys.prompts(rows, length, seed)
   return dataclasses.replace(
       toys.prompts(rows, columns),
-      teacher_tokens=theirs.tokens, teacher_mask=theirs.mask,
-  )  # fmt: skip
+      teacher_tokens=theirs.tokens,
+      teacher_mask=theirs.mask,
+  )
 
 
 @pytest.mark.parametrize("length", (3, 11))
@@ -280,9 +285,10 @@ def test_the_students_question_in_a_template_changes_nothing(run):
   plain = run("plain")
   assert run("same", teacher_prompt="{question}") == plain
   longer = run(
-      "longer", teacher_prompt="{question} It is {answer}.",
+      "longer",
+      teacher_prompt="{question} It is {answer}.",
       max_teacher_prompt_len=120,
-  )  # fmt: skip
+  )
   updates, others = ([m for m in x if "kl" in m] for x in (longer, plain))
   assert len(updates) == len(others) == 3
   assert updates[0]["kl"] != others[0]["kl"]

@@ -99,8 +99,11 @@ def test_supervised_updates_say_nothing_of_rollouts(tmp_path):
     assert 0 < evaluation["length_p95"] <= config.evaluation.max_len
   directory = tmp_path / "run" / "report"
   assert {x.name for x in directory.iterdir()} == {
-      "accuracy_flops.svg", "termination.svg", "loss_step.svg", "report.html",
-  }  # fmt: skip
+      "accuracy_flops.svg",
+      "termination.svg",
+      "loss_step.svg",
+      "report.html",
+  }
   # Without a teacher, what is kept is how unlikely the answers are.
   rollouts, _ = report.read_samples(tmp_path / "run")
   assert [x["measure"] for x in rollouts] == ["cross_entropy"] * 4

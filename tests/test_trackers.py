@@ -15,12 +15,21 @@ from prefix_distill.report import trackers
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _UPDATE = {
-    "step": 3, "kl": 0.5, "loss": None, "prefix_len": 8, "source": "student",
-}  # fmt: skip
+    "step": 3,
+    "kl": 0.5,
+    "loss": None,
+    "prefix_len": 8,
+    "source": "student",
+}
 _EVALUATION = {
-    "step": 4, "set": "held", "mode": "greedy", "model": "student",
-    "accuracy": 0.25, "verdicts": "0100", "grading": "math",
-}  # fmt: skip
+    "step": 4,
+    "set": "held",
+    "mode": "greedy",
+    "model": "student",
+    "accuracy": 0.25,
+    "verdicts": "0100",
+    "grading": "math",
+}
 
 
 def _needs(client: str) -> pytest.MarkDecorator:
@@ -101,9 +110,13 @@ def _events(
 def test_tensorboard_has_every_number_of_a_run_that_was_stopped(tmp_path):
   """The same as metrics.jsonl, once each, after a kill and a resume."""
   command = [
-      sys.executable, "-m", "prefix_distill.main", *toys.SMALL_RUN,
-      f"--workdir={tmp_path}", "--tracker=tensorboard",
-  ]  # fmt: skip
+      sys.executable,
+      "-m",
+      "prefix_distill.main",
+      *toys.SMALL_RUN,
+      f"--workdir={tmp_path}",
+      "--tracker=tensorboard",
+  ]
   for steps in (3, 6):
     subprocess.run(
         [*command, f"--config.steps={steps}"], cwd=_ROOT, check=True

@@ -316,9 +316,7 @@ def start_run(
   for i in range(processes):
     more = [*own[i]] if own else []
     if processes > 1:
-      more += [
-          address, f"--num_processes={processes}", f"--process_id={i}"
-      ]  # fmt: skip
+      more += [address, f"--num_processes={processes}", f"--process_id={i}"]
     started.append(
         subprocess.Popen(
             [sys.executable, "-m", "prefix_distill.main", *flags, *more],

@@ -22,11 +22,17 @@ def main() -> None:
   def answer(tokens, new, static=False):
     tokens = torch.tensor(tokens, device=device)
     out = model.generate(
-        tokens, attention_mask=torch.ones_like(tokens), do_sample=True,
-        temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new,
-        min_new_tokens=new, pad_token_id=0,
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=new,
+        min_new_tokens=new,
+        pad_token_id=0,
         cache_implementation="static" if static else None,
-    )  # fmt: skip
+    )
     assert out.shape[1] == tokens.shape[1] + new
     return {"drawn": out[0, tokens.shape[1] :][:4].tolist()}
 

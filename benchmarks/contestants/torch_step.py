@@ -37,10 +37,16 @@ def main() -> None:
           mine.copy_(theirs)
     with torch.inference_mode():
       out = writer.generate(
-          tokens, attention_mask=torch.ones_like(tokens), do_sample=True,
-          temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new,
-          min_new_tokens=new, pad_token_id=0,
-      )  # fmt: skip
+          tokens,
+          attention_mask=torch.ones_like(tokens),
+          do_sample=True,
+          temperature=1.0,
+          top_k=0,
+          top_p=1.0,
+          max_new_tokens=new,
+          min_new_tokens=new,
+          pad_token_id=0,
+      )
     out = out.clone()
     keep = new + 1
     with torch.no_grad():

@@ -41,18 +41,32 @@ def main() -> None:
     prompts = [" the" * len(row) for row in tokens]
     assert len(tokenizer.encode(prompts[0])) == len(tokens[0])
     args = trl.DistillationConfig(
-        output_dir=tempfile.mkdtemp(), max_steps=2, report_to=[], use_cpu=True,
-        per_device_train_batch_size=len(tokens), max_completion_length=new,
-        gradient_accumulation_steps=1, beta=1.0, temperature=1.0, top_k=0,
-        learning_rate=1e-5, save_strategy="no", logging_strategy="no",
-        gradient_checkpointing=False, bf16=False, disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=tempfile.mkdtemp(),
+        max_steps=2,
+        report_to=[],
+        use_cpu=True,
+        per_device_train_batch_size=len(tokens),
+        max_completion_length=new,
+        gradient_accumulation_steps=1,
+        beta=1.0,
+        temperature=1.0,
+        top_k=0,
+        learning_rate=1e-5,
+        save_strategy="no",
+        logging_strategy="no",
+        gradient_checkpointing=False,
+        bf16=False,
+        disable_tqdm=True,
+    )
     times = _Times()
     trainer = trl.DistillationTrainer(
-        model=student, teacher_model=teacher, args=args,
+        model=student,
+        teacher_model=teacher,
+        args=args,
         train_dataset=datasets.Dataset.from_dict({"prompt": prompts * 2}),
-        processing_class=tokenizer, callbacks=[times],
-    )  # fmt: skip
+        processing_class=tokenizer,
+        callbacks=[times],
+    )
     trainer.train()
     return {"seconds": times.seconds[-1]}
 

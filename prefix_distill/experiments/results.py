@@ -823,8 +823,14 @@ def divergence_table(
         )
         beside = f"{gap.value:+.2f} ({gap.low:+.2f} to {gap.high:+.2f})"
       rows.append(_nats_row(text, curve, -1, beside))
-  header = ["reverse KL, nats an answer", "seeds", "whole answer",
-            "minus full's", "tokens 0 to 16", "behind"]  # fmt: skip
+  header = [
+      "reverse KL, nats an answer",
+      "seeds",
+      "whole answer",
+      "minus full's",
+      "tokens 0 to 16",
+      "behind",
+  ]
   return _markdown(header, rows)
 
 
@@ -851,8 +857,12 @@ def verdicts_table(
       said, why = verdict(finding, found)
       first = "" if rows and rows[-1][-1] == finding.text else finding.text
       rows.append([first, tasks[task], said, why, finding.text])
-  header = ["the paper's finding", "task", "verdict",
-            "differences, in points or nats nearer to the teacher"]  # fmt: skip
+  header = [
+      "the paper's finding",
+      "task",
+      "verdict",
+      "differences, in points or nats nearer to the teacher",
+  ]
   return _markdown(header, [row[:-1] for row in rows])
 
 
@@ -1023,8 +1033,13 @@ def _positions(
       ]
       for cell, found in cells.items()
   ]
-  header = ["reverse KL, nats a rollout", "seeds", "tokens 0 to 16",
-            "16 to 64", "behind"]  # fmt: skip
+  header = [
+      "reverse KL, nats a rollout",
+      "seeds",
+      "tokens 0 to 16",
+      "16 to 64",
+      "behind",
+  ]
   return (
       "Where the divergence to the teacher is, on whole rollouts of the student"
       " after training (to 128 prompts of the training set):\n\n"

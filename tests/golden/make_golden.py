@@ -111,9 +111,11 @@ def expected(
   inputs = _inputs(tokens, mask)
   out = model(**inputs, output_hidden_states=True)
   greedy = model.generate(
-      inputs["input_ids"], attention_mask=inputs["attention_mask"],
-      do_sample=False, max_new_tokens=NEW_TOKENS,
-  )  # fmt: skip
+      inputs["input_ids"],
+      attention_mask=inputs["attention_mask"],
+      do_sample=False,
+      max_new_tokens=NEW_TOKENS,
+  )
   return {
       "tokens": tokens,
       "mask": mask,

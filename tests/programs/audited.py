@@ -24,9 +24,11 @@ from prefix_distill.plan import programs
 from prefix_distill.rollout import sampling
 
 _MESHES = (
-    MeshSpec(8, 1, 1), MeshSpec(1, 8, 1), MeshSpec(1, 8, 1, sampling_tensor=2),
+    MeshSpec(8, 1, 1),
+    MeshSpec(1, 8, 1),
+    MeshSpec(1, 8, 1, sampling_tensor=2),
     MeshSpec(2, 2, 2),
-)  # fmt: skip
+)
 
 
 def look(config, name: str) -> dict:
@@ -48,9 +50,11 @@ def draw() -> list[str]:
   place = jax.sharding.NamedSharding(mesh, vocabulary)
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
   choose = functools.partial(sampling.choose, greedy=False, mesh=mesh)
-  compiled = jax.jit(choose, in_shardings=(rows, place)).lower(
-      keys, jax.ShapeDtypeStruct((8, 16 * 300), "float32")
-  ).compile()  # fmt: skip
+  compiled = (
+      jax.jit(choose, in_shardings=(rows, place))
+      .lower(keys, jax.ShapeDtypeStruct((8, 16 * 300), "float32"))
+      .compile()
+  )
   return [one.kind for one in cost.collectives(compiled.as_text(), mesh.shape)]
 
 

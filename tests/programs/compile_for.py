@@ -45,10 +45,19 @@ def main() -> None:
       axis_types=(jax.sharding.AxisType.Auto,) * 3,
   )
   config = ModelConfig(
-      family="qwen3", vocab_size=1024, dim=256, mlp_dim=512, num_layers=2,
-      num_heads=4, num_kv_heads=2, head_dim=128, norm_eps=1e-6,
-      rope=RopeConfig(1e6), tied=True, max_length=4096,
-  )  # fmt: skip
+      family="qwen3",
+      vocab_size=1024,
+      dim=256,
+      mlp_dim=512,
+      num_layers=2,
+      num_heads=4,
+      num_kv_heads=2,
+      head_dim=128,
+      norm_eps=1e-6,
+      rope=RopeConfig(1e6),
+      tied=True,
+      max_length=4096,
+  )
   model = Model(config, "bfloat16", remat="full", mesh=mesh)
   params = sharding.with_shardings(model.abstract_params(), mesh)
   rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)

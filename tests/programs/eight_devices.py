@@ -125,9 +125,12 @@ def main() -> None:
   assert len(devices) == 8
   two_meshes = MeshSpec(1, 8, 1, sampling_tensor=4)
   loss, cases = LossSpec(), [
-      (0, devices[:1], MeshSpec()), (0, devices, cube), (416, devices, cube),
-      (0, devices, two_meshes), (416, devices, two_meshes),
-  ]  # fmt: skip
+      (0, devices[:1], MeshSpec()),
+      (0, devices, cube),
+      (416, devices, cube),
+      (0, devices, two_meshes),
+      (416, devices, two_meshes),
+  ]
   if sys.argv[2:] == ["relaxed"]:
     relaxed = RelaxedSpec(weight=0.4, switch_step=2)
     loss = LossSpec("relaxed", normalize="tokens", relaxed=relaxed)
@@ -136,12 +139,13 @@ def main() -> None:
     # At 416, two groups of prompts are sampled, and two parts of each scored
     # where eight rows need not be one for each device.
     config = toys.run_config(
-        student, teacher, mesh=mesh, loss=loss,
+        student,
+        teacher,
+        mesh=mesh,
+        loss=loss,
         optimizer=OptimizerSpec(learning_rate=1e-2, batch_tokens=at_once),
-        rollout=RolloutSpec(
-            per_prompt=2, max_len=16, batch_tokens=2 * at_once
-        ),
-    )  # fmt: skip
+        rollout=RolloutSpec(per_prompt=2, max_len=16, batch_tokens=2 * at_once),
+    )
     print(json.dumps(run(config, used, mesh)), flush=True)
 
 

@@ -196,9 +196,12 @@ def loops_and_branches() -> None:
     )
 
   function = jax.shard_map(
-      sums, mesh=MESH, in_specs=(P(ROWS), P(), P()), out_specs=P(ROWS),
+      sums,
+      mesh=MESH,
+      in_specs=(P(ROWS), P(), P()),
+      out_specs=P(ROWS),
       check_vma=False,
-  )  # fmt: skip
+  )
   args = (
       array((4 * 64, 128), ROWS),
       array((), dtype=jnp.int32),

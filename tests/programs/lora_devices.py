@@ -32,14 +32,18 @@ def share(tree) -> float:
 
 def run(path, devices, mesh, workdir) -> dict:
   config = toys.run_config(
-      path, path, mesh=mesh, steps=STEPS,
+      path,
+      path,
+      mesh=mesh,
+      steps=STEPS,
       lora=LoraSpec(2, alpha=4.0),
       optimizer=OptimizerSpec(learning_rate=2e-3),
-  )  # fmt: skip
+  )
   data = dataclasses.replace(
-      config.data, teacher_prompt="{question} It is {answer}.",
+      config.data,
+      teacher_prompt="{question} It is {answer}.",
       max_teacher_prompt_len=112,
-  )  # fmt: skip
+  )
   config = dataclasses.replace(config, data=data)
   made = sharding.make_mesh
   sharding.make_mesh = lambda spec: made(spec, devices)
@@ -53,9 +57,14 @@ def run(path, devices, mesh, workdir) -> dict:
     prompts = sharding.global_batch(next(setup.data)[0], one.models.mesh)
     request = update.Request(8, jax.random.key(step))
     state, shown = one.programs.update(
-        state, one.teacher_params, prompts, None, request, update.Clock(),
+        state,
+        one.teacher_params,
+        prompts,
+        None,
+        request,
+        update.Clock(),
         one.base,
-    )  # fmt: skip
+    )
     kl.append(float(shown.metrics["kl"]))
     norms.append(float(shown.metrics["grad_norm"]))
     tokens.append(shown.tokens.tolist())
@@ -80,12 +89,14 @@ def main() -> None:
   path = toys.write_model(directory / "model", 0, "capable")
   devices = jax.devices()
   assert len(devices) == 8
-  for i, (used, mesh) in enumerate((
-      (devices[:1], MeshSpec()),
-      (devices, MeshSpec(2, 2, 2)),
-      (devices, MeshSpec(1, 2, 4)),
-      (devices, MeshSpec(1, 8, 1, sampling_tensor=4)),
-  )):  # fmt: skip
+  for i, (used, mesh) in enumerate(
+      (
+          (devices[:1], MeshSpec()),
+          (devices, MeshSpec(2, 2, 2)),
+          (devices, MeshSpec(1, 2, 4)),
+          (devices, MeshSpec(1, 8, 1, sampling_tensor=4)),
+      )
+  ):
     found = run(path, used, mesh, directory / str(i))
     print(json.dumps(found), flush=True)
 

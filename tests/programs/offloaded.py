@@ -25,9 +25,14 @@ from prefix_distill.models.transformer import Model  # noqa: E402
 # More than the fast memory beside a core holds.
 ROWS, LENGTH = 32, 4096
 CONFIG = toys.model_config(
-    dim=256, mlp_dim=512, num_heads=2, num_kv_heads=2, head_dim=128,
-    num_layers=16, vocab_size=512,
-)  # fmt: skip
+    dim=256,
+    mlp_dim=512,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=128,
+    num_layers=16,
+    vocab_size=512,
+)
 
 
 def main(topology: str) -> None:

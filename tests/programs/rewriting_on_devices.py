@@ -25,9 +25,13 @@ from prefix_distill.train import update
 
 STEPS = 2
 SPEC = RewriteSpec(
-    prompt="{question} {answer} Be brief.", thoughts="keep",
-    scored_in="rewriting", max_draft_len=12, max_prompt_len=144, max_len=10,
-)  # fmt: skip
+    prompt="{question} {answer} Be brief.",
+    thoughts="keep",
+    scored_in="rewriting",
+    max_draft_len=12,
+    max_prompt_len=144,
+    max_len=10,
+)
 
 
 def run(config, devices) -> dict:
@@ -39,9 +43,16 @@ def run(config, devices) -> dict:
   stops = tuple(range(0, tokenizer.num_tokens, 12))
   data = PromptIterator(config.data, tokenizer, seed=0)
   models = setup_lib.Models(
-      config, mesh, student, teacher, tokenizer.num_tokens, tokenizer.pad_id,
-      tokenizer.special_ids, stops, stops,
-  )  # fmt: skip
+      config,
+      mesh,
+      student,
+      teacher,
+      tokenizer.num_tokens,
+      tokenizer.pad_id,
+      tokenizer.special_ids,
+      stops,
+      stops,
+  )
   rewriting = Rewriting(config, tokenizer, tokenizer, stops, stops)
   programs = update.Programs(models)
   state = programs.init(params)
@@ -49,9 +60,11 @@ def run(config, devices) -> dict:
   for step in range(STEPS):
     batch = next(data)[0]
     request = update.Request(
-        config.prefix.fixed.length, jax.random.key(step), "rewrite",
+        config.prefix.fixed.length,
+        jax.random.key(step),
+        "rewrite",
         asking=Asking(rewriting, data.questions(batch.index), batch.index),
-    )  # fmt: skip
+    )
     prompts = sharding.global_batch(batch, mesh)
     state, done = programs.update(
         state, teacher_params, prompts, None, request, update.Clock()
@@ -79,14 +92,16 @@ def main() -> None:
   for at_once, used, mesh in (
       (0, devices[:1], MeshSpec()),
       (512, devices, MeshSpec(1, 4, 2, sampling_tensor=4)),
-  ):  # fmt: skip
+  ):
     config = toys.run_config(
-        student, teacher, mesh=mesh,
+        student,
+        teacher,
+        mesh=mesh,
         optimizer=OptimizerSpec(learning_rate=1e-2, batch_tokens=at_once),
         rollout=RolloutSpec(
             2, 16, source="rewrite", batch_tokens=at_once, rewrite=SPEC
         ),
-    )  # fmt: skip
+    )
     print(json.dumps(run(config, used)), flush=True)
 
 
