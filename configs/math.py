@@ -10,7 +10,7 @@ MODEL is `tiny` (default), `tiny-weak`, `tiny-privileged`, `tiny-concise`,
 
 tiny, tiny-weak
   The bundled models on the bundled task: nothing is downloaded.
-  Hardware: 2 CPU cores, 4 GB. Cost and result: README.md.
+  Hardware: 2 CPU cores, 2.6 GB. Cost and result: README.md.
 
 tiny-privileged, tiny-concise, tiny-crosslingual
   One model is student and teacher (`bundled:guided`, see
@@ -52,7 +52,8 @@ chain
     full, 1e-3     72   4.2    78   8.4    87  12.6    92  16.8    89  25.3
     prefix, 3e-4   21   0.5    49   1.7    64   3.5    73   6.0    92  13.1
     prefix, 1e-3   38   0.5    61   1.7    73   3.5    78   6.0    93  13.1
-  docs/results has the test split, more seeds and other methods.
+  docs/results has the test split and other methods; over five seeds at 3e-4 the
+  growing prefix ends 4.9 points (2.2 to 7.7) below full distillation.
 
 qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b
   The paper's recipe (arXiv 2602.15260, section 4): Qwen3-*-Base learns from

@@ -37,9 +37,9 @@ tiny
   the answers to 240 held-out problems, before and after:
     seed 0   95.8 (92.5-97.7)  169      76.7 (70.9-81.6)  46
     seed 1   92.9 (89.0-95.5)  171      72.1 (66.1-77.4)  47
-  Answers become a quarter as long, and accuracy is lost. The teacher is no
-  better: of the rewritings that it was trained for, 83.4 % (79.4-86.7) of 400
-  are right, half of them of answers such as these and half of sloppy ones.
+  Answers become a quarter as long, and accuracy is lost. Part of the loss is
+  the teacher's: 83.4 % (79.4-86.7) of 400 of its rewritings are right, half of
+  them of answers such as these and half of sloppy ones.
 
 qwen3-1.7b
   Qwen3-1.7B, which reasons, from Qwen3-8B on 30,700 distinct questions on

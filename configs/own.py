@@ -10,8 +10,11 @@ few lines, and kept in the run's config.json, which is a config as well
 (--config=WORKDIR/config.json; --print_config prints it before a run). Any of
 it can be set:
 
+  subset=NAME      the hub data set's configuration, such as gsm8k's "main"
+  split=NAME       its split (train)
   question=FIELD   the prompts' field: text or chat messages
-  eval=FILE        problems with answers to grade; none without it
+  eval=FILE        problems with answers to grade; none without it. Of a data
+                   set that is the split "test", of the same subset
   answer=FIELD     their field of the right answer
   method=METHOD    prefix (the paper's growing cap), full, sft or seqkd
   completion=FIELD of sft, the field of whole answers
@@ -34,7 +37,7 @@ What is chosen, and why:
              layers are computed again in the backward pass from 1 billion
              parameters on
   numbers    activations in bfloat16 from 1 billion parameters on, where the
-             device has it
+             device has it; a teacher of that size has its weights in it too
 """
 
 from collections.abc import Sequence
@@ -56,8 +59,8 @@ from prefix_distill.models import config as model_config
 from prefix_distill.models import huggingface as hf
 
 _NAMES = (
-    "student teacher prompts question eval answer method completion steps"
-    " tokens"
+    "student teacher prompts subset split question eval answer method"
+    " completion steps tokens"
 ).split()
 # Fields that the field's data sets have, in the order in which they are tried.
 _QUESTIONS = (
@@ -67,6 +70,8 @@ _QUESTIONS = (
 _ANSWERS = "answer final_answer expected_answer solution target label".split()
 _COMPLETIONS = ("completion", "response", "output", "solution", "answer")
 _LOOKED_AT, _COLUMNS, _LONGEST = 1000, 64, 4096
+# Parameters from which on memory rules.
+_LARGE = 1e9
 
 
 def _parse(argument: str) -> dict[str, str]:
@@ -127,9 +132,10 @@ def _field(
   )
 
 
-def _first(source: str, split: str = "train") -> object:
+def _first(source: str, split: str, subset: str) -> object:
   endless = source in config_lib.BUNDLED_TASKS
-  return records.peek(DatasetSpec(source, split, size=1 if endless else 0))
+  spec = DatasetSpec(source, split, subset, size=1 if endless else 0)
+  return records.peek(spec)
 
 
 def _longest_prompt(
@@ -160,11 +166,21 @@ def _config(given: dict[str, str]) -> config_lib.Config:
   method = given.get("method", "prefix")
   steps = _number(given, "steps", 60)
   student = hf.read_config(given["student"])
-  positions = student.max_length
+  positions, teacher = student.max_length, None
+  large = model_config.num_params(student) >= _LARGE
+  compute = "bfloat16" if large else "float32"
   if "teacher" in given:
-    positions = min(positions, hf.read_config(given["teacher"]).max_length)
+    read = hf.read_config(given["teacher"])
+    positions = min(positions, read.max_length)
+    stored = model_config.num_params(read) >= _LARGE
+    teacher = ModelSpec(
+        given["teacher"],
+        compute_dtype=compute,
+        param_dtype="bfloat16" if stored else "float32",
+    )
   tokenizer = tokenizer_lib.load(given["student"])
-  record = _first(given["prompts"])
+  subset, split = given.get("subset", ""), given.get("split", "train")
+  record = _first(given["prompts"], split, subset)
   question = _field(record, given.get("question"), _QUESTIONS, "question")
   completion = ""
   if method == "sft":
@@ -174,6 +190,8 @@ def _config(given: dict[str, str]) -> config_lib.Config:
   endless = given["prompts"] in config_lib.BUNDLED_TASKS
   task = DatasetSpec(
       given["prompts"],
+      split,
+      subset,
       question=question,
       completion=completion,
       size=100_000 if endless else 0,
@@ -185,23 +203,20 @@ def _config(given: dict[str, str]) -> config_lib.Config:
   size = model_config.num_params(student)
   sets = {}
   if "eval" in given:
-    problem = _first(given["eval"], "test")
+    problem = _first(given["eval"], "test", subset)
     sets["own"] = DatasetSpec(
         given["eval"],
         "test",
+        subset,
         question=_field(problem, given.get("question"), _QUESTIONS, "question"),
         answer=_field(problem, given.get("answer"), _ANSWERS, "answer"),
     )
-  large = size >= 1e9
   learning_rate = 5e-5 if large else 1e-4 if size >= 2e7 else 3e-4
   model = ModelSpec(
       given["student"],
-      compute_dtype="bfloat16" if large else "float32",
+      compute_dtype=compute,
       remat="full" if large else "none",
   )
-  teacher = None
-  if "teacher" in given:
-    teacher = ModelSpec(given["teacher"], compute_dtype=model.compute_dtype)
   increment = math.ceil(tokens / max(steps - 1, 1))
   return config_lib.Config(
       method=method,

@@ -117,9 +117,9 @@ def _kind(kind: Any) -> str:
     return f"{_kind(_without_none(kind))}, or None"
   if typing.get_origin(kind) is typing.Annotated:
     inner, *extras = typing.get_args(kind)
-    limits = [text for extra in extras for text in _limits(extra)]
     # The innermost limits come first, and the last one of a kind counts.
-    return ", ".join(dict.fromkeys([_kind(inner), *limits]))
+    limits = dict(pair for extra in extras for pair in _limits(extra))
+    return ", ".join([_kind(inner), *filter(None, limits.values())])
   if typing.get_origin(kind) is Literal:
     return "one of " + ", ".join(map(repr, typing.get_args(kind)))
   if typing.get_origin(kind) is tuple:
@@ -127,18 +127,21 @@ def _kind(kind: Any) -> str:
   return kind.__name__
 
 
-def _limits(extra: Any) -> Iterator[str]:
-  """Yields what pydantic checks, in words."""
+def _limits(extra: Any) -> Iterator[tuple[str, str]]:
+  """Yields what pydantic checks: the kind of limit, and words for it.
+
+  The words are empty if the limit says nothing.
+  """
   if isinstance(extra, pydantic.fields.FieldInfo):
     for one in extra.metadata:
       yield from _limits(one)
     return
   for limit, word in _SIGNS.items():
     value = getattr(extra, limit, None)
-    if value is not None and abs(value) < _HUGE:
-      yield f"{word} {value:g}"
+    if value is not None:
+      yield limit, f"{word} {value:g}" if abs(value) < _HUGE else ""
   if isinstance(extra, annotated_types.MinLen):
-    yield "not empty"
+    yield "length", "not empty"
 
 
 def page() -> str:

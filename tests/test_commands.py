@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from prefix_distill import config as config_lib
 from prefix_distill import reference
 from prefix_distill import runs
 from prefix_distill import talk
+from prefix_distill.data import records
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.errors import ConfigError
 
@@ -275,6 +277,46 @@ def test_own_models_need_one_line(tmp_path):
   assert found.rollout.max_len == 33
   caps = [prefix_schedule.cap(found, step) for step in range(9)]
   assert caps[0] == 1 and caps[-1] == 33
+
+
+def test_own_models_of_a_billion_parameters_take_bfloat16(tmp_path):
+  """The teacher's weights too, of which a run holds a copy beside all else."""
+  large = tmp_path / "large"
+  shutil.copytree(_ROOT / "prefix_distill" / "assets" / "teacher", large)
+  settings = json.loads((large / "config.json").read_text())
+  settings |= {"hidden_size": 8192, "intermediate_size": 65536}
+  (large / "config.json").write_text(json.dumps(settings))
+  found = _config(
+      f"own:student=bundled:capable,teacher={large},prompts=math_task"
+  )
+  assert found.student.param_dtype == found.student.compute_dtype == "float32"
+  assert found.teacher.compute_dtype == "float32"
+  assert found.teacher.param_dtype == "bfloat16"
+
+
+def test_own_models_read_a_part_of_a_data_set(tmp_path, monkeypatch):
+  """As gsm8k, which has configurations, and its test split for evaluation."""
+  data = tmp_path / "sums"
+  for name, first in (("main", 7), ("other", 8)):
+    (data / name).mkdir(parents=True)
+    for split in ("train", "test"):
+      rows = [{"question": f"{first} + {n}?", "answer": str(first + n)}
+              for n in range(3)]
+      text = "".join(json.dumps(row) + "\n" for row in rows)
+      (data / name / f"{split}.jsonl").write_text(text)
+  parts = "".join(
+      f"  - config_name: {name}\n    data_dir: {name}\n"
+      for name in ("main", "other")
+  )
+  (data / "README.md").write_text(f"---\nconfigs:\n{parts}---\n")
+  found = _config(
+      f"own:student=bundled:capable,teacher=bundled:teacher,prompts={data},"
+      f"subset=other,eval={data}"
+  )
+  train, held_out = found.data.train, found.evaluation.sets["own"]
+  assert (train.subset, train.split) == ("other", "train")
+  assert (held_out.subset, held_out.split) == ("other", "test")
+  assert records.read(train)[0]["question"] == "8 + 0?"
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,20 @@
 
   python -m prefix_distill.experiments.reproduce
 
-Runs every method and schedule on the bundled tasks with several seeds. A run
-is a cell of a table: a task, a method, a seed. `docs/results/runs.jsonl` keeps
-each finished run, and a run that it holds is not done again, so the command can
-be stopped and continued, also in another clone. `--tasks`, `--cells` and
-`--seeds` select some. `--report` runs nothing and writes tables, figures and
-the README's part from `runs.jsonl` again.
+Does all that `docs/results/README.md` shows: trials of learning rates, runs of
+every method with several seeds, an analysis of the trained students, and at
+last tables, figures and the README's part. A run is a cell of a table: a task,
+a method, a seed. `docs/results/runs.jsonl` keeps each finished run, and a run
+that it holds is not done again, so the command can be stopped and continued,
+also in another clone. `--tasks`, `--cells` and `--seeds` select some;
+`--trials`, `--runs`, `--mechanism` and `--report` do that part alone.
 
   python -m prefix_distill.experiments.reproduce --check capable/linear/77
 
 does one run with a seed of your own, adds nothing to the results, and says
 whether it lands where they say that a new seed lands.
 
-`--mechanism` analyses the students that the runs of this clone left: where the
+The analysis is of the students that the runs of this clone left: where the
 divergence to the teacher is after training; and before it, where the gradient
 of whole rollouts points, and what a prefix of the teacher's answer is worth. It
 adds to `docs/results/mechanism.jsonl`.
@@ -22,7 +23,7 @@ adds to `docs/results/mechanism.jsonl`.
 `--student` is the language model of the task `language`, a directory or hub id;
 its teacher is trained from it first.
 
-`--trials` runs the learning rates from which each method's was chosen, on a
+The trials are of the learning rates from which each method's was chosen, on a
 seed that is used for nothing else; every method has the same number of trials.
 The choice is by the validation split, which has no problem of the test split.
 """
@@ -46,7 +47,6 @@ from prefix_distill.experiments import results
 _ROOT = pathlib.Path(__file__).parents[2]
 _CONFIGS = _ROOT / "configs"
 _STUDENT = "HuggingFaceTB/SmolLM2-135M-Instruct"
-SEEDS = (0, 1, 2, 3, 4)
 TRIAL_SEED = 100
 
 
@@ -67,7 +67,8 @@ class Task:
     every_ablation: updates from one evaluation to the next in ablations; 0 for
       `every`.
     problems: of the test and of the validation split.
-    cells: those that it has; empty for all.
+    cells: those that are run unless `--cells` asks for others.
+    seeds: how many seeds these have.
     note: what a reader of its tables should know.
   """
 
@@ -82,11 +83,8 @@ class Task:
   every_ablation: int = 0
   problems: tuple[int, int] = (240, 240)
   cells: tuple[str, ...] = ()
+  seeds: int = 5
   note: str = ""
-
-  def has(self, cell: str) -> bool:
-    """Whether a cell is one of the task's."""
-    return not self.cells or cell in self.cells
 
   @property
   def is_language(self) -> bool:
@@ -101,8 +99,8 @@ class Cell:
   Attributes:
     about: its name in tables.
     settings: fields of the config.
-    main: whether it stands in the main comparison; the others are ablations,
-      with the learning rate of `like`.
+    main: whether it has trials and, if a task says so, denser evaluations; the
+      others are ablations, with the learning rate of `like`.
     like: the cell whose learning rate it takes; itself if empty.
     is_fast: whether it has the task's larger learning rate, whatever the
       trials say.
@@ -235,6 +233,8 @@ CELLS = {
     ),
 }
 
+_WINDOWS = ("first-32", "32-64", "last-32")
+_FORMS = ("forward", "off-reverse", "off-forward")
 _WORDS = {
     # All is over in ten updates at the config's own 3e-4.
     "settings": {"steps": "32", _RATE: "1e-4"},
@@ -258,6 +258,11 @@ TASKS = {
             "linear": {"prefix.linear.increment": "3"},
             "seqkd": {"steps": "64"},
         },
+        cells=(
+            *("full", "linear", "fixed-16", "fixed-64", "random", "full-fast"),
+            *_WINDOWS,
+            *_FORMS,
+        ),
         **_WORDS,
     ),
     "weak": Task(
@@ -268,6 +273,10 @@ TASKS = {
             "linear": {"prefix.linear.increment": "6"},
             "seqkd": {"steps": "64"},
         },
+        cells=(
+            *("full", "linear", "fixed-16", "fixed-64", "full-fast"),
+            *_FORMS,
+        ),
         **_WORDS,
     ),
     "chain": Task(
@@ -280,6 +289,12 @@ TASKS = {
             "linear": {"prefix.linear.increment": "4"},
             "seqkd": {"steps": "120"},
         },
+        cells=(
+            *("full", "linear", "fixed-16", "fixed-64", "random", "audited"),
+            *("seqkd", "full-fast", "fixed-64-fast", "full-forward"),
+            *_WINDOWS,
+            *_FORMS,
+        ),
     ),
     "language": Task(
         "sums written out, SmolLM2-135M-Instruct",
@@ -294,7 +309,8 @@ TASKS = {
             " `method=sft`. After 12 updates no student here ends its answers,"
             " so accuracy says nothing yet; the divergence does."
         ),
-        cells=("full", "linear", "fixed-8", "fixed-16", "random"),
+        cells=("full", "linear", "fixed-8"),
+        seeds=1,
     ),
 }
 # Cells in the figure, and in the README's table.
@@ -555,20 +571,23 @@ class Runner:
 
 def _experiments(args: argparse.Namespace) -> list[Experiment]:
   """The seeds are the outer loop: an early stop leaves a whole table."""
-  if args.trials:
-    return [
-        Experiment(task, cell, TRIAL_SEED, rate)
-        for task in args.tasks
-        for cell in args.cells
-        if CELLS[cell].main and TASKS[task].has(cell)
-        for rate in TASKS[task].rates
-    ]
+  most = max(TASKS[task].seeds for task in args.tasks)
   return [
       Experiment(task, cell, seed)
-      for seed in args.seeds
+      for seed in args.seeds or range(most)
       for task in args.tasks
-      for cell in args.cells
-      if TASKS[task].has(cell)
+      if args.seeds or seed < TASKS[task].seeds
+      for cell in args.cells or TASKS[task].cells
+  ]
+
+
+def _trials(args: argparse.Namespace) -> list[Experiment]:
+  return [
+      Experiment(task, cell, TRIAL_SEED, rate)
+      for task in args.tasks
+      for cell in args.cells or TASKS[task].cells
+      if CELLS[cell].main
+      for rate in TASKS[task].rates
   ]
 
 
@@ -578,19 +597,33 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
       formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add, path = parser.add_argument, pathlib.Path
-  main_cells = [name for name, cell in CELLS.items() if cell.main]
   add("--tasks", nargs="+", default=[*TASKS], choices=TASKS)
-  add("--cells", nargs="+", default=main_cells, choices=CELLS)
-  add("--seeds", nargs="+", type=int, default=[*SEEDS])
+  add("--cells", nargs="+", default=[], choices=CELLS)
+  add("--seeds", nargs="+", type=int, default=[])
   add("--student", default=_STUDENT, help="a directory or hub id")
   add("--workdir", type=path, default=path("runs/reproduce"))
   add("--docs", type=path, default=_ROOT / "docs" / "results")
   add("--parallel", type=int, default=1, help="runs at a time, one per core")
-  add("--trials", action="store_true", help="learning rates, on validation")
-  add("--mechanism", action="store_true", help="analyse the trained students")
-  add("--report", action="store_true", help="run nothing, write pages again")
+  only = parser.add_mutually_exclusive_group()
+  for part, text in _PARTS.items():
+    only.add_argument(
+        f"--{part}",
+        action="store_const",
+        const=part,
+        dest="part",
+        help=f"only {text}",
+    )
   add("--check", metavar="TASK/CELL/SEED", help="one run beside the results")
   return parser.parse_args(arguments)
+
+
+# What the command does, in this order.
+_PARTS = {
+    "trials": "the trials of learning rates, on the validation split",
+    "runs": "the runs",
+    "mechanism": "the analysis of the trained students",
+    "report": "the pages, from what was kept",
+}
 
 
 def _check(runner: Runner, name: str) -> int:
@@ -613,16 +646,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
   runner = Runner(args.workdir, args.docs / "runs.jsonl", args.student)
   if args.check:
     return _check(runner, args.check)
+  args.docs.mkdir(parents=True, exist_ok=True)
   failed = False
-  if args.mechanism:
+  for part, of in (("trials", _trials), ("runs", _experiments)):
+    if args.part in (None, part):
+      failed |= runner.run_all(of(args), args.parallel)
+  if args.part in (None, "mechanism"):
     path = args.docs / "mechanism.jsonl"
-    for task in args.tasks:
+    # The language model's students are scored in their evaluations.
+    for task in (x for x in args.tasks if not TASKS[x].is_language):
       lines = runner.analyse(task, results.load(path))
       with path.open("a") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
-  elif not args.report:
-    args.docs.mkdir(parents=True, exist_ok=True)
-    failed = runner.run_all(_experiments(args), args.parallel)
   results.write(
       runner.runs(),
       args.docs,
