@@ -39,11 +39,11 @@ small
     plain, seed 0   26.7 (19.6-35.2)    52.5 (43.6-61.2)    0.034
     plain, seed 1   29.2 (21.8-37.8)    55.8 (46.9-64.4)    0.044
   Two seeds do not tell them apart: +0.8 points with one, -6.6 with the other.
-  In exploration 98.8 % of the tokens count. Those that are dropped are the student's wrong results, of which
-  this task consists, so k1 falls more slowly in that half: in updates 16 to 20
-  it is 0.082 and 0.113, with the plain gradient 0.057 and 0.050. In refinement
-  tokens count from 0.0015 to 0.0034 nats on: four fifths of the tokens are
-  copied or certain.
+  In exploration 98.8 % of the tokens count. Those that are dropped are the
+  student's wrong results, of which this task consists, so k1 falls more slowly
+  in that half: in updates 16 to 20 it is 0.082 and 0.113, with the plain
+  gradient 0.057 and 0.050. In refinement tokens count from 0.0015 to 0.0034
+  nats on: four fifths of the tokens are copied or certain.
 
 r1-1.5b
   The paper's mathematical pair according to one public list:
