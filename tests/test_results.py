@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -243,6 +244,7 @@ def test_the_command_alone_makes_what_is_committed(tmp_path, monkeypatch):
   def run_all(self, all_runs, parallel):
     del self, parallel
     asked.extend(results_key(x.key) for x in all_runs)
+    return False
 
   results_key = reproduce.key
   monkeypatch.setattr(reproduce.Runner, "run_all", run_all)
@@ -310,23 +312,40 @@ def test_a_teacher_that_cannot_be_trained_fails_its_task_alone(
 def test_the_page_and_the_figure_are_made(tmp_path, capsys):
   runs = [*rising(), *rising("linear", 5.0), *rising("fixed-64", 2.0, to=0.4)]
   cells = ["full", "linear"]
-  results.write(runs, tmp_path, TASKS, CELLS, cells, cells)
+  results.write(runs, tmp_path, TASKS, CELLS, cells)
   text = (tmp_path / "README.md").read_text()
   assert "90.0 (85.5-94.0)" in text or "90.0 (" in text
   assert "growing prefix (the paper's) - full on-policy distillation" in text
   assert "| 0.50 (0.50-0.50) | 3 | cheaper |" in text
   assert (tmp_path / "accuracy_flops.png").stat().st_size > 5_000
-  results.write([], tmp_path / "none", TASKS, CELLS, [], [])
+  results.write([], tmp_path / "none", TASKS, CELLS, [])
   assert "no two runs" in capsys.readouterr().out
 
 
-def test_tables_stand_between_their_marks():
-  runs = [*rising(), *rising("linear", 5.0)]
-  text = "a\n<!-- results: capable -->\nold\n<!-- end -->\nb\n"
-  made = results.with_summaries(text, runs, TASKS, CELLS)
-  assert made.startswith("a\n<!-- results: capable -->\n|")
-  assert made.endswith("|\n<!-- end -->\nb\n") and "old" not in made
-  assert results.with_summaries(made, runs, TASKS, CELLS) == made
+def test_the_readmes_table_stands_between_its_marks():
+  text = "a\n<!-- results -->\nold\n<!-- end -->\nb\n"
+  made = results.with_summary(text, "| new |\n")
+  assert made == "a\n<!-- results -->\n| new |\n<!-- end -->\nb\n"
+  assert results.with_summary(made, "| new |\n") == made
+  assert results.with_summary("none here", "| new |\n") == "none here"
+
+
+def test_the_readmes_table_has_a_row_for_each_task():
+  found = _found(full=(0.9, 10.0), linear=(0.8, 5.0))
+  mechanism = [
+      {"task": "a", "what": "gradient",
+       "prefixes": [{"length": 8, "cosine": 0.257}]},
+      {"task": "a", "what": "teacher_prefix",
+       "rows": [{"length": 0, "accuracy": 0.25},
+                {"length": 8, "accuracy": 0.5}]},
+  ]
+  tasks = {"a": "A", "b": "B"}
+  table = results.summary({"a": found, "b": found}, tasks, mechanism)
+  first, second = table.splitlines()[2:]
+  assert first.startswith("| A | 3 | 0.26 | 25.0 to 50.0 | -10.0 (")
+  assert second.startswith("| B | 3 |  |  | -10.0 (")
+  # At half of full's FLOPs, full has six tenths of its way behind it.
+  assert "| 50.0% | +22.0 (" in first
 
 
 def test_the_committed_pages_are_what_the_committed_runs_say():
@@ -337,9 +356,9 @@ def test_the_committed_pages_are_what_the_committed_runs_say():
   page = results.page(runs, TASKS, CELLS, mechanism, notes)
   assert (DOCS / "README.md").read_text() == page
   readme = (DOCS.parents[1] / "README.md").read_text()
-  assert "<!-- results: chain -->\n|" in readme
-  few = {cell: CELLS[cell] for cell in CELLS if cell in reproduce.SUMMED}
-  assert results.with_summaries(readme, runs, TASKS, few) == readme
+  assert "<!-- results -->\n|" in readme
+  table = results.summary(results._by_task(runs, TASKS), TASKS, mechanism)
+  assert results.with_summary(readme, table) == readme
 
 
 def _word(first, second, what, task="chain"):
@@ -354,79 +373,71 @@ def _word(first, second, what, task="chain"):
   return results.compare(results.Comparison("", first, second, what), found)
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/methods.md"])
+def test_every_difference_in_a_sentence_is_one_of_the_results(page):
+  pattern = re.compile(r"[+-]\d+\.\d \([+-]\d+\.\d to [+-]\d+\.\d\)")
+  known = set(pattern.findall((DOCS / "README.md").read_text()))
+  text = " ".join((DOCS.parents[1] / page).read_text().split())
+  # In docs/methods.md the unit stands between.
+  text = re.sub(r"(\d) (points|nats) \(", r"\1 (", text)
+  found = pattern.findall(text)
+  assert len(found) > 10 and set(found) <= known
+
+
 @pytest.mark.parametrize(
-    "first, second",
-    [("fixed-64", "full"), ("fixed-64-fast", "full-fast")],
+    "task, first, second, what, words",
+    [
+        ("capable", "linear", "full", "end", ("as good",)),
+        ("capable", "fixed-16", "full", "end", ("as good",)),
+        ("capable", "linear", "full-fast", "equal", ("as good",)),
+        ("capable", "fixed-16", "full-fast", "equal", ("better",)),
+        ("capable", "first-32", "last-32", "end", ("as good",)),
+        ("capable", "random", "linear", "end", ("as good",)),
+        ("capable", "forward", "full", "end", ("worse",)),
+        ("chain", "fixed-64", "full", 0.1, ("better",)),
+        ("chain", "fixed-64-fast", "full-fast", 0.1, ("better",)),
+        ("chain", "forward", "full", "end", ("as good",)),
+        ("chain", "off-forward", "full", "end", ("as good",)),
+        ("chain", "forward", "full-forward", "end", ("undecided",)),
+        ("chain", "off-forward", "full-forward", "end", ("undecided",)),
+        ("chain", "first-32", "32-64", "end", ("better",)),
+        ("chain", "first-32", "last-32", "end", ("better",)),
+        ("chain", "linear", "full", "end", ("worse",)),
+        ("chain", "random", "linear", "end", ("as good",)),
+        ("chain", "linear", "full-forward", "equal", ("worse",)),
+        ("chain", "linear", "seqkd", "equal", ("worse",)),
+        ("chain", "fixed-64", "forward", "end", ("worse",)),
+        ("chain", "audited", "full", "equal", ("as good", "undecided")),
+        ("weak", "linear", "fixed-16", "end", ("better",)),
+        ("weak", "linear", "full", "equal", ("worse",)),
+        ("weak", "fixed-16", "full", "equal", ("worse",)),
+        ("weak", "fixed-64", "full", "equal", ("worse",)),
+        ("weak", "off-forward", "full", "end", ("worse",)),
+        ("weak", "forward", "full", "end", ("worse",)),
+        ("language", "fixed-8", "before", "end", ("worse",)),
+        ("language", "linear", "full", "end", ("worse",)),
+        ("language", "linear", "full", "equal", ("undecided",)),
+    ],
 )
-def test_a_prefix_wins_under_a_small_budget_as_the_readme_says(first, second):
-  assert _word(first, second, 0.1).word() == "better"
-
-
-def test_the_differences_in_the_readmes_sentences():
+def test_a_sentence_of_the_readme_says_what_its_interval_says(
+    task, first, second, what, words
+):
   text = " ".join((DOCS.parents[1] / "README.md").read_text().split())
-  for first, second, what in (
-      ("forward", "full", "end"),
-      ("forward", "full-forward", "equal"),
-      ("off-forward", "forward", "end"),
-      ("fixed-64", "full", 0.1),
-      ("fixed-64-fast", "full-fast", 0.1),
-      ("first-32", "32-64", "end"),
-      ("first-32", "last-32", "end"),
-      ("linear", "full", "end"),
-      ("random", "linear", "end"),
-      ("linear", "full-forward", "equal"),
-      ("fixed-64", "forward", "end"),
-      ("linear", "seqkd", "equal"),
+  found = _word(first, second, what, task)
+  assert found.word() in words
+  assert found.gain().removesuffix(" nats") in text
+
+
+def test_shares_of_flops_in_the_readmes_sentences():
+  text = " ".join((DOCS.parents[1] / "README.md").read_text().split())
+  for task, cell in (
+      ("capable", "linear"),
+      ("capable", "fixed-16"),
+      ("chain", "forward"),
+      ("language", "linear"),
   ):
-    assert _word(first, second, what).accuracy.points() in text
-
-
-def test_what_the_readme_says_of_the_capable_student():
-  text = " ".join((DOCS.parents[1] / "README.md").read_text().split())
-  for first, second, what, words in (
-      ("linear", "full", "end", ("as good",)),
-      ("fixed-16", "full", "end", ("as good",)),
-      ("linear", "full-fast", "equal", ("as good", "undecided")),
-      ("fixed-16", "full-fast", "equal", ("as good", "better")),
-      ("forward", "full", "end", ("worse",)),
-      ("off-forward", "full", "end", ("as good",)),
-  ):
-    found = _word(first, second, what, "capable")
-    assert found.word() in words and found.accuracy.points() in text
-  cost = _word("linear", "full", "end", "capable").cost.value
-  assert f"for {cost:.0%}".replace("%", " %") in text
-  cost = _word("fixed-16", "full", "end", "capable").cost.value
-  assert f"for {cost:.0%}".replace("%", " %") in text
-
-
-def test_why_as_the_readme_says_it():
-  text = " ".join((DOCS.parents[1] / "README.md").read_text().split())
-  lines = results.load(DOCS / "mechanism.jsonl")
-  for task in ("capable", "chain"):
-    mine = {x["what"]: x for x in lines if x["task"] == task}
-    (eight,) = [
-        x for x in mine["gradient"]["prefixes"] if x["length"] == 8
-    ]
-    assert f"{eight['cosine']:.2f})" in text
-    rows = {x["length"]: x for x in mine["teacher_prefix"]["rows"]}
-    low, high = 100 * rows[0]["accuracy"], 100 * rows[8]["accuracy"]
-    assert f"from {low:.1f} to {high:.1f} %" in text
-
-
-def test_what_the_readme_says_of_the_language_model():
-  text = " ".join((DOCS.parents[1] / "README.md").read_text().split())
-  runs = results.load(DOCS / "runs.jsonl")
-  found = {
-      run["cell"]: [np.mean(x) for x in run["kl"]]
-      for run in runs
-      if run["task"] == "language"
-  }
-  full, linear, short = (found[x] for x in ("full", "linear", "fixed-8"))
-  assert (
-      f"are {full[0]:.0f} nats from the teacher before, {full[-1]:.0f} after"
-      f" full distillation, {linear[-1]:.0f} after the growing prefix"
-  ) in text
-  assert f"and {short[-1]:.0f} after a prefix of 8" in text
+    cost = _word(cell, "full", "end", task).cost.value
+    assert f"for {100 * cost:.0f} %" in text
 
 
 def test_the_chains_in_the_table_of_methods():
@@ -452,24 +463,6 @@ def test_the_chains_in_the_table_of_methods():
     curve = found["chain", cell]
     assert results.interval(results.at_end, curve).percent() in text
     assert len(curve.seeds) == 5
-
-
-def test_what_the_readme_says_of_equal_flops():
-  for cell in ("linear", "fixed-16", "fixed-64", "random"):
-    assert _word(cell, "full", "equal").word() == "better"
-  assert _word("fixed-64", "full-fast", "equal").word() == "better"
-  for cell in ("linear", "fixed-16", "random", "audited"):
-    assert _word(cell, "full-fast", "equal").word() in ("undecided", "as good")
-  assert _word("linear", "full", "end").word() == "worse"
-  assert _word("random", "linear", "end").word() == "as good"
-  assert _word("linear", "seqkd", "equal").word() == "worse"
-  assert _word("linear", "full-forward", "equal").word() == "worse"
-  assert _word("fixed-64", "forward", "end").word() == "worse"
-  assert _word("forward", "full", "end").word() == "as good"
-  assert _word("forward", "full-forward", "equal").word() == "better"
-  assert _word("off-forward", "forward", "end").word() == "as good"
-  for other in ("32-64", "last-32"):
-    assert _word("first-32", other, "end").word() == "better"
 
 
 def _found(**accuracies):

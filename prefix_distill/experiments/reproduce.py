@@ -149,12 +149,6 @@ CELLS = {
     "full-fast": Cell(
         "full, larger learning rate", _FULL, main=False, is_fast=True
     ),
-    "fixed-16-fast": Cell(
-        "prefix of 16, larger learning rate",
-        _FIXED_16,
-        main=False,
-        is_fast=True,
-    ),
     "fixed-64-fast": Cell(
         "prefix of 64, larger learning rate",
         _FIXED_64,
@@ -163,9 +157,6 @@ CELLS = {
     ),
     "fixed-8": _ablation(
         "prefix of 8", _prefix("fixed", length=8), "fixed-16"
-    ),
-    "fixed-32": _ablation(
-        "prefix of 32", _prefix("fixed", length=32), "fixed-16"
     ),
     "popd": _ablation(
         "growing by one token (POPD)",
@@ -313,7 +304,7 @@ TASKS = {
         seeds=1,
     ),
 }
-# Cells in the figure, and in the README's table.
+# Cells in the figure.
 _DRAWN = (
     "full",
     "linear",
@@ -327,7 +318,6 @@ _DRAWN = (
     "off-forward",
     "fixed-8",
 )
-SUMMED = (*_DRAWN, "audited", "fixed-16-fast", "fixed-64-fast")
 # The students of these cells are analysed, and these prefixes' gradients.
 _ANALYSED = ("full", "linear", "fixed-16", "fixed-64", "random", "audited")
 _GRADIENTS = "8,16,32,64,128"
@@ -664,7 +654,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
       {name: task.about for name, task in TASKS.items()},
       {name: cell.about for name, cell in CELLS.items()},
       _DRAWN,
-      SUMMED,
       results.load(args.docs / "mechanism.jsonl"),
       {name: task.note for name, task in TASKS.items()},
   )

@@ -532,12 +532,12 @@ COMPARISONS = (
     Comparison(_GROWING, "linear", "full", "stop"),
     Comparison(_GROWING, "linear", "full", "equal"),
     Comparison(_GROWING, "linear", "full-fast", "equal"),
+    Comparison(_GROWING, "linear", "full-forward", "equal"),
     *_shares(_GROWING, "linear", "full"),
     *_goals(_GROWING, "linear", "full"),
     *_shares(_SHORT, "fixed-64", "full"),
     *_shares(_SHORT, "fixed-64-fast", "full-fast"),
     *_shares(_SHORT, "fixed-16", "full"),
-    *_shares(_SHORT, "fixed-16-fast", "full-fast"),
     Comparison(_SHORT, "fixed-16", "full", "equal"),
     Comparison(_SHORT, "fixed-64", "fixed-16", "end"),
     Comparison(_SPOILED, "fixed-64", "before", "end"),
@@ -558,6 +558,10 @@ COMPARISONS = (
         for other in ("full", "full-forward")
         for what in ("end", "equal")
     ),
+    Comparison(_DIVERGENCE, "off-forward", "full-fast", "equal"),
+    Comparison(_DIVERGENCE, "off-forward", "linear", "equal"),
+    Comparison(_DIVERGENCE, "forward", "before", "end"),
+    Comparison(_DIVERGENCE, "off-forward", "before", "end"),
     *(
         Comparison(_OTHERS, cell, "full", what)
         for cell in ("fixed-16", "fixed-64", "random", "audited", "seqkd")
@@ -938,44 +942,56 @@ def trials_table(
   return _markdown(["", *(f"{rate:g}" for rate in rates)], rows)
 
 
-# Full distillation as it may be run, and what stands over the differences.
-_WHOLE = {
-    "full": "minus full's at the same FLOPs",
-    "full-fast": "full's with a larger rate",
-    "full-forward": "full's by forward KL",
-}
-
-
 def summary(
-    found: Mapping[str, Curve], about: Mapping[str, str]
+    by_task: Mapping[str, Mapping[str, Curve]],
+    tasks: Mapping[str, str],
+    mechanism: Sequence[dict[str, Any]],
 ) -> str:
-  """Returns a task's table for the README: each method beside full at its cost.
+  """Returns the README's table: the paper's method on each task.
 
-  "full" has the learning rate that was best in the trials, "full-fast" one that
-  learns sooner, and "full-forward" the other divergence.
+  Beside it stands what can be measured before training: where the gradient on
+  8 tokens points, and what 8 tokens of the teacher's answer are worth.
   """
-  whole = found["full"]
-  before = interval(at_start, whole).percent()
-  rows = [["before", before, "", *("" for _ in _WHOLE)]]
-  for name, text in about.items():
-    if name not in found:
+  rows = []
+  for task, found in by_task.items():
+    if "linear" not in found:
       continue
-    beside = [""] * len(_WHOLE)
-    if name not in _WHOLE:
-      beside = [
-          interval(at_equal_cost, found[name], found[other]).points()
-          if other in found
-          else ""
-          for other in _WHOLE
-      ]
+    end, equal, fast = (
+        compare(Comparison(_GROWING, "linear", other, what), found)
+        for other, what in (
+            ("full", "end"), ("full", "equal"), ("full-fast", "equal"),
+        )
+    )
+    mine = {x["what"]: x for x in mechanism if x["task"] == task}
     rows.append([
-        text,
-        interval(at_end, found[name]).percent(),
-        _share(found[name], end_cost, whole),
-        *beside,
+        tasks[task],
+        end.seeds,
+        *_before_training(mine),
+        end.gain(),
+        _share(found["linear"], end_cost, found["full"]),
+        equal.gain(),
+        fast.gain() if fast else "",
     ])
-  header = ["", "accuracy, %", "FLOPs", *_WHOLE.values()]
+  header = [
+      "student", "seeds", "gradient on 8 tokens: cosine",
+      "8 tokens of the teacher's: accuracy, %", "at the end",
+      "for so much of full's FLOPs", "at equal FLOPs",
+      "and full with a larger rate",
+  ]
   return _markdown(header, rows)
+
+
+def _before_training(found: Mapping[str, dict[str, Any]]) -> tuple[str, str]:
+  """Returns the cosine, and the accuracy without and with 8 tokens."""
+  if not {"gradient", "teacher_prefix"} <= set(found):
+    return "", ""
+  (cosine,) = (
+      x["cosine"] for x in found["gradient"]["prefixes"] if x["length"] == 8
+  )
+  right = {
+      x["length"]: 100 * x["accuracy"] for x in found["teacher_prefix"]["rows"]
+  }
+  return f"{cosine:.2f}", f"{right[0]:.1f} to {right[8]:.1f}"
 
 
 # Positions are told apart at these borders, in tokens.
@@ -1112,10 +1128,14 @@ def draw(
     about: the cells that are drawn, and their names in the legend.
     path: of the PNG.
   """
-  figure = Figure(figsize=(4.6 * len(panels) + 2.2, 4.0))
-  row = figure.subplots(1, len(panels), squeeze=False)[0]
+  columns = min(len(panels), 2)
+  rows = -(-len(panels) // columns)
+  figure = Figure(figsize=(4.6 * columns + 2.2, 4.0 * rows))
+  grid = figure.subplots(rows, columns, squeeze=False).flat
+  for axes in grid[len(panels) :]:
+    axes.remove()
   lines = {}
-  for axes, (title, found) in zip(row, panels.items(), strict=True):
+  for axes, (title, found) in zip(grid, panels.items(), strict=False):
     whole = found["full"].flops[:, -1].mean()
     of = KL if found["full"].is_scored else TEST
     for i, name in enumerate(about):
@@ -1217,23 +1237,13 @@ Dots are best stopping points, bands 95 % intervals.
 """
 
 
-def with_summaries(
-    text: str,
-    runs: Sequence[dict[str, Any]],
-    tasks: Iterable[str],
-    cells: Mapping[str, str],
-) -> str:
-  """Returns a page with its tables made anew.
-
-  A task's table stands between `<!-- results: TASK -->` and `<!-- end -->`.
-  """
-  for task, found in _by_task(runs, tasks).items():
-    begin, end = f"<!-- results: {task} -->\n", "<!-- end -->"
-    before, opened, rest = text.partition(begin)
-    if opened:
-      after = rest.partition(end)[2]
-      text = before + begin + summary(found, cells) + end + after
-  return text
+def with_summary(text: str, table: str) -> str:
+  """Puts a table between `<!-- results -->` and `<!-- end -->` of a page."""
+  begin, end = "<!-- results -->\n", "<!-- end -->"
+  before, opened, rest = text.partition(begin)
+  if not opened:
+    return text
+  return before + begin + table + end + rest.partition(end)[2]
 
 
 def write(
@@ -1242,11 +1252,10 @@ def write(
     tasks: Mapping[str, str],
     cells: Mapping[str, str],
     drawn: Sequence[str],
-    summed: Sequence[str],
     mechanism: Sequence[dict[str, Any]] = (),
     notes: Mapping[str, str] = types.MappingProxyType({}),
 ) -> None:
-  """Writes the page and its figure, and the tables of the README above them.
+  """Writes the page and its figure, and the table of the README above them.
 
   Args:
     runs: of `runs.jsonl`.
@@ -1254,7 +1263,6 @@ def write(
     tasks: their names and what stands over their tables.
     cells: their names and what they are called in tables.
     drawn: the cells in the figure.
-    summed: the cells in the README's tables.
     mechanism: of `mechanism.jsonl`.
     notes: by task, what a reader should know of it.
   """
@@ -1265,9 +1273,8 @@ def write(
   (docs / "README.md").write_text(text)
   readme = docs.parents[1] / "README.md"
   if readme.is_file():
-    old = readme.read_text()
-    few = {name: text for name, text in cells.items() if name in summed}
-    readme.write_text(with_summaries(old, runs, tasks, few))
+    table = summary(_by_task(runs, tasks), tasks, mechanism)
+    readme.write_text(with_summary(readme.read_text(), table))
   panels = {
       tasks[task]: found for task, found in _by_task(runs, tasks).items()
   }
