@@ -7,6 +7,7 @@ the README gets its "Open in Colab" badges, and setup.py, CITATION.cff and
 mkdocs.yml name the address.
 """
 
+from collections.abc import Callable
 import pathlib
 import re
 import sys
@@ -22,10 +23,12 @@ def badge(repository: str, notebook: str) -> str:
   return f"[![Open in Colab]({_COLAB}/assets/colab-badge.svg)]({target})"
 
 
-def _edit(path: pathlib.Path, pattern: str, new) -> None:
+def _edit(
+    path: pathlib.Path, pattern: str, new: str | Callable[[re.Match], str]
+) -> None:
   text, found = re.subn(pattern, new, path.read_text(), flags=re.MULTILINE)
   if not found:
-    sys.exit(f"error: {path} has nothing like {pattern!r}; mend it by hand.")
+    sys.exit(f"error: {path} does not match {pattern!r}; edit it by hand.")
   path.write_text(text)
 
 
@@ -34,7 +37,7 @@ def write(address: str, root: pathlib.Path = _ROOT) -> None:
   match = _ADDRESS.fullmatch(address)
   if match is None:
     sys.exit(
-        f"error: {address!r} is no address that Colab opens; give"
+        f"error: Colab cannot open {address!r}; give"
         " https://github.com/OWNER/NAME."
     )
   repository = match[1]

@@ -167,16 +167,17 @@ def _config(given: dict[str, str]) -> config_lib.Config:
   steps = _number(given, "steps", 60)
   student = hf.read_config(given["student"])
   positions, teacher = student.max_length, None
-  large = model_config.num_params(student) >= _LARGE
+  size = model_config.num_params(student)
+  large = size >= _LARGE
   compute = "bfloat16" if large else "float32"
   if "teacher" in given:
     read = hf.read_config(given["teacher"])
     positions = min(positions, read.max_length)
-    stored = model_config.num_params(read) >= _LARGE
+    is_large = model_config.num_params(read) >= _LARGE
     teacher = ModelSpec(
         given["teacher"],
         compute_dtype=compute,
-        param_dtype="bfloat16" if stored else "float32",
+        param_dtype="bfloat16" if is_large else "float32",
     )
   tokenizer = tokenizer_lib.load(given["student"])
   subset, split = given.get("subset", ""), given.get("split", "train")
@@ -200,7 +201,6 @@ def _config(given: dict[str, str]) -> config_lib.Config:
   longest = _longest_prompt(tokenizer, task, suffix)
   prompt = min(-(-longest // _COLUMNS) * _COLUMNS, positions // 2)
   tokens = _number(given, "tokens", min(positions - prompt, _LONGEST))
-  size = model_config.num_params(student)
   sets = {}
   if "eval" in given:
     problem = _first(given["eval"], "test", subset)

@@ -9,6 +9,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import types
 
 import datasets
 import huggingface_hub
@@ -160,7 +161,7 @@ def test_supervised_training_has_the_students_part_only():
   assert "bundled:teacher" not in words
 
 
-def _command(tmp_path, *flags):
+def _command(tmp_path, *flags, environment=types.MappingProxyType({})):
   """Runs --preflight in an empty folder, which must stay empty."""
   here = tmp_path / "here"
   here.mkdir()
@@ -178,7 +179,7 @@ def _command(tmp_path, *flags):
       capture_output=True,
       timeout=120,
       check=False,
-      env=os.environ | {"PYTHONPATH": str(_ROOT)},
+      env=os.environ | {"PYTHONPATH": str(_ROOT)} | dict(environment),
   )
   assert not list(here.iterdir())
   return process.returncode, process.stdout, process.stderr
@@ -512,34 +513,14 @@ def test_what_a_run_refuses_is_refused_before_weights(
 def test_a_batch_that_does_not_split_is_refused_for_other_devices(
     tmp_path, group
 ):
-  flags = (f"--config.{group}.batch_size=12",)
-  here = tmp_path / "here"
-  here.mkdir()
-  process = subprocess.run(
-      [
-          sys.executable,
-          "-m",
-          "prefix_distill.main",
-          "--preflight",
-          f"--config={_ROOT}/configs/math.py",
-          *flags,
-      ],
-      cwd=here,
-      text=True,
-      capture_output=True,
-      timeout=120,
-      check=False,
-      env=os.environ
-      | {
-          "PYTHONPATH": str(_ROOT),
-          "JAX_PLATFORMS": "cpu",
-          "JAX_NUM_CPU_DEVICES": "8",
-      },
+  devices = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
+  code, out, err = _command(
+      tmp_path, f"--config.{group}.batch_size=12", environment=devices
   )
-  assert process.returncode == 1 and not process.stdout
+  assert code == 1 and not out
   words = f"{group}.batch_size is 12, which is not divisible by 8"
-  assert words in process.stderr
-  assert "JAX_NUM_CPU_DEVICES" in process.stderr
+  assert words in err
+  assert "JAX_NUM_CPU_DEVICES" in err
 
 
 @pytest.mark.parametrize("role", ("student", "teacher"))

@@ -297,8 +297,8 @@ TASKS = {
         note=(
             "A first look: 12 updates of 16 rollouts. The student is the model"
             " as it comes, and the teacher the same model after 20 updates of"
-            " `method=sft`. After 12 updates no student here ends its answers,"
-            " so accuracy says nothing yet; the divergence does."
+            " `method=sft`. After 12 updates hardly an answer of any student"
+            " ends, so accuracy says nothing yet; the divergence does."
         ),
         cells=("full", "linear", "fixed-8"),
         seeds=1,

@@ -94,9 +94,9 @@ class Curve:
     return KL in self.right
 
   def by_divergence(self) -> "Curve":
-    """Returns the curve with minus the nats of an answer for accuracies.
+    """Returns the curve with minus the nats of an answer as its accuracy.
 
-    So more is better. It is the curve itself where the teacher scored nothing.
+    More is better then. A curve that the teacher did not score stays as it is.
     """
     if not self.is_scored:
       return self
@@ -641,20 +641,8 @@ def verdict(finding: Finding, found: Mapping[str, Curve]) -> tuple[str, str]:
   and "not run" where a cell is missing. A prefix of 8 stands for one of 16
   where that was not run.
   """
-  absent = "fixed-16" not in found
   done = [
-      (
-          compare(
-              dataclasses.replace(
-                  of,
-                  first=_short(of.first, absent),
-                  second=_short(of.second, absent),
-              ),
-              found,
-          ),
-          wanted,
-      )
-      for of, wanted in finding.by
+      (compare(_as_run(of, found), found), wanted) for of, wanted in finding.by
   ]
   if any(one is None for one, _ in done):
     return "not run", ""
@@ -673,8 +661,14 @@ def verdict(finding: Finding, found: Mapping[str, Curve]) -> tuple[str, str]:
   return "open", said
 
 
-def _short(cell: str, is_absent: bool) -> str:
-  return "fixed-8" if is_absent and cell == "fixed-16" else cell
+def _as_run(of: Comparison, found: Mapping[str, Curve]) -> Comparison:
+  """Puts a prefix of 8 in the place of one of 16 that was not run."""
+  if "fixed-16" in found:
+    return of
+  first, second = (
+      "fixed-8" if x == "fixed-16" else x for x in (of.first, of.second)
+  )
+  return dataclasses.replace(of, first=first, second=second)
 
 
 def _statistics(what: str | float) -> tuple[Callable | None, Callable | None]:
@@ -726,10 +720,11 @@ class Compared:
 
 
 def compare(of: Comparison, found: Mapping[str, Curve]) -> Compared | None:
-  """Compares two cells of a task; None if it cannot be done.
+  """Compares two cells of a task.
 
-  That is without a seed that both have, and for goals of accuracy and stopping
-  points where the divergence is compared.
+  Returns:
+    The outcome; None if the cells have no seed in common, and where the
+    divergence is compared, which has neither goals nor stopping points.
   """
   whole, first = found.get("full"), found.get(of.first)
   second = first if of.second == "before" else found.get(of.second)
@@ -1266,6 +1261,7 @@ def write(
     mechanism: of `mechanism.jsonl`.
     notes: by task, what a reader should know of it.
   """
+  by_task = _by_task(runs, tasks)
   text = page(runs, tasks, cells, mechanism, notes)
   if not text:
     print("There are no two runs of one cell yet.")
@@ -1273,14 +1269,12 @@ def write(
   (docs / "README.md").write_text(text)
   readme = docs.parents[1] / "README.md"
   if readme.is_file():
-    table = summary(_by_task(runs, tasks), tasks, mechanism)
+    table = summary(by_task, tasks, mechanism)
     readme.write_text(with_summary(readme.read_text(), table))
-  panels = {
-      tasks[task]: found for task, found in _by_task(runs, tasks).items()
-  }
+  panels = {tasks[task]: found for task, found in by_task.items()}
   chosen = {name: cells[name] for name in drawn}
   draw(panels, chosen, docs / "accuracy_flops.png")
-  print(verdicts_table(_by_task(runs, tasks), tasks))
+  print(text.partition("## Verdicts")[2].partition("![")[0].strip())
   print(f"Written: {docs / 'README.md'}, accuracy_flops.png beside it.")
 
 

@@ -673,12 +673,12 @@ class _Reckoner:
       return {}
     at_a_time = config.data.batch_size * config.rollout.per_prompt
     seconds = sum(self._run(stage, spec.max_len)[0] for stage in stages)
+    sizes = {x: min(spec.scored, num_problems(spec, x)) for x in spec.sets}
     number = batches = 0
     for model, names, times in evaluations(config):
       if model == "student":
-        sizes = [min(spec.scored, num_problems(spec, x)) for x in names]
-        number += times * sum(sizes)
-        batches += times * sum(-(-size // at_a_time) for size in sizes)
+        number += times * sum(sizes[x] for x in names)
+        batches += times * sum(-(-sizes[x] // at_a_time) for x in names)
     return {f"student, {number:,} answers scored": batches * seconds / 3600}
 
   def answers(self) -> dict[str, float]:

@@ -261,7 +261,11 @@ class Plan:
     return stages
 
   def scoring(self) -> list[Stage]:
-    """Returns what scores as many of evaluation's answers as a batch has."""
+    """Returns the program that scores a batch of evaluation's answers.
+
+    A batch has as many answers as an update has rollouts. The list is empty if
+    no answer is scored.
+    """
     if not self.models.config.evaluation.scored:
       return []
     calls: list[Variant] = []
@@ -391,10 +395,9 @@ class Plan:
       lying["teacher"] = self.teacher_params
     if name == "apply":  # It takes what is trained alone.
       lying["student"] = self.programs.abstract_base()
-    elif shared and name in takes_teacher and name != SCORING:
-      lying["student"] = state.params
     elif name not in takes_student:
-      lying["student"] = self.student_params
+      has_base = shared and name in takes_teacher
+      lying["student"] = state.params if has_base else self.student_params
     if two_meshes and evaluated:  # Prompts are read between two segments.
       model = models.teacher if evaluated == "teacher" else models.student
       lying["moved"] = self._moved(model)

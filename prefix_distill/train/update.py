@@ -485,7 +485,10 @@ class Programs:
     return found
 
   def divergences_on_shapes(self, params: Params, prompt: int) -> None:
-    """Calls the programs of `divergences` on shapes, for as many answers.
+    """Calls the programs that score a batch of answers on shapes.
+
+    `compilation.watching` sees these calls. A batch has as many answers as an
+    update has rollouts.
 
     Args:
       params: shapes of the student's.
