@@ -10,7 +10,7 @@ MODEL is `tiny` (default), `tiny-weak`, `tiny-privileged`, `tiny-concise`,
 
 tiny, tiny-weak
   The bundled models on the bundled task: nothing is downloaded.
-  Hardware: 2 CPU cores, 2.6 GB. Cost and result: README.md.
+  Hardware: 2 CPU cores, 1.5 GB. Cost and result: README.md.
 
 tiny-privileged, tiny-concise, tiny-crosslingual
   One model is student and teacher (`bundled:guided`, see
