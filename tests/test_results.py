@@ -6,9 +6,12 @@ import re
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
+from prefix_distill import assets
 from prefix_distill.experiments import reproduce
 from prefix_distill.experiments import results
+from prefix_distill.models import huggingface
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs" / "results"
 TASKS = {name: task.about for name, task in reproduce.TASKS.items()}
@@ -297,16 +300,37 @@ def test_a_teacher_that_cannot_be_trained_fails_its_task_alone(
 
   monkeypatch.setattr(reproduce.subprocess, "run", start)
   monkeypatch.setattr(results, "read_run", lambda place: {"steps": [0]})
-  runner = reproduce.Runner(tmp_path / "runs", tmp_path / "runs.jsonl")
+  student = str(assets.path("teacher"))
+  runner = reproduce.Runner(
+      tmp_path / "runs", tmp_path / "runs.jsonl", student
+  )
   todo = [
       reproduce.Experiment(task, "full", seed)
-      for task in ("language", "chain")
+      for task in ("language", "half", "chain")
       for seed in range(2)
   ]
   assert runner.run_all(todo, 1)  # Some failed.
-  assert started == ["sft", "run", "run"]
+  # The teacher, the halved student, and the runs of the other task.
+  assert started == ["sft", "sft", "run", "run"]
   kept = results.load(tmp_path / "runs.jsonl")
   assert [run["task"] for run in kept] == ["chain", "chain"]
+
+
+def test_a_halved_model_has_every_second_layer(tmp_path):
+  source, to = assets.path("teacher"), tmp_path / "half"
+  reproduce.halve(str(source), to)
+  before, after = (
+      safetensors.numpy.load_file(x / huggingface.SINGLE) for x in (source, to)
+  )
+  layers = huggingface.read_config(str(source)).num_layers
+  found = huggingface.read_config(str(to))
+  assert layers > 2 and found.num_layers == (layers + 1) // 2
+  huggingface.check_weights(str(to), found)
+  for name, values in after.items():
+    head, dot, rest = name.partition("model.layers.")
+    layer, _, tail = rest.partition(".")
+    origin = f"{head}{dot}{2 * int(layer)}.{tail}" if dot else name
+    np.testing.assert_array_equal(values, before[origin])
 
 
 def test_the_page_and_the_figure_are_made(tmp_path, capsys):
@@ -542,6 +566,19 @@ def test_where_answers_were_scored_the_divergence_decides():
   # A prefix of 8 stands for the one of 16, which was not run.
   said, why = results.verdict(results.FINDINGS[2], found)
   assert said == "holds" and "fixed-8 - before" in why
+  # Whole answers stand for prefixes of 64; some cells have no stand-in.
+  said, why = results.verdict(results.FINDINGS[4], found)
+  assert (said, why) == ("not run", "")
+  forms = (("full-forward", 2.0), ("off-reverse", 3.0), ("off-forward", 1.0))
+  runs += [
+      _scored(cell, seed, nats) for cell, nats in forms for seed in range(2)
+  ]
+  found = {cell: c for (_, cell), c in results.curves(runs).items()}
+  said, why = results.verdict(results.FINDINGS[4], found)
+  assert said == "does not hold" and why.startswith(
+      "full - full-forward at the end +0.0"
+  )
+  assert "full - off-reverse at the end +1.0" in why
   for what in ("stop", "to 90%"):  # Accuracies and a validation split only.
     of = results.Comparison("", "linear", "full", what)
     assert results.compare(of, found) is None

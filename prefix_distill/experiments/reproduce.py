@@ -20,8 +20,9 @@ divergence to the teacher is after training; and before it, where the gradient
 of whole rollouts points, and what a prefix of the teacher's answer is worth. It
 adds to `docs/results/mechanism.jsonl`.
 
-`--student` is the language model of the task `language`, a directory or hub id;
-its teacher is trained from it first.
+`--student` is the language model of the tasks `language` and `half`, a
+directory or hub id. The teacher is trained from it first, and so is a student
+of every second of its layers.
 
 The trials are of the learning rates from which each method's was chosen, on a
 seed that is used for nothing else; every method has the same number of trials.
@@ -35,6 +36,8 @@ from concurrent import futures
 import dataclasses
 import json
 import pathlib
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -42,11 +45,15 @@ import types
 from typing import Any
 from typing import IO
 
+import safetensors.numpy
+
 from prefix_distill.experiments import results
+from prefix_distill.models import huggingface
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _CONFIGS = _ROOT / "configs"
 _STUDENT = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_MADE = ("teacher", "half")  # Models that are trained of it first.
 TRIAL_SEED = 100
 
 
@@ -56,8 +63,8 @@ class Task:
 
   Attributes:
     about: what stands over its table.
-    config: the file in `configs/`, and its argument; with `{student}` and
-      `{teacher}` where a language model is learned from.
+    config: the file in `configs/`, and its argument; with `{teacher}` and
+      `{student}` or `{half}` where a language model is learned from.
     every: updates from one evaluation to the next.
     rates: learning rates to choose from; empty if there are no trials.
     fast: a learning rate that learns sooner, of the cells that have it.
@@ -88,8 +95,8 @@ class Task:
 
   @property
   def is_language(self) -> bool:
-    """Whether `--student` is learned from, and a teacher made of it."""
-    return "{student}" in self.config
+    """Whether a teacher is made of `--student`, and learned from."""
+    return "{teacher}" in self.config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,6 +247,12 @@ _WORDS = {
         " of 32 rollouts."
     ),
 }
+_SUMS = {
+    "every": 6,
+    "settings": {"steps": "12", "evaluation.scored": "30"},
+    "of": {"linear": {"prefix.linear.increment": "5"}},
+    "problems": (60, 0),
+}
 TASKS = {
     "capable": Task(
         "word problems, capable student",
@@ -290,18 +303,29 @@ TASKS = {
     "language": Task(
         "sums written out, SmolLM2-135M-Instruct",
         "language.py:student={student},teacher={teacher}",
-        6,
-        settings={"steps": "12", "evaluation.scored": "30"},
-        of={"linear": {"prefix.linear.increment": "5"}},
-        problems=(60, 0),
         note=(
             "A first look: 12 updates of 16 rollouts. The student is the model"
             " as it comes, and the teacher the same model after 20 updates of"
             " `method=sft`. After 12 updates hardly an answer of any student"
             " ends, so accuracy says nothing yet; the divergence does."
         ),
+        cells=(
+            *("full", "linear", "fixed-8", *_WINDOWS),
+            *("full-forward", "off-reverse", "off-forward"),
+        ),
+        seeds=1,
+        **_SUMS,
+    ),
+    "half": Task(
+        "sums written out, every second layer of SmolLM2-135M-Instruct",
+        "language.py:student={half},teacher={teacher}",
+        note=(
+            "As above, but the student has 15 of the 30 layers, and was trained"
+            " like the teacher before: 20 updates of `method=sft`."
+        ),
         cells=("full", "linear", "fixed-8"),
         seeds=1,
+        **_SUMS,
     ),
 }
 # Cells in the figure.
@@ -405,8 +429,48 @@ def command(
 
 def _config(task: Task, models: Mapping[str, str]) -> str:
   return f"{_CONFIGS / task.config}".format(
-      student=models.get("student", ""), teacher=models.get("teacher", "")
+      **{name: models.get(name, "") for name in ("student", "half", "teacher")}
   )
+
+
+def halve(source: str, to: pathlib.Path) -> None:
+  """Writes a model of every second layer of another, the first included.
+
+  Args:
+    source: a directory or hub id.
+    to: the new directory, which appears whole or not at all.
+
+  Raises:
+    ModelFilesError: there is no such model.
+  """
+  place = huggingface.resolve(source, weights=True)
+  partial = to.with_name(to.name + ".partial")
+  shutil.rmtree(partial, ignore_errors=True)
+  shutil.copytree(
+      place, partial, ignore=shutil.ignore_patterns("*.safetensors*")
+  )
+  tensors = {}
+  for file in sorted(place.glob("*.safetensors")):
+    for name, values in safetensors.numpy.load_file(file).items():
+      in_layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+      layer = int(in_layer[1]) if in_layer else 0
+      if in_layer:
+        name = f"model.layers.{layer // 2}.{in_layer[2]}"
+      if layer % 2 == 0:
+        tensors[name] = values
+  safetensors.numpy.save_file(
+      tensors, partial / huggingface.SINGLE, metadata={"format": "pt"}
+  )
+  settings = huggingface.read_json(place / "config.json")
+  layers = settings["num_hidden_layers"]
+  # Some families list a property of each layer.
+  settings = {
+      name: x[::2] if isinstance(x, list) and len(x) == layers else x
+      for name, x in settings.items()
+  }
+  settings["num_hidden_layers"] = (layers + 1) // 2
+  huggingface.write_json(partial / "config.json", settings)
+  partial.rename(to)
 
 
 class Runner:
@@ -419,24 +483,31 @@ class Runner:
       student: str = _STUDENT,
   ):
     self._workdir, self._file = workdir, file
-    teacher = workdir / "language" / "teacher"
-    self._models = {"student": student, "teacher": str(teacher / "export")}
-    self._lock, self._teaching = threading.Lock(), threading.Lock()
-    self._has_failed = False
+    made = {name: str(workdir / name / "export") for name in _MADE}
+    self._models = {"student": student} | made
+    self._lock, self._making = threading.Lock(), threading.Lock()
+    self._failed = set()
 
-  def _make_teacher(self, log: IO[str]) -> bool:
-    """Trains the language model's teacher, unless it is there.
+  def _make(self, name: str, log: IO[str]) -> bool:
+    """Trains a model that a task needs, unless it is there.
 
     Args:
+      name: "teacher" or "half".
       log: gets what the training prints.
 
     Returns:
       Whether it is there. Training that failed is not tried again.
     """
-    export = pathlib.Path(self._models["teacher"])
-    if export.is_dir() or self._has_failed:
+    export = pathlib.Path(self._models[name])
+    if export.is_dir() or name in self._failed:
       return export.is_dir()
-    asked = f"method=sft,student={self._models['student']}"
+    source = self._models["student"]
+    if name == "half":
+      untrained = export.parents[1] / "untrained-half"
+      if not untrained.is_dir():
+        halve(source, untrained)
+      source = str(untrained)
+    asked = f"method=sft,student={source}"
     line = [
         sys.executable,
         "-m",
@@ -445,7 +516,8 @@ class Runner:
         f"--workdir={export.parent}",
     ]
     subprocess.run(line, stdout=log, stderr=log, check=False)
-    self._has_failed = not export.is_dir()
+    if not export.is_dir():
+      self._failed.add(name)
     return export.is_dir()
 
   def runs(self) -> list[dict[str, Any]]:
@@ -464,10 +536,10 @@ class Runner:
     if core is not None:
       line = ["taskset", "-c", str(core), *line]
     with (place / "log").open("a") as log:
-      if TASKS[todo.task].is_language:
-        with self._teaching:
-          if not self._make_teacher(log):
-            return None
+      needed = [x for x in _MADE if f"{{{x}}}" in TASKS[todo.task].config]
+      with self._making:
+        if not all([self._make(name, log) for name in needed]):
+          return None
       subprocess.run(line, stdout=log, stderr=log, check=False)
     found = results.read_run(place)
     return found and todo.key | found

@@ -638,8 +638,7 @@ def verdict(finding: Finding, found: Mapping[str, Curve]) -> tuple[str, str]:
   """Returns whether a finding holds on a task, and the differences.
 
   "Holds" and "does not hold" are said by intervals alone; "open" is all else,
-  and "not run" where a cell is missing. A prefix of 8 stands for one of 16
-  where that was not run.
+  and "not run" where a cell is missing that has no stand-in.
   """
   done = [
       (compare(_as_run(of, found), found), wanted) for of, wanted in finding.by
@@ -661,12 +660,18 @@ def verdict(finding: Finding, found: Mapping[str, Curve]) -> tuple[str, str]:
   return "open", said
 
 
+# What a task has whose answers are short: a prefix of 8, and whole answers.
+_STAND_INS = {
+    "fixed-16": "fixed-8",
+    "fixed-64": "full",
+    "forward": "full-forward",
+}
+
+
 def _as_run(of: Comparison, found: Mapping[str, Curve]) -> Comparison:
-  """Puts a prefix of 8 in the place of one of 16 that was not run."""
-  if "fixed-16" in found:
-    return of
+  """Puts stand-ins in the place of cells that were not run."""
   first, second = (
-      "fixed-8" if x == "fixed-16" else x for x in (of.first, of.second)
+      x if x in found else _STAND_INS.get(x, x) for x in (of.first, of.second)
   )
   return dataclasses.replace(of, first=first, second=second)
 
