@@ -36,7 +36,7 @@ PRODUCTS = {
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-  """Rotary position embedding; `layers.rope_frequencies` computes it.
+  """Rotary position embedding; `transformer.rope_frequencies` computes it.
 
   Attributes:
     theta: the base of the wavelengths.

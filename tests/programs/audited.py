@@ -16,7 +16,7 @@ import toys
 
 from prefix_distill import sharding
 from prefix_distill.config import MeshSpec
-from prefix_distill.models import layers
+from prefix_distill.models import transformer
 from prefix_distill.plan import cost
 from prefix_distill.plan import machines
 from prefix_distill.plan import planner
@@ -69,7 +69,7 @@ def main() -> None:
   # The faults that the audit is for: weights that nobody gathers outright, and
   # a table whose gradient is left to the partitioner.
   sharding.gather_layer = lambda layer, mesh: layer
-  layers.look_up = lambda table, tokens, dtype, mesh: table.astype(dtype)[
+  transformer.look_up = lambda table, tokens, dtype, mesh: table.astype(dtype)[
       tokens
   ]
   print(json.dumps(look(config, "faulty")), flush=True)
