@@ -18,7 +18,7 @@ from prefix_distill.models import kv_cache
 from prefix_distill.models import transformer
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.config import RopeConfig
-from prefix_distill.models.families import UnsupportedModelError
+from prefix_distill.models.config import UnsupportedModelError
 from prefix_distill.models.transformer import Model
 
 _TINY = toys.model_config(

@@ -30,11 +30,12 @@ from prefix_distill import sharding
 from prefix_distill import strict_json
 from prefix_distill.errors import UserError
 from prefix_distill.models import config as model_config
-from prefix_distill.models import families
+from prefix_distill.models.config import FAMILIES
+from prefix_distill.models.config import Family
+from prefix_distill.models.config import find_family
+from prefix_distill.models.config import Index
 from prefix_distill.models.config import ModelConfig
-from prefix_distill.models.families import Family
-from prefix_distill.models.families import Index
-from prefix_distill.models.families import Tensor
+from prefix_distill.models.config import Tensor
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 
@@ -195,7 +196,7 @@ def read_config(path: str) -> ModelConfig:
   settings = read_json(file)
   try:
     # Before transformers sees a model type that it may know and we do not.
-    families.find(settings.get("model_type"), path)
+    find_family(settings.get("model_type"), path)
     _check_settings(settings, file)
     config = model_config.from_hf(
         transformers.AutoConfig.from_pretrained(
@@ -414,7 +415,7 @@ def leaves(tree: Any, family: Family) -> Iterator[tuple[str, Any, Tensor]]:
 def _check_tensors(weights: Weights, model: Model, path: str) -> None:
   """Refuses missing, unexpected and misshapen tensors, by name."""
   config = model.config
-  family = families.FAMILIES[config.family]
+  family = FAMILIES[config.family]
   wanted = {}
   for ours, leaf, tensor in leaves(model.abstract_params(), family):
     shape = leaf.shape[1:] if _stacked(ours) else leaf.shape
@@ -491,7 +492,7 @@ def load_params(
   weights = Weights(resolve(path, weights=True))
   _check_tensors(weights, model, path)
   target, config = jnp.dtype(dtype), model.config
-  tensors = families.FAMILIES[config.family].tensors
+  tensors = FAMILIES[config.family].tensors
 
   def load(tree_path, leaf, placement):
     poll()
@@ -704,7 +705,7 @@ def export(
   """
   origin, companion = resolve(source), resolve(tokenizer)
   settings = read_json(origin / "config.json")
-  family = families.find(settings["model_type"], source)
+  family = find_family(settings["model_type"], source)
   partial = directory.with_name(directory.name + ".partial")
   writes = jax.process_index() == 0
   if writes:

@@ -23,12 +23,14 @@ import safetensors.numpy
 from prefix_distill.config import Config
 from prefix_distill.config import LoraSpec
 from prefix_distill.errors import check
-from prefix_distill.models import families
 from prefix_distill.models import huggingface as hf
+from prefix_distill.models.config import FAMILIES
+from prefix_distill.models.config import find_family
 from prefix_distill.models.config import Lora
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.config import PRODUCTS
 from prefix_distill.models.config import sides
+from prefix_distill.models.config import Tensor
 from prefix_distill.models.huggingface import ModelFilesError
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
@@ -111,10 +113,10 @@ def join(base: Params | None, trained: Params) -> Params:
   return out
 
 
-def _tensors(model: Model) -> list[tuple[str, Any, families.Tensor]]:
+def _tensors(model: Model) -> list[tuple[str, Any, Tensor]]:
   """Returns our path of each adapter, its shape, and its tensor in a file."""
   _, adapters = split(model.abstract_params())
-  family = families.FAMILIES[model.config.family]
+  family = FAMILIES[model.config.family]
   return list(hf.leaves(adapters, family))
 
 
@@ -262,7 +264,7 @@ def export(
     ModelFilesError: there is no such model.
   """
   origin = hf.resolve(source)
-  family = families.find(
+  family = find_family(
       hf.read_json(origin / "config.json")["model_type"], source
   )
   arrays = {}
