@@ -21,7 +21,7 @@ from prefix_distill.plan import cost
 from prefix_distill.plan import machines
 from prefix_distill.plan import planner
 from prefix_distill.plan import programs
-from prefix_distill.rollout import sampling
+from prefix_distill.rollout import generate
 
 _MESHES = (
     MeshSpec(8, 1, 1),
@@ -49,7 +49,7 @@ def draw() -> list[str]:
   vocabulary = sharding.PartitionSpec(sharding.BATCH_AXES, "tensor")
   place = jax.sharding.NamedSharding(mesh, vocabulary)
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
-  choose = functools.partial(sampling.choose, greedy=False, mesh=mesh)
+  choose = functools.partial(generate.choose, greedy=False, mesh=mesh)
   compiled = (
       jax.jit(choose, in_shardings=(rows, place))
       .lower(keys, jax.ShapeDtypeStruct((8, 16 * 300), "float32"))
