@@ -23,7 +23,6 @@ from prefix_distill import compilation
 from prefix_distill import sharding
 from prefix_distill.compilation import Program
 from prefix_distill.data.rewriting import Asking
-from prefix_distill.distill import inspection
 from prefix_distill.distill import loss as loss_lib
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.distill.prefix_schedule import Chosen
@@ -198,7 +197,7 @@ class Programs:
       self._rewriter = self._rewriting()
     self._score = Program("score", loss_lib.score, 2, out_shardings=rows)
     self._inspect = Program(
-        "inspect", inspection.inspect, 5, out_shardings=rows
+        "inspect", loss_lib.inspect, 5, out_shardings=rows
     )
     self._init = Program(
         "init",
