@@ -12,9 +12,7 @@ stop tokens as one event):
 depends on what is differentiated. On policy, in expectation, the gradient of
 
   policy gradient with k1   is that of the reverse KL (the paper's loss)
-  policy gradient with k3   is that of reverse minus forward KL
   k3 directly               is that of the forward KL
-  k1 directly               is zero
 
 The relaxed loss (REOPOLD, arXiv 2603.11137) is the policy gradient with k1 on
 some of the tokens. With the reward R = log q(y) - log p(y), it is the sum of
@@ -190,14 +188,12 @@ class SampledLoss(Loss):
   """A loss on sampled tokens; hashable.
 
   Attributes:
-    form: "policy_gradient" or "direct".
-    estimator: "k1" or "k3".
+    form: "policy_gradient", of k1, or "direct", of k3.
     floor: bounds the reward log q - log p from below, so that a token which
       the teacher abhors does not outweigh all others; see `floor`.
   """
 
   form: str = "policy_gradient"
-  estimator: str = "k1"
   floor: float = -math.inf
 
   def extras(
@@ -226,7 +222,8 @@ class SampledLoss(Loss):
       teacher = jnp.maximum(
           teacher, jax.lax.stop_gradient(student) + self.floor
       )
-    return {"k1": k1, "k3": k3}[self.estimator](student, teacher)
+    estimate = {"policy_gradient": k1, "direct": k3}[self.form]
+    return estimate(student, teacher)
 
   def of_tokens(
       self,
@@ -472,16 +469,11 @@ def make(config: Config, num_tokens: int, stop_ids: tuple[int, ...]) -> Loss:
       num_tokens=num_tokens,
       stop_ids=stop_ids,
       top_k=spec.exact.top_k,
-      top_k_of=spec.exact.top_k_of,
   )
-  if spec.form == "direct":
-    return SampledLoss(dist, "direct", "k3", memory=memory)
-  if spec.form == "policy_gradient":
-    estimator = spec.policy_gradient.estimator
-    return SampledLoss(dist, spec.form, estimator, memory=memory)
+  if spec.form in ("policy_gradient", "direct"):
+    return SampledLoss(dist, spec.form, memory=memory)
   if spec.form == "relaxed":
-    least = floor(spec.relaxed)
-    return SampledLoss(dist, "policy_gradient", "k1", least, memory=memory)
+    return SampledLoss(dist, floor=floor(spec.relaxed), memory=memory)
   return ExactLoss(
       dist,
       spec.exact.divergence,
@@ -516,7 +508,7 @@ def policy_gradient(
   Args:
     student: [...], log-probabilities, of the student being trained.
     sampler: [...], recorded while sampling.
-    signal: [...], `k1` or `k3`.
+    signal: [...], `k1`, bounded or not.
   """
   return jnp.exp(student - sampler) * jax.lax.stop_gradient(signal)
 
