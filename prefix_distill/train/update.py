@@ -418,9 +418,7 @@ class Programs:
     """
     models, spec = self._models, self._models.config.samples
     rollout = Rollout(rollout.tokens, rollout.mask)
-    batch, rollout = sharding.to_host(
-        (batch, rollout), models.mesh
-    )
+    batch, rollout = sharding.to_host((batch, rollout))
     rows, shards = len(rollout.tokens), sharding.batch_shards(models.mesh)
     count = min(spec.rollouts, rows)
     picked = np.arange(count) * (rows // count)
@@ -441,7 +439,7 @@ class Programs:
         teacher_params,
         *sharding.global_batch((batch, fitted), models.mesh),
     )
-    found = sharding.to_host(found, models.mesh)
+    found = sharding.to_host(found)
     return Inspected(batch, rollout.tokens, rollout.mask, found)
 
   def divergences(
@@ -479,7 +477,7 @@ class Programs:
           (batch, Rollout(tokens, mask)), self._models.mesh
       )
       nats = self._divergences(params, teacher_params, *inputs)
-      nats = microbatch.join(sharding.to_host(nats, self._models.mesh))
+      nats = microbatch.join(sharding.to_host(nats))
       found += [x[: len(y)] for x, y in zip(nats, part, strict=False)]
     return found
 
@@ -692,7 +690,7 @@ class Programs:
       self, shown: list[tuple], sampled: int
   ) -> list[np.ndarray | None]:
     """Brings what microbatches showed to the host, in the prompts' order."""
-    found = sharding.to_host(shown, self._models.mesh)
+    found = sharding.to_host(shown)
     size = len(found) // sampled
 
     def whole(kind: int) -> np.ndarray | None:
