@@ -8,6 +8,7 @@ or nothing that can be computed, are refused in one sentence.
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
+import contextlib
 import dataclasses
 import json
 import os
@@ -581,6 +582,26 @@ def _write_weights(
     write_json(directory / INDEX, index)
 
 
+@contextlib.contextmanager
+def whole_directory(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields where to write a directory that appears whole or not at all.
+
+  It replaces what was there. Any process may enter; the first one writes.
+  """
+  partial = directory.with_name(directory.name + ".partial")
+  if jax.process_index():
+    yield partial
+    return
+  shutil.rmtree(partial, ignore_errors=True)
+  partial.mkdir(parents=True)
+  yield partial
+  # Whatever the umask lets others read, and safetensors lets nobody else.
+  for file in partial.iterdir():
+    file.chmod(0o644)
+  shutil.rmtree(directory, ignore_errors=True)
+  partial.rename(directory)
+
+
 def write_json(file: pathlib.Path, value: Mapping[str, Any]) -> None:
   """Writes JSON as the hub has it."""
   file.write_text(json.dumps(value, indent=2) + "\n")
@@ -698,31 +719,23 @@ def export(
   origin, companion = resolve(source), resolve(tokenizer)
   settings = read_json(origin / "config.json")
   family = find_family(settings["model_type"], source)
-  partial = directory.with_name(directory.name + ".partial")
-  writes = jax.process_index() == 0
-  if writes:
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    settings = {k: v for k, v in settings.items() if k not in _LEFT_OUT}
-    ids = read_json(companion / "config.json")
-    settings |= {name: ids[name] for name in _TOKEN_IDS if name in ids}
-    settings["dtype"] = dtype
-    settings |= _old_rope(settings)
-    if serving:
-      settings["eos_token_id"] = _one_or_all(serving.stop_ids)
-      write_json(partial / _GENERATION, _served(companion, serving))
-    write_json(partial / "config.json", settings)
-    _copy_companions(companion, partial, with_generation=serving is None)
-    if card:
-      (partial / "README.md").write_text(card, encoding="utf-8")
-  _write_weights(
-      params, adapters or {}, family, partial, jnp.dtype(dtype), scale
-  )
-  if writes:
-    for file in partial.iterdir():  # Whatever the umask lets others read.
-      file.chmod(0o644)
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+  with whole_directory(directory) as partial:
+    if jax.process_index() == 0:
+      settings = {k: v for k, v in settings.items() if k not in _LEFT_OUT}
+      ids = read_json(companion / "config.json")
+      settings |= {name: ids[name] for name in _TOKEN_IDS if name in ids}
+      settings["dtype"] = dtype
+      settings |= _old_rope(settings)
+      if serving:
+        settings["eos_token_id"] = _one_or_all(serving.stop_ids)
+        write_json(partial / _GENERATION, _served(companion, serving))
+      write_json(partial / "config.json", settings)
+      _copy_companions(companion, partial, with_generation=serving is None)
+      if card:
+        (partial / "README.md").write_text(card, encoding="utf-8")
+    _write_weights(
+        params, adapters or {}, family, partial, jnp.dtype(dtype), scale
+    )
 
 
 def _copy_companions(

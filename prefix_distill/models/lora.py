@@ -12,7 +12,6 @@ that PEFT would compute in another way are refused in one sentence.
 
 import dataclasses
 import pathlib
-import shutil
 from typing import Any
 
 import jax
@@ -276,15 +275,10 @@ def export(
       arrays[name] = np.ascontiguousarray(array)
   if jax.process_index():
     return
-  partial = directory.with_name(directory.name + ".partial")
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
   # A model that ships with the package has no name elsewhere.
   base = str(origin) if source.startswith("bundled:") else source
-  hf.write_json(partial / CONFIG, _settings(spec, base))
-  safetensors.numpy.save_file(
-      arrays, partial / WEIGHTS, metadata={"format": "pt"}
-  )
-  (partial / WEIGHTS).chmod(0o644)  # safetensors lets nobody else read it.
-  shutil.rmtree(directory, ignore_errors=True)
-  partial.rename(directory)
+  with hf.whole_directory(directory) as partial:
+    hf.write_json(partial / CONFIG, _settings(spec, base))
+    safetensors.numpy.save_file(
+        arrays, partial / WEIGHTS, metadata={"format": "pt"}
+    )
