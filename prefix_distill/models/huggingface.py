@@ -412,16 +412,20 @@ def leaves(tree: Any, family: Family) -> Iterator[tuple[str, Any, Tensor]]:
     yield name, leaf, family.tensors[name]
 
 
-def _check_tensors(weights: Weights, model: Model, path: str) -> None:
-  """Refuses missing, unexpected and misshapen tensors, by name."""
-  config = model.config
-  family = FAMILIES[config.family]
-  wanted = {}
-  for ours, leaf, tensor in leaves(model.abstract_params(), family):
+def file_shapes(tree: Any, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+  """Returns the name and the shape in a file of each tensor of a tree."""
+  shapes = {}
+  for ours, leaf, tensor in leaves(tree, FAMILIES[config.family]):
     shape = leaf.shape[1:] if _stacked(ours) else leaf.shape
     shape = tensor.shape(shape, config.head_dim)
-    wanted |= dict.fromkeys(tensor.names(config.num_layers), shape)
-  found = weights.names()
+    shapes |= dict.fromkeys(tensor.names(config.num_layers), shape)
+  return shapes
+
+
+def _check_tensors(weights: Weights, model: Model, path: str) -> None:
+  """Refuses missing, unexpected and misshapen tensors, by name."""
+  config, found = model.config, weights.names()
+  wanted = file_shapes(model.abstract_params(), config)
   for name in wanted:
     if name not in found:
       raise ModelFilesError(
@@ -474,10 +478,7 @@ def load_params(
     dtype: str = "float32",
     poll: Callable[[], None] = lambda: None,
 ) -> Params:
-  """Reads weights straight into their shards.
-
-  Each device's block is read from the file by itself, so a host holds no more
-  than its own shards and the one that is being read.
+  """Reads and checks a model's weights, see `read_tree`.
 
   Args:
     path: see `resolve`.
@@ -491,7 +492,36 @@ def load_params(
   """
   weights = Weights(resolve(path, weights=True))
   _check_tensors(weights, model, path)
-  target, config = jnp.dtype(dtype), model.config
+  return read_tree(
+      weights, model.abstract_params(), model.config, shardings, dtype, poll
+  )
+
+
+def read_tree(
+    weights: Weights,
+    tree: Any,
+    config: ModelConfig,
+    shardings: Any,
+    dtype: str = "float32",
+    poll: Callable[[], None] = lambda: None,
+) -> Params:
+  """Reads weights straight into their shards.
+
+  Each device's block is read from the file by itself, so a host holds no more
+  than its own shards and the one that is being read.
+
+  Args:
+    weights: that hold all tensors of the tree, of the right shapes.
+    tree: the shapes of the parameters to read.
+    config: the architecture.
+    shardings: a tree like that of the shapes.
+    dtype: what to convert to.
+    poll: called before each parameter; it may raise to stop.
+
+  Raises:
+    ModelFilesError: a number is not finite.
+  """
+  target = jnp.dtype(dtype)
   tensors = FAMILIES[config.family].tensors
 
   def load(tree_path, leaf, placement):
@@ -521,9 +551,7 @@ def load_params(
         jax.make_array_from_callback(leaf.shape, placement, block)
     )
 
-  return jax.tree_util.tree_map_with_path(
-      load, model.abstract_params(), shardings
-  )
+  return jax.tree_util.tree_map_with_path(load, tree, shardings)
 
 
 def _write_weights(

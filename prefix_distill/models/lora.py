@@ -24,13 +24,11 @@ from prefix_distill.config import Config
 from prefix_distill.config import LoraSpec
 from prefix_distill.errors import check
 from prefix_distill.models import huggingface as hf
-from prefix_distill.models.config import FAMILIES
 from prefix_distill.models.config import find_family
 from prefix_distill.models.config import Lora
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.config import PRODUCTS
 from prefix_distill.models.config import sides
-from prefix_distill.models.config import Tensor
 from prefix_distill.models.huggingface import ModelFilesError
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
@@ -113,13 +111,6 @@ def join(base: Params | None, trained: Params) -> Params:
   return out
 
 
-def _tensors(model: Model) -> list[tuple[str, Any, Tensor]]:
-  """Returns our path of each adapter, its shape, and its tensor in a file."""
-  _, adapters = split(model.abstract_params())
-  family = FAMILIES[model.config.family]
-  return list(hf.leaves(adapters, family))
-
-
 def _alpha(spec: LoraSpec) -> float:
   return spec.alpha or float(spec.rank)
 
@@ -168,11 +159,9 @@ def check_weights(path: str, model: Model) -> None:
     ModelFilesError: one is not.
   """
   directory = hf.resolve(path, weights=True)
-  weights, wanted = hf.Weights(directory, WEIGHTS), {}
-  for _, leaf, tensor in _tensors(model):
-    shape = tensor.shape(leaf.shape[1:], model.config.head_dim)
-    wanted |= dict.fromkeys(tensor.names(model.config.num_layers), shape)
-  file = directory / WEIGHTS
+  weights, file = hf.Weights(directory, WEIGHTS), directory / WEIGHTS
+  _, adapters = split(model.abstract_params())
+  wanted = hf.file_shapes(adapters, model.config)
   for name, shape in wanted.items():
     if name not in weights.names():
       raise ModelFilesError(
@@ -208,22 +197,8 @@ def load(path: str, model: Model, places: Any) -> Params:
     ModelFilesError: a number is not finite.
   """
   weights = hf.Weights(hf.resolve(path, weights=True), WEIGHTS)
-  width, arrays = model.config.head_dim, []
-  for _, leaf, tensor in _tensors(model):
-    index = tensor.index(tuple(slice(0, n) for n in leaf.shape[1:]), width)
-    layers = [
-        tensor.read(weights.read(name, index), width)
-        for name in tensor.names(leaf.shape[0])
-    ]
-    arrays.append(np.stack(layers).astype(np.float32))
-
-  def put(array: np.ndarray, place: jax.sharding.Sharding) -> jax.Array:
-    return jax.make_array_from_callback(
-        array.shape, place, lambda index: array[index]
-    )
-
-  whole = jax.tree.unflatten(jax.tree.structure(places), arrays)
-  return jax.tree.map(put, whole, places)
+  _, adapters = split(model.abstract_params())
+  return hf.read_tree(weights, adapters, model.config, places)
 
 
 def _settings(spec: LoraSpec, base: str) -> dict[str, Any]:

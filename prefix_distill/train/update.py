@@ -196,9 +196,7 @@ class Programs:
     if config.rollout.source == "rewrite":
       self._rewriter = self._rewriting()
     self._score = Program("score", loss_lib.score, 2, out_shardings=rows)
-    self._inspect = Program(
-        "inspect", loss_lib.inspect, 5, out_shardings=rows
-    )
+    self._inspect = Program("inspect", loss_lib.inspect, 5, out_shardings=rows)
     self._init = Program(
         "init",
         functools.partial(step_lib.init_state, tx=self._tx),
