@@ -14,7 +14,6 @@ from collections.abc import Mapping
 import dataclasses
 import difflib
 import functools
-import itertools
 import json
 import re
 import types
@@ -401,8 +400,6 @@ class DataSpec:
     train: says where the records come from.
     batch_size: is the number of prompts in an update, over all devices.
     max_prompt_len: is S, in tokens; longer prompts are dropped and counted.
-    prompt_buckets: are shorter static lengths; a batch takes the smallest one
-      that holds its prompts, and each compiles programs of its own.
     suffix: follows the chat template's generation prompt, for both models and
       in evaluation, and may be a template over the record's fields, such as
       "<think>{first_words}"; the paper appends `<think>`, since the loss hardly
@@ -421,20 +418,12 @@ class DataSpec:
   train: DatasetSpec
   batch_size: _Positive
   max_prompt_len: _Positive
-  prompt_buckets: Annotated[tuple[_Int, ...], Field(max_length=64)] = ()
   suffix: _Text = "<think>"
   system: _Text | None = None
   teacher_prompt: _Text = ""
   max_teacher_prompt_len: _NotNegative = 0
 
   def __post_init__(self):
-    lengths = (0, *self.prompt_buckets, self.max_prompt_len)
-    _check(
-        all(a < b for a, b in itertools.pairwise(lengths)),
-        f"data.prompt_buckets is {self.prompt_buckets}, which does not increase"
-        f" up to data.max_prompt_len {self.max_prompt_len}; sort the lengths,"
-        " and leave out those that are too long.",
-    )
     _check(
         not self.max_teacher_prompt_len or bool(self.teacher_prompt),
         f"data.max_teacher_prompt_len is {self.max_teacher_prompt_len} but"
@@ -823,9 +812,8 @@ class ExactSpec:
   Attributes:
     divergence: names one of `distill/divergence.py`: "reverse_kl" (the
       paper's), "forward_kl" or "jsd".
-    top_k: compares so many tokens one by one and the rest as one; 0 compares
-      all one by one.
-    top_k_of: says whose most probable tokens those are.
+    top_k: compares so many of the teacher's most probable tokens one by one
+      and the rest as one; 0 compares all one by one.
     max_entry: cuts the contribution of every entry of the vocabulary at so
       many nats before the sum (COPSD, arXiv 2605.09548); merged stop tokens
       are one entry, and so is the rest of `top_k`; 0 is off.
@@ -833,7 +821,6 @@ class ExactSpec:
 
   divergence: _Name = "reverse_kl"
   top_k: _NotNegative = 0
-  top_k_of: Literal["teacher", "student"] = "teacher"
   max_entry: _Amount = 0.0
 
   def __post_init__(self):
@@ -843,11 +830,6 @@ class ExactSpec:
         " 'reverse_kl', whose large entries are the student's own mistakes; set"
         " loss.exact.divergence to 'forward_kl' or 'jsd', or"
         " loss.exact.max_entry to 0.",
-    )
-    _check(
-        self.top_k > 0 or self.top_k_of == "teacher",
-        f"loss.exact.top_k_of is {self.top_k_of!r} but loss.exact.top_k is 0;"
-        " set loss.exact.top_k, or leave loss.exact.top_k_of at 'teacher'.",
     )
 
 
@@ -861,18 +843,6 @@ class JsdSpec:
   """
 
   beta: _Share = 0.5
-
-
-@_settings("loss.policy_gradient")
-class PolicyGradientSpec:
-  """The paper's importance-weighted loss on the sampled tokens.
-
-  Attributes:
-    estimator: names the estimate of the divergence; `distill/loss.py` says
-      what the gradient of each is.
-  """
-
-  estimator: Literal["k1", "k3"] = "k1"
 
 
 @_settings("loss.relaxed")
@@ -935,7 +905,6 @@ class LossSpec:
       takes so many tokens at a time.
     exact: is the group of that form.
     jsd: is the group of that divergence.
-    policy_gradient: is the group of that form.
     relaxed: is the group of that form.
   """
 
@@ -947,7 +916,6 @@ class LossSpec:
   logits_mib: Annotated[_Positive, Field(le=2**20)] = 256
   exact: ExactSpec = ExactSpec()
   jsd: JsdSpec = JsdSpec()
-  policy_gradient: PolicyGradientSpec = PolicyGradientSpec()
   relaxed: RelaxedSpec = RelaxedSpec()
 
   def __post_init__(self):

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
-from jax.experimental import multihost_utils
 import numpy as np
 
 from prefix_distill.config import MeshSpec
@@ -405,18 +404,23 @@ def global_batch(tree: Any, mesh: jax.sharding.Mesh) -> Any:
   return jax.tree.map(spread, tree)
 
 
-def to_host(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+def to_host(tree: Any) -> Any:
   """Brings whole arrays to every process, as NumPy; every process calls it."""
   if jax.process_count() == 1:
     return jax.tree.map(np.asarray, tree)
-  place = replicated(mesh)
-  tree = jax.jit(lambda x: x, out_shardings=place)(tree)
-  return jax.tree.map(
-      lambda x: multihost_utils.global_array_to_host_local_array(
-          x, mesh, PartitionSpec()
+  everywhere = jax.tree.map(
+      lambda x: jax.sharding.NamedSharding(
+          x.sharding.mesh, PartitionSpec(), memory_kind=x.sharding.memory_kind
       ),
       tree,
   )
+  # One program for all, and the same one for the same shapes.
+  tree = jax.jit(_identity, out_shardings=everywhere)(tree)
+  return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), tree)
+
+
+def _identity(tree: Any) -> Any:
+  return tree
 
 
 def bytes_per_device(tree: Any) -> int:

@@ -605,8 +605,7 @@ _DATA = (
         "prompts are cut on the wrong side",
         "tokens=batch.tokens[:, -length:], mask=batch.mask[:, -length:]",
         "tokens=batch.tokens[:, :length], mask=batch.mask[:, :length]",
-        "data.py::"
-        "test_a_batch_is_cut_to_the_smallest_bucket_that_holds_its_prompts",
+        "data.py::test_a_batch_is_cut_to_its_last_columns",
     ),
     _fault(
         "the stream forgets where it was",

@@ -36,7 +36,7 @@ OBJECTIVES = EXACT | {
         dataclasses.replace(MERGED, top_k=4), "forward_kl", max_entry=0.05
     ),
     "policy gradient": SampledLoss(MERGED),
-    "k3": SampledLoss(MERGED, "direct", "k3"),
+    "k3": SampledLoss(MERGED, "direct"),
     "relaxed": SampledLoss(MERGED, floor=-1.0),
 }
 EVERY = pytest.mark.parametrize("name", OBJECTIVES)

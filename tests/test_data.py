@@ -575,15 +575,13 @@ def test_encode_prompt_gives_nothing_rather_than_a_part(tokenizer):
   assert prompts.encode_prompt(tokenizer, "Ann", len(wanted) - 1, "") is None
 
 
-def test_a_batch_is_cut_to_the_smallest_bucket_that_holds_its_prompts():
+def test_a_batch_is_cut_to_its_last_columns():
   lengths = (3, 9, 5)
   mask = np.arange(20) >= 20 - np.array(lengths)[:, None]
   tokens = np.where(mask, np.arange(20), 0)
   batch = PromptBatch(tokens, mask, np.arange(3))
-  task = DatasetSpec("math_task", size=1)
-  for buckets, wanted in (((), 20), ((8, 9), 9), ((10, 12), 10), ((8,), 20)):
-    spec = DataSpec(task, 3, 20, prompt_buckets=buckets)
-    cut = prompts.trim(batch, spec)
+  for wanted in (20, 10, 9):
+    cut = prompts.cut(batch, wanted)
     assert cut.tokens.shape == cut.mask.shape == (3, wanted)
     assert cut.mask.sum(axis=1).tolist() == list(lengths)
     np.testing.assert_array_equal(cut.tokens[cut.mask], tokens[mask])

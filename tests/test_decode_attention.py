@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import toys
 
-from prefix_distill.models import decode_attention
+from prefix_distill.models import attention
+from prefix_distill.models.kv_cache import LayerCache
 
 _ATTEND = jax.jit(
-    functools.partial(decode_attention.attend, interpret=True),
+    functools.partial(attention.decode_attention, interpret=True),
     static_argnames="splits",
 )
 # Columns of a block, of heads as wide as `_inputs` makes them.
@@ -20,7 +21,7 @@ _BLOCK = 64
 
 
 def _inputs(dtype, lengths, columns, group=2, kv_heads=2, head_dim=128):
-  """Returns the arguments of `attend`, and the keys and values in float64."""
+  """Returns the kernel's arguments, and the keys and values in float64."""
   rng = np.random.default_rng(columns)
   batch, cache = len(lengths), (len(lengths), kv_heads, columns, head_dim)
   wide = jnp.float32 if dtype == jnp.float32 else jnp.bfloat16
@@ -39,7 +40,7 @@ def _inputs(dtype, lengths, columns, group=2, kv_heads=2, head_dim=128):
     pair = [jnp.asarray(rng.standard_normal(cache), dtype) for _ in range(2)]
     exact = [np.asarray(x, np.float64) for x in pair]
   lengths = jnp.array(lengths, jnp.int32)
-  return [queries, *pair, lengths, *scales], exact
+  return (queries, LayerCache(*pair, *scales), lengths), exact
 
 
 def _by_hand(queries, lengths, keys, values):
@@ -58,7 +59,7 @@ def _check(dtype, lengths, columns, splits=1, **sizes):
   args, exact = _inputs(dtype, lengths, columns, **sizes)
   found = _ATTEND(*args, splits=splits)
   assert found.dtype == args[0].dtype and found.shape == args[0].shape
-  wanted = _by_hand(args[0], args[3], *exact)
+  wanted = _by_hand(args[0], args[2], *exact)
   # Weights and results are rounded to bfloat16, unless all is float32.
   atol = 1e-5 if dtype == jnp.float32 else 2e-2
   np.testing.assert_allclose(
@@ -69,7 +70,7 @@ def _check(dtype, lengths, columns, splits=1, **sizes):
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
 def test_lengths_around_the_edges_of_blocks(dtype, splits):
-  assert decode_attention._block_columns(128, dtype) == _BLOCK
+  assert attention._block_columns(128, dtype) == _BLOCK
   columns = 3 * _BLOCK + 7
   edges = [n * _BLOCK + d for n in (1, 2, 3) for d in (-1, 0, 1)]
   _check(dtype, [1, 2, *edges, columns - 1, columns], columns, splits)
@@ -131,37 +132,27 @@ def test_what_lies_beyond_a_row_does_not_matter(dtype, splits):
     where = beyond[..., None] if x.ndim == 4 else beyond
     return jnp.where(where, -128 if x.dtype == jnp.int8 else jnp.nan, x)
 
-  queries, keys, values, rows, *scales = args
-  bad = [queries, poisoned(keys), poisoned(values), rows]
-  bad += [poisoned(x) for x in scales]
+  queries, layer, rows = args
+  bad = (queries, jax.tree.map(poisoned, layer), rows)
   clean, found = (_ATTEND(*x, splits=splits) for x in (args, bad))
   np.testing.assert_array_equal(found, clean)
 
 
 def test_large_scores_do_not_overflow():
-  args, (keys, values) = _inputs(jnp.float32, [100, 7], 100)
-  args[0] *= 1000
+  (queries, layer, lengths), exact = _inputs(jnp.float32, [100, 7], 100)
+  queries *= 1000
   for splits in (1, 3):
-    found = _ATTEND(*args, splits=splits)
-    wanted = _by_hand(args[0], args[3], keys, values)
+    found = _ATTEND(queries, layer, lengths, splits=splits)
+    wanted = _by_hand(queries, lengths, *exact)
     np.testing.assert_allclose(found, wanted, atol=1e-2)
 
 
 def test_rows_are_split_where_there_are_few_and_they_are_long():
-  assert decode_attention.num_splits(64, 8, 2304) == 1
-  assert decode_attention.num_splits(8, 8, 16384) == 8
-  assert decode_attention.num_splits(8, 8, 600) == 2
-  assert decode_attention.num_splits(1, 1, 100) == 1
-  assert decode_attention.num_splits(1, 1, 2**20) == 64
-
-
-def test_scales_belong_to_int8():
-  args, _ = _inputs(jnp.int8, [3], 8)
-  with pytest.raises(ValueError, match="scales"):
-    decode_attention.attend(*args[:4], interpret=True)
-  floats, _ = _inputs(jnp.float32, [3], 8)
-  with pytest.raises(ValueError, match="scales"):
-    decode_attention.attend(*floats, *args[4:], interpret=True)
+  assert attention.num_splits(64, 8, 2304) == 1
+  assert attention.num_splits(8, 8, 16384) == 8
+  assert attention.num_splits(8, 8, 600) == 2
+  assert attention.num_splits(1, 1, 100) == 1
+  assert attention.num_splits(1, 1, 2**20) == 64
 
 
 @pytest.mark.aot

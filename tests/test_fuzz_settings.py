@@ -122,8 +122,6 @@ def _changed(name, value):
     values["prefix"] = {"schedule": group.removeprefix("prefix.")}
   elif group == "loss.jsd":
     values["loss"]["exact"]["divergence"] = "jsd"
-  elif group == "loss.policy_gradient":
-    values["loss"]["form"] = "policy_gradient"
   elif group == "loss.relaxed":
     values["loss"] |= {"form": "relaxed", "normalize": "tokens"}
   elif name == "loss.exact.max_entry":

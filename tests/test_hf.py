@@ -18,12 +18,12 @@ from prefix_distill import assets
 from prefix_distill import sharding
 from prefix_distill.data import tokenizer as tokenizer_lib
 from prefix_distill.errors import UserError
-from prefix_distill.models import families
 from prefix_distill.models import huggingface as hf
+from prefix_distill.models.config import FAMILIES
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.config import num_params
 from prefix_distill.models.config import RopeConfig
-from prefix_distill.models.families import UnsupportedModelError
+from prefix_distill.models.config import UnsupportedModelError
 from prefix_distill.models.transformer import Model
 from prefix_distill.rollout import generate
 from prefix_distill.structs import PromptBatch
@@ -119,7 +119,7 @@ def _check_right_padding(model, params, batch, wanted):
 def _check_gradients(directory, model, params, batch):
   wanted = safetensors.numpy.load_file(directory / "gradients.safetensors")
   seen = set()
-  tensors = families.FAMILIES[model.config.family].tensors
+  tensors = FAMILIES[model.config.family].tensors
   grads = _gradients(model, params, batch)
   for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
     ours = sharding.path_name(path)

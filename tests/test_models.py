@@ -15,10 +15,10 @@ import transformers
 from prefix_distill.models import attention
 from prefix_distill.models import config as model_config
 from prefix_distill.models import kv_cache
-from prefix_distill.models import layers
+from prefix_distill.models import transformer
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.config import RopeConfig
-from prefix_distill.models.families import UnsupportedModelError
+from prefix_distill.models.config import UnsupportedModelError
 from prefix_distill.models.transformer import Model
 
 _TINY = toys.model_config(
@@ -389,9 +389,9 @@ def _wavelengths(theta, head_dim):
 
 def test_default_and_linear_rope_frequencies():
   wanted = 2 * math.pi / _wavelengths(500.0, 10)
-  found = layers.rope_frequencies(RopeConfig(500.0), 10)
+  found = transformer.rope_frequencies(RopeConfig(500.0), 10)
   np.testing.assert_allclose(found, wanted, rtol=1e-5)
-  found = layers.rope_frequencies(RopeConfig(500.0, "linear", 4.0), 10)
+  found = transformer.rope_frequencies(RopeConfig(500.0, "linear", 4.0), 10)
   np.testing.assert_allclose(found, wanted / 4, rtol=1e-5)
 
 
@@ -414,7 +414,7 @@ def test_llama3_rope_frequencies():
   assert kinds == {"short", "between", "long"}
   rope = RopeConfig(theta, "llama3", factor, low, high, original)
   np.testing.assert_allclose(
-      layers.rope_frequencies(rope, 128), wanted, rtol=1e-4
+      transformer.rope_frequencies(rope, 128), wanted, rtol=1e-4
   )
 
 
@@ -439,7 +439,7 @@ def test_yarn_rope_frequencies(truncate):
   rope = RopeConfig(
       theta, "yarn", factor, original_length=original, truncate=truncate
   )
-  found = layers.rope_frequencies(rope, 128)
+  found = transformer.rope_frequencies(rope, 128)
   assert found.dtype == np.float32
   np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
@@ -481,10 +481,10 @@ def test_yarn_is_that_of_transformers(changes):
   )
   ours = model_config.from_hf(config, "some/model").rope
   wanted, scale = modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](config)
-  found = layers.rope_frequencies(ours, 128)
+  found = transformer.rope_frequencies(ours, 128)
   np.testing.assert_allclose(found, wanted.numpy(), rtol=3e-7)
   assert ours.attention_factor == pytest.approx(scale, rel=1e-12)
-  rotation = layers.Rotation.of(ours, 128, jnp.array([[131071]]))
+  rotation = transformer.Rotation.of(ours, 128, jnp.array([[131071]]))
   angles = 131071 * wanted.numpy()
   np.testing.assert_allclose(
       rotation.cos[0, 0], np.cos(angles) * np.float32(scale), atol=3e-2
@@ -497,7 +497,7 @@ def test_rope_keeps_lengths_and_relative_angles():
   rope = RopeConfig(100.0)
 
   def at(vector, position):
-    rotation = layers.Rotation.of(rope, 8, jnp.array([[position]]))
+    rotation = transformer.Rotation.of(rope, 8, jnp.array([[position]]))
     return np.asarray(rotation.apply(jnp.array(vector))).ravel()
 
   np.testing.assert_allclose(at(x, 0), x.ravel(), rtol=1e-6)

@@ -22,7 +22,7 @@ from prefix_distill.distill import loss as loss_lib
 from prefix_distill.distill.loss import SampledLoss
 from prefix_distill.models.transformer import Model
 from prefix_distill.rollout import generate
-from prefix_distill.rollout.sampling import Truncation
+from prefix_distill.rollout.generate import Truncation
 from prefix_distill.structs import Limits
 from prefix_distill.structs import TeacherScores
 from prefix_distill.train import loop

@@ -17,10 +17,9 @@ from prefix_distill.distill import prefix_schedule
 from prefix_distill.models import attention
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
-from prefix_distill.rollout import sampling
 from prefix_distill.rollout.generate import Draw
 from prefix_distill.rollout.generate import SamplerConfig
-from prefix_distill.rollout.sampling import Truncation
+from prefix_distill.rollout.generate import Truncation
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 
@@ -230,11 +229,11 @@ def test_padded_ids_are_never_drawn_though_they_have_most_of_the_mass(greedy):
 def test_draws_follow_the_distribution():
   count = 20_000
   logits = jnp.array([0.0, 1.0, 2.0, -1.0, 9.0])
-  log_probs = sampling.log_probs(logits, 0.7, 4)
-  keys = sampling.row_keys(KEY, jnp.arange(count))
+  log_probs = generate.log_probs(logits, 0.7, 4)
+  keys = generate.row_keys(KEY, jnp.arange(count))
   whole = jnp.broadcast_to(log_probs, (count, 5))
-  tokens = sampling.choose(keys, whole, greedy=False)
-  chosen = sampling.log_prob_of(tokens, whole)
+  tokens = generate.choose(keys, whole, greedy=False)
+  chosen = generate.log_prob_of(tokens, whole)
   probs = np.exp(np.array([0, 1, 2, -1]) / 0.7)
   probs /= probs.sum()
   error = np.sqrt(probs * (1 - probs) / count)
@@ -247,9 +246,9 @@ def test_draws_follow_the_distribution():
 @pytest.mark.parametrize("size", [471, 512, 4800, 8 * 263, 16 * 512])
 def test_draws_invert_the_cumulated_probabilities(size):
   probs = np.random.default_rng(size).dirichlet(np.full(size, 0.1))
-  keys = sampling.row_keys(KEY, jnp.arange(1000))
+  keys = generate.row_keys(KEY, jnp.arange(1000))
   whole = jnp.broadcast_to(jnp.log(probs), (1000, size))
-  tokens = np.asarray(sampling.choose(keys, whole, greedy=False))
+  tokens = np.asarray(generate.choose(keys, whole, greedy=False))
   uniform = np.asarray(jax.vmap(jax.random.uniform)(keys))
   after = np.cumsum(probs)[tokens]
   assert (after > uniform - 1e-5).all()
@@ -278,7 +277,7 @@ def test_decoding_in_segments_is_decoding_at_once(parts):
 )
 def test_truncation_keeps_the_most_probable_and_renormalises(truncation, kept):
   probs = np.array([0.05, 0.5, 0.15, 0.3])
-  cut = np.exp(sampling.truncate(jnp.log(probs), truncation))
+  cut = np.exp(generate.truncate(jnp.log(probs), truncation))
   order = np.argsort(-probs)
   wanted = np.zeros(4)
   wanted[order[:kept]] = probs[order[:kept]] / probs[order[:kept]].sum()

@@ -12,7 +12,7 @@ from prefix_distill.config import FixedSpec
 from prefix_distill.config import PrefixSpec
 from prefix_distill.config import SamplesSpec
 from prefix_distill.data import tokenizer as tokenizer_lib
-from prefix_distill.distill import inspection
+from prefix_distill.distill import loss as loss_lib
 from prefix_distill.report import report
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
@@ -22,7 +22,7 @@ from prefix_distill.train import setup as setup_lib
 
 TIMED = ("seconds", "tokens_per_second", "compilations")
 TEXT = "Ann has 7 pens; 12 größer 世界 🙂🏽 é\n\tend  "
-INSPECT = jax.jit(inspection.inspect, static_argnums=range(5))
+INSPECT = jax.jit(loss_lib.inspect, static_argnums=range(5))
 SPEC = SamplesSpec(
     updates=3, rollouts=3, max_tokens=6, alternatives=2, problems=3
 )

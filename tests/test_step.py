@@ -36,7 +36,7 @@ SGD = optax.sgd(1.0)
 OBJECTIVES = {
     "exact": ExactLoss(MERGED),
     "sampled": SampledLoss(MERGED),
-    "direct": SampledLoss(MERGED, "direct", "k3"),
+    "direct": SampledLoss(MERGED, "direct"),
 }
 FORMS = pytest.mark.parametrize("form", OBJECTIVES)
 WATCH = step_lib.Watch(4 * COLUMNS, toys.STOPS)

@@ -15,7 +15,6 @@ from prefix_distill import errors
 from prefix_distill import preflight
 from prefix_distill.config import DatasetSpec
 from prefix_distill.config import DataSpec
-from prefix_distill.data import prompts
 from prefix_distill.data import tokenizer as tokenizer_lib
 from prefix_distill.data.prompts import PromptIterator
 from prefix_distill.data.records import DataError
@@ -160,15 +159,6 @@ def test_a_stream_goes_on_from_its_state(tokenizer, source):
   for batch in wanted:
     jax.tree.map(np.testing.assert_array_equal, next(other)[0], batch)
   assert len(batches) == 3
-
-
-def test_buckets_cut_the_students_prompt_only(tokenizer, source):
-  spec = _spec(source[0], prompt_buckets=(30,))
-  for batch, _ in _take(spec, tokenizer)[0]:
-    cut = prompts.trim(batch, spec)
-    assert cut.tokens.shape[1] == 30
-    assert cut.teacher_tokens is batch.teacher_tokens
-    assert cut.teacher_mask is batch.teacher_mask
 
 
 def test_the_teachers_template_opens_its_thoughts_once(tokenizer):

@@ -627,22 +627,6 @@ class PromptIterator:
     self.noted = collections.Counter(loaded.get("noted"))
 
 
-def trim(batch: PromptBatch, spec: DataSpec) -> PromptBatch:
-  """Cuts padding off, down to the smallest bucket that holds the prompts.
-
-  The teacher's own prompts keep their length.
-
-  Args:
-    batch: NumPy prompts [B, max_prompt_len], the whole batch.
-    spec: the data settings, with `prompt_buckets`.
-  """
-  if not spec.prompt_buckets:
-    return batch
-  longest = batch.mask.sum(axis=1).max()
-  lengths = (*spec.prompt_buckets, spec.max_prompt_len)
-  return cut(batch, min(n for n in lengths if n >= longest))
-
-
 def cut(batch: PromptBatch, length: int) -> PromptBatch:
   """Keeps the last columns; the student's prompts are shorter than that."""
   return dataclasses.replace(

@@ -19,7 +19,8 @@ from prefix_distill import errors
 
 # log p(e), log q(e) -> the event's share of the divergence.
 Term = Callable[[jax.Array, jax.Array], jax.Array]
-_NEVER = -1e30
+# The logit, or log-probability, of what is ruled out.
+NEVER = -1e30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,10 @@ class Shard:
 
   def sum(self, x: jax.Array) -> jax.Array:
     return jax.lax.psum(x, self.axis) if self.axis else x
+
+  def sum_where(self, where: jax.Array, x: jax.Array) -> jax.Array:
+    """Sums some tokens of all parts: [..., V] each to [...]."""
+    return self.sum(jnp.sum(jnp.where(where, x, 0), axis=-1))
 
   def max(self, x: jax.Array) -> jax.Array:
     # No gradient: a maximum only keeps exponentials in range.
@@ -228,7 +233,7 @@ def events(
     groups.append(stop)
   if 0 < dist.top_k < dist.num_tokens:
     whose = student_logits if dist.top_k_of == "student" else teacher_logits
-    ranked = jnp.where(single, jax.lax.stop_gradient(whose), _NEVER)
+    ranked = jnp.where(single, jax.lax.stop_gradient(whose), NEVER)
     kept = single & (ranked >= shard.top_k_threshold(ranked, dist.top_k))
     groups.append(single & ~kept)
     single = kept
@@ -249,7 +254,7 @@ def log_probs(
   # A group has a maximum of its own, or an improbable one would vanish.
   top = shard.max(
       jnp.stack(
-          [jnp.max(jnp.where(m, scaled, _NEVER), axis=-1) for m in masks], -1
+          [jnp.max(jnp.where(m, scaled, NEVER), axis=-1) for m in masks], -1
       )
   )
   sums = shard.sum(
@@ -314,7 +319,7 @@ def compare(
 ) -> jax.Array:
   """Sums a term over all events: float32 [...], nats."""
   shares = term(student.tokens, teacher.tokens)
-  total = shard.sum(jnp.sum(jnp.where(these.single, shares, 0), axis=-1))
+  total = shard.sum_where(these.single, shares)
   groups = term(student.groups, teacher.groups)
   return total + jnp.sum(jnp.where(student.present, groups, 0), axis=-1)
 

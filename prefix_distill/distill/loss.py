@@ -12,9 +12,7 @@ stop tokens as one event):
 depends on what is differentiated. On policy, in expectation, the gradient of
 
   policy gradient with k1   is that of the reverse KL (the paper's loss)
-  policy gradient with k3   is that of reverse minus forward KL
   k3 directly               is that of the forward KL
-  k1 directly               is zero
 
 The relaxed loss (REOPOLD, arXiv 2603.11137) is the policy gradient with k1 on
 some of the tokens. With the reward R = log q(y) - log p(y), it is the sum of
@@ -34,6 +32,10 @@ Each loss is a `chunked_head.TokenLoss`: it takes the logits of a chunk of
 tokens and returns losses, their gradients by formula, and metrics. The metrics
 are the same for all losses as far as the teacher's scores allow, so that runs
 can be compared.
+
+`inspect` says what the models make of each token of a few rollouts, for people
+to read. It is a program of its own, without a gradient, so that the update
+computes the same with and without it.
 """
 
 import dataclasses
@@ -186,14 +188,12 @@ class SampledLoss(Loss):
   """A loss on sampled tokens; hashable.
 
   Attributes:
-    form: "policy_gradient" or "direct".
-    estimator: "k1" or "k3".
+    form: "policy_gradient", of k1, or "direct", of k3.
     floor: bounds the reward log q - log p from below, so that a token which
       the teacher abhors does not outweigh all others; see `floor`.
   """
 
   form: str = "policy_gradient"
-  estimator: str = "k1"
   floor: float = -math.inf
 
   def extras(
@@ -222,7 +222,8 @@ class SampledLoss(Loss):
       teacher = jnp.maximum(
           teacher, jax.lax.stop_gradient(student) + self.floor
       )
-    return {"k1": k1, "k3": k3}[self.estimator](student, teacher)
+    estimate = {"policy_gradient": k1, "direct": k3}[self.form]
+    return estimate(student, teacher)
 
   def of_tokens(
       self,
@@ -369,15 +370,12 @@ class Sight:
     probs = jnp.exp(log_p)
     penalty = probs * abs(log_p - log_q)
 
-    def summed(values: jax.Array, where: jax.Array) -> jax.Array:
-      return shard.sum(jnp.sum(jnp.where(where, values, 0), axis=-1))
-
-    overlap = summed(jnp.ones_like(probs), own & theirs) / count
+    overlap = shard.sum_where(own & theirs, jnp.ones_like(probs)) / count
     found = {
         "overlap": jnp.minimum(overlap, 1.0),
-        "shared_mass": summed(probs, own & theirs),
-        "shared_penalty": summed(penalty, own & theirs),
-        "unshared_penalty": summed(penalty, own & ~theirs),
+        "shared_mass": shard.sum_where(own & theirs, probs),
+        "shared_penalty": shard.sum_where(own & theirs, penalty),
+        "unshared_penalty": shard.sum_where(own & ~theirs, penalty),
         "top_kl": self._top_kl(both, shard),
     }
     none = jnp.zeros(logits.shape[0])
@@ -395,6 +393,62 @@ class Sight:
         *divergence.distributions(*both, dist, shard),
         shard,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+  """A `chunked_head.TokenLoss` whose metrics are all that it is for; hashable.
+
+  Attributes:
+    dist: the real ids and the stop tokens, at temperature 1.
+    count: how many of the most probable tokens to return.
+  """
+
+  dist: Distribution
+  count: int
+
+  def __call__(
+      self,
+      logits: jax.Array,
+      other_logits: jax.Array | None,
+      extras: jax.Array,
+      shard: Shard,
+  ) -> tuple[jax.Array, jax.Array, PerToken]:
+    """See `chunked_head.TokenLoss`; the extras are the tokens [N]."""
+    other = logits if other_logits is None else other_logits
+    student, teacher, these = divergence.distributions(
+        logits, other, self.dist, shard
+    )
+    mine = shard.ids(logits.shape[-1]) == extras[:, None]
+    found = {
+        name: shard.sum_where(mine, probs.tokens)
+        for name, probs in (("student", student), ("teacher", teacher))
+    }
+    if other_logits is None:
+      found.pop("teacher")
+      found["divergence"] = -found["student"]
+    else:
+      found["divergence"] = divergence.compare(
+          divergence.reverse_kl_term, student, teacher, these, shard
+      )
+    found |= self._best(teacher.tokens, shard)
+    return found["divergence"], jnp.zeros_like(logits), found
+
+  def _best(self, log_probs: jax.Array, shard: Shard) -> PerToken:
+    """Returns the most probable tokens of [N, V], over all parts: [N, n]."""
+    ids = shard.ids(log_probs.shape[-1])
+    count = min(self.count, self.dist.num_tokens)
+    real = jnp.where(ids < self.dist.num_tokens, log_probs, divergence.NEVER)
+    best, at = jax.lax.top_k(real, min(count, len(ids)))
+    which = ids[at]
+    if shard.axis:
+      best, which = (
+          jax.lax.all_gather(x, shard.axis, axis=-1, tiled=True)
+          for x in (best, which)
+      )
+      best, at = jax.lax.top_k(best, count)
+      which = jnp.take_along_axis(which, at, axis=-1)
+    return {"best": which, "best_log_probs": best}
 
 
 def make(config: Config, num_tokens: int, stop_ids: tuple[int, ...]) -> Loss:
@@ -415,16 +469,11 @@ def make(config: Config, num_tokens: int, stop_ids: tuple[int, ...]) -> Loss:
       num_tokens=num_tokens,
       stop_ids=stop_ids,
       top_k=spec.exact.top_k,
-      top_k_of=spec.exact.top_k_of,
   )
-  if spec.form == "direct":
-    return SampledLoss(dist, "direct", "k3", memory=memory)
-  if spec.form == "policy_gradient":
-    estimator = spec.policy_gradient.estimator
-    return SampledLoss(dist, spec.form, estimator, memory=memory)
+  if spec.form in ("policy_gradient", "direct"):
+    return SampledLoss(dist, spec.form, memory=memory)
   if spec.form == "relaxed":
-    least = floor(spec.relaxed)
-    return SampledLoss(dist, "policy_gradient", "k1", least, memory=memory)
+    return SampledLoss(dist, floor=floor(spec.relaxed), memory=memory)
   return ExactLoss(
       dist,
       spec.exact.divergence,
@@ -459,7 +508,7 @@ def policy_gradient(
   Args:
     student: [...], log-probabilities, of the student being trained.
     sampler: [...], recorded while sampling.
-    signal: [...], `k1` or `k3`.
+    signal: [...], `k1`, bounded or not.
   """
   return jnp.exp(student - sampler) * jax.lax.stop_gradient(signal)
 
@@ -575,6 +624,59 @@ def seen(
   )
 
 
+@jax.named_scope("inspect")
+def inspect(
+    student: Model,
+    teacher: Model | None,
+    dist: Distribution,
+    count: int,
+    memory: int,
+    student_params: Params,
+    teacher_params: Params | None,
+    batch: PromptBatch,
+    rollout: Rollout,
+) -> PerToken:
+  """Looks at the tokens of rollouts; to be jitted, the first five static.
+
+  Args:
+    student: its architecture.
+    teacher: its architecture; None for supervised training.
+    dist: the real ids and the stop tokens; temperature and top-k are left
+      aside, as in the metrics.
+    count: how many of the most probable tokens to return.
+    memory: bytes of logits that may exist at a time on a device.
+    student_params: its weights.
+    teacher_params: its weights; None if there is no teacher.
+    batch: prompts [B, S].
+    rollout: [B, P].
+
+  Returns:
+    Meaningless where `rollout.mask` is false: `divergence`, the exact reverse
+    KL in nats, or without a teacher -log p(token) of the student, [B, P];
+    `student` and, if there is one, `teacher`, log-probabilities of the tokens,
+    [B, P]; `best` and `best_log_probs`, the most probable tokens of the
+    teacher, or else of the student, int32 and float32 [B, P, count], or as
+    many as there are tokens.
+  """
+  hidden = student.prefix_hidden(student_params, batch, rollout)
+  inputs = HeadInputs(hidden, student.head(student_params))
+  if teacher is not None:
+    inputs = dataclasses.replace(
+        inputs,
+        other_hidden=teacher.prefix_hidden(
+            teacher_params, batch.for_teacher(), rollout
+        ),
+        other_head=teacher.head(teacher_params),
+    )
+  return chunked_head.per_token(
+      Inspection(dist.plain, count),
+      inputs,
+      TokenInputs(rollout.mask, rollout.mask, rollout.tokens),
+      student.mesh,
+      memory,
+  )
+
+
 def cross_entropy(
     model: Model,
     params: Params,
@@ -600,8 +702,7 @@ def _entropy(
 ) -> jax.Array:
   """Returns -sum p log p over tokens: [N]."""
   real = shard.ids(probs.tokens.shape[-1]) < dist.num_tokens
-  shares = jnp.exp(probs.tokens) * probs.tokens
-  return -shard.sum(jnp.sum(jnp.where(real, shares, 0), axis=-1))
+  return -shard.sum_where(real, jnp.exp(probs.tokens) * probs.tokens)
 
 
 def _top1(logits: jax.Array, dist: Distribution, shard: Shard) -> jax.Array:
@@ -651,7 +752,7 @@ def _tokens(
   dist = dataclasses.replace(dist, top_k=0)
   probs, these = divergence.distribution(logits, dist, shard)
   mine = shard.ids(logits.shape[-1]) == ids[:, None]
-  token = shard.sum(jnp.sum(jnp.where(mine, probs.tokens, 0), axis=-1))
+  token = shard.sum_where(mine, probs.tokens)
   real = shard.ids(logits.shape[-1]) < dist.num_tokens
   soft = jnp.where(real, jnp.exp(probs.tokens), 0)
   event, share = token, mine

@@ -49,7 +49,7 @@ from prefix_distill.models.transformer import Params
 from prefix_distill.report import report
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
-from prefix_distill.rollout.sampling import Truncation
+from prefix_distill.rollout.generate import Truncation
 from prefix_distill.structs import PromptBatch
 
 # Settings of EvaluationSpec.

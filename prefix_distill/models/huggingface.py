@@ -8,6 +8,7 @@ or nothing that can be computed, are refused in one sentence.
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,7 +19,6 @@ from typing import Any
 
 import huggingface_hub
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 import safetensors
@@ -30,11 +30,12 @@ from prefix_distill import sharding
 from prefix_distill import strict_json
 from prefix_distill.errors import UserError
 from prefix_distill.models import config as model_config
-from prefix_distill.models import families
+from prefix_distill.models.config import FAMILIES
+from prefix_distill.models.config import Family
+from prefix_distill.models.config import find_family
+from prefix_distill.models.config import Index
 from prefix_distill.models.config import ModelConfig
-from prefix_distill.models.families import Family
-from prefix_distill.models.families import Index
-from prefix_distill.models.families import Tensor
+from prefix_distill.models.config import Tensor
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 
@@ -195,7 +196,7 @@ def read_config(path: str) -> ModelConfig:
   settings = read_json(file)
   try:
     # Before transformers sees a model type that it may know and we do not.
-    families.find(settings.get("model_type"), path)
+    find_family(settings.get("model_type"), path)
     _check_settings(settings, file)
     config = model_config.from_hf(
         transformers.AutoConfig.from_pretrained(
@@ -411,16 +412,20 @@ def leaves(tree: Any, family: Family) -> Iterator[tuple[str, Any, Tensor]]:
     yield name, leaf, family.tensors[name]
 
 
-def _check_tensors(weights: Weights, model: Model, path: str) -> None:
-  """Refuses missing, unexpected and misshapen tensors, by name."""
-  config = model.config
-  family = families.FAMILIES[config.family]
-  wanted = {}
-  for ours, leaf, tensor in leaves(model.abstract_params(), family):
+def file_shapes(tree: Any, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+  """Returns the name and the shape in a file of each tensor of a tree."""
+  shapes = {}
+  for ours, leaf, tensor in leaves(tree, FAMILIES[config.family]):
     shape = leaf.shape[1:] if _stacked(ours) else leaf.shape
     shape = tensor.shape(shape, config.head_dim)
-    wanted |= dict.fromkeys(tensor.names(config.num_layers), shape)
-  found = weights.names()
+    shapes |= dict.fromkeys(tensor.names(config.num_layers), shape)
+  return shapes
+
+
+def _check_tensors(weights: Weights, model: Model, path: str) -> None:
+  """Refuses missing, unexpected and misshapen tensors, by name."""
+  config, found = model.config, weights.names()
+  wanted = file_shapes(model.abstract_params(), config)
   for name in wanted:
     if name not in found:
       raise ModelFilesError(
@@ -473,10 +478,7 @@ def load_params(
     dtype: str = "float32",
     poll: Callable[[], None] = lambda: None,
 ) -> Params:
-  """Reads weights straight into their shards.
-
-  Each device's block is read from the file by itself, so a host holds no more
-  than its own shards and the one that is being read.
+  """Reads and checks a model's weights, see `read_tree`.
 
   Args:
     path: see `resolve`.
@@ -490,8 +492,37 @@ def load_params(
   """
   weights = Weights(resolve(path, weights=True))
   _check_tensors(weights, model, path)
-  target, config = jnp.dtype(dtype), model.config
-  tensors = families.FAMILIES[config.family].tensors
+  return read_tree(
+      weights, model.abstract_params(), model.config, shardings, dtype, poll
+  )
+
+
+def read_tree(
+    weights: Weights,
+    tree: Any,
+    config: ModelConfig,
+    shardings: Any,
+    dtype: str = "float32",
+    poll: Callable[[], None] = lambda: None,
+) -> Params:
+  """Reads weights straight into their shards.
+
+  Each device's block is read from the file by itself, so a host holds no more
+  than its own shards and the one that is being read.
+
+  Args:
+    weights: that hold all tensors of the tree, of the right shapes.
+    tree: the shapes of the parameters to read.
+    config: the architecture.
+    shardings: a tree like that of the shapes.
+    dtype: what to convert to.
+    poll: called before each parameter; it may raise to stop.
+
+  Raises:
+    ModelFilesError: a number is not finite.
+  """
+  target = jnp.dtype(dtype)
+  tensors = FAMILIES[config.family].tensors
 
   def load(tree_path, leaf, placement):
     poll()
@@ -520,16 +551,7 @@ def load_params(
         jax.make_array_from_callback(leaf.shape, placement, block)
     )
 
-  return jax.tree_util.tree_map_with_path(
-      load, model.abstract_params(), shardings
-  )
-
-
-def to_host(array: jax.Array) -> np.ndarray:
-  """Returns a whole array in every process; every process must call it."""
-  if jax.process_count() > 1:
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-  return np.asarray(array)
+  return jax.tree_util.tree_map_with_path(load, tree, shardings)
 
 
 def _write_weights(
@@ -571,9 +593,9 @@ def _write_weights(
     arrays = {}
     for name in names:
       _, leaf, i, tensor, pair = tensors[name]
-      whole = tensor.write(to_host(leaf if i is None else leaf[i]))
+      whole = tensor.write(sharding.to_host(leaf if i is None else leaf[i]))
       if pair:
-        b, a = (place.write(to_host(part[i])) for part, place in pair)
+        b, a = (place.write(sharding.to_host(part[i])) for part, place in pair)
         whole = whole.astype(np.float32) + scale * (b @ a)
       arrays[name] = np.ascontiguousarray(whole.astype(dtype))
     if writes:
@@ -586,6 +608,26 @@ def _write_weights(
         "weight_map": split.tensor_to_filename,
     }
     write_json(directory / INDEX, index)
+
+
+@contextlib.contextmanager
+def whole_directory(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields where to write a directory that appears whole or not at all.
+
+  It replaces what was there. Any process may enter; the first one writes.
+  """
+  partial = directory.with_name(directory.name + ".partial")
+  if jax.process_index():
+    yield partial
+    return
+  shutil.rmtree(partial, ignore_errors=True)
+  partial.mkdir(parents=True)
+  yield partial
+  # Whatever the umask lets others read, and safetensors lets nobody else.
+  for file in partial.iterdir():
+    file.chmod(0o644)
+  shutil.rmtree(directory, ignore_errors=True)
+  partial.rename(directory)
 
 
 def write_json(file: pathlib.Path, value: Mapping[str, Any]) -> None:
@@ -704,32 +746,24 @@ def export(
   """
   origin, companion = resolve(source), resolve(tokenizer)
   settings = read_json(origin / "config.json")
-  family = families.find(settings["model_type"], source)
-  partial = directory.with_name(directory.name + ".partial")
-  writes = jax.process_index() == 0
-  if writes:
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    settings = {k: v for k, v in settings.items() if k not in _LEFT_OUT}
-    ids = read_json(companion / "config.json")
-    settings |= {name: ids[name] for name in _TOKEN_IDS if name in ids}
-    settings["dtype"] = dtype
-    settings |= _old_rope(settings)
-    if serving:
-      settings["eos_token_id"] = _one_or_all(serving.stop_ids)
-      write_json(partial / _GENERATION, _served(companion, serving))
-    write_json(partial / "config.json", settings)
-    _copy_companions(companion, partial, with_generation=serving is None)
-    if card:
-      (partial / "README.md").write_text(card, encoding="utf-8")
-  _write_weights(
-      params, adapters or {}, family, partial, jnp.dtype(dtype), scale
-  )
-  if writes:
-    for file in partial.iterdir():  # Whatever the umask lets others read.
-      file.chmod(0o644)
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+  family = find_family(settings["model_type"], source)
+  with whole_directory(directory) as partial:
+    if jax.process_index() == 0:
+      settings = {k: v for k, v in settings.items() if k not in _LEFT_OUT}
+      ids = read_json(companion / "config.json")
+      settings |= {name: ids[name] for name in _TOKEN_IDS if name in ids}
+      settings["dtype"] = dtype
+      settings |= _old_rope(settings)
+      if serving:
+        settings["eos_token_id"] = _one_or_all(serving.stop_ids)
+        write_json(partial / _GENERATION, _served(companion, serving))
+      write_json(partial / "config.json", settings)
+      _copy_companions(companion, partial, with_generation=serving is None)
+      if card:
+        (partial / "README.md").write_text(card, encoding="utf-8")
+    _write_weights(
+        params, adapters or {}, family, partial, jnp.dtype(dtype), scale
+    )
 
 
 def _copy_companions(

@@ -12,7 +12,6 @@ that PEFT would compute in another way are refused in one sentence.
 
 import dataclasses
 import pathlib
-import shutil
 from typing import Any
 
 import jax
@@ -20,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from prefix_distill import sharding
 from prefix_distill.config import Config
 from prefix_distill.config import LoraSpec
 from prefix_distill.errors import check
-from prefix_distill.models import families
 from prefix_distill.models import huggingface as hf
+from prefix_distill.models.config import find_family
 from prefix_distill.models.config import Lora
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.config import PRODUCTS
@@ -111,13 +111,6 @@ def join(base: Params | None, trained: Params) -> Params:
   return out
 
 
-def _tensors(model: Model) -> list[tuple[str, Any, families.Tensor]]:
-  """Returns our path of each adapter, its shape, and its tensor in a file."""
-  _, adapters = split(model.abstract_params())
-  family = families.FAMILIES[model.config.family]
-  return list(hf.leaves(adapters, family))
-
-
 def _alpha(spec: LoraSpec) -> float:
   return spec.alpha or float(spec.rank)
 
@@ -166,11 +159,9 @@ def check_weights(path: str, model: Model) -> None:
     ModelFilesError: one is not.
   """
   directory = hf.resolve(path, weights=True)
-  weights, wanted = hf.Weights(directory, WEIGHTS), {}
-  for _, leaf, tensor in _tensors(model):
-    shape = tensor.shape(leaf.shape[1:], model.config.head_dim)
-    wanted |= dict.fromkeys(tensor.names(model.config.num_layers), shape)
-  file = directory / WEIGHTS
+  weights, file = hf.Weights(directory, WEIGHTS), directory / WEIGHTS
+  _, adapters = split(model.abstract_params())
+  wanted = hf.file_shapes(adapters, model.config)
   for name, shape in wanted.items():
     if name not in weights.names():
       raise ModelFilesError(
@@ -206,22 +197,8 @@ def load(path: str, model: Model, places: Any) -> Params:
     ModelFilesError: a number is not finite.
   """
   weights = hf.Weights(hf.resolve(path, weights=True), WEIGHTS)
-  width, arrays = model.config.head_dim, []
-  for _, leaf, tensor in _tensors(model):
-    index = tensor.index(tuple(slice(0, n) for n in leaf.shape[1:]), width)
-    layers = [
-        tensor.read(weights.read(name, index), width)
-        for name in tensor.names(leaf.shape[0])
-    ]
-    arrays.append(np.stack(layers).astype(np.float32))
-
-  def put(array: np.ndarray, place: jax.sharding.Sharding) -> jax.Array:
-    return jax.make_array_from_callback(
-        array.shape, place, lambda index: array[index]
-    )
-
-  whole = jax.tree.unflatten(jax.tree.structure(places), arrays)
-  return jax.tree.map(put, whole, places)
+  _, adapters = split(model.abstract_params())
+  return hf.read_tree(weights, adapters, model.config, places)
 
 
 def _settings(spec: LoraSpec, base: str) -> dict[str, Any]:
@@ -262,26 +239,21 @@ def export(
     ModelFilesError: there is no such model.
   """
   origin = hf.resolve(source)
-  family = families.find(
+  family = find_family(
       hf.read_json(origin / "config.json")["model_type"], source
   )
   arrays = {}
   for _, leaf, tensor in hf.leaves(adapters, family):
-    whole = hf.to_host(leaf)
+    whole = sharding.to_host(leaf)
     for name, one in zip(tensor.names(len(whole)), whole, strict=True):
       array = tensor.write(one).astype(jnp.float32)
       arrays[name] = np.ascontiguousarray(array)
   if jax.process_index():
     return
-  partial = directory.with_name(directory.name + ".partial")
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
   # A model that ships with the package has no name elsewhere.
   base = str(origin) if source.startswith("bundled:") else source
-  hf.write_json(partial / CONFIG, _settings(spec, base))
-  safetensors.numpy.save_file(
-      arrays, partial / WEIGHTS, metadata={"format": "pt"}
-  )
-  (partial / WEIGHTS).chmod(0o644)  # safetensors lets nobody else read it.
-  shutil.rmtree(directory, ignore_errors=True)
-  partial.rename(directory)
+  with hf.whole_directory(directory) as partial:
+    hf.write_json(partial / CONFIG, _settings(spec, base))
+    safetensors.numpy.save_file(
+        arrays, partial / WEIGHTS, metadata={"format": "pt"}
+    )

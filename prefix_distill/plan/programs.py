@@ -49,7 +49,7 @@ from prefix_distill.plan.cost import Allowed
 from prefix_distill.plan.machines import Machine
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
-from prefix_distill.rollout.sampling import Truncation
+from prefix_distill.rollout.generate import Truncation
 from prefix_distill.structs import PromptBatch
 from prefix_distill.train import microbatch
 from prefix_distill.train import rewriting

@@ -331,7 +331,7 @@ def headline(
 def loss_name(loss: LossSpec) -> str:
   """Names the loss, such as "exact reverse KL"."""
   if loss.form == "policy_gradient":
-    return f"policy gradient with {loss.policy_gradient.estimator}"
+    return "policy gradient with k1"
   if loss.form == "relaxed":
     return f"relaxed policy gradient, weight {loss.relaxed.weight:g}"
   if loss.form == "direct":
@@ -341,7 +341,7 @@ def loss_name(loss: LossSpec) -> str:
   if exact.divergence == "jsd":
     text = f"exact JSD, beta {loss.jsd.beta:g}"
   if exact.top_k:
-    text += f" of the {exact.top_k_of}'s top {exact.top_k}"
+    text += f" of the teacher's top {exact.top_k}"
   if exact.max_entry:
     text += f", each entry cut at {exact.max_entry:g}"
   return text

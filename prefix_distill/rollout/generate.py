@@ -1,4 +1,4 @@
-"""Prefill and decoding: rows in the middle of their answers, token by token.
+"""Sampling: how a token is drawn from logits, prefill, and decoding.
 
 The prompts go through the model once. Then one token a row is drawn at a time,
 in segments whose number of steps is static.
@@ -7,6 +7,7 @@ in segments whose number of steps is static.
 from collections.abc import Callable
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +19,193 @@ from prefix_distill.models import attention
 from prefix_distill.models import kv_cache
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
-from prefix_distill.rollout import sampling
-from prefix_distill.rollout.sampling import Truncation
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 
 # The fewest columns by which a cache grows: a power of two, and a multiple of a
 # segment.
-LEAST_STEP = 128
+_LEAST_STEP = 128
+# Tokens between two looks at the rows. A look costs nothing on a CPU; an
+# accelerator waits for it.
+_SEGMENT = 64
+_CPU_SEGMENT = 8
+# Tokens of a block, near the square root of large vocabularies.
+_BLOCK = 256
+# No block crosses the border of a sixteenth of the vocabulary, so that those of
+# a vocabulary that is split over as many devices, or fewer, are made in place.
+_PARTS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Truncation:
+  """Which tokens may be drawn; hashable. All of them by default.
+
+  Attributes:
+    top_k: only so many of the most probable ones; 0 for all.
+    top_p: only the most probable ones that together reach this probability
+      (nucleus sampling, arXiv 1904.09751); 1 for all.
+  """
+
+  top_k: int = 0
+  top_p: float = 1.0
+
+  @property
+  def is_off(self) -> bool:
+    return self.top_k == 0 and self.top_p == 1.0
+
+
+def _mask_padding(logits: jax.Array, num_tokens: int) -> jax.Array:
+  """Rules out a vocabulary's padded rows: ids of `num_tokens` and above.
+
+  Model vocabularies are padded (151,936 rows for 151,669 ids in Qwen3, 152,064
+  in others), and two models agree only on the real ids.
+  """
+  if num_tokens >= logits.shape[-1]:
+    return logits
+  real = jnp.arange(logits.shape[-1]) < num_tokens
+  return jnp.where(real, logits, -jnp.inf)
+
+
+def log_probs(
+    logits: jax.Array, temperature: jax.Array | float, num_tokens: int
+) -> jax.Array:
+  """Returns log softmax(logits / temperature) over the real ids: [..., V]."""
+  scaled = _mask_padding(logits.astype(jnp.float32), num_tokens) / temperature
+  return jax.nn.log_softmax(scaled, axis=-1)
+
+
+def entropy_of(distribution: jax.Array) -> jax.Array:
+  """Returns -sum p log p in nats, of log-probabilities [..., V]: [...]."""
+  shares = jnp.exp(distribution) * distribution
+  return -jnp.sum(jnp.where(distribution > -jnp.inf, shares, 0), axis=-1)
+
+
+def truncate(distribution: jax.Array, truncation: Truncation) -> jax.Array:
+  """Keeps the most probable tokens and renormalises: [..., V] to [..., V].
+
+  A token is kept if it is among the `top_k`, and if the tokens that are more
+  probable have less than `top_p` together; so at least one is kept. Tokens as
+  probable as the last one kept are kept as well.
+
+  Args:
+    distribution: log-probabilities.
+    truncation: what to keep.
+
+  Returns:
+    Log-probabilities; -inf for the tokens left out.
+  """
+  if truncation.is_off:
+    return distribution
+  size = distribution.shape[-1]
+  k = min(truncation.top_k or size, size)
+  ordered, _ = jax.lax.top_k(distribution, k)
+  above = jnp.cumsum(jnp.exp(ordered), axis=-1) - jnp.exp(ordered)
+  # The first is always kept, whatever rounding makes of a top_p near 0.
+  kept = (above < truncation.top_p).at[..., 0].set(True)
+  least = jnp.min(
+      jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True
+  )
+  left = jnp.where(distribution >= least, distribution, -jnp.inf)
+  return jax.nn.log_softmax(left, axis=-1)
+
+
+def row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
+  """Returns a key per row, so that a row does not depend on its batch.
+
+  Args:
+    key: a scalar key.
+    rows: int32 [B, ...], the numbers that identify a row, folded in in turn.
+  """
+  rows = rows.reshape(rows.shape[0], -1)
+
+  def fold(numbers):
+    folded = key
+    for i in range(rows.shape[1]):
+      folded = jax.random.fold_in(folded, numbers[i])
+    return folded
+
+  return jax.vmap(fold)(rows)
+
+
+def choose(
+    keys: jax.Array,
+    distribution: jax.Array,
+    greedy: jax.Array | bool,
+    mesh: jax.sharding.Mesh | None = None,
+) -> jax.Array:
+  """Draws a token a row: int32 [B].
+
+  Args:
+    keys: [B], one key a row.
+    distribution: [B, V], log-probabilities.
+    greedy: take the most probable token instead of a random one; may be
+      traced.
+    mesh: whose `tensor` axis may split the vocabulary; None for one device.
+  """
+  best = jnp.argmax(distribution, axis=-1)
+  # Both are computed: for a conditional a GPU would wait for the host.
+  uniform = jax.vmap(jax.random.uniform)(keys)
+  tokens = _invert_cdf(uniform, distribution, mesh)
+  return jnp.where(greedy, best, tokens).astype(jnp.int32)
+
+
+def _invert_cdf(
+    uniform: jax.Array,
+    distribution: jax.Array,
+    mesh: jax.sharding.Mesh | None,
+) -> jax.Array:
+  """Returns the tokens at which the cumulated probabilities pass `uniform`.
+
+  First the block of tokens, then the token in it: one random number a row,
+  where Gumbel noise takes one for each token of the vocabulary, and no
+  cumulated sum over all of that.
+  """
+  batch, size = distribution.shape
+  parts = math.gcd(size, _PARTS)
+  width = min(_BLOCK, size // parts)
+  count = -(-size // parts // width)
+  blocks = jnp.exp(distribution).reshape(batch, parts, size // parts)
+  padding = ((0, 0), (0, 0), (0, count * width - size // parts))
+  blocks = jnp.pad(blocks, padding).reshape(batch, parts * count, width)
+  mass = blocks.sum(axis=-1)
+  if mesh is not None:
+    # Gathered outright, or each step of the search crosses the devices.
+    mass = jax.lax.with_sharding_constraint(
+        mass, sharding.batch_sharding(mesh)
+    )
+  before = jnp.cumsum(mass, axis=-1)
+  goal = uniform[:, None] * before[:, -1:]
+  block = _first_past(goal, before, mass)
+  inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+  start = jnp.where(
+      block[:, None] > 0,
+      jnp.take_along_axis(before, block[:, None] - 1, axis=1),
+      0,
+  )
+  token = _first_past(goal, start + jnp.cumsum(inside, axis=-1), inside)
+  return block // count * (size // parts) + block % count * width + token
+
+
+def _first_past(
+    goal: jax.Array, cumulated: jax.Array, mass: jax.Array
+) -> jax.Array:
+  """Returns where sums first exceed the goal [B, 1]: [B] of [B, N] each.
+
+  Sums are rounded, each in its own way. So the goal may fall on an entry
+  without mass, which must not be drawn, or just past the last one: then it is
+  the last entry that has mass.
+  """
+  drawn = (cumulated > goal) & (mass > 0)
+  last = mass.shape[-1] - 1 - jnp.argmax((mass > 0)[:, ::-1], axis=-1)
+  return jnp.where(
+      jnp.any(drawn, axis=-1), jnp.argmax(drawn, axis=-1), last
+  )
+
+
+def log_prob_of(tokens: jax.Array, distribution: jax.Array) -> jax.Array:
+  """Picks the tokens' log-probabilities: [B] and [B, V] to [B]."""
+  chosen = jnp.take_along_axis(distribution, tokens[:, None], axis=-1)
+  return chosen[:, 0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,11 +308,11 @@ def rooms(
     length: the longest answer.
   """
   kernel = model.cache_kernel(cache_dtype(model, config))
-  sizes, room = [], LEAST_STEP
+  sizes, room = [], _LEAST_STEP
   while room < length and not kernel.reads_lengths:
     sizes.append(room)
     power = 2 ** ((prompt + room).bit_length() - 1)
-    room += max(LEAST_STEP, power // 8)
+    room += max(_LEAST_STEP, power // 8)
   return (*sizes, length)
 
 
@@ -253,12 +433,6 @@ def append(rollout: Rollout, drawn: Rollout, at: jax.Array) -> Rollout:
   )
 
 
-# Tokens between two looks at the rows. A look costs nothing on a CPU; an
-# accelerator waits for it.
-_SEGMENT = 64
-_CPU_SEGMENT = 8
-
-
 def segment(model: Model) -> int:
   """Returns how many tokens are drawn between two looks at the rows."""
   platform = attention.platform(model.mesh)
@@ -338,7 +512,7 @@ def prefill(
       newest=count,
       count=count,
       live=jnp.ones(rows * n, bool),
-      keys=sampling.row_keys(key, numbers),
+      keys=row_keys(key, numbers),
       cache=kv_cache.repeat(cache, n),
   )
   distribution = _distribution(model, config, params, hidden, draw)
@@ -419,7 +593,7 @@ def _distribution(
   """Returns the next token's log-probabilities [B, V]."""
   with jax.named_scope("head"):
     logits = model.logits(params, hidden)
-    return sampling.log_probs(logits, draw.temperature, config.num_tokens)
+    return log_probs(logits, draw.temperature, config.num_tokens)
 
 
 def _draw(
@@ -431,21 +605,21 @@ def _draw(
 ) -> tuple[DecodeState, Rollout]:
   """Draws each live row's next token; returns it as a rollout of [B]."""
   keys = jax.vmap(jax.random.fold_in)(state.keys, state.count)
-  allowed = sampling.truncate(distribution, config.truncation)
+  allowed = truncate(distribution, config.truncation)
   with jax.named_scope("sample"):
-    token = sampling.choose(keys, allowed, draw.greedy, model.mesh)
+    token = choose(keys, allowed, draw.greedy, model.mesh)
   live = state.live
   token = jnp.where(live, token, config.pad_id)
   drawn = Rollout(
       token,
       live,
       *(
-          jnp.where(live, sampling.log_prob_of(token, x), 0.0)
+          jnp.where(live, log_prob_of(token, x), 0.0)
           for x in (distribution, allowed)
       ),
   )
   if config.entropy:
-    entropy = jnp.where(live, sampling.entropy(distribution), 0.0)
+    entropy = jnp.where(live, entropy_of(distribution), 0.0)
     drawn = dataclasses.replace(drawn, entropy=entropy)
   count = state.count + live
   is_stop = jnp.isin(token, jnp.array(config.stop_ids, jnp.int32))
@@ -611,7 +785,7 @@ class Sampler:
     if self._moves:
       params = programs.move(params)
     # One program reads the prompts of all lengths, into a small cache.
-    room = min(self.buckets[0], LEAST_STEP)
+    room = min(self.buckets[0], _LEAST_STEP)
     state, first = programs.prefill(
         model, config, columns(model, config, prompt + room), params, batch,
         key, draw,

@@ -34,7 +34,6 @@ from prefix_distill import distributed
 from prefix_distill import sharding
 from prefix_distill.config import Config
 from prefix_distill.config import ModelSpec
-from prefix_distill.data import prompts as prompts_lib
 from prefix_distill.data.rewriting import Asking
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.errors import one_line
@@ -530,7 +529,6 @@ class Run:
     cap, source = self.cap, prefix_schedule.source(config, step)
     place = self.setup.data.get_state()
     prompts, completions = next(self.setup.data)
-    prompts = prompts_lib.trim(prompts, config.data)
     asking = None
     if source == "rewrite":
       questions = self.setup.data.questions(prompts.index)

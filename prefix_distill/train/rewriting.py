@@ -97,7 +97,7 @@ class _Writer:
     shown = [(r.tokens, r.mask) for r in rollouts]
     if sharding.is_abstract(shown):
       return None
-    found = sharding.to_host(shown, self.microbatches.mesh)
+    found = sharding.to_host(shown)
     count = self.sampler.config.per_prompt
     tokens, mask = (
         microbatch.join(list(parts), count)

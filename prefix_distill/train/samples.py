@@ -55,7 +55,7 @@ class Inspected:
     prompts: NumPy prompts [B, S].
     tokens: int32 [B, P].
     mask: bool [B, P].
-    found: what `inspection.inspect` says of the first columns.
+    found: what `loss.inspect` says of the first columns.
   """
 
   prompts: PromptBatch

@@ -23,7 +23,6 @@ from prefix_distill import compilation
 from prefix_distill import sharding
 from prefix_distill.compilation import Program
 from prefix_distill.data.rewriting import Asking
-from prefix_distill.distill import inspection
 from prefix_distill.distill import loss as loss_lib
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.distill.prefix_schedule import Chosen
@@ -31,7 +30,7 @@ from prefix_distill.models import lora
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.rollout import generate
-from prefix_distill.rollout.sampling import Truncation
+from prefix_distill.rollout.generate import Truncation
 from prefix_distill.structs import Limits
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
@@ -197,9 +196,7 @@ class Programs:
     if config.rollout.source == "rewrite":
       self._rewriter = self._rewriting()
     self._score = Program("score", loss_lib.score, 2, out_shardings=rows)
-    self._inspect = Program(
-        "inspect", inspection.inspect, 5, out_shardings=rows
-    )
+    self._inspect = Program("inspect", loss_lib.inspect, 5, out_shardings=rows)
     self._init = Program(
         "init",
         functools.partial(step_lib.init_state, tx=self._tx),
@@ -419,9 +416,7 @@ class Programs:
     """
     models, spec = self._models, self._models.config.samples
     rollout = Rollout(rollout.tokens, rollout.mask)
-    batch, rollout = sharding.to_host(
-        (batch, rollout), models.mesh
-    )
+    batch, rollout = sharding.to_host((batch, rollout))
     rows, shards = len(rollout.tokens), sharding.batch_shards(models.mesh)
     count = min(spec.rollouts, rows)
     picked = np.arange(count) * (rows // count)
@@ -442,7 +437,7 @@ class Programs:
         teacher_params,
         *sharding.global_batch((batch, fitted), models.mesh),
     )
-    found = sharding.to_host(found, models.mesh)
+    found = sharding.to_host(found)
     return Inspected(batch, rollout.tokens, rollout.mask, found)
 
   def divergences(
@@ -480,7 +475,7 @@ class Programs:
           (batch, Rollout(tokens, mask)), self._models.mesh
       )
       nats = self._divergences(params, teacher_params, *inputs)
-      nats = microbatch.join(sharding.to_host(nats, self._models.mesh))
+      nats = microbatch.join(sharding.to_host(nats))
       found += [x[: len(y)] for x, y in zip(nats, part, strict=False)]
     return found
 
@@ -693,7 +688,7 @@ class Programs:
       self, shown: list[tuple], sampled: int
   ) -> list[np.ndarray | None]:
     """Brings what microbatches showed to the host, in the prompts' order."""
-    found = sharding.to_host(shown, self._models.mesh)
+    found = sharding.to_host(shown)
     size = len(found) // sampled
 
     def whole(kind: int) -> np.ndarray | None:

@@ -16,12 +16,12 @@ import toys
 
 from prefix_distill import sharding
 from prefix_distill.config import MeshSpec
-from prefix_distill.models import layers
+from prefix_distill.models import transformer
 from prefix_distill.plan import cost
 from prefix_distill.plan import machines
 from prefix_distill.plan import planner
 from prefix_distill.plan import programs
-from prefix_distill.rollout import sampling
+from prefix_distill.rollout import generate
 
 _MESHES = (
     MeshSpec(8, 1, 1),
@@ -49,7 +49,7 @@ def draw() -> list[str]:
   vocabulary = sharding.PartitionSpec(sharding.BATCH_AXES, "tensor")
   place = jax.sharding.NamedSharding(mesh, vocabulary)
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
-  choose = functools.partial(sampling.choose, greedy=False, mesh=mesh)
+  choose = functools.partial(generate.choose, greedy=False, mesh=mesh)
   compiled = (
       jax.jit(choose, in_shardings=(rows, place))
       .lower(keys, jax.ShapeDtypeStruct((8, 16 * 300), "float32"))
@@ -69,7 +69,7 @@ def main() -> None:
   # The faults that the audit is for: weights that nobody gathers outright, and
   # a table whose gradient is left to the partitioner.
   sharding.gather_layer = lambda layer, mesh: layer
-  layers.look_up = lambda table, tokens, dtype, mesh: table.astype(dtype)[
+  transformer.look_up = lambda table, tokens, dtype, mesh: table.astype(dtype)[
       tokens
   ]
   print(json.dumps(look(config, "faulty")), flush=True)

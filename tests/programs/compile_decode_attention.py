@@ -18,7 +18,8 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from prefix_distill.models import decode_attention  # noqa: E402
+from prefix_distill.models import attention  # noqa: E402
+from prefix_distill.models.kv_cache import LayerCache  # noqa: E402
 
 _OPCODE = re.compile(r" = (?:\(.*?\)|\S+) ([\w-]+)\(")
 # Views of what is there.
@@ -49,22 +50,22 @@ def _compiled(sizes, devices, dtype):
 
   heads = ("data", "tensor")
   cache = (batch, kv_heads, columns, head_dim)
-  args = [
-      array((batch, kv_heads * group, head_dim), jnp.bfloat16, *heads),
-      array(cache, dtype, *heads),
-      array(cache, dtype, *heads),
-      array((batch,), jnp.int32, "data"),
-  ]
+  kept, scales = array(cache, dtype, *heads), ()
   if dtype == jnp.int8:
-    args += [array(cache[:3], jnp.float32, *heads)] * 2
+    scales = [array(cache[:3], jnp.float32, *heads)] * 2
+  args = (
+      array((batch, kv_heads * group, head_dim), jnp.bfloat16, *heads),
+      LayerCache(kept, kept, *scales),
+      array((batch,), jnp.int32, "data"),
+  )
   function = jax.shard_map(
-      decode_attention.attend,
+      attention.decode_attention,
       mesh=mesh,
-      in_specs=tuple(x.sharding.spec for x in args),
+      in_specs=jax.tree.map(lambda x: x.sharding.spec, args),
       out_specs=args[0].sharding.spec,
       check_vma=False,
   )
-  return jax.jit(function).trace(*args).lower().compile(), args[1]
+  return jax.jit(function).trace(*args).lower().compile(), kept
 
 
 def main() -> None:
