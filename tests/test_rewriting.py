@@ -24,9 +24,9 @@ from prefix_distill.config import OptimizerSpec
 from prefix_distill.config import RewriteSpec
 from prefix_distill.config import RolloutSpec
 from prefix_distill.data import tokenizer as tokenizer_lib
+from prefix_distill.data.prompts import Asking
 from prefix_distill.data.prompts import PromptIterator
-from prefix_distill.data.rewriting import Asking
-from prefix_distill.data.rewriting import Rewriting
+from prefix_distill.data.prompts import Rewriting
 from prefix_distill.errors import ConfigError
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models.transformer import Model

@@ -52,10 +52,10 @@ from prefix_distill.rollout import generate
 from prefix_distill.rollout.sampling import Truncation
 from prefix_distill.structs import PromptBatch
 from prefix_distill.train import microbatch
-from prefix_distill.train import rewriting
 from prefix_distill.train import setup as setup_lib
 from prefix_distill.train.setup import Models
 from prefix_distill.train.update import Programs
+from prefix_distill.train.update import REWRITE_ROLE
 
 _GIB, _FLOAT32 = 2**30, 4
 # Evaluation's programs, by the model that writes the answers; and that of the
@@ -68,7 +68,7 @@ ANSWERING = (*EVALUATION.values(), ANSWER)
 _SAMPLING = ("move", "prefill", "layout", "decode", "cut")
 # Of the teacher that rewrites answers.
 _MOVE, _PREFILL, _LAYOUT, _DECODE = REWRITING = tuple(
-    f"{rewriting.TEACHER}{name}" for name in _SAMPLING[:4]
+    f"{REWRITE_ROLE}{name}" for name in _SAMPLING[:4]
 )
 REWRITING_ROWS = (_PREFILL, _DECODE)
 # The programs to compile, cheap ones first. The cut moves a few tokens.

@@ -35,7 +35,7 @@ from prefix_distill import sharding
 from prefix_distill.config import Config
 from prefix_distill.config import ModelSpec
 from prefix_distill.data import prompts as prompts_lib
-from prefix_distill.data.rewriting import Asking
+from prefix_distill.data.prompts import Asking
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.errors import one_line
 from prefix_distill.errors import UserError

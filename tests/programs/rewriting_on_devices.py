@@ -17,9 +17,9 @@ from prefix_distill.config import OptimizerSpec
 from prefix_distill.config import RewriteSpec
 from prefix_distill.config import RolloutSpec
 from prefix_distill.data import tokenizer as tokenizer_lib
+from prefix_distill.data.prompts import Asking
 from prefix_distill.data.prompts import PromptIterator
-from prefix_distill.data.rewriting import Asking
-from prefix_distill.data.rewriting import Rewriting
+from prefix_distill.data.prompts import Rewriting
 from prefix_distill.train import setup as setup_lib
 from prefix_distill.train import update
 
