@@ -405,18 +405,11 @@ def global_batch(tree: Any, mesh: jax.sharding.Mesh) -> Any:
   return jax.tree.map(spread, tree)
 
 
-def to_host(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+def to_host(tree: Any) -> Any:
   """Brings whole arrays to every process, as NumPy; every process calls it."""
   if jax.process_count() == 1:
     return jax.tree.map(np.asarray, tree)
-  place = replicated(mesh)
-  tree = jax.jit(lambda x: x, out_shardings=place)(tree)
-  return jax.tree.map(
-      lambda x: multihost_utils.global_array_to_host_local_array(
-          x, mesh, PartitionSpec()
-      ),
-      tree,
-  )
+  return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def bytes_per_device(tree: Any) -> int:

@@ -18,7 +18,6 @@ from typing import Any
 
 import huggingface_hub
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 import safetensors
@@ -525,13 +524,6 @@ def load_params(
   )
 
 
-def to_host(array: jax.Array) -> np.ndarray:
-  """Returns a whole array in every process; every process must call it."""
-  if jax.process_count() > 1:
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-  return np.asarray(array)
-
-
 def _write_weights(
     params: Params,
     adapters: Params,
@@ -571,9 +563,9 @@ def _write_weights(
     arrays = {}
     for name in names:
       _, leaf, i, tensor, pair = tensors[name]
-      whole = tensor.write(to_host(leaf if i is None else leaf[i]))
+      whole = tensor.write(sharding.to_host(leaf if i is None else leaf[i]))
       if pair:
-        b, a = (place.write(to_host(part[i])) for part, place in pair)
+        b, a = (place.write(sharding.to_host(part[i])) for part, place in pair)
         whole = whole.astype(np.float32) + scale * (b @ a)
       arrays[name] = np.ascontiguousarray(whole.astype(dtype))
     if writes:

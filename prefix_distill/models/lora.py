@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from prefix_distill import sharding
 from prefix_distill.config import Config
 from prefix_distill.config import LoraSpec
 from prefix_distill.errors import check
@@ -267,7 +268,7 @@ def export(
   )
   arrays = {}
   for _, leaf, tensor in hf.leaves(adapters, family):
-    whole = hf.to_host(leaf)
+    whole = sharding.to_host(leaf)
     for name, one in zip(tensor.names(len(whole)), whole, strict=True):
       array = tensor.write(one).astype(jnp.float32)
       arrays[name] = np.ascontiguousarray(array)

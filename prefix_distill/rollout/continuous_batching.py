@@ -283,7 +283,7 @@ class Engine:
     shown = (drawn.tokens, drawn.mask, state.live)
     if sharding.is_abstract(shown):
       return tuple(np.ones(x.shape, x.dtype) for x in shown)
-    return sharding.to_host(shown, self._model.mesh)
+    return sharding.to_host(shown)
 
 
 class _Table:

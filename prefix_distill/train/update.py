@@ -208,6 +208,16 @@ def sampler(
   )
 
 
+def abstract_weights(
+    model: Model, dtype: str, mesh: jax.sharding.Mesh
+) -> Params:
+  """Shapes and shardings of a model's weights in one dtype."""
+  shapes = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, dtype), model.abstract_params()
+  )
+  return sharding.with_shardings(shapes, mesh)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Writer:
   """Samples answers up to one length with one model.
@@ -237,7 +247,7 @@ class _Writer:
     shown = [(r.tokens, r.mask) for r in rollouts]
     if sharding.is_abstract(shown):
       return None
-    found = sharding.to_host(shown, self.microbatches.mesh)
+    found = sharding.to_host(shown)
     count = self.sampler.config.per_prompt
     tokens, mask = (
         microbatch.join(list(parts), count)
@@ -509,7 +519,7 @@ class Programs:
     if models.teacher is None:
       return None
     spec = models.config.teacher
-    shapes = self._abstract_weights(models.teacher, spec.param_dtype)
+    shapes = abstract_weights(models.teacher, spec.param_dtype, models.mesh)
     return sharding.moved(sharding.on_host, shapes) if spec.offload else shapes
 
   def abstract_base(self) -> Params | None:
@@ -518,14 +528,7 @@ class Programs:
     if models.student.config.lora is None:
       return None
     dtype = models.config.student.param_dtype
-    return self._abstract_weights(models.student.base, dtype)
-
-  def _abstract_weights(self, model: Model, dtype: str) -> Params:
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, dtype),
-        model.abstract_params(),
-    )
-    return sharding.with_shardings(shapes, self._models.mesh)
+    return abstract_weights(models.student.base, dtype, models.mesh)
 
   def resting(self) -> Any:
     """Returns shapes of what lies in the memory while answers are sampled."""
@@ -609,9 +612,7 @@ class Programs:
     """
     models, spec = self._models, self._models.config.samples
     rollout = Rollout(rollout.tokens, rollout.mask)
-    batch, rollout = sharding.to_host(
-        (batch, rollout), models.mesh
-    )
+    batch, rollout = sharding.to_host((batch, rollout))
     rows, shards = len(rollout.tokens), sharding.batch_shards(models.mesh)
     count = min(spec.rollouts, rows)
     picked = np.arange(count) * (rows // count)
@@ -632,7 +633,7 @@ class Programs:
         teacher_params,
         *sharding.global_batch((batch, fitted), models.mesh),
     )
-    found = sharding.to_host(found, models.mesh)
+    found = sharding.to_host(found)
     return Inspected(batch, rollout.tokens, rollout.mask, found)
 
   def divergences(
@@ -665,7 +666,7 @@ class Programs:
       rollout = _filled(part, shape, self._models.pad_id)
       inputs = sharding.global_batch((batch, rollout), self._models.mesh)
       nats = self._divergences(params, teacher_params, *inputs)
-      nats = microbatch.join(sharding.to_host(nats, self._models.mesh))
+      nats = microbatch.join(sharding.to_host(nats))
       found += [x[: len(y)] for x, y in zip(nats, part, strict=False)]
     return found
 
@@ -876,7 +877,7 @@ class Programs:
       self, shown: list[tuple], sampled: int
   ) -> list[np.ndarray | None]:
     """Brings what microbatches showed to the host, in the prompts' order."""
-    found = sharding.to_host(shown, self._models.mesh)
+    found = sharding.to_host(shown)
     size = len(found) // sampled
 
     def whole(kind: int) -> np.ndarray | None:
