@@ -231,7 +231,7 @@ def _encode_completion(
     text: str,
     max_len: int,
     opening: str,
-    ends: Sequence[int] = (),
+    ends: Sequence[int],
 ) -> tuple[tuple[np.ndarray, np.ndarray], list[str]]:
   """Encodes a completion, and says what was cut off.
 

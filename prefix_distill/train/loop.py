@@ -494,7 +494,9 @@ class Run:
     if not sets:
       return
     shown = self.keeper.problems(step, self.is_last(step))
-    sampler = evaluator.sampler_config(setup.tokenizer, spec, stop_ids)
+    sampler = evaluator.sampler_config(
+        spec, stop_ids, models.pad_id, models.num_tokens
+    )
     rows = microbatch.answers(
         models,
         model,
