@@ -23,7 +23,7 @@ from child import Measurement
 import jax
 import jax.numpy as jnp
 
-from prefix_distill.plan import machines
+from prefix_distill.plan import programs
 
 _MEGABYTES = 512
 _SIZE = 2048
@@ -90,7 +90,7 @@ def _device(bench: child.Bench) -> dict[str, Any]:
       "topology": next(
           (
               name
-              for name, chip in machines.CHIPS.items()
+              for name, chip in programs.CHIPS.items()
               if chip.platform == "gpu" and name.upper() in kind.upper()
           ),
           "",

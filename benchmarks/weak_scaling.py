@@ -14,9 +14,9 @@ import importlib.util
 import os
 import pathlib
 
-from prefix_distill.plan import machines
+from prefix_distill.plan import ENVIRONMENT
 
-os.environ.update(machines.ENVIRONMENT)
+os.environ.update(ENVIRONMENT)
 
 import rich.box  # noqa: E402
 import rich.console  # noqa: E402
@@ -65,9 +65,9 @@ def main() -> None:
     table.add_column(name, no_wrap=True)
   first = None
   for name in args.topologies:
-    machine = machines.parse(name)
+    machine = programs.parse_machine(name)
     config = _config(args.model, args.prefix, machine.size, args.rows)
-    plan = programs.build(config, machines.devices(machine))
+    plan = programs.build(config, programs.devices(machine))
     (stage,) = (s for s in plan.stages(args.prefix) if s.name == "gradient")
     one = programs.measure(programs.Job(plan, stage, args.prefix), machine)
     values = (

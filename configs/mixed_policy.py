@@ -12,11 +12,12 @@ student.
 
 Ours is all else: what the teacher is asked (in a chat turn of its own, with the
 problem and the student's answer), what is taken of what it writes and when a
-rewriting fails (`prefix_distill/data/rewriting.py`), after what the teacher
-scores it (`rollout.rewrite.scored_in`), the direction of the KL (the package's
-reverse KL over the whole vocabulary; --config.loss.exact.divergence for
-another), models, data, lengths and the optimizer. Prefixes of rewritten answers
-are --config.method=prefix with a schedule.
+rewriting fails (`Rewriting` in `prefix_distill/data/prompts.py`), after what
+the teacher scores it (`rollout.rewrite.scored_in`), the direction of the KL
+(the package's reverse KL over the whole vocabulary;
+--config.loss.exact.divergence for another), models, data, lengths and the
+optimizer. Prefixes of rewritten answers are --config.method=prefix with a
+schedule.
 
 The teacher scores in one of two contexts. After the student's own prompt
 ("prompt") it is what it is in all other distillation here: it says how it would

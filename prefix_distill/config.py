@@ -470,7 +470,7 @@ class RewriteSpec:
   """The teacher rewrites what the student has sampled.
 
   Mixed-policy distillation (arXiv 2605.08776, of which we know the abstract);
-  `data/rewriting.py` says what is taken of what the teacher writes.
+  `data/prompts.py` says what is taken of what the teacher writes.
 
   Attributes:
     prompt: is what the teacher is asked in a chat turn of its own, with the

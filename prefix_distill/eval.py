@@ -83,7 +83,7 @@ def evaluate(
   params = setup.load_model(spec, student, mesh, config.seed)
   model = models.for_sampling(student)
   sampler = evaluator.sampler_config(
-      tokenizer, config.evaluation, models.stop_ids
+      config.evaluation, models.stop_ids, models.pad_id, models.num_tokens
   )
   rows = microbatch.answers(
       models, model, sampler, params, evaluator.longest_prompt(problems)

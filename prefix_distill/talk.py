@@ -150,8 +150,9 @@ class Speaker:
     problems = evaluator.Problems(
         "prompts", batch, [""] * len(questions), num, 0
     )
+    tokenizer = self.tokenizer
     config = evaluator.sampler_config(
-        self.tokenizer, spec, self.tokenizer.stop_ids
+        spec, tokenizer.stop_ids, tokenizer.pad_id, tokenizer.num_tokens
     )
     shards = sharding.batch_shards(self.model.mesh)
     rows = min(len(questions) * num, _ROWS)
@@ -159,9 +160,7 @@ class Speaker:
         self.model, config, self.params, -(-rows // shards) * shards
     )
     draw = generate.Draw.of(spec.max_len, spec.temperature, spec.greedy)
-    return evaluator.complete(
-        engine, self.tokenizer, problems, num, seed, draw
-    )
+    return evaluator.complete(engine, tokenizer, problems, num, seed, draw)
 
   def _encode(
       self, questions: Sequence[Question], suffix: str, max_len: int

@@ -346,7 +346,10 @@ def test_an_exported_student_ends_its_answers_where_the_run_does(tmp_path):
       out, dtype=torch.float32, attn_implementation="eager"
   )
   assert theirs.generation_config.eos_token_id == list(stops)
-  sampler = evaluator.sampler_config(tokenizers[0], config.evaluation, stops)
+  tokenizer = tokenizers[0]
+  sampler = evaluator.sampler_config(
+      config.evaluation, stops, tokenizer.pad_id, tokenizer.num_tokens
+  )
   batch = jax.tree.map(lambda x: x[:20], inputs.problems["heldout"].batch)
   length = 128
 

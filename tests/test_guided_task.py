@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from configs import bundled
 from prefix_distill import assets
 from prefix_distill.config import DatasetSpec
 from prefix_distill.data import bundled_tasks
 from prefix_distill.data import records
 from prefix_distill.data import tokenizer as tokenizer_lib
-from prefix_distill.experiments import bundled_models
 
 _CONTEXTS = tuple(bundled_tasks.CONTEXTS)
 
@@ -136,14 +136,14 @@ def test_the_tokenizer_goes_on_from_the_others(tokenizer, tmp_path):
   assert len(vocab) == teacher.num_tokens + len(bundled_tasks.WORDS)
   assert tokenizer.stop_ids == teacher.stop_ids
   assert tokenizer.special_ids == teacher.special_ids
-  made = bundled_models.make_tokenizer("<|im_end|>", bundled_tasks.WORDS)
+  made = bundled.make_tokenizer("<|im_end|>", bundled_tasks.WORDS)
   made.save_pretrained(tmp_path)
   shipped = (assets.path("guided") / "tokenizer.json").read_text()
   assert (tmp_path / "tokenizer.json").read_text() == shipped
 
 
 def test_new_words_start_as_words_that_are_known(tmp_path):
-  bundled_models.make_guided(tmp_path / "start")
+  bundled.make_guided(tmp_path / "start")
   name = "model.embed_tokens.weight"
   old, new = (
       safetensors.numpy.load_file(path / "model.safetensors")

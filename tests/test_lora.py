@@ -39,7 +39,6 @@ from prefix_distill.models.config import PRODUCTS
 from prefix_distill.models.config import QWEN3_1_7B
 from prefix_distill.models.transformer import Model
 from prefix_distill.plan import cost
-from prefix_distill.plan import machines
 from prefix_distill.plan import planner
 from prefix_distill.plan import programs as plan_programs
 from prefix_distill.report import flops
@@ -767,7 +766,7 @@ def test_a_mesh_is_chosen_by_what_is_trained():
   config = dataclasses.replace(
       config, data=dataclasses.replace(config.data, batch_size=512)
   )
-  machine = machines.parse("h100:16")
+  machine = plan_programs.parse_machine("h100:16")
   mesh = planner.suggest_mesh(config, found, QWEN3_1_7B, machine)
   assert mesh == MeshSpec(2, 8, 1)
 

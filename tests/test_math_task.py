@@ -9,10 +9,10 @@ import sys
 
 import pytest
 
+from configs import bundled
 from prefix_distill import assets
 from prefix_distill.data import bundled_tasks
 from prefix_distill.data import tokenizer as tokenizer_lib
-from prefix_distill.experiments import bundled_models
 
 _STOPS = {
     "teacher": "<|im_end|>",
@@ -247,12 +247,12 @@ def test_decoding_inverts_encoding(tokenizer):
 
 @pytest.mark.parametrize("name", sorted(_STOPS))
 def test_the_bundled_tokenizer_is_what_its_maker_makes(name, tmp_path):
-  made = bundled_models.make_tokenizer(_STOPS[name])
-  bundled = tokenizer_lib.load(f"bundled:{name}").pretrained
-  assert bundled.get_vocab() == made.get_vocab()
-  assert bundled.chat_template == made.chat_template
-  assert bundled.eos_token == made.eos_token == _STOPS[name]
-  assert bundled.pad_token == made.pad_token
+  made = bundled.make_tokenizer(_STOPS[name])
+  loaded = tokenizer_lib.load(f"bundled:{name}").pretrained
+  assert loaded.get_vocab() == made.get_vocab()
+  assert loaded.chat_template == made.chat_template
+  assert loaded.eos_token == made.eos_token == _STOPS[name]
+  assert loaded.pad_token == made.pad_token
   made.save_pretrained(tmp_path)
   shipped = (assets.path(name) / "tokenizer.json").read_text()
   assert (tmp_path / "tokenizer.json").read_text() == shipped

@@ -26,13 +26,12 @@ from prefix_distill.evaluate import evaluator
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models.config import QWEN3_1_7B
 from prefix_distill.models.config import QWEN3_8B
-from prefix_distill.plan import machines
 from prefix_distill.plan import planner
 from prefix_distill.plan import programs
 from prefix_distill.plan.planner import Assumptions
 from prefix_distill.plan.programs import Measured
 
-GPU = machines.parse("h100:1")
+GPU = programs.parse_machine("h100:1")
 SMALL, LARGE = QWEN3_1_7B, QWEN3_8B
 
 
@@ -42,7 +41,7 @@ SMALL, LARGE = QWEN3_1_7B, QWEN3_8B
      ("v5e:4x4*2", 32), ("a100:1", 1), ("h200:16", 16)],
 )
 def test_a_machine_has_so_many_devices(name, size):
-  assert machines.parse(name).size == size
+  assert programs.parse_machine(name).size == size
 
 
 @pytest.mark.parametrize(
@@ -59,8 +58,8 @@ def test_a_machine_has_so_many_devices(name, size):
     ],
 )
 def test_another_machine_is_refused_with_what_there_is(name, text):
-  with pytest.raises(machines.MachineError) as error:
-    machines.parse(name)
+  with pytest.raises(programs.MachineError) as error:
+    programs.parse_machine(name)
   assert name in str(error.value)
   assert text in str(error.value)
 
@@ -164,7 +163,7 @@ def test_sampling_has_as_few_tensor_shards_as_the_memory_allows(
     machine, student, mesh
 ):
   found = planner.suggest_mesh(
-      config(), student, LARGE, machines.parse(machine)
+      config(), student, LARGE, programs.parse_machine(machine)
   )
   assert found == MeshSpec(*mesh)
 
@@ -173,7 +172,9 @@ def test_training_has_tensor_shards_where_there_are_more_devices_than_prompts():
   made = config()
   few = dataclasses.replace(made.data, batch_size=8)
   made = dataclasses.replace(made, data=few)
-  found = planner.suggest_mesh(made, SMALL, LARGE, machines.parse("v5e:4x4"))
+  found = planner.suggest_mesh(
+      made, SMALL, LARGE, programs.parse_machine("v5e:4x4")
+  )
   assert found == MeshSpec(1, 8, 2)
 
 
@@ -186,7 +187,7 @@ def test_long_answers_need_more_shards_to_lie_on():
       rollout=dataclasses.replace(made.rollout, per_prompt=8, max_len=16_384),
   )
   # Keys and values of one prompt's eight rollouts take 14 GiB.
-  tight, ample = map(machines.parse, ("v5e:4x4", "v6e:4x4"))
+  tight, ample = map(programs.parse_machine, ("v5e:4x4", "v6e:4x4"))
   assert planner.suggest_mesh(made, SMALL, LARGE, tight).sampling_tensor == 2
   assert planner.suggest_mesh(made, SMALL, LARGE, ample).sampling_tensor == 0
 
@@ -198,7 +199,7 @@ def measured(**changes) -> Measured:
 
 
 def test_a_program_takes_as_long_as_its_slowest_part():
-  machine = machines.parse("h100:8")
+  machine = programs.parse_machine("h100:8")
   half = Assumptions(utilization=0.5, reach=0.5, links=0.5)
   flops = measured(flops=8 * 989e12, moved=3352e9 / 4, times=3)
   assert planner.least_seconds(flops, machine, half) == (6.0, "FLOPs")
@@ -390,7 +391,7 @@ def test_the_compilers_refusal_is_read():
 
 def test_a_gpus_verdict_is_a_budget_and_a_tpus_the_compilers():
   gib = 2**30
-  gpu, tpu = machines.parse("h100:8"), machines.parse("v5e:4x4")
+  gpu, tpu = programs.parse_machine("h100:8"), programs.parse_machine("v5e:4x4")
   assert measured(memory=71 * gib).verdict(gpu)
   assert not measured(memory=72 * gib).verdict(gpu)
   assert measured(memory=17 * gib).verdict(tpu)
@@ -400,7 +401,7 @@ def test_a_gpus_verdict_is_a_budget_and_a_tpus_the_compilers():
 def _result(price: float = 0.0) -> planner.Result:
   """Ten updates of 1 to 10 hours, and 5 hours of evaluation, on 8 devices."""
   return planner.Result(
-      machines.parse("h100:8"),
+      programs.parse_machine("h100:8"),
       {},
       [],
       {},
@@ -516,7 +517,7 @@ class Memory:
 
   rows: Callable[[Config], int]
   needs: Callable[[Config, int], float]  # GiB, of a config and its rows.
-  machine: machines.Machine = machines.parse("h100:8")
+  machine: programs.Machine = programs.parse_machine("h100:8")
   measured: list = dataclasses.field(default_factory=list)
 
   def job(self, config, name, bucket):
@@ -704,7 +705,7 @@ def test_weights_are_gathered_once_a_rollout(audits):
 def stand_ins(monkeypatch):
   """The CPU in place of all devices; programs are traced and not compiled."""
   monkeypatch.setattr(
-      machines, "devices", lambda machine: jax.devices()[: machine.size]
+      programs, "devices", lambda machine: jax.devices()[: machine.size]
   )
   seen = []
 
@@ -719,7 +720,7 @@ def stand_ins(monkeypatch):
 
 
 def planned(made, machine: str = "h100:1") -> planner.Result:
-  question = planner.Question(made, machines.parse(machine))
+  question = planner.Question(made, programs.parse_machine(machine))
   return planner.plan(question, rich.console.Console(file=io.StringIO()))
 
 
@@ -740,7 +741,7 @@ def test_an_fsdp_axis_of_all_devices_fills_the_machine(
       mesh=MeshSpec(data=1, fsdp=-1),
       data=dataclasses.replace(large.data, batch_size=16),
   )
-  question = planner.Question(made, machines.parse(machine))
+  question = planner.Question(made, programs.parse_machine(machine))
   found, said = planner._choose_mesh(question)
   assert found.mesh == MeshSpec(*mesh.values())
   assert said.startswith(f"Mesh: {note}")
@@ -779,7 +780,9 @@ def test_a_plan_counts_the_answers_that_evaluations_score(models, stand_ins):
   assert stage.times * stage.rows == rows and job.bucket == spec.max_len
   # A whole batch for the last answer too, before and after the updates.
   reckoner = planner._Reckoner(
-      plan, result.programs, planner.Question(made, machines.parse("h100:1"))
+      plan,
+      result.programs,
+      planner.Question(made, programs.parse_machine("h100:1")),
   )
   once = reckoner._run(stage, spec.max_len)[0]
   assert result.evaluation[name] == pytest.approx(2 * 2 * once / 3600)

@@ -24,27 +24,16 @@ from prefix_distill.config import OptimizerSpec
 from prefix_distill.config import RewriteSpec
 from prefix_distill.config import RolloutSpec
 from prefix_distill.data import tokenizer as tokenizer_lib
+from prefix_distill.data.prompts import Asking
 from prefix_distill.data.prompts import PromptIterator
-from prefix_distill.data.rewriting import Asking
-from prefix_distill.data.rewriting import Rewriting
+from prefix_distill.data.prompts import Rewriting
 from prefix_distill.errors import ConfigError
-from prefix_distill.models import huggingface as hf
-from prefix_distill.models.transformer import Model
 from prefix_distill.report import flops
 from prefix_distill.report import report
 from prefix_distill.rollout import generate
 from prefix_distill.train import loop
-from prefix_distill.train import setup as setup_lib
 from prefix_distill.train import update
 
-_SPEC = RewriteSpec(
-    prompt="{question} {answer} Be brief.",
-    thoughts="keep",
-    scored_in="rewriting",
-    max_draft_len=12,
-    max_prompt_len=144,
-    max_len=10,
-)
 _QUESTION = "Ann has 7 pens."
 
 
@@ -55,7 +44,7 @@ def tokenizer():
 
 def _config(student="a", teacher="b", **changes) -> config_lib.Config:
   """A small run whose answers are rewritten; changes are of `rewrite`."""
-  spec = dataclasses.replace(_SPEC, **changes)
+  spec = dataclasses.replace(toys.REWRITE, **changes)
   return toys.run_config(
       student,
       teacher,
@@ -211,45 +200,20 @@ def test_what_needs_a_tokenizer_to_be_refused(tokenizer, changes, words):
   assert words in str(error.value) and str(error.value).endswith(".")
 
 
-@dataclasses.dataclass
 class _Small:
   """A run's programs, for updates on one device."""
 
-  config: config_lib.Config
-  student: str
-  teacher: str
-
-  def __post_init__(self):
+  def __init__(self, config: config_lib.Config):
     mesh = sharding.make_mesh(MeshSpec(), jax.devices()[:1])
-    self.tokenizer = tokenizer_lib.load(self.student)
-    self.stops = tuple(range(0, self.tokenizer.num_tokens, 12))
-    self.models = setup_lib.Models(
-        self.config,
-        mesh,
-        *self._architectures(mesh),
-        self.tokenizer.num_tokens,
-        self.tokenizer.pad_id,
-        self.tokenizer.special_ids,
-        self.stops,
-        self.stops,
+    self.config = config
+    self.models, self.tokenizer, (self.params, self.teacher_params) = (
+        toys.load_models(config, mesh)
     )
+    self.stops = self.models.stop_ids
     self.programs = update.Programs(self.models)
-    self.params, self.teacher_params = (
-        setup_lib.load_model(spec, model, mesh, 0)
-        for spec, model in (
-            (self.config.student, self.models.student),
-            (self.config.teacher, self.models.teacher),
-        )
-    )
-    data = PromptIterator(self.config.data, self.tokenizer, seed=0)
+    data = PromptIterator(config.data, self.tokenizer, seed=0)
     self.prompts = next(data)[0]
     self.questions = data.questions(self.prompts.index)
-
-  def _architectures(self, mesh):
-    return (
-        Model(hf.read_config(path), mesh=mesh)
-        for path in (self.student, self.teacher)
-    )
 
   def rewriting(self, stops=None) -> Rewriting:
     stops = self.stops if stops is None else stops
@@ -290,7 +254,7 @@ def small(request, paths):
   optimizer = OptimizerSpec(learning_rate=1e-2, clip_norm=0.0)
   data = dataclasses.replace(config.data, batch_size=4)
   config = dataclasses.replace(config, optimizer=optimizer, data=data)
-  return _Small(config, *paths)
+  return _Small(config)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,8 @@ import numpy as np
 
 from prefix_distill import assets
 from prefix_distill import config as config_lib
+from prefix_distill.data import tokenizer as tokenizer_lib
+from prefix_distill.data.tokenizer import Tokenizer
 from prefix_distill.distill import chunked_head
 from prefix_distill.distill import divergence
 from prefix_distill.distill import loss as loss_lib
@@ -39,6 +41,15 @@ _TESTS = pathlib.Path(__file__).parent
 NUM_TOKENS = 13
 STOPS = (11, 12)
 PAD = 0
+# How a teacher rewrites a toy's answers.
+REWRITE = config_lib.RewriteSpec(
+    prompt="{question} {answer} Be brief.",
+    thoughts="keep",
+    scored_in="rewriting",
+    max_draft_len=12,
+    max_prompt_len=144,
+    max_len=10,
+)
 # A run of the command line that takes seconds.
 SMALL_RUN = (
     "--config=configs/math.py:tiny-weak",
@@ -193,6 +204,31 @@ def models(
       special_ids=STOPS,
       **changes,
   )
+
+
+def load_models(
+    config: config_lib.Config, mesh: jax.sharding.Mesh
+) -> tuple[setup_lib.Models, Tokenizer, list[Params]]:
+  """Reads the models of a config, with so many stops that most answers end."""
+  tokenizer = tokenizer_lib.load(config.student.path)
+  stops = tuple(range(0, tokenizer.num_tokens, 12))
+  specs = config.student, config.teacher
+  both = [Model(hf.read_config(spec.path), mesh=mesh) for spec in specs]
+  models = setup_lib.Models(
+      config,
+      mesh,
+      *both,
+      tokenizer.num_tokens,
+      tokenizer.pad_id,
+      tokenizer.special_ids,
+      stops,
+      stops,
+  )
+  params = [
+      setup_lib.load_model(spec, model, mesh, 0)
+      for spec, model in zip(specs, both, strict=True)
+  ]
+  return models, tokenizer, params
 
 
 def write_model(directory: pathlib.Path, seed: int, tokenizer: str) -> str:

@@ -483,7 +483,7 @@ def _not_loaded(spec: DatasetSpec, error: Exception) -> DataError:
 
 
 def _read_dataset(
-    spec: DatasetSpec, names: Sequence[str], first: bool = False
+    spec: DatasetSpec, names: Sequence[str], first: bool
 ) -> Sequence[dict[str, Any]]:
   """Loads a data set, or a list of its first records, which are streamed."""
   try:
@@ -763,7 +763,7 @@ class Records(Sequence):
       source: str,
       records: Sequence[Any] | Mapping[int, Any],
       numbers: Sequence[int],
-      is_whole: bool = True,
+      is_whole: bool,
   ):
     self._source, self._records, self.numbers = source, records, numbers
     self.is_whole = is_whole

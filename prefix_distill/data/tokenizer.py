@@ -198,7 +198,7 @@ class Tokenizer:
         i for i, token in added.items() if token.special or i in self.stop_ids
     )
 
-  def end_of_text(self, text: str, more: Sequence[int] = ()) -> int:
+  def end_of_text(self, text: str, more: Sequence[int]) -> int:
     """Returns where the text of stop tokens at a text's end begins.
 
     Args:

@@ -357,13 +357,16 @@ def summarize(
 
 
 def sampler_config(
-    tokenizer: Tokenizer, spec: EvaluationSpec, stop_ids: tuple[int, ...]
+    spec: EvaluationSpec,
+    stop_ids: tuple[int, ...],
+    pad_id: int,
+    num_tokens: int,
 ) -> generate.SamplerConfig:
   """Returns the sampler's settings for evaluation."""
   return generate.SamplerConfig(
-      stop_ids=stop_ids,
-      pad_id=tokenizer.pad_id,
-      num_tokens=tokenizer.num_tokens,
+      stop_ids,
+      pad_id,
+      num_tokens,
       truncation=Truncation(spec.top_k, spec.top_p),
   )
 

@@ -16,10 +16,10 @@ import os
 import pathlib
 import sys
 
-from prefix_distill.plan import machines
+from prefix_distill.plan import ENVIRONMENT
 
 # Before JAX is imported.
-os.environ.update(machines.ENVIRONMENT)
+os.environ.update(ENVIRONMENT)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # Compilers log a lot.
 
 from absl import app  # noqa: E402
@@ -37,11 +37,13 @@ from prefix_distill.errors import ConfigError  # noqa: E402
 from prefix_distill.errors import shown  # noqa: E402
 from prefix_distill.errors import UserError  # noqa: E402
 from prefix_distill.plan import planner  # noqa: E402
-from prefix_distill.plan.machines import Machine  # noqa: E402
 from prefix_distill.plan.planner import Assumptions  # noqa: E402
 from prefix_distill.plan.planner import Result  # noqa: E402
 from prefix_distill.plan.planner import TooLargeError  # noqa: E402
+from prefix_distill.plan.programs import known_machines  # noqa: E402
+from prefix_distill.plan.programs import Machine  # noqa: E402
 from prefix_distill.plan.programs import Measured  # noqa: E402
+from prefix_distill.plan.programs import parse_machine  # noqa: E402
 from prefix_distill.plan.programs import REWRITING  # noqa: E402
 
 _GIB = 2**30
@@ -324,12 +326,12 @@ def main(argv: list[str]) -> None:
   del argv
   logging.set_verbosity(logging.ERROR)
   if not _TOPOLOGY.value:
-    sys.exit(f"error: --topology is missing; there are {machines.known()}.")
+    sys.exit(f"error: --topology is missing; there are {known_machines()}.")
   try:
     _check_json()
     question = planner.Question(
         command_line.config(),
-        machines.parse(_TOPOLOGY.value),
+        parse_machine(_TOPOLOGY.value),
         planner.read_lengths(_PREFIX.value),
         _MESH.value,
         _assumptions(),

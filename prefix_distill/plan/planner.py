@@ -39,10 +39,9 @@ from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.config import num_adapters
 from prefix_distill.models.config import num_params
 from prefix_distill.models.config import num_trained
-from prefix_distill.plan import machines
 from prefix_distill.plan import programs
-from prefix_distill.plan.machines import Machine
 from prefix_distill.plan.programs import Look
+from prefix_distill.plan.programs import Machine
 from prefix_distill.plan.programs import Measured
 from prefix_distill.plan.programs import Plan
 from prefix_distill.plan.programs import Stage
@@ -122,7 +121,7 @@ def measured(file: pathlib.Path, price: float = 0.0) -> Assumptions:
         " of benchmarks/accelerator.py."
     ) from error
   name = next((str(one["device"]) for one in done if "device" in one), "")
-  kind = next((k for k in machines.CHIPS if k in name.lower()), None)
+  kind = next((k for k in programs.CHIPS if k in name.lower()), None)
   updates = [
       one
       for one in done
@@ -130,7 +129,7 @@ def measured(file: pathlib.Path, price: float = 0.0) -> Assumptions:
       and one["name"].endswith((" score", " gradient"))
   ]
   rollouts = [one for one in done if "least_bytes" in one]
-  kinds = f"a device of a known kind ({', '.join(machines.CHIPS)})"
+  kinds = f"a device of a known kind ({', '.join(programs.CHIPS)})"
   for found, wanted in (
       (kind, kinds),
       (updates or rollouts, "a rollout, of score or of gradient"),
@@ -140,7 +139,7 @@ def measured(file: pathlib.Path, price: float = 0.0) -> Assumptions:
           f"--measured={file} holds no line of {wanted}; run"
           " benchmarks/accelerator.py to its end, or leave --measured out."
       )
-  chip, found, missing = machines.CHIPS[kind], {}, ""
+  chip, found, missing = programs.CHIPS[kind], {}, ""
   if updates:
     flops, spent = (sum(one[k] for one in updates) for k in ("flops", "phase"))
     found["utilization"] = flops / spent / chip.flops
@@ -719,7 +718,7 @@ def plan(question: Question, console: rich.console.Console) -> Result:
   machine, buckets = question.machine, _lengths(question)
   # Before the work: the size of a set may not be known.
   num_answers(config.evaluation, [*config.evaluation.sets])
-  look = Look(machine, machines.devices(machine), console)
+  look = Look(machine, programs.devices(machine), console)
   check_weights(look.build(config), machine)
   notes = [note]
   if config.is_supervised:

@@ -1,5 +1,7 @@
 """A run's programs for a machine that is not there: called, compiled, measured.
 
+A machine is known by its devices' data sheets, and by how to get its compiler.
+
 The run's own update and its own evaluation are called on shapes; no array
 exists. What a compiler says of a program is kept in a file, named by a hash of
 the program's text, the machine and the versions. A second look then costs the
@@ -7,10 +9,12 @@ tracing alone.
 """
 
 from collections.abc import Iterable
+from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -18,6 +22,7 @@ import time
 from typing import Any
 
 import jax
+from jax.experimental import topologies
 import numpy as np
 import rich.console
 
@@ -29,6 +34,9 @@ from prefix_distill.config import Config
 from prefix_distill.distill import chunked_head
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.errors import ConfigError
+from prefix_distill.errors import shown
+from prefix_distill.errors import UserError
+from prefix_distill.evaluate import evaluator
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models import lora
 from prefix_distill.models.config import ModelConfig
@@ -46,18 +54,25 @@ from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.plan import cost
 from prefix_distill.plan.cost import Allowed
-from prefix_distill.plan.machines import Machine
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
 from prefix_distill.rollout.generate import Truncation
 from prefix_distill.structs import PromptBatch
 from prefix_distill.train import microbatch
-from prefix_distill.train import rewriting
 from prefix_distill.train import setup as setup_lib
+from prefix_distill.train import update
 from prefix_distill.train.setup import Models
 from prefix_distill.train.update import Programs
+from prefix_distill.train.update import REWRITE_ROLE
 
 _GIB, _FLOAT32 = 2**30, 4
+# JAX says one of these when a compiler is not installed.
+_MISSING = re.compile(
+    "not installed|not found|plugin|unknown backend|not implemented for cuda"
+)
+# More devices than any pod has.
+_MOST_DEVICES = 2**16
+_TARGETS = pathlib.Path(__file__).parent / "targets"
 # Evaluation's programs, by the model that writes the answers; and that of the
 # teacher which answers the prompts of SeqKD before the first update.
 EVALUATION = {"student": "evaluate", "teacher": "evaluate teacher"}
@@ -68,7 +83,7 @@ ANSWERING = (*EVALUATION.values(), ANSWER)
 _SAMPLING = ("move", "prefill", "layout", "decode", "cut")
 # Of the teacher that rewrites answers.
 _MOVE, _PREFILL, _LAYOUT, _DECODE = REWRITING = tuple(
-    f"{rewriting.TEACHER}{name}" for name in _SAMPLING[:4]
+    f"{REWRITE_ROLE}{name}" for name in _SAMPLING[:4]
 )
 REWRITING_ROWS = (_PREFILL, _DECODE)
 # The programs to compile, cheap ones first. The cut moves a few tokens.
@@ -104,6 +119,162 @@ _USED = re.compile(
     r"(?: of |\) exceeds available HBM \()([\d.]+)([KMGT])"
 )
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class MachineError(UserError):
+  """A machine that is not known, or whose compiler is not installed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """A device's data sheet.
+
+  Attributes:
+    platform: "tpu" or "gpu".
+    flops: dense bfloat16 FLOPs a second.
+    memory: bytes that programs may use. On a TPU what the compiler allows; on a
+      GPU nine tenths, for XLA's allocator and the libraries need some.
+    bandwidth: bytes a second of the memory.
+    link: bytes a second that a device sends, one way, over all links.
+    accelerator: a TPU's accelerator type, without the size.
+    host: devices of a host.
+  """
+
+  platform: str
+  flops: float
+  memory: float
+  bandwidth: float
+  link: float
+  accelerator: str = ""
+  host: int = 4
+
+
+# Numbers are of the makers' data sheets.
+CHIPS: Mapping[str, Chip] = {
+    "v5e": Chip("tpu", 197e12, 15.75 * _GIB, 819e9, 180e9, "v5litepod"),
+    "v5p": Chip("tpu", 459e12, 95.73 * _GIB, 2765e9, 540e9, "v5p"),
+    "v6e": Chip("tpu", 918e12, 31.24 * _GIB, 1640e9, 360e9, "v6e"),
+    "a100": Chip("gpu", 312e12, 0.9 * 79.15 * _GIB, 2039e9, 300e9, "", 8),
+    "h100": Chip("gpu", 989e12, 0.9 * 79.1 * _GIB, 3352e9, 450e9, "", 8),
+    "h200": Chip("gpu", 989e12, 0.9 * 139.8 * _GIB, 4800e9, 450e9, "", 8),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+  """A number of devices of one kind.
+
+  Attributes:
+    name: as it was asked for.
+    chip: data sheet of each device.
+    shape: devices along each dimension of a TPU's slice; the number of GPUs.
+    slices: number of a TPU's slices.
+  """
+
+  name: str
+  chip: Chip
+  shape: tuple[int, ...]
+  slices: int = 1
+
+  @property
+  def size(self) -> int:
+    return math.prod(self.shape) * self.slices
+
+
+def known_machines() -> str:
+  """Returns a sentence's part that names the machines."""
+  tpus = [k for k, chip in CHIPS.items() if chip.platform == "tpu"]
+  gpus = [k for k, chip in CHIPS.items() if chip.platform == "gpu"]
+  return (
+      f"TPUs {', '.join(tpus)} with the shape of a slice, as v5e:4x4 or"
+      " v5p:2x2x2 (two such slices: v5e:4x4*2), and GPUs"
+      f" {', '.join(gpus)} with their number, as h100:8"
+  )
+
+
+def parse_machine(name: str) -> Machine:
+  """Reads "v5e:4x4", "v5e:4x4*2" (two slices) or "h100:8".
+
+  Raises:
+    MachineError: the name is of another form, or of no such machine.
+  """
+  number = "[0-9]{1,6}"
+  found = re.fullmatch(
+      rf"(\w+):({number}(?:x{number})*)(?:\*({number}))?", name
+  )
+  kind = found and CHIPS.get(found[1])
+  if not kind:
+    raise MachineError(
+        f"--topology={shown(name)[1:-1]} is not known; there are"
+        f" {known_machines()}."
+    )
+  shape = tuple(map(int, found[2].split("x")))
+  slices = int(found[3] or 1)
+  size = math.prod(shape) * slices
+  if not 1 <= size <= _MOST_DEVICES:
+    raise MachineError(
+        f"--topology={shown(name)[1:-1]} has {size} devices; use 1 or more, up"
+        f" to {_MOST_DEVICES}."
+    )
+  if kind.platform == "gpu":
+    if len(shape) > 1 or slices > 1:
+      raise MachineError(
+          f"--topology={name}: GPUs have a number and no shape; use"
+          f" {found[1]}:{math.prod(shape) * slices}."
+      )
+    if shape[0] > kind.host and shape[0] % kind.host:
+      raise MachineError(
+          f"--topology={name}: {shape[0]} GPUs do not fill hosts of"
+          f" {kind.host}; use a multiple of {kind.host}."
+      )
+  wanted = 3 if found[1] == "v5p" else 2
+  if kind.platform == "tpu" and len(shape) != wanted:
+    raise MachineError(
+        f"--topology={name}: slices of {found[1]} have {wanted} dimensions;"
+        f" use {found[1]}:{'x'.join(['2'] * wanted)} or the like."
+    )
+  return Machine(name, kind, shape, slices)
+
+
+def devices(machine: Machine) -> list:
+  """Returns devices to compile for, none of which is there.
+
+  Raises:
+    MachineError: the compiler is not installed, or knows no such slice.
+  """
+  kind, platform = machine.name.partition(":")[0], machine.chip.platform
+  try:
+    if platform == "tpu":
+      size = math.prod(machine.shape)
+      # The compiler wants some accelerator type; the shape counts.
+      os.environ.setdefault(
+          "TPU_ACCELERATOR_TYPE", f"{machine.chip.accelerator}-{size}"
+      )
+      options = {"num_slices": machine.slices} if machine.slices > 1 else {}
+      name = f"{kind}:{'x'.join(map(str, machine.shape))}"
+      return topologies.get_topology_desc(name, "tpu", **options).devices
+    hosts = max(machine.size // machine.chip.host, 1)
+    return topologies.get_topology_desc(
+        "compile_only",
+        "cuda",
+        topology=f"1x{hosts}x{machine.size // hosts}",
+        target_config=(_TARGETS / f"{kind}.txtpb").read_text(),
+    ).devices
+  except Exception as error:  # libtpu and the plugins raise many kinds.
+    reason = " ".join(str(error).split())[:300]
+    if _MISSING.search(reason.lower()):
+      compiler, install = "cuda", "'jax[cuda13]' (or [cuda12])"
+      if platform == "tpu":
+        compiler, install = "tpu", "'jax[tpu]'"
+      raise MachineError(
+          f"--topology={machine.name} needs the compiler for {compiler}, which"
+          f" is not installed here; run: pip install {install}."
+          f" ({reason})"
+      ) from error
+    raise MachineError(
+        f"--topology={machine.name} is refused by the compiler ({reason});"
+        f" there are {known_machines()}."
+    ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,9 +426,9 @@ class Plan:
     models, spec = self.models, self.models.config.evaluation
     if not spec.sets:
       return []
-    stages = self._evaluate(models.student, EVALUATION["student"])
+    stages = self._evaluate("student", models.student, self.student_params)
     if spec.teacher and models.teacher is not None:
-      stages += self._evaluate(models.teacher, EVALUATION["teacher"])
+      stages += self._evaluate("teacher", models.teacher, self.teacher_params)
     return stages
 
   def scoring(self) -> list[Stage]:
@@ -303,30 +474,19 @@ class Plan:
     """Shapes of the weights of the teacher that answers."""
     models = self.answering
     dtype = models.config.teacher.param_dtype
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, dtype),
-        models.teacher.abstract_params(),
-    )
-    return sharding.with_shardings(shapes, models.mesh)
+    return update.abstract_weights(models.teacher, dtype, models.mesh)
 
-  def _evaluate(self, model: Model, name: str) -> list[Stage]:
+  def _evaluate(self, role: str, model: Model, params: Params) -> list[Stage]:
     models, spec = self.models, self.models.config.evaluation
     model = models.for_sampling(model)
-    config = generate.SamplerConfig(
-        models.stop_ids,
-        models.pad_id,
-        models.num_tokens,
-        truncation=Truncation(spec.top_k, spec.top_p),
+    config = evaluator.sampler_config(
+        spec, models.stop_ids, models.pad_id, models.num_tokens
     )
     prompt = self._longest_prompt
     resting = self.programs.resting()
     rows = microbatch.answers(models, model, config, resting, prompt)
-    params = sharding.with_shardings(model.abstract_params(), models.mesh)
-    if name == EVALUATION["student"]:
-      params = self.student_params
-    return self._decoding(
-        name, model, config, params, (rows, prompt, spec.max_len)
-    )
+    shape = rows, prompt, spec.max_len
+    return self._decoding(EVALUATION[role], model, config, params, shape)
 
   def _decoding(
       self,

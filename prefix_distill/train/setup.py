@@ -15,7 +15,7 @@ from prefix_distill.config import ModelSpec
 from prefix_distill.data import prompts
 from prefix_distill.data import tokenizer as tokenizer_lib
 from prefix_distill.data.prompts import PromptIterator
-from prefix_distill.data.rewriting import Rewriting
+from prefix_distill.data.prompts import Rewriting
 from prefix_distill.data.tokenizer import Tokenizer
 from prefix_distill.distill import divergence
 from prefix_distill.distill import loss as loss_lib

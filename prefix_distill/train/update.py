@@ -3,6 +3,9 @@
 It is described once, as `Programs.update`. On arrays it trains. On shapes it
 says which programs it would run, in which order and how often: so programs are
 compiled ahead in the background, and planned for machines that are not there.
+
+Answers are sampled by the student or the teacher, given, or rewritten: then the
+student drafts, the teacher rewrites, and the update has two samplings.
 """
 
 from collections.abc import Callable
@@ -22,13 +25,16 @@ import numpy as np
 from prefix_distill import compilation
 from prefix_distill import sharding
 from prefix_distill.compilation import Program
-from prefix_distill.data.rewriting import Asking
+from prefix_distill.data.prompts import Asking
+from prefix_distill.data.prompts import REWRITING_FAILURES
+from prefix_distill.data.prompts import Taken
 from prefix_distill.distill import loss as loss_lib
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.distill.prefix_schedule import Chosen
 from prefix_distill.models import lora
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
+from prefix_distill.report import flops
 from prefix_distill.rollout import generate
 from prefix_distill.rollout.generate import Truncation
 from prefix_distill.structs import Limits
@@ -36,7 +42,6 @@ from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 from prefix_distill.structs import TeacherScores
 from prefix_distill.train import microbatch
-from prefix_distill.train import rewriting
 from prefix_distill.train import step as step_lib
 from prefix_distill.train.microbatch import Microbatches
 from prefix_distill.train.samples import Inspected
@@ -44,6 +49,11 @@ from prefix_distill.train.setup import Models
 from prefix_distill.train.step import Gradient
 from prefix_distill.train.step import Microbatch
 from prefix_distill.train.step import TrainState
+
+# The programs of the teacher's sampling, when it rewrites, begin with it.
+REWRITE_ROLE = "rewrite_"
+# Sets the teacher's draws apart from the student's.
+_SALT = 1
 
 
 class Clock:
@@ -98,6 +108,39 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rewritten:
+  """What an update's rewritings were; NumPy, in every process.
+
+  Attributes:
+    lengths: of drafts, turns and rewritings.
+    shortened: bool [rollouts], whether a draft's end was not shown.
+    failed: of each rollout, one of `REWRITING_FAILURES`, or "".
+  """
+
+  lengths: flops.RewritingLengths
+  shortened: np.ndarray
+  failed: Sequence[str]
+
+  def metrics(self) -> dict[str, float]:
+    """Returns shares of the rollouts, and mean lengths in tokens.
+
+    `rewritten` is the share that is learned, `rewritten_len` the mean length
+    of those, before the cap; the other lengths are of all.
+    """
+    these, failed = self.lengths, np.array(self.failed)
+    done = failed == ""
+    line = {
+        "rewritten": float(np.mean(done)),
+        "draft_len": float(np.mean(these.drafts)),
+        "rewriting_len": float(np.mean(these.written)),
+        "rewritten_len": float(these.kept.sum() / max(done.sum(), 1)),
+        "drafts_shortened": float(np.mean(self.shortened)),
+    }
+    shares = {r: float(np.mean(failed == r)) for r in REWRITING_FAILURES}
+    return line | {f"rewrite_{r}": x for r, x in shares.items() if x}
+
+
+@dataclasses.dataclass(frozen=True)
 class Outcome:
   """What an update showed: whole arrays, in every process.
 
@@ -119,7 +162,7 @@ class Outcome:
   trained: np.ndarray
   minima: np.ndarray | None
   inspected: Inspected | None = None
-  rewritten: rewriting.Rewritten | None = None
+  rewritten: Rewritten | None = None
 
 
 class _Closed(Exception):
@@ -162,6 +205,164 @@ def sampler(
       models.mesh,
       role,
   )
+
+
+def abstract_weights(
+    model: Model, dtype: str, mesh: jax.sharding.Mesh
+) -> Params:
+  """Shapes and shardings of a model's weights in one dtype."""
+  shapes = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, dtype), model.abstract_params()
+  )
+  return sharding.with_shardings(shapes, mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Writer:
+  """Samples answers up to one length with one model.
+
+  Attributes:
+    sampler: has that length as its only bucket.
+    microbatches: of its prompts.
+  """
+
+  sampler: generate.Sampler
+  microbatches: Microbatches
+
+  def write(
+      self,
+      params: Params,
+      prompts: PromptBatch,
+      key: jax.Array,
+      poll: Callable[[], None],
+  ) -> list[np.ndarray] | None:
+    """Returns the tokens of each answer, on the host; None on shapes."""
+    (length,) = self.sampler.buckets
+    batches = self.microbatches.for_sampling(prompts, length)
+    rollouts = [
+        self.sampler.sample(params, batch, key, length, poll)
+        for batch in batches
+    ]
+    shown = [(r.tokens, r.mask) for r in rollouts]
+    if sharding.is_abstract(shown):
+      return None
+    found = sharding.to_host(shown)
+    count = self.sampler.config.per_prompt
+    tokens, mask = (
+        microbatch.join(list(parts), count)
+        for parts in zip(*found, strict=True)
+    )
+    return [row[kept] for row, kept in zip(tokens, mask, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rewriter:
+  """Samples the student's drafts, and the teacher's rewritings of them.
+
+  The answers go to the host of every process, which all make the same turns for
+  the teacher of them and take the same tokens of what it writes (`Rewriting`);
+  no process waits for another's text. A draw depends on the update's key, the
+  record and the rollout's number alone, so neither microbatches, nor devices,
+  nor a restart change what is learned.
+
+  Called on shapes, both samplings and the prompts between them are shapes.
+
+  Attributes:
+    models: of the run.
+    microbatches: of the update.
+    drafter: samples with the student.
+    writer: samples with the teacher.
+  """
+
+  models: Models
+  microbatches: Microbatches
+  drafter: _Writer
+  writer: _Writer
+
+  @property
+  def used(self) -> int:
+    """How many variants of prefill and decode have run."""
+    return self.drafter.sampler.used + self.writer.sampler.used
+
+  def rewrite(
+      self,
+      params: Params,
+      prompts: PromptBatch,
+      drafts: list[np.ndarray] | None,
+      asking: Asking | None,
+      key: jax.Array,
+      cap: int,
+      poll: Callable[[], None],
+  ) -> tuple[tuple[PromptBatch, Rollout], Rewritten | None]:
+    """Returns prompts and rollouts to learn from, on the mesh of training.
+
+    A rollout has the beginning of a rewriting after the student's prompt; none
+    of its tokens counts if the rewriting failed. Its static length is the
+    bucket of the longest one, at most that of the cap.
+
+    Args:
+      params: the teacher's, on the devices.
+      prompts: [B, S].
+      drafts: the student's answers [prompts * per_prompt]; None on shapes.
+      asking: the update's questions; None on shapes.
+      key: of the update.
+      cap: in tokens.
+      poll: called before each segment; it may raise to stop.
+    """
+    mesh, bucket = self.models.mesh, self.microbatches.bucket
+    turns = self._abstract_turns(prompts)
+    if drafts is not None:
+      asked = asking.ask(drafts)
+      turns = asked.prompts
+    turns = sharding.global_batch(turns, mesh)
+    if not sharding.is_abstract(key):
+      key = jax.random.fold_in(key, _SALT)
+    written = self.writer.write(params, turns, key, poll)
+    batch = self.microbatches.repeat(prompts)
+    if self.models.config.rollout.rewrite.scored_in == "rewriting":
+      batch = dataclasses.replace(
+          batch, teacher_tokens=turns.tokens, teacher_mask=turns.mask
+      )
+    if written is None:
+      shape = (len(batch.tokens), bucket(cap))
+      rollout = Rollout(
+          jax.ShapeDtypeStruct(shape, jnp.int32),
+          jax.ShapeDtypeStruct(shape, bool),
+      )
+      return (batch, sharding.global_batch(rollout, mesh)), None
+    taken = [
+        Taken(failed="long") if long else asking.rewriting.take(tokens)
+        for tokens, long in zip(written, asked.long, strict=True)
+    ]
+    kept = np.array([len(one.tokens) for one in taken])
+    longest = max(int(kept.clip(max=cap).max()), 1)
+    rollout = _filled(
+        [one.tokens[:cap] for one in taken],
+        (len(taken), bucket(longest)),
+        self.models.pad_id,
+    )
+    shown = Rewritten(
+        flops.RewritingLengths(
+            drafts=np.array([len(x) for x in drafts]),
+            prompts=asked.prompts.mask.sum(1),
+            written=np.array([len(x) for x in written]),
+            kept=kept,
+        ),
+        asked.shortened,
+        [one.failed for one in taken],
+    )
+    return (batch, sharding.global_batch(rollout, mesh)), shown
+
+  def _abstract_turns(self, prompts: PromptBatch) -> PromptBatch:
+    """Shapes of the teacher's turns."""
+    spec = self.models.config.rollout
+    rows = len(prompts.tokens) * spec.per_prompt
+    shape = (rows, spec.rewrite.max_prompt_len)
+    return PromptBatch(
+        jax.ShapeDtypeStruct(shape, jnp.int32),
+        jax.ShapeDtypeStruct(shape, bool),
+        jax.ShapeDtypeStruct((rows, 2), jnp.int32),
+    )
 
 
 class Programs:
@@ -232,7 +433,7 @@ class Programs:
         donate_argnums=0,
     )
 
-  def _rewriting(self) -> rewriting.Rewriter:
+  def _rewriting(self) -> _Rewriter:
     """Returns what drafts and rewrites, with a sampler for each."""
     models, spec = self._models, self._models.config.rollout
     *mine, teacher = resting = self.resting()
@@ -243,15 +444,14 @@ class Programs:
         (spec.rewriting_len,),
         models.teacher_stop_ids,
         per_prompt=1,
-        role=rewriting.TEACHER,
+        role=REWRITE_ROLE,
     )
-    return rewriting.Rewriter(
+    beside = (*mine, teacher and self.on_device(teacher))
+    return _Rewriter(
         models,
         self.microbatches,
-        drafter,
-        writer,
-        resting,
-        (*mine, teacher and self.on_device(teacher)),
+        _Writer(drafter, Microbatches(models, [drafter], resting)),
+        _Writer(writer, Microbatches(models, [writer], beside)),
     )
 
   def _refreshing(self) -> Program | None:
@@ -316,7 +516,7 @@ class Programs:
     if models.teacher is None:
       return None
     spec = models.config.teacher
-    shapes = self._abstract_weights(models.teacher, spec.param_dtype)
+    shapes = abstract_weights(models.teacher, spec.param_dtype, models.mesh)
     return sharding.moved(sharding.on_host, shapes) if spec.offload else shapes
 
   def abstract_base(self) -> Params | None:
@@ -325,14 +525,7 @@ class Programs:
     if models.student.config.lora is None:
       return None
     dtype = models.config.student.param_dtype
-    return self._abstract_weights(models.student.base, dtype)
-
-  def _abstract_weights(self, model: Model, dtype: str) -> Params:
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, dtype),
-        model.abstract_params(),
-    )
-    return sharding.with_shardings(shapes, self._models.mesh)
+    return abstract_weights(models.student.base, dtype, models.mesh)
 
   def resting(self) -> Any:
     """Returns shapes of what lies in the memory while answers are sampled."""
@@ -467,13 +660,8 @@ class Programs:
       which = np.resize(np.arange(first, first + len(part)), rows)
       batch = _rows(prompts, which)
       shape = (rows, config.evaluation.max_len)
-      tokens = np.full(shape, self._models.pad_id, np.int32)
-      mask = np.zeros(shape, bool)
-      for row, answer in enumerate(part):
-        tokens[row, : len(answer)], mask[row, : len(answer)] = answer, True
-      inputs = sharding.global_batch(
-          (batch, Rollout(tokens, mask)), self._models.mesh
-      )
+      rollout = _filled(part, shape, self._models.pad_id)
+      inputs = sharding.global_batch((batch, rollout), self._models.mesh)
       nats = self._divergences(params, teacher_params, *inputs)
       nats = microbatch.join(sharding.to_host(nats))
       found += [x[: len(y)] for x, y in zip(nats, part, strict=False)]
@@ -653,13 +841,11 @@ class Programs:
       prompts: PromptBatch,
       request: Request,
       clock: Clock,
-  ) -> tuple[
-      list[tuple[PromptBatch, Rollout]], rewriting.Rewritten | None, Params
-  ]:
+  ) -> tuple[list[tuple[PromptBatch, Rollout]], Rewritten | None, Params]:
     """Samples, and has the teacher rewrite; returns its weights as well."""
     rewriter, key, poll = self._rewriter, request.key, request.poll
     with clock.phase("sample"):
-      drafts = rewriter.draft(params, prompts, key, poll)
+      drafts = rewriter.drafter.write(params, prompts, key, poll)
       teacher = self.on_device(teacher_params)
       sampled, rewritten = rewriter.rewrite(
           teacher, prompts, drafts, request.asking, key, request.cap, poll
@@ -802,6 +988,16 @@ class Programs:
         "compilations_score": self._score.used,
         "compilations_update": self.gradient.used,
     }
+
+
+def _filled(
+    answers: Sequence[Sequence[int]], shape: tuple[int, int], pad_id: int
+) -> Rollout:
+  """Puts answers into NumPy rows [B, P]; those behind the last are empty."""
+  tokens, mask = np.full(shape, pad_id, np.int32), np.zeros(shape, bool)
+  for row, answer in enumerate(answers):
+    tokens[row, : len(answer)], mask[row, : len(answer)] = answer, True
+  return Rollout(tokens, mask)
 
 
 def _rows(tree: Any, which: np.ndarray) -> Any:

@@ -18,7 +18,6 @@ from prefix_distill import sharding
 from prefix_distill.config import MeshSpec
 from prefix_distill.models import transformer
 from prefix_distill.plan import cost
-from prefix_distill.plan import machines
 from prefix_distill.plan import planner
 from prefix_distill.plan import programs
 from prefix_distill.rollout import generate
@@ -33,7 +32,7 @@ _MESHES = (
 
 def look(config, name: str) -> dict:
   plan = programs.build(config, jax.devices())
-  machine = machines.Machine(name, machines.CHIPS["v5e"], (8,))
+  machine = programs.Machine(name, programs.CHIPS["v5e"], (8,))
   found = {}
   for stage in plan.stages(8):
     if stage.name not in programs.ORDER:

@@ -8,10 +8,10 @@ import json
 import os
 import re
 
-from prefix_distill.plan import machines
+from prefix_distill.plan import ENVIRONMENT
 
 # Read when jax is imported.
-os.environ |= machines.ENVIRONMENT
+os.environ |= ENVIRONMENT
 os.environ.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
 
 import jax  # noqa: E402
@@ -20,6 +20,7 @@ import numpy as np  # noqa: E402
 
 from prefix_distill.models import attention  # noqa: E402
 from prefix_distill.models.kv_cache import LayerCache  # noqa: E402
+from prefix_distill.plan import programs  # noqa: E402
 
 _OPCODE = re.compile(r" = (?:\(.*?\)|\S+) ([\w-]+)\(")
 # Views of what is there.
@@ -35,7 +36,7 @@ _CASES = {
 
 def _compiled(sizes, devices, dtype):
   batch, kv_heads, group, columns, head_dim = sizes
-  found = machines.devices(machines.parse(f"h100:{np.prod(devices)}"))
+  found = programs.devices(programs.parse_machine(f"h100:{np.prod(devices)}"))
   mesh = jax.sharding.Mesh(
       np.array(found).reshape(devices),
       ("data", "tensor"),

@@ -9,10 +9,10 @@ import os
 import re
 import sys
 
-from prefix_distill.plan import machines
+from prefix_distill.plan import ENVIRONMENT
 
 # Read when jax is imported.
-os.environ |= machines.ENVIRONMENT | {"TPU_STDERR_LOG_LEVEL": "1"}
+os.environ |= ENVIRONMENT | {"TPU_STDERR_LOG_LEVEL": "1"}
 os.environ.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
 
 import jax  # noqa: E402
@@ -23,6 +23,7 @@ from prefix_distill import sharding  # noqa: E402
 from prefix_distill.models.config import ModelConfig  # noqa: E402
 from prefix_distill.models.config import RopeConfig  # noqa: E402
 from prefix_distill.models.transformer import Model  # noqa: E402
+from prefix_distill.plan import programs  # noqa: E402
 from prefix_distill.rollout import generate  # noqa: E402
 from prefix_distill.structs import PromptBatch  # noqa: E402
 
@@ -33,8 +34,8 @@ _ROWS, _PROMPT, _LENGTH = 8, 255, 256
 
 def _devices(platform: str) -> list[jax.Device]:
   if platform == "tpu":
-    return machines.devices(machines.parse("v5e:2x2"))
-  return machines.devices(machines.parse("h100:4"))
+    return programs.devices(programs.parse_machine("v5e:2x2"))
+  return programs.devices(programs.parse_machine("h100:4"))
 
 
 def main() -> None:

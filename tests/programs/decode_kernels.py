@@ -12,10 +12,10 @@ import os
 import pathlib
 import sys
 
-from prefix_distill.plan import machines
+from prefix_distill.plan import ENVIRONMENT
 
 # Read when jax is imported.
-os.environ |= machines.ENVIRONMENT | {"TPU_STDERR_LOG_LEVEL": "1"}
+os.environ |= ENVIRONMENT | {"TPU_STDERR_LOG_LEVEL": "1"}
 os.environ.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
 
 _ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -29,6 +29,7 @@ from prefix_distill import sharding  # noqa: E402
 from prefix_distill.models.config import QWEN3_1_7B  # noqa: E402
 from prefix_distill.models.transformer import Model  # noqa: E402
 from prefix_distill.plan import cost  # noqa: E402
+from prefix_distill.plan import programs  # noqa: E402
 from prefix_distill.rollout import generate  # noqa: E402
 
 _ROWS, _COLUMNS = 64, 2304
@@ -68,7 +69,7 @@ def _compile(mesh: jax.sharding.Mesh, layers: int, dtype: str):
 
 def main() -> None:
   machine, dtype = sys.argv[1:]
-  devices = machines.devices(machines.parse(machine))[:1]
+  devices = programs.devices(programs.parse_machine(machine))[:1]
   mesh = jax.sharding.Mesh(
       np.array(devices).reshape(1, 1, 1),
       ("data", "fsdp", "tensor"),

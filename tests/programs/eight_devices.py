@@ -19,22 +19,12 @@ from prefix_distill.config import MeshSpec
 from prefix_distill.config import OptimizerSpec
 from prefix_distill.config import RelaxedSpec
 from prefix_distill.config import RolloutSpec
-from prefix_distill.data import tokenizer as tokenizer_lib
 from prefix_distill.data.prompts import PromptIterator
-from prefix_distill.models import huggingface as hf
-from prefix_distill.models.transformer import Model
 from prefix_distill.train import checkpoint
-from prefix_distill.train import setup as setup_lib
 from prefix_distill.train import update
 from prefix_distill.train.update import Programs
 
 STEPS = 5
-
-
-def load(path: str, mesh: jax.sharding.Mesh):
-  model = Model(hf.read_config(path), mesh=mesh)
-  shardings = sharding.param_shardings(model.abstract_params(), mesh)
-  return model, hf.load_params(path, model, shardings)
 
 
 def same(ours, theirs) -> bool:
@@ -57,30 +47,15 @@ def _first(inspected, count: int) -> dict:
 
 def run(config, devices, mesh_spec) -> dict:
   mesh = sharding.make_mesh(mesh_spec, devices)
-  student, params = load(config.student.path, mesh)
-  teacher, teacher_params = load(config.teacher.path, mesh)
+  models, tokenizer, (params, teacher_params) = toys.load_models(config, mesh)
   plain = sharding.make_mesh(MeshSpec(), jax.devices()[-1:])
-  others = load(config.student.path, plain)[1]
+  others = toys.load_models(config, plain)[2][0]
   loads_equal = same(params, others)
   sums = [checkpoint.checksums_of(x) for x in (params, others)]
   checksums_equal = sums[0] == sums[1]
   held = sum(x.addressable_data(0).nbytes for x in jax.tree.leaves(params))
   share = held / sum(x.nbytes for x in jax.tree.leaves(params))
-  tokenizer = tokenizer_lib.load(config.student.path)
-  # So many that some rows stop early.
-  stops = tuple(range(0, tokenizer.num_tokens, 12))
   data = PromptIterator(config.data, tokenizer, seed=0)
-  models = setup_lib.Models(
-      config,
-      mesh,
-      student,
-      teacher,
-      tokenizer.num_tokens,
-      tokenizer.pad_id,
-      tokenizer.special_ids,
-      stops,
-      stops,
-  )
   programs = Programs(models)
   state = programs.init(params)
   losses, norms, tokens, lengths, counted = [], [], [], [], []

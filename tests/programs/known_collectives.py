@@ -8,10 +8,10 @@ import collections
 import os
 import sys
 
-from prefix_distill.plan import machines
+from prefix_distill.plan import ENVIRONMENT
 
 # Read when jax is imported.
-os.environ |= machines.ENVIRONMENT
+os.environ |= ENVIRONMENT
 os.environ.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
 
 import jax  # noqa: E402
@@ -19,6 +19,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from prefix_distill.plan import cost  # noqa: E402
+from prefix_distill.plan import programs  # noqa: E402
 
 PLATFORM = sys.argv[1]
 P = jax.sharding.PartitionSpec
@@ -34,8 +35,8 @@ def devices() -> list[jax.Device]:
   if PLATFORM == "cpu":
     return jax.devices()
   if PLATFORM == "tpu":
-    return machines.devices(machines.parse("v5e:2x4"))
-  return machines.devices(machines.parse("h100:8"))
+    return programs.devices(programs.parse_machine("v5e:2x4"))
+  return programs.devices(programs.parse_machine("h100:8"))
 
 
 MESH = jax.sharding.Mesh(

@@ -7,10 +7,10 @@ device and on its host; and those that the inputs have.
 import os
 import sys
 
-from prefix_distill.plan import machines
+from prefix_distill.plan import ENVIRONMENT
 
 # Before JAX is imported.
-os.environ.update(machines.ENVIRONMENT)
+os.environ.update(ENVIRONMENT)
 
 import json  # noqa: E402
 
@@ -21,6 +21,7 @@ import toys  # noqa: E402
 from prefix_distill import sharding  # noqa: E402
 from prefix_distill.config import MeshSpec  # noqa: E402
 from prefix_distill.models.transformer import Model  # noqa: E402
+from prefix_distill.plan import programs  # noqa: E402
 
 # More than the fast memory beside a core holds.
 ROWS, LENGTH = 32, 4096
@@ -36,7 +37,7 @@ CONFIG = toys.model_config(
 
 
 def main(topology: str) -> None:
-  devices = machines.devices(machines.parse(topology))
+  devices = programs.devices(programs.parse_machine(topology))
   mesh = sharding.make_mesh(MeshSpec(1, len(devices), 1), devices)
   rows = sharding.batch_sharding(mesh)
   tokens, mask = (

@@ -10,9 +10,9 @@ import json
 import os
 import sys
 
-from prefix_distill.plan import machines
+from prefix_distill.plan import ENVIRONMENT
 
-os.environ.update(machines.ENVIRONMENT)
+os.environ.update(ENVIRONMENT)
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import rich.console  # noqa: E402
@@ -36,7 +36,7 @@ def main() -> None:
     module = importlib.import_module(f"configs.{name}")
     config = config_lib.from_dict(module.get_config(variant).to_dict())
     result = planner.plan(
-        planner.Question(config, machines.parse("h100:8")), console
+        planner.Question(config, programs.parse_machine("h100:8")), console
     )
     found = {
         "mesh": result.mesh,

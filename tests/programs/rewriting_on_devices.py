@@ -7,52 +7,25 @@ import json
 import pathlib
 import sys
 
-from eight_devices import load
 import jax
 import toys
 
 from prefix_distill import sharding
 from prefix_distill.config import MeshSpec
 from prefix_distill.config import OptimizerSpec
-from prefix_distill.config import RewriteSpec
 from prefix_distill.config import RolloutSpec
-from prefix_distill.data import tokenizer as tokenizer_lib
+from prefix_distill.data.prompts import Asking
 from prefix_distill.data.prompts import PromptIterator
-from prefix_distill.data.rewriting import Asking
-from prefix_distill.data.rewriting import Rewriting
-from prefix_distill.train import setup as setup_lib
+from prefix_distill.data.prompts import Rewriting
 from prefix_distill.train import update
 
 STEPS = 2
-SPEC = RewriteSpec(
-    prompt="{question} {answer} Be brief.",
-    thoughts="keep",
-    scored_in="rewriting",
-    max_draft_len=12,
-    max_prompt_len=144,
-    max_len=10,
-)
 
 
 def run(config, devices) -> dict:
   mesh = sharding.make_mesh(config.mesh, devices)
-  student, params = load(config.student.path, mesh)
-  teacher, teacher_params = load(config.teacher.path, mesh)
-  tokenizer = tokenizer_lib.load(config.student.path)
-  # So many that most answers end early.
-  stops = tuple(range(0, tokenizer.num_tokens, 12))
-  data = PromptIterator(config.data, tokenizer, seed=0)
-  models = setup_lib.Models(
-      config,
-      mesh,
-      student,
-      teacher,
-      tokenizer.num_tokens,
-      tokenizer.pad_id,
-      tokenizer.special_ids,
-      stops,
-      stops,
-  )
+  models, tokenizer, (params, teacher_params) = toys.load_models(config, mesh)
+  data, stops = PromptIterator(config.data, tokenizer, seed=0), models.stop_ids
   rewriting = Rewriting(config, tokenizer, tokenizer, stops, stops)
   programs = update.Programs(models)
   state = programs.init(params)
@@ -99,7 +72,7 @@ def main() -> None:
         mesh=mesh,
         optimizer=OptimizerSpec(learning_rate=1e-2, batch_tokens=at_once),
         rollout=RolloutSpec(
-            2, 16, source="rewrite", batch_tokens=at_once, rewrite=SPEC
+            2, 16, source="rewrite", batch_tokens=at_once, rewrite=toys.REWRITE
         ),
     )
     print(json.dumps(run(config, used)), flush=True)
