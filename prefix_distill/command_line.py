@@ -17,11 +17,12 @@ import rich.text
 from prefix_distill import config as config_lib
 from prefix_distill import distributed
 from prefix_distill import reference
-from prefix_distill import strict_json
 from prefix_distill.config import Config
 from prefix_distill.errors import check
 from prefix_distill.errors import check_path
+from prefix_distill.errors import JsonError
 from prefix_distill.errors import one_line
+from prefix_distill.errors import read_json
 from prefix_distill.errors import redacted
 from prefix_distill.errors import shown
 from prefix_distill.errors import UserError
@@ -262,11 +263,11 @@ def _read_json(file: str) -> ml_collections.ConfigDict | None:
   if not file.endswith(".json"):
     return None
   try:
-    values = strict_json.read(pathlib.Path(file))
+    values = read_json(pathlib.Path(file))
     reason = ""
     if not isinstance(values, dict) or "method" not in values:
       reason = "it has no field 'method'"
-  except strict_json.JsonError as error:
+  except JsonError as error:
     reason = str(error)
   check(
       not reason,

@@ -28,7 +28,6 @@ from rich.text import Text
 from prefix_distill import export
 from prefix_distill import main as main_lib
 from prefix_distill import sharding
-from prefix_distill import strict_json
 from prefix_distill.config import Config
 from prefix_distill.config import DatasetSpec
 from prefix_distill.config import EvaluationSpec
@@ -41,6 +40,8 @@ from prefix_distill.data.records import Question
 from prefix_distill.data.tokenizer import Tokenizer
 from prefix_distill.errors import ArgumentParser
 from prefix_distill.errors import check
+from prefix_distill.errors import JsonError
+from prefix_distill.errors import read_json
 from prefix_distill.errors import UserError
 from prefix_distill.evaluate import evaluator
 from prefix_distill.models import huggingface as hf
@@ -58,8 +59,8 @@ _ROWS = 64
 
 def is_run(name: str) -> bool:
   """Whether a name is that of a run's directory."""
-  with contextlib.suppress(strict_json.JsonError, ValueError):
-    found = strict_json.read(pathlib.Path(name, "config.json"))
+  with contextlib.suppress(JsonError, ValueError):
+    found = read_json(pathlib.Path(name, "config.json"))
     return isinstance(found, dict) and "method" in found
   return False
 

@@ -15,9 +15,7 @@ EVERYWHERE = sorted(
 
 # A part may import from itself and from the lines above it.
 ORDER = (
-    {
-        "assets", "errors", "lost_process", "strict_json", "structs", "worker",
-    },
+    {"assets", "errors", "lost_process", "structs", "worker"},
     {"config"},
     {"reference", "sharding", "distributed"},
     {"compilation"},

@@ -23,12 +23,13 @@ import rich.console
 
 from prefix_distill import compilation
 from prefix_distill import sharding
-from prefix_distill import strict_json
 from prefix_distill.compilation import Variant
 from prefix_distill.config import Config
 from prefix_distill.distill import chunked_head
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.errors import ConfigError
+from prefix_distill.errors import JsonError
+from prefix_distill.errors import read_json
 from prefix_distill.models import huggingface as hf
 from prefix_distill.models import lora
 from prefix_distill.models.config import ModelConfig
@@ -701,8 +702,8 @@ def measure(job: Job, machine: Machine) -> Measured:
 def _recalled(file: pathlib.Path) -> dict[str, Any] | None:
   """Returns what was found before; None if nothing, or nothing readable."""
   try:
-    found = strict_json.read(file)
-  except strict_json.JsonError:
+    found = read_json(file)
+  except JsonError:
     return None
   return found if isinstance(found, dict) and "memory" in found else None
 

@@ -21,8 +21,8 @@ import jinja2
 import markupsafe
 
 from prefix_distill import config as config_lib
-from prefix_distill import strict_json
 from prefix_distill.config import Config
+from prefix_distill.errors import read_json
 from prefix_distill.report import plots
 from prefix_distill.report import report
 from prefix_distill.report.report import Line
@@ -196,7 +196,7 @@ def _render(
 def write(workdir: pathlib.Path) -> None:
   """Writes `report/` from the workdir's files; prints the closing table."""
   lines = report.read_metrics(workdir / "metrics.jsonl")
-  values = strict_json.read(workdir / "config.json")
+  values = read_json(workdir / "config.json")
   config = config_lib.from_dict(values)
   directory = workdir / "report"
   directory.mkdir(exist_ok=True)

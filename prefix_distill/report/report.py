@@ -28,9 +28,10 @@ import rich.console
 import rich.table
 import rich.text
 
-from prefix_distill import strict_json
 from prefix_distill.config import Config
 from prefix_distill.config import LossSpec
+from prefix_distill.errors import JsonError
+from prefix_distill.errors import parse_json
 from prefix_distill.errors import UserError
 
 Line = dict[str, Any]
@@ -86,8 +87,8 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
   out = []
   for text in path.read_bytes().split(b"\n"):
     try:
-      line = strict_json.parse(text)
-    except strict_json.JsonError:
+      line = parse_json(text)
+    except JsonError:
       continue
     step = line.get("step") if isinstance(line, dict) else None
     if isinstance(step, int) and 0 <= step < 2**31:
