@@ -17,7 +17,7 @@ EVERYWHERE = sorted(
 ORDER = (
     {"assets", "errors", "lost_process", "structs", "worker"},
     {"config"},
-    {"reference", "sharding", "distributed"},
+    {"sharding", "distributed"},
     {"compilation"},
     {"models"},
     {"data", "rollout", "report"},
@@ -25,9 +25,8 @@ ORDER = (
     {"evaluate"},
     {"train"},
     {"preflight", "command_line"},
-    {"main", "plan", "export"},
-    {"talk"},
-    {"commands", "eval", "experiments", "runs"},
+    {"main", "model_commands", "plan", "runs"},
+    {"commands", "experiments"},
 )
 RANK = {part: i for i, parts in enumerate(ORDER) for part in parts}
 

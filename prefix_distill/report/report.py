@@ -547,7 +547,7 @@ def chosen(lines: Sequence[Line], dataset: str) -> str:
   return (
       f"{dataset} chose update {best} of {len(found)} that were evaluated:"
       f" {found[best]['accuracy']:.1%} there, the highest of them, so it is no"
-      f" held-out score. `python -m prefix_distill.export --step=best` writes"
+      f" held-out score. `prefix-distill export --step=best` writes"
       " that update's model; the tables have the last update's."
   )
 
