@@ -303,9 +303,7 @@ def _print_help(about: str) -> None:
     for flag in defined:
       value = "" if flag.default in (None, "", []) else f" ({flag.default})"
       console.print(f"  --{flag.name}{value}", style="cyan", markup=False)
-      console.print(
-          rich.padding.Padding(Text(flag.help), (0, 0, 0, 6))
-      )
+      console.print(rich.padding.Padding(Text(flag.help), (0, 0, 0, 6)))
   console.print("\nSettings", style="bold")
   _show_settings(console)
 
@@ -360,7 +358,7 @@ def parse(argv: list[str], about: str = "") -> list[str]:
   except UserError as error:
     sys.exit(f"error: {error}")
   except flags.Error as error:
-    sys.exit(f"error: {redacted(flag_sentence(error))}")
+    sys.exit(f"error: {redacted(_flag_sentence(error))}")
   except OSError as error:
     reason = redacted(one_line(error))
     sys.exit(f"error: --config: {reason}; give a file that is there.")
@@ -372,7 +370,7 @@ def parse(argv: list[str], about: str = "") -> list[str]:
     )
 
 
-def flag_sentence(error: flags.Error) -> str:
+def _flag_sentence(error: flags.Error) -> str:
   """Says what absl refuses, and what the flag takes."""
   text = one_line(error)
   if text.endswith("?"):

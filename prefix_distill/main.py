@@ -57,9 +57,7 @@ def main() -> None:
     else:
       stopped = _train()
   except KeyboardInterrupt:
-    stopped = (
-        "Interrupted; the same command goes on from the last checkpoint."
-    )
+    stopped = "Interrupted; the same command goes on from the last checkpoint."
   if stopped:
     print(stopped, file=sys.stderr)
     sys.stdout.flush()

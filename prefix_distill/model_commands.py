@@ -229,9 +229,7 @@ def export(workdir: pathlib.Path, step: str, to: pathlib.Path) -> int:
     specs = [spec] if config.method == "sft" else [spec, config.teacher]
     tokenizers = [tokenizer_lib.load(one.tokenizer_path) for one in specs]
     stops, _ = setup.stop_ids(config, tokenizers)
-    setup.export_student(
-        config, params, stops, to.absolute(), workdir, number
-    )
+    setup.export_student(config, params, stops, to.absolute(), workdir, number)
   except OSError as error:
     raise UserError(
         f"--to={to} cannot be written ({error.strerror}); give another place."
@@ -245,9 +243,7 @@ def export(workdir: pathlib.Path, step: str, to: pathlib.Path) -> int:
 def _define_eval_flags() -> None:
   """Defines what eval takes besides --config; other commands use the names."""
   flags.DEFINE_string("model", None, "The model; see above.")
-  flags.DEFINE_string(
-      "step", "", "Of a run: last (default), best or a number."
-  )
+  flags.DEFINE_string("step", "", "Of a run: last (default), best or a number.")
   flags.DEFINE_string(
       "json", None, "A file for the metrics, a line for each set and mode."
   )
@@ -306,9 +302,7 @@ def _evaluate(
   )
   lines = []
 
-  def write(
-      values: dict[str, Any], completions: evaluator.Completions
-  ) -> None:
+  def write(values: dict[str, Any], completions: evaluator.Completions) -> None:
     del completions
     lines.append(values)
     console.print(
@@ -431,9 +425,7 @@ class Speaker:
         self.model, config, self.params, -(-rows // shards) * shards
     )
     draw = generate.Draw.of(spec.max_len, spec.temperature, spec.greedy)
-    return evaluator.complete(
-        engine, self.tokenizer, problems, num, seed, draw
-    )
+    return evaluator.complete(engine, self.tokenizer, problems, num, seed, draw)
 
   def _encode(
       self, questions: Sequence[Question], suffix: str, max_len: int
@@ -514,12 +506,14 @@ def _sample(
       end = "" if out.finished[i, j] else ", cut"
       console.print(Text(text))
       console.print(Text(f"[{out.lengths[i, j]} tokens{end}]\n", style="dim"))
-      lines.append({
-          "question": question,
-          "answer": text,
-          "tokens": int(out.lengths[i, j]),
-          "finished": bool(out.finished[i, j]),
-      })
+      lines.append(
+          {
+              "question": question,
+              "answer": text,
+              "tokens": int(out.lengths[i, j]),
+              "finished": bool(out.finished[i, j]),
+          }
+      )
   _write_lines(args.json, lines)
 
 

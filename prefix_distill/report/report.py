@@ -552,6 +552,16 @@ def chosen(lines: Sequence[Line], dataset: str) -> str:
   )
 
 
+def _empty_table(title: str) -> rich.table.Table:
+  return rich.table.Table(
+      title=rich.text.Text(title) if title else None,
+      box=rich.box.SIMPLE_HEAD,
+      show_edge=False,
+      padding=(0, 1, 0, 0),
+      pad_edge=False,
+  )
+
+
 def table(
     header: Sequence[str],
     rows: Sequence[Sequence[str]],
@@ -568,13 +578,7 @@ def table(
     width: the terminal's, in characters.
     title: stands above the table.
   """
-  out = rich.table.Table(
-      title=rich.text.Text(title) if title else None,
-      box=rich.box.SIMPLE_HEAD,
-      show_edge=False,
-      padding=(0, 1, 0, 0),
-      pad_edge=False,
-  )
+  out = _empty_table(title)
   columns = [*zip(header, *rows, strict=True)]
   words = [max(map(len, " ".join(cells).split())) for cells in columns]
   widths = [
@@ -595,13 +599,7 @@ def _print_table(
     console: rich.console.Console, lines: Sequence[Line], dataset: str
 ) -> None:
   """Prints the closing table of a set, and its warning."""
-  table = rich.table.Table(
-      title=rich.text.Text(dataset),
-      box=rich.box.SIMPLE_HEAD,
-      show_edge=False,
-      padding=(0, 1, 0, 0),
-      pad_edge=False,
-  )
+  table = _empty_table(dataset)
   for column, name in enumerate(HEADER):
     table.add_column(name, no_wrap=not column)
   for row in closing_rows(lines, dataset):
