@@ -30,12 +30,10 @@ import tempfile
 import time
 from unittest import mock
 
-from absl import app
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prefix_distill import command_line
 from prefix_distill import config as config_lib
 from prefix_distill import main as main_lib
 from prefix_distill import sharding
@@ -65,9 +63,8 @@ def _unsafe() -> None:
 def _child(safe: bool, flags: Sequence[str]) -> None:
   """Is a run, in this process."""
   with contextlib.nullcontext() if safe else _unsafe():
-    argv = ["prefix_distill.main", *flags]
-    sys.argv = argv  # Where overrides of fields are looked for.
-    app.run(main_lib.main, argv, flags_parser=command_line.parse)
+    sys.argv = ["prefix_distill.main", *flags]
+    main_lib.start()
 
 
 def _run(

@@ -1,27 +1,48 @@
-"""The command line: flags, and one sentence for each mistake in them."""
+"""The command line: flags, one sentence for each mistake in them, and --help.
 
+  python -m prefix_distill.command_line > docs/configuration.md
+
+`--help` and docs/configuration.md describe the settings. All of that is read
+from `config.py`: the docstring of each group, its fields' types with their
+limits, and their defaults.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
 import copy
+import dataclasses
+import functools
+import inspect
 import math
 import pathlib
 import re
 import sys
+import types
+import typing
 from typing import Any
+from typing import Literal
 
+from absl import app
 from absl import flags
+from absl import logging
+import annotated_types
 import ml_collections
 from ml_collections import config_flags
+import pydantic.fields
 import rich.console
 import rich.padding
-import rich.text
+from rich.text import Text
 
 from prefix_distill import config as config_lib
 from prefix_distill import distributed
-from prefix_distill import reference
-from prefix_distill import strict_json
 from prefix_distill.config import Config
 from prefix_distill.errors import check
 from prefix_distill.errors import check_path
+from prefix_distill.errors import hide_secrets
+from prefix_distill.errors import JsonError
 from prefix_distill.errors import one_line
+from prefix_distill.errors import read_json
 from prefix_distill.errors import redacted
 from prefix_distill.errors import shown
 from prefix_distill.errors import UserError
@@ -34,6 +55,18 @@ _CONFIGS = (
     pathlib.Path(__file__).parent / "configs",
     pathlib.Path(__file__).parents[1] / "configs",
 )
+# Limits as large as this are those of int32, which say nothing.
+_HUGE = 2**31 - 1
+_SIGNS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+_PAGE = """# Settings
+
+Every setting of a run, with its type, its default and what it does. A config
+file in `configs/` sets them; `--config.NAME=VALUE` on the command line changes
+one. Groups of schedules and loss forms that are not in use keep their defaults.
+
+Made by `python -m prefix_distill.command_line`; the text is that of
+`prefix_distill/config.py`.
+"""
 _HELP = ("--help", "-h", "-help", "--helpfull", "--helpshort", "-?")
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -119,7 +152,146 @@ def config_file(name: str) -> str:
   return str(next((p for p in places if p.is_file()), name))
 
 
-def print_help(about: str) -> None:
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """One field.
+
+  Attributes:
+    name: dotted, from the top.
+    kind: its type and limits, in words.
+    default: as it is written; "required" if there is none.
+    about: what it does.
+  """
+
+  name: str
+  kind: str
+  default: str
+  about: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """A group of settings.
+
+  Attributes:
+    name: dotted; empty for the run's own settings.
+    about: what it is.
+    settings: its fields, without those that are groups.
+  """
+
+  name: str
+  about: str
+  settings: tuple[Setting, ...]
+
+
+def groups(cls: type = config_lib.Config, name: str = "") -> Iterator[Group]:
+  """Yields all groups, each before the groups in it."""
+  text = inspect.cleandoc(cls.__doc__)
+  about, _, attributes = text.partition("\nAttributes:\n")
+  said = _attributes(attributes)
+  hints = typing.get_type_hints(cls, include_extras=True)
+  settings, inner = [], []
+  for field in dataclasses.fields(cls):
+    at = f"{name}.{field.name}" if name else field.name
+    kind = _without_none(hints[field.name])
+    if dataclasses.is_dataclass(kind):
+      inner.append((kind, at))
+    elif typing.get_origin(kind) is Mapping:
+      inner.append((typing.get_args(kind)[1], f"{at}.NAME"))
+    else:
+      default = "required"
+      if field.default is not dataclasses.MISSING:
+        default = repr(field.default)
+      words = _kind(hints[field.name])
+      settings.append(Setting(at, words, default, said[field.name]))
+  yield Group(name, " ".join(about.split("\n\n")[0].split()), tuple(settings))
+  for kind, at in inner:
+    yield from groups(kind, at)
+
+
+def _attributes(text: str) -> dict[str, str]:
+  """Reads `name: sentence` of a docstring; a verb's subject is the name."""
+  found = {}
+  for match in re.finditer(r"^  (\w+): (.*(?:\n    .*)*)", text, re.MULTILINE):
+    found[match[1]] = " ".join(match[2].split())
+  return found
+
+
+def _without_none(kind: Any) -> Any:
+  """Returns the type of a field that may be None."""
+  if typing.get_origin(kind) in (types.UnionType, typing.Union):
+    return next(a for a in typing.get_args(kind) if a is not type(None))
+  return kind
+
+
+def _kind(kind: Any) -> str:
+  """Says a type and its limits, such as "int, at least 1"."""
+  if kind != _without_none(kind):
+    return f"{_kind(_without_none(kind))}, or None"
+  if typing.get_origin(kind) is typing.Annotated:
+    inner, *extras = typing.get_args(kind)
+    # The innermost limits come first, and the last one of a kind counts.
+    limits = dict(pair for extra in extras for pair in _limits(extra))
+    return ", ".join([_kind(inner), *filter(None, limits.values())])
+  if typing.get_origin(kind) is Literal:
+    return "one of " + ", ".join(map(repr, typing.get_args(kind)))
+  if typing.get_origin(kind) is tuple:
+    return f"list of {_kind(typing.get_args(kind)[0])}"
+  return kind.__name__
+
+
+def _limits(extra: Any) -> Iterator[tuple[str, str]]:
+  """Yields what pydantic checks: the kind of limit, and words for it.
+
+  The words are empty if the limit says nothing.
+  """
+  if isinstance(extra, pydantic.fields.FieldInfo):
+    for one in extra.metadata:
+      yield from _limits(one)
+    return
+  for limit, word in _SIGNS.items():
+    value = getattr(extra, limit, None)
+    if value is not None:
+      yield limit, f"{word} {value:g}" if abs(value) < _HUGE else ""
+  if isinstance(extra, annotated_types.MinLen):
+    yield "length", "not empty"
+
+
+def settings_page() -> str:
+  """Returns docs/configuration.md."""
+  parts = [_PAGE]
+  for group in groups():
+    heading = group.name or "A run"
+    parts.append(f"## {heading}\n\n{group.about}\n")
+    if not group.settings:
+      continue
+    rows = [
+        f"| `{x.name}` | {_cell(x.kind)} | `{x.default}` | {_cell(x.about)} |"
+        for x in group.settings
+    ]
+    head = "| setting | type | default | what it does |\n|---|---|---|---|"
+    parts.append("\n".join([head, *rows]) + "\n")
+  return "\n".join(parts)
+
+
+def _cell(text: str) -> str:
+  return text.replace("|", "\\|")
+
+
+def _show_settings(console: rich.console.Console) -> None:
+  """Prints every group and field."""
+  for group in groups():
+    title = f"--config.{group.name}.*" if group.name else "--config.*"
+    console.print()
+    console.print(Text(title, style="bold"), Text(group.about))
+    for x in group.settings:
+      line = Text(f"  --config.{x.name}", style="cyan")
+      line.append(f"  {x.kind}; {x.default}", style="dim")
+      console.print(line, soft_wrap=True)
+      console.print(rich.padding.Padding(Text(x.about), (0, 0, 0, 6)))
+
+
+def _print_help(about: str) -> None:
   """Prints what a command does, its flags, and every setting."""
   console = rich.console.Console(highlight=False)
   console.print(about.strip(), markup=False)
@@ -131,22 +303,42 @@ def print_help(about: str) -> None:
     for flag in defined:
       value = "" if flag.default in (None, "", []) else f" ({flag.default})"
       console.print(f"  --{flag.name}{value}", style="cyan", markup=False)
-      console.print(
-          rich.padding.Padding(rich.text.Text(flag.help), (0, 0, 0, 6))
-      )
+      console.print(rich.padding.Padding(Text(flag.help), (0, 0, 0, 6)))
   console.print("\nSettings", style="bold")
-  reference.show(console)
+  _show_settings(console)
+
+
+def run(main: Callable[[], None], about: str) -> None:
+  """Starts a command: reads the command line, and calls what the command does.
+
+  A mistake of the user ends the process with one sentence.
+
+  Args:
+    main: the command; it reads the flags from here.
+    about: what `--help` says of the command.
+  """
+
+  def started(argv: list[str]) -> None:
+    del argv
+    logging.set_verbosity(logging.WARNING)
+    hide_secrets()
+    try:
+      main()
+    except UserError as error:
+      sys.exit(f"error: {error}")
+
+  app.run(started, flags_parser=functools.partial(parse, about=about))
 
 
 def parse(argv: list[str], about: str = "") -> list[str]:
-  """Parses flags, or exits with one sentence; for `absl.app.run`.
+  """Parses flags, or exits with one sentence.
 
   Args:
     argv: the program's name and its flags.
     about: what `--help` says of the command.
   """
   if any(argument in _HELP for argument in argv[1:]):
-    print_help(about)
+    _print_help(about)
     sys.exit(0)
   try:
     given = _overrides(argv)
@@ -166,7 +358,7 @@ def parse(argv: list[str], about: str = "") -> list[str]:
   except UserError as error:
     sys.exit(f"error: {error}")
   except flags.Error as error:
-    sys.exit(f"error: {redacted(flag_sentence(error))}")
+    sys.exit(f"error: {redacted(_flag_sentence(error))}")
   except OSError as error:
     reason = redacted(one_line(error))
     sys.exit(f"error: --config: {reason}; give a file that is there.")
@@ -178,7 +370,7 @@ def parse(argv: list[str], about: str = "") -> list[str]:
     )
 
 
-def flag_sentence(error: flags.Error) -> str:
+def _flag_sentence(error: flags.Error) -> str:
   """Says what absl refuses, and what the flag takes."""
   text = one_line(error)
   if text.endswith("?"):
@@ -262,11 +454,11 @@ def _read_json(file: str) -> ml_collections.ConfigDict | None:
   if not file.endswith(".json"):
     return None
   try:
-    values = strict_json.read(pathlib.Path(file))
+    values = read_json(pathlib.Path(file))
     reason = ""
     if not isinstance(values, dict) or "method" not in values:
       reason = "it has no field 'method'"
-  except strict_json.JsonError as error:
+  except JsonError as error:
     reason = str(error)
   check(
       not reason,
@@ -379,3 +571,7 @@ def workdir(argv: list[str]) -> pathlib.Path:
   file, _, argument = given.partition(":")
   name = f"{pathlib.Path(file).stem}-{argument}"
   return pathlib.Path("runs", re.sub(r"[^\w.]+", "-", name).strip("-"))
+
+
+if __name__ == "__main__":
+  sys.stdout.write(settings_page())

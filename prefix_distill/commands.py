@@ -19,13 +19,13 @@ COMMANDS = {
     ),
     "eval": (
         "grades a model's answers to problems",
-        "eval",
+        "model_commands",
     ),
-    "sample": ("shows a model's answers to prompts of yours", "talk"),
-    "chat": ("talks to a model in the terminal", "talk"),
+    "sample": ("shows a model's answers to prompts of yours", "model_commands"),
+    "chat": ("talks to a model in the terminal", "model_commands"),
     "export": (
         "writes a checkpoint as a Hugging Face model directory",
-        "export",
+        "model_commands",
     ),
     "report": ("writes a run's report again", "runs"),
     "compare": (

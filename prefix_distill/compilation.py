@@ -13,6 +13,8 @@ import contextlib
 import contextvars
 import functools
 import inspect
+import os
+import pathlib
 import threading
 from typing import Any
 
@@ -152,3 +154,12 @@ class Program:
   def used(self) -> int:
     """How many variants have run."""
     return len(self._used)
+
+
+def keep_programs() -> None:
+  """Lets a second start find its programs; JAX's own settings come first."""
+  if jax.config.jax_compilation_cache_dir is None:
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    directory = pathlib.Path(home).expanduser() / "prefix_distill"
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -7,36 +7,21 @@ A config file may take an argument, as configs/math.py:tiny-weak does; its
 docstring says which. --config.GROUP.FIELD=VALUE changes any setting.
 """
 
-import functools
 import json
 import os
-import pathlib
 import sys
 
-from absl import app
-from absl import logging
-import jax
 import rich.console
 
 from prefix_distill import command_line
+from prefix_distill import compilation
 from prefix_distill import config as config_lib
 from prefix_distill import distributed
-from prefix_distill.errors import hide_secrets
-from prefix_distill.errors import UserError
-
-
-def keep_compiled_programs() -> None:
-  """Lets a second start find its programs; JAX's own settings come first."""
-  if jax.config.jax_compilation_cache_dir is None:
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    directory = pathlib.Path(home).expanduser() / "prefix_distill"
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _train() -> str:
   """Trains; returns why it stopped before the end, if it did."""
-  keep_compiled_programs()
+  compilation.keep_programs()
   # `plan` counts on so much of a GPU's memory; JAX alone takes three quarters.
   os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
   config = command_line.config()
@@ -58,10 +43,7 @@ def _train() -> str:
   return ""
 
 
-def main(argv: list[str]) -> None:
-  del argv
-  logging.set_verbosity(logging.WARNING)
-  hide_secrets()
+def main() -> None:
   stopped = ""
   try:
     if command_line.PRINT_CONFIG.value:
@@ -74,12 +56,8 @@ def main(argv: list[str]) -> None:
       preflight.run(config, rich.console.Console())
     else:
       stopped = _train()
-  except UserError as error:
-    sys.exit(f"error: {error}")
   except KeyboardInterrupt:
-    stopped = (
-        "Interrupted; the same command goes on from the last checkpoint."
-    )
+    stopped = "Interrupted; the same command goes on from the last checkpoint."
   if stopped:
     print(stopped, file=sys.stderr)
     sys.stdout.flush()
@@ -91,8 +69,7 @@ def main(argv: list[str]) -> None:
 
 def start() -> None:
   """Reads the command line and runs."""
-  parse = functools.partial(command_line.parse, about=__doc__)
-  app.run(main, flags_parser=parse)
+  command_line.run(main, __doc__)
 
 
 if __name__ == "__main__":

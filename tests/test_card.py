@@ -10,8 +10,9 @@ import toys
 
 from configs import math as experiment
 from prefix_distill import config as config_lib
-from prefix_distill import export
-from prefix_distill.report import card
+from prefix_distill import model_commands
+from prefix_distill.errors import ConfigError
+from prefix_distill.report import page
 
 _ROOT = pathlib.Path(__file__).parents[1]
 
@@ -45,7 +46,7 @@ _LINES = (
 
 
 def test_a_card_has_recipe_cost_and_results():
-  text = card.text(_config(), _LINES, 20, "apache-2.0")
+  text = page.card(_config(), _LINES, 20, "apache-2.0")
   head = text.split("---")[1]
   assert "base_model: Qwen/Qwen3-1.7B-Base" in head
   assert "license: apache-2.0" in head and "open-thoughts/" in head
@@ -56,7 +57,7 @@ def test_a_card_has_recipe_cost_and_results():
 
 
 def test_an_earlier_checkpoint_has_the_results_of_its_time():
-  text = card.text(_config(), _LINES, 10, "")
+  text = page.card(_config(), _LINES, 10, "")
   assert "40.0 % (35.0-45.0) | 10 | - |" in text and "2e+18" in text
   assert "license:" not in text and "see there" in text
 
@@ -65,7 +66,7 @@ def test_a_card_names_no_directory_of_the_machine():
   config = config_lib.to_dict(_config("tiny"))
   config["student"]["path"] = "/home/ann/models/mine"
   config["data"]["train"] |= {"source": "/home/ann/data/asked.jsonl"}
-  text = card.text(config_lib.from_dict(config), _LINES, 20, "")
+  text = page.card(config_lib.from_dict(config), _LINES, 20, "")
   assert "/home" not in text and "# mine, distilled" in text
 
 
@@ -80,11 +81,11 @@ def test_a_card_names_no_directory_of_the_machine():
 )
 def test_the_licence_is_the_bases(text, found, tmp_path):
   (tmp_path / "README.md").write_text(text)
-  assert card.licence(tmp_path) == found
+  assert page.licence(tmp_path) == found
 
 
 def test_a_base_without_a_card_has_no_licence(tmp_path):
-  assert card.licence(tmp_path) == ""
+  assert page.licence(tmp_path) == ""
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +126,8 @@ def test_the_cards_code_runs(exported):
 def test_a_push_that_fails_is_a_sentence(exported, monkeypatch):
   monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
   code = (
-      "import pathlib, sys; from prefix_distill import export;"
-      "export.push(pathlib.Path(sys.argv[1]), 'ann/mine', True)"
+      "import pathlib, sys; from prefix_distill import model_commands;"
+      "model_commands.push(pathlib.Path(sys.argv[1]), 'ann/mine', True)"
   )
   done = subprocess.run(
       [sys.executable, "-c", code, str(exported)],
@@ -138,6 +139,6 @@ def test_a_push_that_fails_is_a_sentence(exported, monkeypatch):
 
 
 def test_a_name_on_the_hub_has_two_parts():
-  argv = ["export", "--workdir=runs", "--push=mine"]
-  with pytest.raises(SystemExit, match="give USER/NAME"):
-    export.parse(argv)
+  argv = ["--workdir=runs", "--push=mine"]
+  with pytest.raises(ConfigError, match="give USER/NAME"):
+    model_commands.parse("export", argv)

@@ -12,9 +12,8 @@ import toys
 from prefix_distill import command_line
 from prefix_distill import commands
 from prefix_distill import config as config_lib
-from prefix_distill import reference
+from prefix_distill import model_commands
 from prefix_distill import runs
-from prefix_distill import talk
 from prefix_distill.data import records
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.errors import ConfigError
@@ -82,7 +81,7 @@ def test_no_command_shows_them():
 def test_help_has_every_setting(command):
   done = _command(command, "--help")
   assert done.returncode == 0 and not done.stderr
-  for group in reference.groups():
+  for group in command_line.groups():
     for setting in group.settings:
       assert f"--config.{setting.name}  " in done.stdout
   assert "--workdir" in done.stdout
@@ -90,7 +89,7 @@ def test_help_has_every_setting(command):
 
 def test_every_field_has_words():
   """`groups` fails on a field that its docstring leaves out."""
-  found = {x.name: x for group in reference.groups() for x in group.settings}
+  found = {x.name: x for group in command_line.groups() for x in group.settings}
   leaves = config_lib.plain(_config("math"))
 
   def check(values, before):
@@ -110,8 +109,8 @@ def test_every_field_has_words():
 
 def test_the_page_of_settings_is_of_today():
   page = (_ROOT / "docs" / "configuration.md").read_text()
-  assert page == reference.page(), (
-      "run python -m prefix_distill.reference > docs/configuration.md"
+  assert page == command_line.settings_page(), (
+      "run python -m prefix_distill.command_line > docs/configuration.md"
   )
 
 
@@ -214,9 +213,10 @@ def test_chat_keeps_the_turns_and_ends_with_an_empty_line(run):
 
 
 def test_a_run_is_no_model_and_a_model_no_run(run):
-  assert talk.is_run(str(run)) and not talk.is_run(str(run / "export"))
+  assert model_commands.is_run(str(run))
+  assert not model_commands.is_run(str(run / "export"))
   with pytest.raises(ConfigError, match="no directory of a run"):
-    with talk.found("bundled:weak", "3"):
+    with model_commands.find_model("bundled:weak", "3"):
       pass
 
 

@@ -29,6 +29,7 @@ import rich.console
 
 from configs import math as experiment
 from prefix_distill import config as config_lib
+from prefix_distill import model_commands
 from prefix_distill import preflight
 from prefix_distill.config import Config
 from prefix_distill.errors import ConfigError
@@ -237,7 +238,6 @@ def test_what_is_no_mapping_of_settings_is_refused(value):
 
 _PROGRAMS = (
     "prefix_distill.command_line",
-    "prefix_distill.export",
     "prefix_distill.plan.__main__",
 )
 
@@ -501,28 +501,27 @@ def test_a_workdir_that_cannot_be_is_refused(tmp_path):
 
 def test_flags_of_the_export_are_refused():
   good = {"workdir": "/tmp/run", "to": "/tmp/model", "step": "3"}
-  with _program("prefix_distill.export") as export:
 
-    def parse(*given):
-      return export.parse(["export", *given])
+  def parse(*given):
+    return model_commands.parse("export", given)
 
-    found = vars(parse(*(f"--{k}={v}" for k, v in good.items())))
-    assert found == good | {"push": "", "public": False}
-    for name in good:
-      for value in (
-          "", "gs://a/b", "a\0b", "a\nb", "\x1b", "\ud800", _DIGITS,
-          "-1", "1.5", "nan", "\u0663",
-      ):
-        if name != "step" and value in (_DIGITS, *"-1 1.5 nan \u0663".split()):
-          continue
-        given = [f"--{k}={v}" for k, v in (good | {name: value}).items()]
-        answer = _answer(lambda given=given: parse(*given))
-        assert isinstance(answer, str) and f"--{name}" in answer
-    for given in (["more"], ["--no"], ["--step"], ["\n"]):
-      answer = _answer(
-          lambda given=given: parse("--workdir=a", "--to=b", *given)
-      )
-      assert isinstance(answer, str)
+  found = vars(parse(*(f"--{k}={v}" for k, v in good.items())))
+  assert found == good | {"push": "", "public": False}
+  for name in good:
+    for value in (
+        "", "gs://a/b", "a\0b", "a\nb", "\x1b", "\ud800", _DIGITS,
+        "-1", "1.5", "nan", "\u0663",
+    ):
+      if name != "step" and value in (_DIGITS, *"-1 1.5 nan \u0663".split()):
+        continue
+      given = [f"--{k}={v}" for k, v in (good | {name: value}).items()]
+      answer = _answer(lambda given=given: parse(*given))
+      assert isinstance(answer, str) and f"--{name}" in answer
+  for given in (["more"], ["--no"], ["--step"], ["\n"]):
+    answer = _answer(
+        lambda given=given: parse("--workdir=a", "--to=b", *given)
+    )
+    assert isinstance(answer, str)
 
 
 def test_flags_of_the_plan_are_refused(monkeypatch):
@@ -548,7 +547,7 @@ def test_flags_of_the_plan_are_refused(monkeypatch):
       out = io.StringIO()
       try:
         with contextlib.redirect_stderr(out):
-          plan.main(argv)
+          plan.main()
       except SystemExit as error:
         if isinstance(error.code, str):
           raise

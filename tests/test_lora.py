@@ -18,7 +18,7 @@ import safetensors.numpy
 import toys
 
 from prefix_distill import config as config_lib
-from prefix_distill import export as export_lib
+from prefix_distill import model_commands
 from prefix_distill import sharding
 from prefix_distill.config import CheckpointSpec
 from prefix_distill.config import LoraSpec
@@ -653,7 +653,7 @@ def test_a_stopped_run_goes_on_exactly(whole, path, tmp_path):
 
 def test_an_export_of_a_checkpoint_is_the_runs(whole, tmp_path):
   out = tmp_path / "out"
-  assert export_lib.export(whole, "last", out) == 4
+  assert model_commands.export(whole, "last", out) == 4
   for ours, theirs in (
       (out, whole / "export"),
       (tmp_path / "out-adapter", whole / "export-adapter"),
@@ -667,7 +667,7 @@ def test_an_export_of_a_checkpoint_is_the_runs(whole, tmp_path):
         np.testing.assert_array_equal(mine[name], wanted[name])
   with pytest.raises(UserError, match="out2-adapter is there already"):
     (tmp_path / "out2-adapter").mkdir()
-    export_lib.export(whole, "last", tmp_path / "out2")
+    model_commands.export(whole, "last", tmp_path / "out2")
 
 
 def test_a_run_that_begins_with_adapters_begins_where_they_ended(

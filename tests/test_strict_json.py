@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from prefix_distill import strict_json
-from prefix_distill.strict_json import JsonError
+from prefix_distill.errors import JsonError
+from prefix_distill.errors import parse_json
+from prefix_distill.errors import read_json
 
 _DAMAGED = {
     b"": "Expecting value",
@@ -26,31 +27,31 @@ _DAMAGED = {
 @pytest.mark.parametrize(("text", "said"), _DAMAGED.items(), ids=range(12))
 def test_what_is_no_json_has_a_reason(text, said, tmp_path):
   with pytest.raises(JsonError, match=said) as caught:
-    strict_json.parse(text)
+    parse_json(text)
   assert len(str(caught.value)) < 100 and "\n" not in str(caught.value)
   (tmp_path / "file").write_bytes(text)
   with pytest.raises(JsonError, match=said):
-    strict_json.read(tmp_path / "file")
+    read_json(tmp_path / "file")
 
 
 def test_what_is_no_file_has_a_reason(tmp_path):
   with pytest.raises(JsonError, match="Is a directory"):
-    strict_json.read(tmp_path)
+    read_json(tmp_path)
   with pytest.raises(JsonError, match="No such file"):
-    strict_json.read(tmp_path / "none")
+    read_json(tmp_path / "none")
 
 
 @pytest.mark.parametrize(
     "value", [{"a": [1, -2.5, None, True, "\u00e9"]}, [], 10**299, 1.7e308, ""]
 )
 def test_what_is_json_is_read(value):
-  assert strict_json.parse(json.dumps(value)) == value
-  assert strict_json.parse(json.dumps(value).encode()) == value
+  assert parse_json(json.dumps(value)) == value
+  assert parse_json(json.dumps(value).encode()) == value
 
 
 def test_others_records_may_have_any_number():
   text = f"[1e999, -Infinity, {'9' * 400}]"
-  found = strict_json.parse(text, finite=False)
+  found = parse_json(text, finite=False)
   assert found == [float("inf"), -float("inf"), 10**400 - 1]
   with pytest.raises(JsonError, match="digits"):
-    strict_json.parse("9" * 5000, finite=False)
+    parse_json("9" * 5000, finite=False)

@@ -17,7 +17,7 @@ import pytest
 import toys
 
 from prefix_distill import config as config_lib
-from prefix_distill import export
+from prefix_distill import model_commands
 from prefix_distill.config import CheckpointSpec
 from prefix_distill.errors import ConfigError
 from prefix_distill.errors import UserError
@@ -386,15 +386,15 @@ def test_a_finished_run_goes_on_with_more_steps(models, finished, tmp_path):
 
 def test_any_checkpoint_is_exported(models, finished, tmp_path, capsys):
   workdir, _, _ = finished
-  assert export.export(workdir, "last", tmp_path / "last") >= 3
+  assert model_commands.export(workdir, "last", tmp_path / "last") >= 3
   for file in (workdir / "export").iterdir():
     assert (tmp_path / "last" / file.name).read_bytes() == file.read_bytes()
-  assert export.export(workdir, "3", tmp_path / "3") == 3
-  assert export.export(workdir, "best", tmp_path / "best") in range(6)
+  assert model_commands.export(workdir, "3", tmp_path / "3") == 3
+  assert model_commands.export(workdir, "best", tmp_path / "best") in range(6)
 
   def refusal(workdir, step, to) -> str:
     with pytest.raises(UserError) as caught:
-      export.export(workdir, step, to)
+      model_commands.export(workdir, step, to)
     return str(caught.value)
 
   assert "is there already" in refusal(workdir, "3", tmp_path / "3")

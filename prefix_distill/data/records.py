@@ -54,12 +54,13 @@ import string
 from typing import Any
 from typing import TypeAlias
 
-from prefix_distill import strict_json
 from prefix_distill.config import BUNDLED_TASKS
 from prefix_distill.config import DatasetSpec
 from prefix_distill.config import FIELD
 from prefix_distill.data import bundled_tasks
 from prefix_distill.data import gym
+from prefix_distill.errors import JsonError
+from prefix_distill.errors import parse_json
 from prefix_distill.errors import shown
 from prefix_distill.errors import UserError
 
@@ -315,8 +316,8 @@ def random_key(*parts: str | int) -> bytes:
 def _parse(found: str, where: str) -> Any:
   """Parses JSON; one sentence for whatever is wrong with it."""
   try:
-    return strict_json.parse(found, finite=False)
-  except strict_json.JsonError as error:
+    return parse_json(found, finite=False)
+  except JsonError as error:
     raise DataError(f"{where} is not JSON ({error}); repair it.") from error
 
 

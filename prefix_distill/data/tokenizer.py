@@ -24,10 +24,11 @@ import numpy as np
 import tokenizers
 import transformers
 
-from prefix_distill import strict_json
 from prefix_distill.data.records import Message
 from prefix_distill.data.records import Question
+from prefix_distill.errors import JsonError
 from prefix_distill.errors import one_line
+from prefix_distill.errors import read_json
 from prefix_distill.errors import UserError
 from prefix_distill.models import huggingface as hf
 
@@ -405,8 +406,8 @@ def _broken_file(directory: pathlib.Path) -> str:
     if not file.is_file():
       continue
     try:
-      found = strict_json.read(file, finite=False)
-    except strict_json.JsonError as error:
+      found = read_json(file, finite=False)
+    except JsonError as error:
       return f"{file.name} is not JSON: {one_line(error)}"
     if not isinstance(found, dict):
       return f"{file.name} is no JSON object"

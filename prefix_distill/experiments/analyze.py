@@ -35,9 +35,7 @@ import pathlib
 import sys
 from typing import Any
 
-from absl import app
 from absl import flags
-from absl import logging
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
@@ -49,7 +47,6 @@ from prefix_distill.config import Config
 from prefix_distill.distill import chunked_head
 from prefix_distill.distill import loss as loss_lib
 from prefix_distill.errors import check
-from prefix_distill.errors import UserError
 from prefix_distill.evaluate import evaluator
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
@@ -402,17 +399,9 @@ def _write(setup: setup_lib.Setup, directory: pathlib.Path) -> None:
   print(f"Written: {file}, and a picture beside it.")
 
 
-def main(argv: list[str]) -> None:
-  del argv
-  logging.set_verbosity(logging.WARNING)
-  try:
-    _analyze(command_line.config(), command_line.workdir(sys.argv))
-  except UserError as error:
-    sys.exit(f"error: {error}")
+def main() -> None:
+  _analyze(command_line.config(), command_line.workdir(sys.argv))
 
 
 if __name__ == "__main__":
-  app.run(
-      main,
-      flags_parser=functools.partial(command_line.parse, about=__doc__),
-  )
+  command_line.run(main, __doc__)

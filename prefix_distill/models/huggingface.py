@@ -26,8 +26,9 @@ import safetensors.numpy
 import transformers
 
 from prefix_distill import assets
+from prefix_distill import errors
 from prefix_distill import sharding
-from prefix_distill import strict_json
+from prefix_distill.errors import JsonError
 from prefix_distill.errors import UserError
 from prefix_distill.models import config as model_config
 from prefix_distill.models.config import FAMILIES
@@ -161,8 +162,8 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
   """
   try:
     # transformers takes numbers that are not finite.
-    found = strict_json.read(file, finite=False)
-  except strict_json.JsonError as error:
+    found = errors.read_json(file, finite=False)
+  except JsonError as error:
     reason = str(error)
     if "BOM" in reason:
       reason = "it begins with a byte order mark, which transformers refuses"

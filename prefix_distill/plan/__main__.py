@@ -10,7 +10,6 @@ status is 0 if all fits, 1 if not, 2 if the question is wrong.
 
 from collections.abc import Sequence
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -22,7 +21,6 @@ from prefix_distill.plan import ENVIRONMENT
 os.environ.update(ENVIRONMENT)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # Compilers log a lot.
 
-from absl import app  # noqa: E402
 from absl import flags  # noqa: E402
 from absl import logging  # noqa: E402
 import rich.box  # noqa: E402
@@ -322,8 +320,7 @@ def _short(result: Result) -> str:
   )
 
 
-def main(argv: list[str]) -> None:
-  del argv
+def main() -> None:
   logging.set_verbosity(logging.ERROR)
   if not _TOPOLOGY.value:
     sys.exit(f"error: --topology is missing; there are {known_machines()}.")
@@ -352,8 +349,7 @@ def main(argv: list[str]) -> None:
 
 def start() -> None:
   """Reads the command line and plans."""
-  parse = functools.partial(command_line.parse, about=__doc__)
-  app.run(main, flags_parser=parse)
+  command_line.run(main, __doc__)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import re
 import rich.console
 
 from prefix_distill import sharding
-from prefix_distill import strict_json
 from prefix_distill.config import Config
 from prefix_distill.config import EvaluationSpec
 from prefix_distill.config import MeshSpec
@@ -31,6 +30,7 @@ from prefix_distill.data import records
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.distill.loss import ExactLoss
 from prefix_distill.errors import ConfigError
+from prefix_distill.errors import parse_json
 from prefix_distill.errors import shown
 from prefix_distill.errors import UserError
 from prefix_distill.evaluate import evaluator
@@ -113,7 +113,7 @@ def measured(file: pathlib.Path, price: float = 0.0) -> Assumptions:
   """
   try:
     texts = file.read_bytes().splitlines()
-    lines = [strict_json.parse(text) for text in texts]
+    lines = [parse_json(text) for text in texts]
     done = [one for one in lines if one.get("status") == "done"]
   except (OSError, ValueError, AttributeError) as error:
     raise ConfigError(

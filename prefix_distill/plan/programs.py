@@ -28,12 +28,13 @@ import rich.console
 
 from prefix_distill import compilation
 from prefix_distill import sharding
-from prefix_distill import strict_json
 from prefix_distill.compilation import Variant
 from prefix_distill.config import Config
 from prefix_distill.distill import chunked_head
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.errors import ConfigError
+from prefix_distill.errors import JsonError
+from prefix_distill.errors import read_json
 from prefix_distill.errors import shown
 from prefix_distill.errors import UserError
 from prefix_distill.evaluate import evaluator
@@ -56,7 +57,6 @@ from prefix_distill.plan import cost
 from prefix_distill.plan.cost import Allowed
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
-from prefix_distill.rollout.generate import Truncation
 from prefix_distill.structs import PromptBatch
 from prefix_distill.train import microbatch
 from prefix_distill.train import setup as setup_lib
@@ -861,8 +861,8 @@ def measure(job: Job, machine: Machine) -> Measured:
 def _recalled(file: pathlib.Path) -> dict[str, Any] | None:
   """Returns what was found before; None if nothing, or nothing readable."""
   try:
-    found = strict_json.read(file)
-  except strict_json.JsonError:
+    found = read_json(file)
+  except JsonError:
     return None
   return found if isinstance(found, dict) and "memory" in found else None
 

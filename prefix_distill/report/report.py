@@ -28,9 +28,10 @@ import rich.console
 import rich.table
 import rich.text
 
-from prefix_distill import strict_json
 from prefix_distill.config import Config
 from prefix_distill.config import LossSpec
+from prefix_distill.errors import JsonError
+from prefix_distill.errors import parse_json
 from prefix_distill.errors import UserError
 
 Line = dict[str, Any]
@@ -86,8 +87,8 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
   out = []
   for text in path.read_bytes().split(b"\n"):
     try:
-      line = strict_json.parse(text)
-    except strict_json.JsonError:
+      line = parse_json(text)
+    except JsonError:
       continue
     step = line.get("step") if isinstance(line, dict) else None
     if isinstance(step, int) and 0 <= step < 2**31:
@@ -546,8 +547,18 @@ def chosen(lines: Sequence[Line], dataset: str) -> str:
   return (
       f"{dataset} chose update {best} of {len(found)} that were evaluated:"
       f" {found[best]['accuracy']:.1%} there, the highest of them, so it is no"
-      f" held-out score. `python -m prefix_distill.export --step=best` writes"
+      f" held-out score. `prefix-distill export --step=best` writes"
       " that update's model; the tables have the last update's."
+  )
+
+
+def _empty_table(title: str) -> rich.table.Table:
+  return rich.table.Table(
+      title=rich.text.Text(title) if title else None,
+      box=rich.box.SIMPLE_HEAD,
+      show_edge=False,
+      padding=(0, 1, 0, 0),
+      pad_edge=False,
   )
 
 
@@ -567,13 +578,7 @@ def table(
     width: the terminal's, in characters.
     title: stands above the table.
   """
-  out = rich.table.Table(
-      title=rich.text.Text(title) if title else None,
-      box=rich.box.SIMPLE_HEAD,
-      show_edge=False,
-      padding=(0, 1, 0, 0),
-      pad_edge=False,
-  )
+  out = _empty_table(title)
   columns = [*zip(header, *rows, strict=True)]
   words = [max(map(len, " ".join(cells).split())) for cells in columns]
   widths = [
@@ -594,13 +599,7 @@ def _print_table(
     console: rich.console.Console, lines: Sequence[Line], dataset: str
 ) -> None:
   """Prints the closing table of a set, and its warning."""
-  table = rich.table.Table(
-      title=rich.text.Text(dataset),
-      box=rich.box.SIMPLE_HEAD,
-      show_edge=False,
-      padding=(0, 1, 0, 0),
-      pad_edge=False,
-  )
+  table = _empty_table(dataset)
   for column, name in enumerate(HEADER):
     table.add_column(name, no_wrap=not column)
   for row in closing_rows(lines, dataset):

@@ -20,7 +20,8 @@ import numpy as np
 
 from prefix_distill import distributed
 from prefix_distill import sharding
-from prefix_distill import strict_json
+from prefix_distill.errors import JsonError
+from prefix_distill.errors import parse_json
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.rollout import generate
@@ -141,10 +142,10 @@ def _read_answers(
     return found
   for line in lines:
     try:
-      number, tokens, stopped = strict_json.parse(line)
+      number, tokens, stopped = parse_json(line)
       if not _is_answer(number, tokens, stopped, count):
         break
-    except (strict_json.JsonError, TypeError, ValueError):
+    except (JsonError, TypeError, ValueError):
       break
     found[number] = tokens, stopped
   return found

@@ -29,7 +29,7 @@ from prefix_distill.models import lora
 from prefix_distill.models.config import ModelConfig
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
-from prefix_distill.report import card
+from prefix_distill.report import page
 from prefix_distill.report import report
 from prefix_distill.train import workdir as workdir_lib
 from prefix_distill.train.workdir import Contents
@@ -549,7 +549,7 @@ def export_student(
     step: the update after which the weights are.
   """
   lines = report.read_metrics(workdir / "metrics.jsonl")
-  licence = card.licence(hf.resolve(config.student.path))
+  licence = page.licence(hf.resolve(config.student.path))
   stored_like, spec = config.teacher or config.student, config.evaluation
   weights, adapters = lora.split(params)
   if config.lora.rank:
@@ -562,7 +562,7 @@ def export_student(
       directory,
       hf.export_dtype(config.export.dtype, stored_like.path),
       hf.Serving(stop_ids, spec.temperature, spec.top_k, spec.top_p),
-      card.text(config, lines, step, licence),
+      page.card(config, lines, step, licence),
       adapters,
       config.lora.scale,
   )

@@ -37,12 +37,13 @@ import numpy as np
 
 from prefix_distill import config as config_lib
 from prefix_distill import distributed
-from prefix_distill import strict_json
 from prefix_distill.config import Config
 from prefix_distill.config import DatasetSpec
 from prefix_distill.config import ModelSpec
 from prefix_distill.data import gym
+from prefix_distill.errors import JsonError
 from prefix_distill.errors import one_line
+from prefix_distill.errors import read_json
 from prefix_distill.errors import UserError
 from prefix_distill.evaluate.evaluator import Problems
 from prefix_distill.models import huggingface as hf
@@ -155,8 +156,8 @@ class Holder:
   def read(cls, path: pathlib.Path) -> "Holder | None":
     """Returns who holds a lock; None if nobody, or nothing readable."""
     try:
-      holder = cls(**strict_json.read(path))
-    except (strict_json.JsonError, TypeError):
+      holder = cls(**read_json(path))
+    except (JsonError, TypeError):
       return None
     return holder if holder._is_sound else None
 
@@ -517,9 +518,9 @@ def _read(file: pathlib.Path) -> dict[str, Any]:
     WorkdirError: it is none.
   """
   try:
-    found = strict_json.read(file)
+    found = read_json(file)
     reason = "" if isinstance(found, dict) else "it has no fields"
-  except strict_json.JsonError as error:
+  except JsonError as error:
     reason = str(error)
   if reason:
     raise WorkdirError(
