@@ -309,10 +309,7 @@ TASKS = {
             " `method=sft`. After 12 updates hardly an answer of any student"
             " ends, so accuracy says nothing yet; the divergence does."
         ),
-        cells=(
-            *("full", "linear", "fixed-8", *_WINDOWS),
-            *("full-forward", "off-reverse", "off-forward"),
-        ),
+        cells=("full", "linear", "fixed-8"),
         seeds=1,
         **_SUMS,
     ),
@@ -323,7 +320,7 @@ TASKS = {
             "As above, but the student has 15 of the 30 layers, and was trained"
             " like the teacher before: 20 updates of `method=sft`."
         ),
-        cells=("full", "linear", "fixed-8"),
+        # Not run yet; `--tasks half --cells full linear fixed-8` does it.
         seeds=1,
         **_SUMS,
     ),
