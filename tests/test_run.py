@@ -220,14 +220,20 @@ _TEACHER_ANSWERS = (
 )
 
 
+@pytest.fixture(scope="module", params=[_EVALUATES, _TEACHER_ANSWERS])
+def phase(request, cache, tmp_path_factory):
+  """A phase, and a run that was not stopped in it."""
+  place = tmp_path_factory.mktemp("phase") / "whole"
+  code, _, err = _finish(_start(place, cache, *request.param[0]))
+  assert code == 0, err
+  return place, *request.param
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("phase", [_EVALUATES, _TEACHER_ANSWERS])
 def test_a_phase_goes_on_with_the_answers_that_it_has(
     cache, tmp_path, phase, how
 ):
-  flags, name, said = phase
-  code, _, err = _finish(_start(tmp_path / "whole", cache, *flags))
-  assert code == 0, err
+  whole, flags, name, said = phase
   workdir = tmp_path / "run"
   process, deadline = _start(workdir, cache, *flags), time.time() + 240
   file = workdir / "unfinished" / name
@@ -247,14 +253,14 @@ def test_a_phase_goes_on_with_the_answers_that_it_has(
   while file.is_file():  # Answers are added to those that were there.
     with contextlib.suppress(FileNotFoundError):  # It ends in between.
       began = file.read_text() or began
+    time.sleep(0.02)
   code, _, err = _finish(process)
   assert code == 0, err
   assert began.startswith(kept[: kept.rindex("\n") + 1])
-  assert _metrics(workdir) == _metrics(tmp_path / "whole")
+  assert _metrics(workdir) == _metrics(whole)
   for path in ("answers.parquet", "export/model.safetensors"):
-    if (tmp_path / "whole" / path).exists():
-      whole = (tmp_path / "whole" / path).read_bytes()
-      assert (workdir / path).read_bytes() == whole
+    if (whole / path).exists():
+      assert (workdir / path).read_bytes() == (whole / path).read_bytes()
   assert not file.parent.exists()
 
 
