@@ -1225,7 +1225,7 @@ way round.
 
 A finding holds on a task if its comparisons' intervals say so, one by one; it
 does not hold if an interval says the opposite; else it is open. The language
-model's students are never right yet, so there the divergence of whole answers
+model's students are hardly ever right yet, so there the divergence of answers
 decides; its margin is {margin:.0f} % of what it was before training, and was
 set when one seed of each method had been seen.
 
