@@ -167,3 +167,14 @@ def test_gpus_run_one_kernel_or_two_and_copy_no_cache():
     assert program["instructions"] == ["custom-call"] * kernels, name
     # Those of the splits' sums, not of a cache or its blocks in another type.
     assert program["scratch"] < program["cache"] / 4, name
+
+
+def test_scales_belong_to_int8():
+  (queries, layer, lengths), _ = _inputs(jnp.int8, [3], 8)
+  bare = LayerCache(layer.keys, layer.values)
+  with pytest.raises(ValueError, match="scales"):
+    _ATTEND(queries, bare, lengths)
+  (queries, floats, lengths), _ = _inputs(jnp.float32, [3], 8)
+  scales = (layer.key_scales, layer.value_scales)
+  with pytest.raises(ValueError, match="scales"):
+    _ATTEND(queries, LayerCache(floats.keys, floats.values, *scales), lengths)

@@ -449,8 +449,18 @@ def decode_attention(
 
   Returns:
     [B, N, H], in the queries' dtype; the softmax is float32.
+
+  Raises:
+    ValueError: scales are missing for int8 or given for floats, or the cache
+      has a size that the kernel cannot index.
   """
-  keys, scaled = layer.keys, layer.key_scales is not None
+  keys, scaled = layer.keys, layer.keys.dtype == jnp.int8
+  if any(
+      scaled != (x is not None) for x in (layer.key_scales, layer.value_scales)
+  ):
+    raise ValueError(
+        f"The cache is {keys.dtype}; give scales for int8 and nothing else."
+    )
   batch, num_heads, head_dim = queries.shape
   kv_heads, columns = keys.shape[1:3]
   if scaled and 2**31 <= keys.size <= 2**32:
