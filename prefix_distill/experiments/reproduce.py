@@ -441,23 +441,26 @@ def halve(source: str, to: pathlib.Path) -> None:
     to: the new directory, which appears whole or not at all.
 
   Raises:
-    ModelFilesError: there is no such model.
+    ModelFilesError: there is no such model, or its files are incomplete.
   """
   place = huggingface.resolve(source, weights=True)
+  weights, tensors = huggingface.Weights(place), {}
+  for name in weights.names():
+    in_layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+    layer, new_name = 0, name
+    if in_layer:
+      layer = int(in_layer[1])
+      new_name = f"model.layers.{layer // 2}.{in_layer[2]}"
+    if layer % 2 == 0:
+      tensors[new_name] = weights.read(name, (slice(None),))
+  # Not `huggingface.whole_directory`: that starts JAX, and this process would
+  # take the accelerator from the runs.
   partial = to.with_name(to.name + ".partial")
   shutil.rmtree(partial, ignore_errors=True)
-  shutil.copytree(
-      place, partial, ignore=shutil.ignore_patterns("*.safetensors*")
-  )
-  tensors = {}
-  for file in sorted(place.glob("*.safetensors")):
-    for name, values in safetensors.numpy.load_file(file).items():
-      in_layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
-      layer = int(in_layer[1]) if in_layer else 0
-      if in_layer:
-        name = f"model.layers.{layer // 2}.{in_layer[2]}"
-      if layer % 2 == 0:
-        tensors[name] = values
+  partial.mkdir(parents=True)
+  for file in place.iterdir():
+    if file.is_file() and ".safetensors" not in file.name:
+      shutil.copyfile(file, partial / file.name)
   safetensors.numpy.save_file(
       tensors, partial / huggingface.SINGLE, metadata={"format": "pt"}
   )
