@@ -53,7 +53,7 @@ from prefix_distill.models import huggingface
 _ROOT = pathlib.Path(__file__).parents[2]
 _CONFIGS = _ROOT / "configs"
 _STUDENT = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_MADE = ("teacher", "half")  # Models that are trained of it first.
+_MADE = ("teacher", "half")  # Models that are trained from it first.
 TRIAL_SEED = 100
 
 
@@ -434,7 +434,7 @@ def _config(task: Task, models: Mapping[str, str]) -> str:
 
 
 def halve(source: str, to: pathlib.Path) -> None:
-  """Writes a model of every second layer of another, the first included.
+  """Writes a model that has every second layer of another, from the first on.
 
   Args:
     source: a directory or hub id.

@@ -660,7 +660,8 @@ def verdict(finding: Finding, found: Mapping[str, Curve]) -> tuple[str, str]:
   return "open", said
 
 
-# What a task has whose answers are short: a prefix of 8, and whole answers.
+# A task with short answers has a prefix of 8 instead of one of 16, and whole
+# answers instead of prefixes of 64.
 _STAND_INS = {
     "fixed-16": "fixed-8",
     "fixed-64": "full",

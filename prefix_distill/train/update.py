@@ -109,7 +109,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Rewritten:
-  """What an update's rewritings were; NumPy, in every process.
+  """What an update's rewritings were, in NumPy arrays on every process.
 
   Attributes:
     lengths: of drafts, turns and rewritings.
@@ -259,11 +259,11 @@ class _Writer:
 class _Rewriter:
   """Samples the student's drafts, and the teacher's rewritings of them.
 
-  The answers go to the host of every process, which all make the same turns for
-  the teacher of them and take the same tokens of what it writes (`Rewriting`);
-  no process waits for another's text. A draw depends on the update's key, the
-  record and the rollout's number alone, so neither microbatches, nor devices,
-  nor a restart change what is learned.
+  Every process gets all answers on its host. Each makes the same turns for the
+  teacher from the drafts and takes the same tokens from the teacher's text
+  (`Rewriting`), so no process waits for another's text. A draw depends on the
+  update's key, the record and the rollout's number alone, so neither
+  microbatches, nor devices, nor a restart change what is learned.
 
   Called on shapes, both samplings and the prompts between them are shapes.
 
