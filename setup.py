@@ -77,7 +77,7 @@ setuptools.setup(
         "cuda13": _CUDA13,
         "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"],
         "gym": _GYM,
-        "mlflow": ["mlflow-skinny>=3.0"],
+        "mlflow": ["mlflow>=3.9"],
         "tensorboard": _TENSORBOARD,
         "tpu": ["jax[tpu]>=0.10.2"],
         "wandb": ["wandb>=0.19"],

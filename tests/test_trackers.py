@@ -56,6 +56,17 @@ def test_a_client_that_is_not_installed_is_refused(monkeypatch):
     trackers.check("wandb")
 
 
+def test_mlflow_without_its_database_needs_a_server(monkeypatch):
+  kept = {"mlflow": object(), "sqlalchemy": None}
+  monkeypatch.setattr(importlib.util, "find_spec", kept.get)
+  for store in ("", "sqlite:///kept.db", "mysql+pymysql://me@host/kept"):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    with pytest.raises(ConfigError, match="pip install mlflow, or set MLFLOW"):
+      trackers.check("mlflow")
+  monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
+  assert trackers.check("mlflow") == "mlflow"
+
+
 def test_a_failing_tracker_is_told_once_and_left(tmp_path, capsys):
   (tmp_path / "tensorboard").write_text("in the way")
   tracker = trackers.make("tensorboard", tmp_path, {}, None)

@@ -6,7 +6,8 @@ in it ends or changes a run: it is told once, and the tracker is left.
 
   tensorboard   tensorboardX writes to WORKDIR/tensorboard
   wandb         WANDB_PROJECT, WANDB_MODE and so on are read by wandb itself
-  mlflow        so are MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME
+  mlflow        so are MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME; the
+                package mlflow-skinny suffices for a server of yours
   auto          tensorboard if tensorboardX is installed, and else none
   none
 
@@ -22,6 +23,7 @@ import hashlib
 import html
 import importlib.util
 import math
+import os
 import pathlib
 import sys
 import tempfile
@@ -34,6 +36,8 @@ from prefix_distill.report import plots
 NAMES = ("auto", "none", "tensorboard", "wandb", "mlflow")
 # What `pip install` and `import` call the clients.
 _CLIENTS = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
+# How MLFLOW_TRACKING_URI names a database; without it MLflow makes one.
+_DATABASES = ("", "sqlite", "mysql", "postgresql", "mssql")
 # Fields that are no measurements.
 _LABELS = ("step", "set", "mode", "model", "grading", "verdicts", "source")
 
@@ -70,6 +74,18 @@ def check(name: str) -> str:
     raise ConfigError(
         f"--tracker={name} needs the package {client}; install it with"
         f" pip install {client}, or use --tracker=none."
+    )
+  # What mlflow-skinny leaves out of mlflow; it would fail when the run starts.
+  store = os.environ.get("MLFLOW_TRACKING_URI", "")
+  if (
+      name == "mlflow"
+      and store.partition(":")[0].partition("+")[0] in _DATABASES
+      and importlib.util.find_spec("sqlalchemy") is None
+  ):
+    raise ConfigError(
+        f"--tracker=mlflow would write to a database ({store or 'mlflow.db'}),"
+        " which the package mlflow-skinny alone cannot; install it with pip"
+        " install mlflow, or set MLFLOW_TRACKING_URI to a server's address."
     )
   return name
 
