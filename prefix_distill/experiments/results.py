@@ -46,6 +46,7 @@ TEST, VALIDATION = "heldout", "validation"
 KL = "kl"
 _RESAMPLES = 2000
 _LEVEL = 0.95
+_BEFORE = "the student before"
 # Fields of an evaluation that the results keep, beside the verdicts.
 _KEPT = ("finish_rate", "mean_length")
 
@@ -895,7 +896,7 @@ def comparisons_table(
     found: Mapping[str, Curve], about: Mapping[str, str]
 ) -> str:
   """Returns a task's comparisons, with intervals and what they allow to say."""
-  rows, names = [], about | {"before": "the student before"}
+  rows, names = [], about | {"before": _BEFORE}
   for of in COMPARISONS:
     done = compare(of, found)
     if done is None or done.of != of:  # A share that was raised.
@@ -1143,6 +1144,8 @@ def draw(
       if name in found:
         color = _COLORS[i % len(_COLORS)]
         lines[name] = _draw_curve(axes, found[name], whole, color, of)
+    before = found["full"].right[of][:, 0].mean()
+    lines[_BEFORE] = axes.axhline(before, color="gray", linestyle=":")
     axes.set(title=title, xlabel="FLOPs, % of full distillation's")
     axes.set(xscale="log", ylim=(0, None if of == KL else 1))
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
@@ -1155,9 +1158,10 @@ def draw(
       axes.set_ylabel("accuracy on the test split, sampled")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+  lines[_BEFORE] = lines.pop(_BEFORE)  # The last one.
   figure.legend(
       lines.values(),
-      [about[name] for name in lines],
+      [about.get(name, name) for name in lines],
       frameon=False,
       fontsize=9,
       loc="center left",
@@ -1234,7 +1238,8 @@ set when one seed of each method had been seen.
 
 ![accuracy against cumulative FLOPs](accuracy_flops.png)
 
-Dots are best stopping points, bands 95 % intervals.
+Dots are best stopping points, bands 95 % intervals; the dotted line is the
+student before training.
 """
 
 
