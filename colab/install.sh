@@ -18,7 +18,9 @@ if nvidia-smi -L >/dev/null 2>&1; then
     *cuda13*) extra='[cuda13]' ;;
     *) if ((driver < 580)); then extra='[cuda12]'; else extra='[cuda13]'; fi ;;
   esac
-elif compgen -G '/dev/accel*' >/dev/null || [[ -n ${COLAB_TPU_ADDR:-} ]]; then
+elif compgen -G '/dev/accel*' >/dev/null ||
+  compgen -G '/dev/vfio/[0-9]*' >/dev/null ||
+  [[ -n ${COLAB_TPU_ADDR:-} ]]; then
   extra='[tpu]'
 fi
 echo "Installing prefix_distill$extra ..."

@@ -42,6 +42,7 @@ What is chosen, and why:
 
 from collections.abc import Sequence
 import math
+import os
 import re
 import sys
 
@@ -89,6 +90,9 @@ def _parse(argument: str) -> dict[str, str]:
         f" {', '.join(f'{n}=' for n in _NAMES)}.",
     )
     found[name] = value
+  # The shell leaves student=~/... alone.
+  for name in {"student", "teacher", "prompts", "eval"} & found.keys():
+    found[name] = os.path.expanduser(found[name])
   needed = ["student", "prompts"]
   if found.get("method") != "sft":
     needed.insert(1, "teacher")

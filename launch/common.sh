@@ -142,7 +142,7 @@ need_bucket() {
   need workdir
   [[ $workdir =~ ^gs://([a-z0-9][-_.a-z0-9]+)/+(.*[^/])/*$ ]] ||
     fail "--workdir is '$workdir'; it is a directory in a bucket that all" \
-      "hosts can write to, gs://BUCKET/DIR."
+      "hosts can write to, gs://bucket/DIR (no bucket has capital letters)."
   bucket=${BASH_REMATCH[1]} directory=${BASH_REMATCH[2]}
 }
 

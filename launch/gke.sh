@@ -13,7 +13,8 @@
 #   --topology AxB    of the slice's chips, such as 4x4
 #   --slices N        how many slices (1), each a node pool NAME-0, NAME-1, ...
 #   --zone ZONE       for create: the zone of the nodes
-#   --spot            for create: capacity that may be taken away
+#   --spot            for create: capacity that may be taken away; and for
+#                     run there: a pod has 15 seconds to save, not 120
 #
 #   --name NAME       the JobSet
 #   --repo URL        what a pod clones; --ref BRANCH of it (main)
@@ -94,6 +95,9 @@ yaml() {
 }
 
 manifest() {
+  # A spot node is gone 30 s after the notice, of which a pod gets 15 or so.
+  local grace=120
+  [[ -z $spot ]] || grace=15
   cat <<YAML
 apiVersion: v1
 kind: ServiceAccount
@@ -127,7 +131,7 @@ spec:
             restartPolicy: Never
             serviceAccountName: prefix-distill
             # To finish an update and save when the node is taken away.
-            terminationGracePeriodSeconds: 120
+            terminationGracePeriodSeconds: $grace
             nodeSelector:
               cloud.google.com/gke-tpu-accelerator: $accelerator
               cloud.google.com/gke-tpu-topology: $topology
@@ -145,7 +149,7 @@ spec:
                 shift
                 # In the shell's place, so that it gets the SIGTERM.
                 exec python -m prefix_distill.main --distributed=auto \
-                  --notice=120 "\$@"
+                  --notice=$grace "\$@"
               - $(yaml "$repo")
               - $(yaml "$ref")
               - $(yaml "--workdir=/gcs/$directory")

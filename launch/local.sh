@@ -35,7 +35,9 @@ main=()
 (( processes == 1 )) || devices=${devices:-1}
 if [[ $devices ]]; then
   count=--xla_force_host_platform_device_count=$devices
-  main+=(env JAX_PLATFORMS=cpu "XLA_FLAGS=${XLA_FLAGS:+$XLA_FLAGS }$count")
+  # JAX would prefer the number in that variable.
+  main+=(env -u JAX_NUM_CPU_DEVICES JAX_PLATFORMS=cpu)
+  main+=("XLA_FLAGS=${XLA_FLAGS:+$XLA_FLAGS }$count")
 fi
 main+=("$python" -m prefix_distill.main)
 [[ -z $workdir ]] || arguments=("--workdir=$workdir" "${arguments[@]}")

@@ -35,6 +35,19 @@ need_numbers nodes gpus notice
 need_no_bucket
 user=$(id -un)
 
+# Seconds of a time limit, as sbatch reads it; 0 for no limit.
+seconds() {
+  local days=0 clock=$1 parts
+  if [[ $clock == *-* ]]; then
+    days=${clock%%-*} clock=${clock#*-}
+  fi
+  IFS=: read -r -a parts <<<"$clock"
+  # D-H, D-H:M, D-H:M:S and H:M:S begin with hours; M and M:S with minutes.
+  [[ $1 == *-* ]] || case ${#parts[@]} in 1 | 2) parts=(0 "${parts[@]}") ;; esac
+  echo $((((10#$days * 24 + 10#${parts[0]}) * 60 + 10#${parts[1]:-0}) * 60 + \
+    10#${parts[2]:-0}))
+}
+
 case $action in
   create)
     echo "SLURM hands out the nodes by itself: create is not needed."
@@ -48,6 +61,15 @@ case $action in
   run)
     need name workdir nodes gpus time notice
     need_arguments
+    if [[ $time != UNLIMITED ]]; then
+      [[ $time =~ ^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$ ]] ||
+        fail "--time is '$time'; it is MINUTES, HOURS:MINUTES:SECONDS," \
+          "DAYS-HOURS or UNLIMITED, as for sbatch."
+      limit=$(seconds "$time")
+      (( limit == 0 || notice < limit )) ||
+        fail "--notice $notice is not below the $limit seconds of --time" \
+          "$time; the job would be told to save at once, again and again."
+    fi
     command=(
       sbatch "--job-name=$name" --dependency=singleton "--nodes=$nodes"
       --ntasks-per-node=1 "--gpus-per-node=$gpus" --exclusive --mem=0

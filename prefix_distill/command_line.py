@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 import copy
 import dataclasses
+import difflib
 import functools
 import inspect
 import math
@@ -297,8 +298,10 @@ def _print_help(about: str) -> None:
   console.print(about.strip(), markup=False)
   console.print("\nFlags", style="bold")
   known = flags.FLAGS.flags_by_module_dict()
+  # By `python -m`, absl calls the command's own module as the program.
+  ours = ("prefix_distill", "__main__", sys.argv[0])
   for module, defined in known.items():
-    if not module.startswith(("prefix_distill", "__main__")):
+    if not module.startswith(ours):
       continue
     for flag in defined:
       value = "" if flag.default in (None, "", []) else f" ({flag.default})"
@@ -330,6 +333,11 @@ def run(main: Callable[[], None], about: str) -> None:
   app.run(started, flags_parser=functools.partial(parse, about=about))
 
 
+def asks_help(argv: list[str]) -> bool:
+  """Whether a command line asks what the command does."""
+  return any(argument in _HELP for argument in argv[1:])
+
+
 def parse(argv: list[str], about: str = "") -> list[str]:
   """Parses flags, or exits with one sentence.
 
@@ -337,7 +345,7 @@ def parse(argv: list[str], about: str = "") -> list[str]:
     argv: the program's name and its flags.
     about: what `--help` says of the command.
   """
-  if any(argument in _HELP for argument in argv[1:]):
+  if asks_help(argv):
     _print_help(about)
     sys.exit(0)
   try:
@@ -468,6 +476,22 @@ def _read_json(file: str) -> ml_collections.ConfigDict | None:
   return ml_collections.ConfigDict(_tuples(values))
 
 
+def _check_file(file: str) -> None:
+  """Refuses a config that is neither here nor ships with the package.
+
+  Raises:
+    ConfigError: it is not there.
+  """
+  ships = {p.stem for directory in _CONFIGS for p in directory.glob("*.py")}
+  near = difflib.get_close_matches(pathlib.Path(file).stem, ships, 1)
+  mend = f"did you mean {near[0]}?" if near else "correct the path."
+  check(
+      pathlib.Path(file).is_file(),
+      f"--config={shown(file)[1:-1]} is no file here, and the configs that ship"
+      f" are {', '.join(sorted(ships - {'__init__'}))}; {mend}",
+  )
+
+
 class _ConfigParser(flags.ArgumentParser):
   """Reads a config file, and adds the new groups that flags name.
 
@@ -481,6 +505,7 @@ class _ConfigParser(flags.ArgumentParser):
     file, colon, argument = path.partition(":")
     file = config_file(file)
     config = _read_json(file)
+    _check_file(file)
     if config is None:
       config = self._parser.parse(file + colon + argument)
     if not isinstance(config, ml_collections.ConfigDict):
@@ -562,7 +587,7 @@ def config() -> Config:
 def workdir(argv: list[str]) -> pathlib.Path:
   """Returns --workdir, or runs/math-tiny for --config=configs/math.py:tiny."""
   if _WORKDIR.value:
-    return pathlib.Path(_WORKDIR.value)
+    return pathlib.Path(_WORKDIR.value).expanduser()
   given = next(
       (b if a.endswith("config") else a.partition("=")[2])
       for a, b in zip(argv, [*argv[1:], ""], strict=True)

@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import os
 import re
 import types
 import typing
@@ -124,9 +125,14 @@ def _without_secret(value: str) -> str:
   return value
 
 
+def _place(value: str) -> str:
+  """Makes a path of ~/..., which a shell leaves alone behind an = sign."""
+  return os.path.expanduser(_without_secret(value))
+
+
 # The place of a model or data set; the limits of a text come first.
-_Place = Annotated[_Str, pydantic.AfterValidator(_without_secret)]
-_NamedPlace = Annotated[_Name, pydantic.AfterValidator(_without_secret)]
+_Place = Annotated[_Str, pydantic.AfterValidator(_place)]
+_NamedPlace = Annotated[_Name, pydantic.AfterValidator(_place)]
 # A part of files' names, whose bytes are bounded.
 _SetName = Annotated[
     str, Field(strict=True, min_length=1, max_length=50, pattern=_LINE)

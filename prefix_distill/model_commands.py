@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import sys
@@ -256,10 +257,16 @@ def _with_settings(argv: list[str]) -> list[str]:
   for i, match in enumerate(words[:-1]):
     if match and match[2] is None:
       given[match[1]] = argv[i + 1]
-  model = given.get("model") or ""
-  if "config" not in given and is_run(model):
-    return [*argv, f"--config={pathlib.Path(model, 'config.json')}"]
-  return argv
+  model = os.path.expanduser(given.get("model") or "")
+  if "config" in given or not model or command_line.asks_help(argv):
+    return argv
+  check(
+      is_run(model),
+      f"--model={model} is no directory of a run here, whose settings would say"
+      " what to answer; correct it, or add --config=NAME.",
+  )
+  # Before the flags that change its settings.
+  return [argv[0], f"--config={pathlib.Path(model, 'config.json')}", *argv[1:]]
 
 
 def _mesh(config: Config) -> jax.sharding.Mesh:
@@ -356,7 +363,8 @@ def _eval() -> None:
       "evaluation.sets is empty, so there is nothing to answer; give"
       " --config.evaluation.sets.NAME.source=FILE and its .answer.",
   )
-  with find_model(given.model, given.step) as (path, _):
+  model = os.path.expanduser(given.model)
+  with find_model(model, given.step) as (path, _):
     lines = _evaluate(path, config, console)
   console.print(_table(lines, console.width))
   _write_lines(given.json, lines)
@@ -608,13 +616,15 @@ def _write_lines(file: str | None, lines: Sequence[dict[str, Any]]) -> None:
   """Writes what `--json` asks for."""
   if file:
     texts = [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
-    pathlib.Path(file).write_text("".join(texts), encoding="utf-8")
+    path = pathlib.Path(file).expanduser()
+    path.write_text("".join(texts), encoding="utf-8")
 
 
 def _answer_parser(command: str) -> argparse.ArgumentParser:
   parser = ArgumentParser(command, _ANSWER)
   add = parser.add_argument
-  add("--model", default="", help="see above")
+  home = os.path.expanduser  # The shell leaves --model=~/... alone.
+  add("--model", type=home, default="", help="see above")
   add("--step", default="", help="of a run: last (default), best or a number")
   add("--max_len", type=int, help="tokens of the longest answer (256)")
   add("--temperature", type=float, help="divides the logits (1)")
@@ -632,7 +642,8 @@ def _answer_parser(command: str) -> argparse.ArgumentParser:
   )
   if command == "sample":
     add("--prompt", action="append", default=[], help="may come several times")
-    add("--prompts", default="", help="a file of records, as data.train.source")
+    about = "a file of records, as data.train.source"
+    add("--prompts", type=home, default="", help=about)
     add("--question", default="question", help="the field in --prompts")
     add("--size", type=int, default=8, help="records of --prompts (8)")
     add("--num", type=int, default=1, help="answers to each prompt (1)")
@@ -651,13 +662,12 @@ def _check_answer_flags(args: argparse.Namespace) -> None:
 
 def _export_parser() -> argparse.ArgumentParser:
   parser = ArgumentParser("export", _EXPORT)
-  parser.add_argument("--workdir", default="", help="Where the run is kept.")
-  parser.add_argument(
-      "--step", default="last", help="A number, last or best. Default: last."
-  )
-  parser.add_argument("--to", default="", help="The new directory.")
-  parser.add_argument("--push", default="", help="USER/NAME on the hub.")
-  parser.add_argument("--public", action="store_true", help="For all to see.")
+  add, home = parser.add_argument, os.path.expanduser
+  add("--workdir", type=home, default="", help="Where the run is kept.")
+  add("--step", default="last", help="A number, last or best. Default: last.")
+  add("--to", type=home, default="", help="The new directory.")
+  add("--push", default="", help="USER/NAME on the hub.")
+  add("--public", action="store_true", help="For all to see.")
   return parser
 
 
@@ -695,11 +705,12 @@ def start() -> None:
   command = sys.argv[0].split()[-1]
   if command == "eval":
     _define_eval_flags()
-    sys.argv = _with_settings(sys.argv)
-    command_line.run(_eval, _EVAL)
-    return
   logging.set_verbosity(logging.WARNING)
   try:
+    if command == "eval":
+      sys.argv = _with_settings(sys.argv)
+      command_line.run(_eval, _EVAL)
+      return
     args = parse(command, sys.argv[1:])
     (_export if command == "export" else _answer)(args)
   except UserError as error:

@@ -52,7 +52,8 @@ def run(config: Config, console: rich.console.Console) -> None:
   shown = dataclasses.replace(config.data, suffix=suffix)
   filled = dataclasses.replace(config, data=shown)
   found = _warnings(filled, data.question, models, encoded)
-  _print_verdict(console, [*found, *data.notes])
+  notes = filter(None, [setup.same_model_note(config), *data.notes])
+  _print_verdict(console, [*found, *notes])
 
 
 def _check_devices(config: Config) -> None:

@@ -45,6 +45,10 @@ RULES = (
 # NVIDIA's Ampere. Turing (T4, 7.5) and Volta (V100, 7.0) lack bfloat16 and
 # cuDNN's flash attention.
 _AMPERE = (8, 0)
+# As PCI knows Google, whose network cards are among its devices, and its TPUs:
+# v3, v4, v5p, v5e, v6e and 7x.
+_GOOGLE = "0x1ae0"
+_TPU_CARDS = ("0x0027", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")
 _HOST = "pinned_host"
 
 
@@ -113,18 +117,26 @@ def unused_accelerator(root: pathlib.Path = pathlib.Path("/")) -> str:
   asked = os.environ.get("JAX_PLATFORMS") or os.environ.get("JAX_PLATFORM_NAME")
   if asked or jax.default_backend() != "cpu":
     return ""
-  found = {
-      "an NVIDIA GPU": ("proc/driver/nvidia/version", "cuda13] or [cuda12"),
-      "a TPU": ("dev/accel0", "tpu"),
-  }
-  for name, (file, extra) in found.items():
-    if (root / file).exists():
-      return (
-          f"This machine has {name}, but JAX does not see it and computes on"
-          f" the CPU; install the extra [{extra}], with one version of jax,"
-          " jaxlib and the plugin (JAX_PLATFORMS=cpu if the CPU is meant)."
-      )
-  return ""
+  if (root / "proc/driver/nvidia/version").exists():
+    name, extra = "an NVIDIA GPU", "cuda13] or [cuda12"
+  elif (root / "dev/accel0").exists() or _has_tpu_card(root):
+    name, extra = "a TPU", "tpu"
+  else:
+    return ""
+  return (
+      f"This machine has {name}, but JAX does not see it and computes on the"
+      f" CPU; install the extra [{extra}], with one version of jax, jaxlib and"
+      " the plugin (JAX_PLATFORMS=cpu if the CPU is meant)."
+  )
+
+
+def _has_tpu_card(root: pathlib.Path) -> bool:
+  """Whether a card is a TPU; newer ones have no /dev/accel0."""
+  return any(
+      _GOOGLE in file.read_text()
+      and (file.parent / "device").read_text().strip() in _TPU_CARDS
+      for file in root.glob("sys/bus/pci/devices/*/vendor")
+  )
 
 
 def make_mesh(

@@ -1,6 +1,7 @@
 """The commands of the console script, and the settings in words."""
 
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -52,6 +53,7 @@ def test_help_names_every_command():
     [
         (["trian"], "did you mean train?"),
         (["eval"], "--config is missing"),
+        (["eval", "--model=nowhere"], "--model=nowhere is no directory of a"),
         (["sample"], "--model is missing"),
         (["sample", "--model=nowhere", "--num=0", "--prompt=a"], "--num=0"),
         (["sample", "--model=nowhere"], "give --prompt=TEXT"),
@@ -168,6 +170,29 @@ def test_eval_grades_a_run_as_the_run_did(run, tmp_path):
   for name in ("verdicts", "accuracy", "mean_length", "finish_rate"):
     assert found[name] == last[name]
   assert "heldout" in done.stdout
+
+
+def test_eval_takes_a_runs_settings_and_flags_that_change_them(run, tmp_path):
+  """In any order, and from a path that the shell does not expand."""
+  file = tmp_path / "found.jsonl"
+  done = _command(
+      "eval",
+      "--config.evaluation.sets.heldout.size=4",
+      f"--model=~/{run.name}",
+      f"--json=~/{file.name}",
+      cwd=_ROOT,
+      env=os.environ | {"HOME": str(run.parent)},
+  )
+  assert done.returncode == 0, done.stderr
+  (found,) = map(json.loads, (run.parent / file.name).open())
+  assert found["problems"] == 4
+
+
+def test_a_run_is_told_from_the_model_that_it_wrote(run):
+  asked = f"own:student={run},teacher={run},prompts=x"
+  done = _command("train", f"--config={asked}")
+  assert done.returncode and "the directory of a run; give" in done.stderr
+  assert f"{run}/export" in done.stderr
 
 
 def test_eval_takes_any_checkpoint_and_any_model(run):

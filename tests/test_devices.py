@@ -185,19 +185,32 @@ def test_the_plan_computes_in_the_same(capability, dtype, monkeypatch):
   assert {x.dtype.name for x in lying} == {"bfloat16"}
 
 
+def _write(root, files):
+  for name, text in files.items():
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text(text)
+
+
 @pytest.mark.parametrize(
     "file, words",
     [
         ("proc/driver/nvidia/version", "NVIDIA GPU.*cuda13"),
         ("dev/accel0", "a TPU.*tpu"),
+        ("sys/bus/pci/devices/0000:00:04.0/device", "a TPU.*tpu"),
     ],
 )
 def test_an_accelerator_that_idles_is_told(file, words, tmp_path, monkeypatch):
   monkeypatch.delenv("JAX_PLATFORMS", raising=False)
   monkeypatch.delenv("JAX_PLATFORM_NAME", raising=False)
   assert not sharding.unused_accelerator(tmp_path)
-  (tmp_path / file).parent.mkdir(parents=True)
-  (tmp_path / file).touch()
+  card = "sys/bus/pci/devices/0000:00:{}/{}"
+  files = {card.format("03.0", "vendor"): "0x1ae0\n"}
+  files |= {card.format("03.0", "device"): "0x0042\n"}  # A network card.
+  files |= {card.format("04.0", "vendor"): "0x1ae0\n"}
+  files |= {card.format("04.0", "device"): "0x0042\n"}
+  _write(tmp_path, files)
+  assert not sharding.unused_accelerator(tmp_path)
+  _write(tmp_path, {file: "0x0063\n"})
   assert re.search(words, sharding.unused_accelerator(tmp_path))
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # It is meant.
   assert not sharding.unused_accelerator(tmp_path)

@@ -327,6 +327,13 @@ _BAD = {
     "slurm.sh run --workdir=/d -- --config=x": "--name is missing",
     "slurm.sh run --name=n --workdir=gs://b/d -- --config=x": "mount the",
     "slurm.sh run --name=n --workdir=/d --gpus=a -- --config=x": "--gpus is",
+    "slurm.sh run --name=n --workdir=/d --time=10 --notice=600 -- --config=x": (
+        "--notice 600 is not below the 600 seconds of --time 10"
+    ),
+    "slurm.sh run --name=n --workdir=/d --time=9:59 -- --config=x": "the 599 s",
+    "slurm.sh run --name=n --workdir=/d --time=0:08:09 -- --config=x": "489 s",
+    "slurm.sh run --name=n --workdir=/d --time=0-0:9 -- --config=x": "540 s",
+    "slurm.sh run --name=n --workdir=/d --time=1h -- --config=x": "sbatch",
     "slurm.sh setup --cuda=11": "--cuda is '11'; it is 12 or 13.",
     "tpu.sh create --zone=z --type=v5litepod-16": "--name is missing",
     "tpu.sh create --name=A --zone=z": "--name is 'A'; it is up to 40",
@@ -336,8 +343,8 @@ _BAD = {
     "tpu.sh create --name=a --zone=z --plain=yes": "--plain=yes is no flag",
     "tpu.sh create --name=a --zone=z --plain --slices=2": "--plain is one",
     "tpu.sh setup --name=a --zone=z": "--repo is missing; setup needs it.",
-    "tpu.sh run --name=a --zone=z --workdir=/d -- --config=x": "gs://BUCKET/",
-    "tpu.sh run --name=a --zone=z --workdir=gs://b1 -- --config=x": "/DIR.",
+    "tpu.sh run --name=a --zone=z --workdir=/d -- --config=x": "gs://bucket/",
+    "tpu.sh run --name=a --zone=z --workdir=gs://b1 -- --config=x": "/DIR (no",
     "tpu.sh run --name=a --zone=z --workdir=gs://b1/d": "nothing after `--`",
     "gke.sh status --name=a --location=l --cluster=c": "--project is missing",
     "gke.sh create --name=a --project=p --location=l --cluster=c --zone=z": (
@@ -568,6 +575,24 @@ def test_the_manifest_is_a_job_of_all_hosts_for_each_slice(place):
   ]
 
 
+def test_a_pod_on_spot_capacity_has_less_time_to_save(place):
+  place.launch(
+      "gke.sh",
+      "run",
+      *_GKE,
+      "--spot",
+      "--repo=r",
+      f"--workdir={_BUCKET}",
+      *dashes(),
+  )
+  ((_, manifest),) = place.calls()
+  _, jobset = yaml.safe_load_all(manifest)
+  (slices,) = jobset["spec"]["replicatedJobs"]
+  pod = slices["template"]["spec"]["template"]["spec"]
+  assert pod["terminationGracePeriodSeconds"] == 15
+  assert "--notice=15 " in pod["containers"][0]["command"][2]
+
+
 # In a SLURM job.
 
 
@@ -648,7 +673,8 @@ def test_several_processes_know_their_number_and_where_they_meet(place):
   )
   assert done.stdout.splitlines() == [
       *(
-          "env JAX_PLATFORMS=cpu 'XLA_FLAGS=--xla_one --xla_two"
+          "env -u JAX_NUM_CPU_DEVICES JAX_PLATFORMS=cpu"
+          " 'XLA_FLAGS=--xla_one --xla_two"
           " --xla_force_host_platform_device_count=3'"
           " stub_python -m prefix_distill.main --distributed=localhost:1234"
           f" --num_processes=2 --process_id={i} '--workdir=a b'"

@@ -75,6 +75,30 @@ def ask(*flags: str) -> subprocess.CompletedProcess:
   )
 
 
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ([], "--config is missing"),
+        (["--config=configs/math.py", "--confg=x"], "did you mean: config"),
+        (["--config=math:tinny"], "no argument 'tinny'"),
+        (["--config=owm"], "did you mean own?"),
+    ],
+)
+def test_a_wrong_command_line_is_a_wrong_question(flags, words):
+  asked = ask(*flags, "--topology=h100:8")
+  (line,) = asked.stderr.strip().splitlines()
+  assert asked.returncode == 2
+  assert line.startswith("error: ") and words in line.replace("Did", "did")
+
+
+def test_help_has_the_flags_of_plan():
+  """Also where the command is the program itself."""
+  asked = ask("--help")
+  assert asked.returncode == 0
+  for flag in ("topology", "prefix", "price", "budget", "config"):
+    assert f"\n  --{flag}" in asked.stdout
+
+
 def test_a_missing_compiler_ends_in_the_line_that_installs_it():
   for module in ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin"):
     if _has(module):
@@ -95,7 +119,7 @@ def _has(module: str) -> bool:
 
 def test_a_wrong_question_ends_in_one_sentence():
   asked = ask("--config=configs/math.py")
-  assert asked.returncode != 0
+  assert asked.returncode == 2
   assert "--topology is missing" in asked.stderr
   assert "v5e:4x4" in asked.stderr
 

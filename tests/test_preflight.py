@@ -284,6 +284,19 @@ def test_a_suffix_that_is_split_is_a_warning():
   assert "passed with 1 warning." in words
 
 
+def test_a_teacher_that_is_the_student_is_a_warning(monkeypatch):
+  """Also where one of the two is under ~; not if it reads more."""
+  model = assets.path("capable")
+  monkeypatch.setenv("HOME", str(model.parent))
+  config = _config(model, f"~/{model.name}")
+  assert "Warning: Student and teacher are the same model" in _words(config)
+  data = dataclasses.replace(
+      config.data, teacher_prompt="{question} {solution}"
+  )
+  for other in (_config(), dataclasses.replace(config, data=data)):
+    assert not setup.same_model_note(other)
+
+
 def test_another_temperature_in_evaluation_is_a_warning():
   config = _config()
   evaluation = dataclasses.replace(config.evaluation, temperature=0.6)

@@ -128,6 +128,7 @@ def resolve(path: str, weights: bool = False) -> pathlib.Path:
       return assets.path(path.removeprefix("bundled:"))
     except KeyError as error:
       raise ModelFilesError(f"{path}: {error.args[0]}") from error
+  path = os.path.expanduser(path)
   # Also asks for names that are too long for the file system.
   if os.path.isdir(path):
     return pathlib.Path(path)
@@ -189,12 +190,23 @@ def read_config(path: str) -> ModelConfig:
   """
   directory = resolve(path)
   file = directory / "config.json"
+  if (directory / "adapter_config.json").is_file() and not file.is_file():
+    raise ModelFilesError(
+        f"{directory} has adapters alone; give the model that they were merged"
+        " into (export beside export-adapter), or their base, and lora.path for"
+        " them."
+    )
   if not file.is_file():
     raise ModelFilesError(
         f"{directory} has no config.json; give the directory of a Hugging Face"
         " model."
     )
   settings = read_json(file)
+  if "method" in settings and "model_type" not in settings:
+    raise ModelFilesError(
+        f"{directory} is the directory of a run; give the model that the run"
+        f" wrote, {directory / 'export'}."
+    )
   try:
     # Before transformers sees a model type that it may know and we do not.
     find_family(settings.get("model_type"), path)

@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import sys
+from typing import NoReturn
 
 from prefix_distill.plan import ENVIRONMENT
 
@@ -33,7 +34,6 @@ from prefix_distill.errors import check  # noqa: E402
 from prefix_distill.errors import check_path  # noqa: E402
 from prefix_distill.errors import ConfigError  # noqa: E402
 from prefix_distill.errors import shown  # noqa: E402
-from prefix_distill.errors import UserError  # noqa: E402
 from prefix_distill.plan import planner  # noqa: E402
 from prefix_distill.plan.planner import Assumptions  # noqa: E402
 from prefix_distill.plan.planner import Result  # noqa: E402
@@ -322,34 +322,45 @@ def _short(result: Result) -> str:
 
 def main() -> None:
   logging.set_verbosity(logging.ERROR)
-  if not _TOPOLOGY.value:
-    sys.exit(f"error: --topology is missing; there are {known_machines()}.")
+  check(
+      bool(_TOPOLOGY.value),
+      f"--topology is missing; there are {known_machines()}.",
+  )
+  _check_json()
+  question = planner.Question(
+      command_line.config(),
+      parse_machine(_TOPOLOGY.value),
+      planner.read_lengths(_PREFIX.value),
+      _MESH.value,
+      _assumptions(),
+      _SEARCH.value,
+  )
   try:
-    _check_json()
-    question = planner.Question(
-        command_line.config(),
-        parse_machine(_TOPOLOGY.value),
-        planner.read_lengths(_PREFIX.value),
-        _MESH.value,
-        _assumptions(),
-        _SEARCH.value,
-    )
     result = planner.plan(question, rich.console.Console(stderr=True))
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(1 if isinstance(error, TooLargeError) else 2)
+  except TooLargeError as error:
+    _end(f"error: {error}", 1)
   _show(result, rich.console.Console())
   if _JSON.value:
     found = dataclasses.asdict(result) | {"fits": result.fits}
     text = json.dumps(found, indent=2)
     pathlib.Path(_JSON.value).write_text(text + "\n")
   if not result.fits:
-    sys.exit(f"error: {_short(result)}.")
+    _end(f"error: {_short(result)}.", 1)
+
+
+def _end(sentence: str, status: int) -> NoReturn:
+  print(sentence, file=sys.stderr)
+  sys.exit(status)
 
 
 def start() -> None:
   """Reads the command line and plans."""
-  command_line.run(main, __doc__)
+  try:
+    command_line.run(main, __doc__)
+  except SystemExit as ended:
+    if isinstance(ended.code, str):  # A sentence on what was asked.
+      _end(ended.code, 2)
+    raise
 
 
 if __name__ == "__main__":

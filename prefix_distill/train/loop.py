@@ -19,6 +19,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import pathlib
 import signal
 import statistics
@@ -1003,7 +1004,7 @@ def _write_report(workdir: pathlib.Path) -> None:
 
 def train(
     config: Config,
-    workdir: pathlib.Path,
+    workdir: str | os.PathLike[str],
     traced: Collection[int] = (),
     notice: float = math.inf,
     tracker: str = "none",
@@ -1021,7 +1022,7 @@ def train(
     ValueError: a setting, file or model does not fit; see `setup.prepare`.
     Stopped: the user asked for it; the state is saved.
   """
-  tracker = trackers.check(tracker)
+  tracker, workdir = trackers.check(tracker), pathlib.Path(workdir)
   setup = setup_lib.prepare(config, workdir)
   with workdir_lib.claimed(config, workdir, setup.contents) as lock:
     _train(setup, workdir, traced, notice, lock, tracker)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
+import os
 import pathlib
 
 import jax
@@ -206,6 +207,25 @@ def _dtype_note(
   )
 
 
+def same_model_note(config: Config) -> str:
+  """Returns a sentence if the teacher can teach nothing."""
+  if (
+      config.teacher is None
+      or config.method == "seqkd"
+      or config.rollout.source == "rewrite"
+      or config.data.teacher_prompt
+      or config.teacher.path != config.student.path
+      or config.teacher.random_init != config.student.random_init
+  ):
+    return ""
+  return (
+      f"Student and teacher are the same model, {config.student.path}, and read"
+      " the same prompts, so they agree and hardly anything is learned; set"
+      " teacher.path to a better model, or data.teacher_prompt to what it reads"
+      " besides."
+  )
+
+
 def check_refresh(
     config: Config, student: ModelConfig, teacher: ModelConfig
 ) -> None:
@@ -242,7 +262,7 @@ def _check_lengths(
         f" answer (rollout.max_len {config.rollout.max_len},"
         f" evaluation.max_len {config.evaluation.max_len}) is {needed}, which"
         f" is more than the {student.config.max_length} positions of"
-        f" {config.student.path}; shorten one of them."
+        f" {config.student.path}; lower one of the three."
     )
   if teacher is None:
     return
@@ -253,7 +273,8 @@ def _check_lengths(
         f"The teacher's prompt of up to {prompt} tokens plus the longest prefix"
         f" of {prefix} is {prompt + prefix}, which is more than the"
         f" {teacher.config.max_length} positions of {config.teacher.path};"
-        " shorten one of them."
+        " lower data.max_teacher_prompt_len (or data.max_prompt_len),"
+        " rollout.max_len or the prefix's cap."
     )
   if config.rollout.source == "rewrite":
     _check_rewriting_lengths(config, student, teacher)
@@ -491,7 +512,7 @@ def rewriting_of(
   return Rewriting(config, *tokenizers, *stop_ids(config, tokenizers))
 
 
-def prepare(config: Config, workdir: pathlib.Path) -> Setup:
+def prepare(config: Config, workdir: str | os.PathLike[str]) -> Setup:
   """Checks everything that can fail, and opens the data.
 
   Weights come last, since a hub model's are downloaded for that.
@@ -499,6 +520,7 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
   Raises:
     UserError: one sentence that names what does not fit, and the mend.
   """
+  workdir = pathlib.Path(workdir)
   _check_same_everywhere(config, workdir)
   inputs = check(config)
   mesh, student, teacher = inputs.mesh, inputs.student, inputs.teacher
@@ -511,11 +533,9 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
   contents = workdir_lib.read_contents(config, data.records, inputs.problems)
   _check_same_contents(contents)
   distributed.wait("setup")  # Nothing is written unless all could get so far.
-  note = _dtype_note(config, mesh, student, teacher)
-  if note and jax.process_index() == 0:
-    print(note, flush=True)
   if jax.process_index() == 0:
-    for sentence in data.notes:
+    note = _dtype_note(config, mesh, student, teacher)
+    for sentence in filter(None, [note, same_model_note(config), *data.notes]):
       print(sentence, flush=True)
   memory = distributed.from_first("memory", sharding.memory(mesh))
   models = Models.of(config, mesh, student, teacher, tokenizers, memory)

@@ -570,9 +570,14 @@ def _claim_config(config: Config, workdir: pathlib.Path) -> None:
   same_steps = theirs | {"steps": mine["steps"]}
   if same_steps != mine:  # Other steps alone would be no reason.
     name, old, new = config_lib.first_difference(same_steps, mine)
+  more = ""
+  if theirs["steps"] != mine["steps"]:  # As configs/own.py:steps= would.
+    more = f" (for other steps alone, add --config.steps={mine['steps']} to its"
+    more += " first command)"
   raise WorkdirError(
       f"{workdir} holds a run with {name} = {old!r}, and this one has"
-      f" {new!r}; choose another --workdir, or delete that one to start over."
+      f" {new!r}; choose another --workdir, or delete that one to start"
+      f" over{more}."
   )
 
 
