@@ -158,7 +158,8 @@ def make_mesh(
     raise ConfigError(
         f"mesh data x fsdp x tensor is {spec.data} x {spec.fsdp} x"
         f" {spec.tensor}, which does not fill the {count} devices here; change"
-        " mesh so that the product is the number of devices."
+        " mesh so that the product is the number of devices (-1 takes those"
+        " that the other two leave)."
     )
   names, kinds = ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3
   # GPUs also have a slice index, one for each host, but their order suffices.

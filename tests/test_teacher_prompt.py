@@ -128,7 +128,7 @@ def test_a_teachers_prompt_that_is_too_long_drops_its_record(tokenizer, source):
 def test_teachers_prompts_that_are_all_too_long_are_refused(tokenizer, source):
   with pytest.raises(ConfigError) as error:
     _take(_spec(source[0], "{question} {question} Ann Ann", 15), tokenizer)
-  assert "raise it, or data.max_teacher_prompt_len" in str(error.value)
+  assert "raise it or data.max_teacher_prompt_len" in str(error.value)
 
 
 def test_a_template_that_leaves_no_room_is_refused(tokenizer, source):

@@ -585,14 +585,17 @@ class PromptIterator:
 
   def _all_too_long(self) -> str:
     spec = self._spec
-    parts, others = "prompt or completion", "rollout.max_len"
+    parts, mends = ["its prompt"], ["it"]
     if spec.teacher_prompt:
-      parts = "prompt, the teacher's, or completion"
-      others = "data.max_teacher_prompt_len or rollout.max_len"
+      parts.append("the teacher's")
+      mends.append("data.max_teacher_prompt_len")
+    if self._completion_len:
+      parts.append("its completion")
+      mends.append("rollout.max_len")
     return (
         f"data.max_prompt_len is {spec.max_prompt_len}, and every one of the"
-        f" {len(self.records)} records is longer ({parts}); raise it, or"
-        f" {others}."
+        f" {len(self.records)} records is longer ({' or '.join(parts)}); raise"
+        f" {' or '.join(mends)}."
     )
 
   def __iter__(self) -> Iterator[tuple[PromptBatch, Rollout | None]]:
