@@ -200,7 +200,7 @@ def test_answers_stand_side_by_side_and_are_filtered(opened):
   assert len(texts(opened, ".problem")) == 1
   click(opened, "[data-filter=answers] [value=right]")
   choose(opened, "#set", '["heldout","greedy"]')
-  assert texts(opened, "#answers-shown") == ["1 of 1 answers"]
+  assert texts(opened, "#answers-shown") == ["1 of 1 answer"]
   assert_clean(opened)
 
 

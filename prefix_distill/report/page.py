@@ -24,6 +24,7 @@ import markupsafe
 from prefix_distill import config as config_lib
 from prefix_distill.config import BUNDLED_TASKS
 from prefix_distill.config import Config
+from prefix_distill.errors import counted
 from prefix_distill.errors import read_json
 from prefix_distill.report import plots
 from prefix_distill.report import report
@@ -70,13 +71,9 @@ def facts(config: Config) -> list[tuple[str, str]]:
     out.append(("teacher", config.teacher.path))
   out += [
       ("prompts", data.train.source),
-      (
-          "updates",
-          f"{config.steps} of {data.batch_size} prompts x"
-          f" {rollout.per_prompt} rollouts",
-      ),
+      ("updates", f"{config.steps:,} of {report.batch_of(config)}"),
       ("learning rate", f"{config.optimizer.learning_rate:g}"),
-      ("longest answer", f"{rollout.max_len} tokens"),
+      ("longest answer", counted(rollout.max_len, "token")),
   ]
   if config.schedule:
     out.append(("length of the prefix", config.schedule))
@@ -198,7 +195,7 @@ def _render(
       figures=figures,
       columns=columns,
       updates=rows,
-      count=len(updates),
+      count=counted(len(updates), "update"),
       settings=json.dumps(values, indent=2),
       samples=_embedded(_kept(workdir)),
       style=markupsafe.Markup(style),
@@ -291,7 +288,7 @@ def _about(config: Config, step: int) -> str:
   if config.teacher is not None and config.method != "sft":
     who = f" from {_base(config.teacher.path)}"
   return (
-      f"{_base(config.student.path)} after {step} updates of"
+      f"{_base(config.student.path)} after {counted(step, 'update')} of"
       f" {_METHODS[config.method]}{who}, with prefix_distill"
       " (arXiv 2602.15260).\n"
   )
@@ -304,9 +301,7 @@ def _recipe(config: Config, lines: Sequence[Line]) -> str:
     train = _base(train)
   rows = {
       "data": train,
-      "an update": (
-          f"{data.batch_size} prompts x {config.rollout.per_prompt} rollouts"
-      ),
+      "an update": report.batch_of(config),
       "learning rate": f"{optimizer.learning_rate:g}, AdamW",
       "seed": f"{config.seed}",
   }
@@ -314,7 +309,7 @@ def _recipe(config: Config, lines: Sequence[Line]) -> str:
     rows |= {
         "loss": report.loss_name(config.loss),
         "temperature": f"{config.rollout.temperature:g}",
-        "longest answer": f"{config.rollout.max_len} tokens",
+        "longest answer": counted(config.rollout.max_len, "token"),
     }
   if config.schedule:
     rows["prefix"] = f"{config.schedule} schedule"

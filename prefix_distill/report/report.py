@@ -30,6 +30,7 @@ import rich.text
 
 from prefix_distill.config import Config
 from prefix_distill.config import LossSpec
+from prefix_distill.errors import counted
 from prefix_distill.errors import JsonError
 from prefix_distill.errors import parse_json
 from prefix_distill.errors import UserError
@@ -205,8 +206,8 @@ class MetricsWriter(LineWriter):
       if missing > 0:
         print(
             f"Warning: {path} lacks the lines of {missing} of the first"
-            f" {resume_step} updates; it was damaged or deleted. The report"
-            " will lack them too.",
+            f" {counted(resume_step, 'update')}; it was damaged or deleted."
+            " The report will lack them too.",
             file=sys.stderr,
             flush=True,
         )
@@ -317,8 +318,7 @@ def headline(
     who += f", teacher {config.teacher.path}"
   text = (
       f"{config.method}: {who}\n"
-      f"{config.steps} updates of {config.data.batch_size} prompts x"
-      f" {config.rollout.per_prompt} rollouts, mesh {axes}\n"
+      f"{counted(config.steps, 'update')} of {batch_of(config)}, mesh {axes}\n"
       f"workdir {workdir}"
   )
   if not config.is_supervised:
@@ -327,6 +327,14 @@ def headline(
         f" {loss_name(config.loss)}"
     )
   return text
+
+
+def batch_of(config: Config) -> str:
+  """Says how large an update is."""
+  return (
+      f"{counted(config.data.batch_size, 'prompt')} x"
+      f" {counted(config.rollout.per_prompt, 'rollout')}"
+  )
 
 
 def loss_name(loss: LossSpec) -> str:
@@ -366,7 +374,7 @@ def evaluation_line(which: str, step: int, values: Line) -> str:
   return (
       f"step {step:>4}  {which} on {values['set']}, {values['mode']}:"
       f" {accuracy(values)}, {values['finish_rate']:.1%} finish,"
-      f" {values['mean_length']:.0f} tokens{nats}"
+      f" {counted(round(values['mean_length']), 'token')}{nats}"
   )
 
 
@@ -470,8 +478,9 @@ def alarms(lines: Sequence[Line]) -> dict[str, str]:
       )
     if line.get("skipped"):
       found["skipped"] = (
-          f"Warning: {line['skipped']} updates were skipped because their"
-          " numbers were not finite; their batches are in skipped/."
+          f"Warning: the run skipped {counted(line['skipped'], 'update')}"
+          " because of numbers that were not finite; the batches are in"
+          " skipped/."
       )
   return found
 
@@ -495,9 +504,9 @@ def spent(lines: Sequence[Line]) -> str:
       last[f"compilations_{phase}"] for phase in ("sample", "score", "update")
   )
   text = (
-      f"{last['flops']:.3g} FLOPs in {len(made)} updates"
-      f" ({last['seconds']:.0f} s, {last['tokens']:,} tokens,"
-      f" {compiled} compilations)"
+      f"{last['flops']:.3g} FLOPs in {counted(len(made), 'update')}"
+      f" ({last['seconds']:.0f} s, {counted(last['tokens'], 'token')},"
+      f" {counted(compiled, 'compilation')} since the last start)"
   )
   if paper := last.get("flops_paper"):
     text += f", {paper:.3g} by the paper's formula"
@@ -521,7 +530,7 @@ def dropped(lines: Sequence[Line]) -> str:
       for name, count in last.items()
       if name.startswith("dropped_")
   )
-  return f"{last['dropped']} training records were dropped ({counts})."
+  return f"Dropped {counted(last['dropped'], 'training record')} ({counts})."
 
 
 def chosen(lines: Sequence[Line], dataset: str) -> str:

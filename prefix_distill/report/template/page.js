@@ -29,6 +29,7 @@
     x === null ? "not finite" : x < 0.001 ? "< 0.001" : x.toFixed(3);
   // The root shows small divergences too.
   const heat = (x) => Math.sqrt(Math.min(Math.max(x, 0) / TOP, 1));
+  const counted = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
   const end = (line) => (line.finished ? "finished" : "cut");
 
   function segments(parent, parts) {
@@ -76,7 +77,7 @@
       shownTokens.set(token, [line, i]);
     });
     const more = line.length - line.texts.length;
-    if (more > 0) make(box, "span", "gap", ` … ${more} more tokens`);
+    if (more > 0) make(box, "span", "gap", ` … ${counted(more, "more token")}`);
   }
 
   function showRollout(line) {
@@ -86,7 +87,7 @@
     make(head, "strong", "", `update ${line.step}`);
     make(head, "span", "", `record ${line.record}`);
     make(head, "span", end(line), end(line));
-    make(head, "span", "", `${line.length} tokens`);
+    make(head, "span", "", counted(line.length, "token"));
     const values = line.divergence.filter((x) => x !== null);
     const mean = values.reduce((a, b) => a + b, 0) / (values.length || 1);
     const what = line.measure === "cross_entropy" ? "cross-entropy" : "KL";
@@ -108,7 +109,7 @@
     const cards = [...document.querySelectorAll(".rollout")];
     cards.forEach((card) => { card.hidden = !wanted.has(card.dataset.end); });
     const seen = cards.filter((card) => !card.hidden).length;
-    find("rollouts-shown").textContent = `${seen} of ${cards.length} rollouts`;
+    find("rollouts-shown").textContent = `${seen} of ${counted(cards.length, "rollout")}`;
     hideTip();
   }
 
@@ -211,7 +212,7 @@
     make(head, "strong", "", title(line, last));
     make(head, "span", verdict, verdict);
     make(head, "span", end(line), end(line));
-    make(head, "span", "", `${line.length} tokens`);
+    make(head, "span", "", counted(line.length, "token"));
     const text = make(card, "div", "text");
     text.tabIndex = 0;
     segments(text, line.text);
@@ -245,7 +246,7 @@
       problem.hidden = !problem.querySelector(".answer:not([hidden])");
     });
     const seen = cards.filter((card) => !card.hidden).length;
-    find("answers-shown").textContent = `${seen} of ${cards.length} answers`;
+    find("answers-shown").textContent = `${seen} of ${counted(cards.length, "answer")}`;
   }
 
   // ---- Everything is there
