@@ -115,9 +115,14 @@ def test_the_page_of_settings_is_of_today():
 
 
 def _config(name: str) -> config_lib.Config:
+  return _told_config(name)[0]
+
+
+def _told_config(name: str) -> tuple[config_lib.Config, str]:
+  """Returns the settings of a config, and what it says of them."""
   done = _command("train", f"--config={name}", "--print_config", cwd="/")
   assert done.returncode == 0, done.stderr
-  return config_lib.from_dict(json.loads(done.stdout))
+  return config_lib.from_dict(json.loads(done.stdout)), done.stderr
 
 
 def test_a_config_that_ships_is_found_by_its_name():
@@ -267,12 +272,13 @@ def test_own_models_need_one_line(tmp_path):
       for n in range(80)
   ]
   file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  found = _config(
+  found, told = _told_config(
       f"own:student=bundled:capable,teacher=bundled:teacher,prompts={file},"
       f"eval={file},steps=9,tokens=33"
   )
   assert found.data.train.question == "problem"
   assert found.evaluation.sets["own"].answer == "answer"
+  assert f"evaluation on {file} (fields 'problem' and 'answer')" in told
   assert found.data.max_prompt_len == 64 and found.data.suffix == "<think>"
   assert found.rollout.max_len == 33
   caps = [prefix_schedule.cap(found, step) for step in range(9)]
@@ -338,9 +344,20 @@ def test_own_models_read_a_part_of_a_data_set(tmp_path, monkeypatch):
             "steps=none",
             "steps=none is no number",
         ),
+        (
+            "student=bundled:weak,teacher=bundled:teacher,prompts=chain_task,"
+            "completion=solution",
+            "completion=solution is read with method=sft alone; add method=sft",
+        ),
+        (
+            "student=bundled:weak,teacher=bundled:teacher,prompts=typo.jsonl",
+            "typo.jsonl has no field that looks like a question (found:"
+            " probelm, n); add ,question=FIELD",
+        ),
     ],
 )
 def test_own_models_that_lack_something_are_refused(argument, words, tmp_path):
+  (tmp_path / "typo.jsonl").write_text('{"probelm": "1 + 1?", "n": 2}\n')
   done = _command("train", f"--config=own:{argument}", cwd=tmp_path)
   assert done.returncode == 1 and words in done.stderr
   assert "Traceback" not in done.stderr

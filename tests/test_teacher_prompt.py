@@ -144,7 +144,8 @@ def test_a_field_that_is_not_there_is_named(name, tokenizer, source):
   with pytest.raises(DataError) as error:
     _take(_spec(source[0], f"{{question}} {{{name}}}"), tokenizer)
   sentence = str(error.value)
-  assert f"no field {name!r}; it has question, turns, completion" in sentence
+  assert f"no field {name!r}, which data.teacher_prompt names;" in sentence
+  assert "it has question, turns, completion, so name one of" in sentence
   assert sentence.endswith(".") and "\n" not in sentence
 
 

@@ -392,7 +392,8 @@ class PromptIterator:
       ConfigError: the prompt length leaves no room for a question, or no record
         can be used.
     """
-    more = (*spec.teacher_fields, *spec.suffix_fields)
+    more = dict.fromkeys(spec.suffix_fields, "data.suffix")
+    more |= dict.fromkeys(spec.teacher_fields, "data.teacher_prompt")
     self.records = records.read(spec.train, first, more)
     self._spec, self._chat, self._teacher_tokenizer = (
         spec,
