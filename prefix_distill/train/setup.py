@@ -516,7 +516,7 @@ def prepare(config: Config, workdir: pathlib.Path) -> Setup:
     print(note, flush=True)
   if jax.process_index() == 0:
     for sentence in data.notes:
-      print(sentence, flush=True)
+      print(f"Warning: {sentence}", flush=True)
   memory = distributed.from_first("memory", sharding.memory(mesh))
   models = Models.of(config, mesh, student, teacher, tokenizers, memory)
   return Setup(
