@@ -78,6 +78,11 @@ def read(workdir: pathlib.Path, name: str) -> RunSummary:
   lines = report.read_metrics(workdir / "metrics.jsonl")
   sampled = report.evaluations(lines, mode="sampled", model="student")
   check(
+      bool(config.evaluation.sets),
+      f"{workdir} has no evaluation set (evaluation.sets), so that nothing can"
+      " be compared; leave it out.",
+  )
+  check(
       bool(sampled),
       f"{workdir} has no evaluation yet; leave it out, or wait for one.",
   )

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import pages
 import pytest
 import toys
 
@@ -14,9 +15,11 @@ from prefix_distill import commands
 from prefix_distill import config as config_lib
 from prefix_distill import model_commands
 from prefix_distill import runs
+from prefix_distill.config import EvaluationSpec
 from prefix_distill.data import records
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.errors import ConfigError
+from prefix_distill.errors import UserError
 
 _ROOT = pathlib.Path(__file__).parents[1]
 
@@ -248,6 +251,17 @@ def test_compare_puts_runs_side_by_side(run, tmp_path):
   assert done.returncode == 0, done.stderr
   assert (to / "heldout.png").stat().st_size > 1000
   assert "one" in done.stdout and "two" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "sets, words",
+    [({}, "has no evaluation set"), (None, "no evaluation yet; leave it out")],
+)
+def test_a_run_without_evaluations_is_not_compared(sets, words, tmp_path):
+  changes = {} if sets is None else {"evaluation": EvaluationSpec(sets)}
+  pages.write(pages.RUN[2:4], tmp_path, **changes)
+  with pytest.raises(UserError, match=words):
+    runs.read(tmp_path, "one")
 
 
 def test_a_difference_is_paired():

@@ -130,7 +130,7 @@ def _embedded(value: Any) -> markupsafe.Markup:
   return markupsafe.Markup(text)
 
 
-def _kept(workdir: pathlib.Path) -> dict[str, list[Line]]:
+def _kept(workdir: pathlib.Path, config: Config) -> dict[str, Any]:
   """Returns the rollouts and answers, without what the page does not show."""
   rollouts, answers = report.read_samples(workdir)
   return {
@@ -138,6 +138,7 @@ def _kept(workdir: pathlib.Path) -> dict[str, list[Line]]:
           {k: v for k, v in line.items() if k != "ids"} for line in rollouts
       ],
       "answers": answers,
+      "evaluates": bool(config.evaluation.sets),
   }
 
 
@@ -192,12 +193,13 @@ def _render(
       warnings=[text for text in warnings if text],
       header=_flat([report.HEADER])[0],
       tables=tables,
+      evaluates=bool(config.evaluation.sets),
       figures=figures,
       columns=columns,
       updates=rows,
       count=counted(len(updates), "update"),
       settings=json.dumps(values, indent=2),
-      samples=_embedded(_kept(workdir)),
+      samples=_embedded(_kept(workdir, config)),
       style=markupsafe.Markup(style),
       script=markupsafe.Markup(script),
       script_hash=base64.b64encode(digest).decode(),

@@ -49,8 +49,10 @@
     make(select, "option", "", text).value = value;
   }
 
-  function none(parent, text) {
-    make(parent, "p", "", text);
+  // Says why a section has nothing to choose from, instead of its choices.
+  function none(section, text) {
+    find(section).querySelector(".bar").hidden = true;
+    make(find(section), "p", "", text);
   }
 
   // ---- Rollouts
@@ -85,7 +87,7 @@
     card.dataset.end = end(line);
     const head = make(card, "div", "head");
     make(head, "strong", "", `update ${line.step}`);
-    make(head, "span", "", `record ${line.record}`);
+    make(head, "span", "", `record ${line.record + 1}`); // As errors count.
     make(head, "span", end(line), end(line));
     make(head, "span", "", counted(line.length, "token"));
     const values = line.divergence.filter((x) => x !== null);
@@ -226,7 +228,7 @@
     for (const number of [...new Set(mine.map((line) => line.problem))]) {
       const lines = mine.filter((line) => line.problem === number);
       const card = make(list, "article", "card problem");
-      make(make(card, "div", "head"), "h3", "", `Problem ${number}`);
+      make(make(card, "div", "head"), "h3", "", `Problem ${number + 1}`);
       segments(make(card, "div", "text prompt"), lines[0].prompt);
       const gold = make(card, "p", "", "Right answer: ");
       make(gold, "code", "", lines[0].answer);
@@ -260,7 +262,7 @@
     }
     showUpdate();
   } else {
-    none(find("rollout-list"), "The run kept no rollouts (samples.rollouts).");
+    none("rollouts", "The run kept no rollouts (samples.rollouts).");
   }
   if (answers.length) {
     for (const value of new Set(answers.map(key))) {
@@ -268,7 +270,9 @@
     }
     showSet();
   } else {
-    none(find("answer-list"), "The run kept no answers (samples.problems).");
+    none("answers", data.evaluates
+      ? "The run kept no answers (samples.problems)."
+      : "The run has no evaluation set (evaluation.sets).");
   }
   find("update").addEventListener("change", showUpdate);
   find("before").addEventListener("click", () => move(-1));
