@@ -54,6 +54,7 @@ from prefix_distill.models import huggingface as hf
 from prefix_distill.models import lora
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
+from prefix_distill.report import page
 from prefix_distill.report import report
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
@@ -219,7 +220,7 @@ def export(workdir: pathlib.Path, step: str, to: pathlib.Path) -> int:
     model = Model(lora.adapted(hf.read_config(spec.path), config), mesh=mesh)
     abstract, base = model.abstract_params(), None
     if config.lora.rank:
-      beside = setup.adapter_directory(to)
+      beside = page.adapter_directory(to)
       check(not beside.exists(), f"{beside} is there already; remove it.")
       _, abstract = lora.split(abstract)
       base = setup.load_model(spec, model, mesh, config.seed)
@@ -594,9 +595,13 @@ def _export(args: argparse.Namespace) -> None:
   jax.config.update("jax_platforms", "cpu")
   with tempfile.TemporaryDirectory() as directory:
     to = pathlib.Path(args.to or f"{directory}/model")
-    number = export(pathlib.Path(args.workdir), args.step, to)
+    workdir = pathlib.Path(args.workdir)
+    number = export(workdir, args.step, to)
     if args.to:
-      print(f"Written: the student after update {number} to {to}.")
+      text = f"Written: the student after update {number} to {to}"
+      if workdir_lib.read_config(workdir).lora.rank:
+        text += f", its adapter to {page.adapter_directory(to)}"
+      print(f"{text}.")
     if args.push:
       print(f"Uploaded to {push(to, args.push, not args.public)}.")
 

@@ -69,6 +69,8 @@ def facts(config: Config) -> list[tuple[str, str]]:
   out = [("method", config.method), ("student", config.student.path)]
   if config.teacher is not None and config.method != "sft":
     out.append(("teacher", config.teacher.path))
+  if config.lora.rank:
+    out.append(("trained", report.lora_name(config.lora)))
   out += [
       ("prompts", data.train.source),
       ("updates", f"{config.steps:,} of {report.batch_of(config)}"),
@@ -216,8 +218,16 @@ def write(workdir: pathlib.Path) -> None:
   text = _render(workdir, lines, config, values)
   (directory / FILE).write_text(text, "utf-8")
   report.print_closing(lines, config)
-  report_at, model_at = directory / FILE, workdir / "export"
-  print(f"Report in {report_at}, model in {model_at}.", flush=True)
+  places, export = [f"Report in {directory / FILE}"], workdir / "export"
+  places.append(f"model in {export}")
+  if config.lora.rank:
+    places.append(f"adapter in {adapter_directory(export)}")
+  print(f"{', '.join(places)}.", flush=True)
+
+
+def adapter_directory(export: pathlib.Path) -> pathlib.Path:
+  """Returns where the adapters of an export are."""
+  return export.with_name(f"{export.name}-adapter")
 
 
 def licence(directory: pathlib.Path) -> str:
@@ -301,8 +311,10 @@ def _recipe(config: Config, lines: Sequence[Line]) -> str:
   train = data.train.source
   if train not in BUNDLED_TASKS:
     train = _base(train)
-  rows = {
-      "data": train,
+  rows = {"data": train}
+  if config.lora.rank:
+    rows["trained"] = f"{report.lora_name(config.lora)}, merged here"
+  rows |= {
       "an update": report.batch_of(config),
       "learning rate": f"{optimizer.learning_rate:g}, AdamW",
       "seed": f"{config.seed}",

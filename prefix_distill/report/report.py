@@ -29,6 +29,7 @@ import rich.table
 import rich.text
 
 from prefix_distill.config import Config
+from prefix_distill.config import LoraSpec
 from prefix_distill.config import LossSpec
 from prefix_distill.errors import counted
 from prefix_distill.errors import JsonError
@@ -316,6 +317,8 @@ def headline(
   who = f"student {config.student.path}"
   if config.teacher is not None and config.method != "sft":
     who += f", teacher {config.teacher.path}"
+  if config.lora.rank:
+    who += f", {lora_name(config.lora)}"
   text = (
       f"{config.method}: {who}\n"
       f"{counted(config.steps, 'update')} of {batch_of(config)}, mesh {axes}\n"
@@ -335,6 +338,11 @@ def batch_of(config: Config) -> str:
       f"{counted(config.data.batch_size, 'prompt')} x"
       f" {counted(config.rollout.per_prompt, 'rollout')}"
   )
+
+
+def lora_name(lora: LoraSpec) -> str:
+  """Names the adapters that are trained, such as "LoRA of rank 8"."""
+  return f"LoRA of rank {lora.rank}"
 
 
 def loss_name(loss: LossSpec) -> str:

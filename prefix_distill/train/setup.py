@@ -553,7 +553,7 @@ def export_student(
   stored_like, spec = config.teacher or config.student, config.evaluation
   weights, adapters = lora.split(params)
   if config.lora.rank:
-    beside = adapter_directory(directory)
+    beside = page.adapter_directory(directory)
     lora.export(adapters, config.lora, config.student.path, beside)
   hf.export(
       weights,
@@ -566,11 +566,6 @@ def export_student(
       adapters,
       config.lora.scale,
   )
-
-
-def adapter_directory(export: pathlib.Path) -> pathlib.Path:
-  """Returns where the adapters of an export are."""
-  return export.with_name(f"{export.name}-adapter")
 
 
 def load_model(
