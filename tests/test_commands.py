@@ -2,9 +2,11 @@
 
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
+import types
 
 import pages
 import pytest
@@ -132,6 +134,22 @@ def test_a_config_that_ships_is_found_by_its_name():
   assert _config("math:tiny-weak").student.path == "bundled:weak"
   assert command_line.config_file("math").endswith("configs/math.py")
   assert command_line.config_file("somewhere/math.py") == "somewhere/math.py"
+
+
+def test_a_runs_directory_is_short_and_of_its_settings_alone(monkeypatch):
+  monkeypatch.setattr(command_line, "_WORKDIR", types.SimpleNamespace(value=""))
+
+  def named(config: str) -> str:
+    return str(command_line.workdir(["main", f"--config={config}"]))
+
+  assert named("configs/math.py") == named("math") == "runs/math"
+  assert named("math:tiny,method=full") == "runs/math-tiny-method-full"
+  long = "own:student=/models/mine/,teacher=/models/yours,prompts=asked.jsonl"
+  names = {named(f"{long},steps={steps}") for steps in range(1, 9)}
+  assert len(names) == 8
+  assert all(re.fullmatch("runs/own-mine-[0-9a-f]{8}", name) for name in names)
+  endless = named(f"math:{'a' * 999}")
+  assert len(endless) < 80 and endless != named(f"math:{'a' * 998}")
 
 
 def test_printed_settings_are_a_config(tmp_path):
