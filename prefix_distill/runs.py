@@ -187,16 +187,6 @@ def figure(runs: Sequence[RunSummary], name: str) -> Figure:
   return out
 
 
-def _names(workdirs: Sequence[pathlib.Path]) -> list[str]:
-  """Returns the shortest ends of the paths that tell them apart."""
-  whole = [workdir.absolute().parts for workdir in workdirs]
-  for count in range(1, max(map(len, whole)) + 1):
-    names = ["/".join(parts[-count:]) for parts in whole]
-    if len(set(names)) == len(names):
-      return names
-  return [str(workdir) for workdir in workdirs]
-
-
 def compare(
     workdirs: Sequence[pathlib.Path],
     to: pathlib.Path | None,
@@ -209,7 +199,9 @@ def compare(
   """
   runs = [
       read(workdir, name)
-      for workdir, name in zip(workdirs, _names(workdirs), strict=True)
+      for workdir, name in zip(
+          workdirs, report.short_names(workdirs), strict=True
+      )
   ]
   names = list(dict.fromkeys(name for run in runs for name in run.sets))
   shared = [n for n in names if sum(n in run.sets for run in runs) > 1]

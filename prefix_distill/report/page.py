@@ -262,7 +262,7 @@ def card(
   lines = [line for line in lines if line["step"] <= step]
   parts = [
       _metadata(config, base_licence),
-      f"# {_base(config.student.path)}, distilled\n",
+      f"# {_names(config)[0]}, distilled\n",
       _about(config, step),
       _recipe(config, lines),
       _results(lines),
@@ -276,6 +276,18 @@ def card(
 def _base(path: str) -> str:
   """Names a model without the directories of the machine it lay on."""
   return path if _is_hub(path) else path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _names(config: Config) -> tuple[str, str]:
+  """Names the student and the teacher, apart if they are not the same.
+
+  A directory has as much of its path as that takes.
+  """
+  paths = [spec.path for spec in (config.student, config.teacher) if spec]
+  names = [_base(path) for path in paths]
+  if len({*paths}) == 2 and len({*names}) == 1:
+    names = report.short_names([pathlib.Path(path) for path in paths])
+  return names[0], names[-1]
 
 
 def _is_hub(path: str) -> bool:
@@ -296,11 +308,12 @@ def _metadata(config: Config, base_licence: str) -> str:
 
 
 def _about(config: Config, step: int) -> str:
+  student, teacher = _names(config)
   who = ""
   if config.teacher is not None and config.method != "sft":
-    who = f" from {_base(config.teacher.path)}"
+    who = f" from {teacher}"
   return (
-      f"{_base(config.student.path)} after {counted(step, 'update')} of"
+      f"{student} after {counted(step, 'update')} of"
       f" {_METHODS[config.method]}{who}, with prefix_distill"
       " (arXiv 2602.15260).\n"
   )
@@ -383,8 +396,9 @@ def _serving(config: Config) -> str:
         f'[{{"role": "system", "content": {system!r}}},\n'
         '            {"role": "user", "content": "What is 7 + 5?"}]'
     )
-  opened = ""
+  opened, prompt = "", "prompt"
   if suffix:
+    prompt = f"prompt + {suffix!r}"
     opened = (
         f"The student was trained and evaluated with {suffix!r} behind the chat"
         " template's generation prompt, so give it that too.\n"
@@ -402,7 +416,7 @@ messages = {asked}
 prompt = tokenizer.apply_chat_template(
     messages, tokenize=False, add_generation_prompt=True)
 inputs = tokenizer(
-    prompt + {suffix!r}, add_special_tokens=False, return_tensors="pt")
+    {prompt}, add_special_tokens=False, return_tensors="pt")
 out = model.generate(**inputs, max_new_tokens={spec.max_len})
 print(tokenizer.decode(out[0, inputs["input_ids"].shape[1]:]))
 ```
@@ -421,7 +435,7 @@ server was tried with this model.
 
 
 def _licence(config: Config, found: str) -> str:
-  base = _base(config.student.path)
+  base = _names(config)[0]
   if found:
     return f"## Licence\n\n{found}, that of {base}.\n"
   return f"## Licence\n\nThat of {base}; see there.\n"

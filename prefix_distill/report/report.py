@@ -133,6 +133,16 @@ def spread(values: Sequence[int], most: int) -> set[int]:
   return {values[int(i)] for i in np.round(at)}
 
 
+def short_names(paths: Sequence[pathlib.Path]) -> list[str]:
+  """Returns the shortest ends of the paths that tell them apart."""
+  whole = [path.absolute().parts for path in paths]
+  for count in range(1, max(map(len, whole)) + 1):
+    names = ["/".join(parts[-count:]) for parts in whole]
+    if len(set(names)) == len(names):
+      return names
+  return [str(path) for path in paths]
+
+
 class LineWriter:
   """Appends lines; a line is on the disk when `write` returns.
 
