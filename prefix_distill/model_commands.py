@@ -44,6 +44,7 @@ from prefix_distill.errors import ArgumentParser
 from prefix_distill.errors import check
 from prefix_distill.errors import check_path
 from prefix_distill.errors import ConfigError
+from prefix_distill.errors import counted
 from prefix_distill.errors import JsonError
 from prefix_distill.errors import one_line
 from prefix_distill.errors import read_json
@@ -505,9 +506,10 @@ def _sample(
   for i, question in enumerate(asked):
     console.print(Text(records.last_turn(question), style="bold"))
     for j, text in enumerate(out.texts[i]):
-      end = "" if out.finished[i, j] else ", cut"
+      length = counted(int(out.lengths[i, j]), "token")
+      end = "" if out.finished[i, j] else ", cut; --max_len=N for more"
       console.print(Text(text))
-      console.print(Text(f"[{out.lengths[i, j]} tokens{end}]\n", style="dim"))
+      console.print(Text(f"[{length}{end}]\n", style="dim"))
       lines.append(
           {
               "question": question,
@@ -540,7 +542,10 @@ def _chat(
       out = speaker.answers([turns], suffix, spec, 1, seed + len(turns))
     console.print(Text(out.texts[0][0]))
     if not out.finished[0, 0]:
-      console.print(Text(f"[cut at {spec.max_len} tokens]", style="dim"))
+      length = counted(spec.max_len, "token")
+      console.print(
+          Text(f"[cut at {length}; --max_len=N for more]", style="dim")
+      )
     # Templates drop earlier thoughts themselves where the model wants that.
     answer = suffix + out.texts[0][0]
     turns.append({"role": "assistant", "content": answer})

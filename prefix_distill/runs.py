@@ -1,6 +1,6 @@
 """Looks at runs: one's report again, or several in one table and one figure.
 
-  prefix-distill report --workdir=runs/math
+  prefix-distill report runs/math
   prefix-distill compare runs/full runs/prefix --to=runs/compared
 
 In a comparison the first run is the one that the others are compared with. A
@@ -27,6 +27,7 @@ from prefix_distill.config import Config
 from prefix_distill.errors import ArgumentParser
 from prefix_distill.errors import check
 from prefix_distill.errors import check_path
+from prefix_distill.errors import shown
 from prefix_distill.errors import UserError
 from prefix_distill.report import page
 from prefix_distill.report import report
@@ -220,9 +221,15 @@ def compare(
 
 
 def _report(args: argparse.Namespace) -> None:
-  check(bool(args.workdir), "--workdir is missing; set it.")
-  check_path("workdir", args.workdir)
-  workdir = pathlib.Path(args.workdir)
+  given = [name for name in (args.run, args.workdir) if name]
+  check(bool(given), "--workdir is missing; set it.")
+  check(
+      len(given) == 1,
+      f"Two runs are named, {shown(args.run)} and --workdir="
+      f"{shown(args.workdir)}; name one.",
+  )
+  check_path("workdir", given[0])
+  workdir = pathlib.Path(given[0])
   workdir_lib.read_config(workdir)  # Or no run is there.
   check(
       (workdir / "metrics.jsonl").is_file(),
@@ -245,7 +252,8 @@ def start() -> None:
   command = sys.argv[0].split()[-1]
   parser = ArgumentParser(command, __doc__)
   if command == "report":
-    parser.add_argument("--workdir", default="", help="Where the run is kept.")
+    parser.add_argument("run", nargs="?", default="", help="The run.")
+    parser.add_argument("--workdir", default="", help="The same, by a flag.")
   else:
     parser.add_argument("workdirs", nargs="*", help="Two runs or more.")
     parser.add_argument("--to", default="", help="A directory for figures.")

@@ -62,6 +62,8 @@ def test_help_names_every_command():
         (["sample", "--model=nowhere"], "give --prompt=TEXT"),
         (["chat", "--model=nowhere"], "nowhere"),
         (["report"], "--workdir is missing"),
+        (["report", "nowhere"], "no run is there"),
+        (["report", "nowhere", "--workdir=there"], "name one"),
         (["report", "--workdir=nowhere"], "no run is there"),
         (["compare", "runs"], "two runs or more"),
         (["compare", "nowhere", "nothing"], "no run is there"),
@@ -224,6 +226,8 @@ def test_sample_answers_a_prompt_as_often_as_asked(run, tmp_path):
   lines = [json.loads(line) for line in file.open()]
   assert [x["question"] for x in lines] == ["What is 7 + 5?"] * 3
   assert all(1 <= x["tokens"] <= 8 for x in lines)
+  cut = sum(not x["finished"] for x in lines)
+  assert done.stdout.count("[8 tokens, cut; --max_len=N for more]") == cut > 0
 
 
 def test_chat_keeps_the_turns_and_ends_with_an_empty_line(run):
@@ -236,6 +240,7 @@ def test_chat_keeps_the_turns_and_ends_with_an_empty_line(run):
   )
   assert done.returncode == 0, done.stderr
   assert done.stdout.count("you:") == 3
+  assert "[cut at 4 tokens; --max_len=N for more]" in done.stdout
 
 
 def test_a_run_is_no_model_and_a_model_no_run(run):
@@ -252,6 +257,8 @@ def test_report_is_written_again(run):
   done = _command("report", f"--workdir={run}")
   assert done.returncode == 0, done.stderr
   assert any((run / "report").iterdir())
+  bare = _command("report", str(run))
+  assert bare.returncode == 0 and bare.stdout == done.stdout
 
 
 def test_compare_puts_runs_side_by_side(run, tmp_path):

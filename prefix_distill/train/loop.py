@@ -852,6 +852,8 @@ def _steps(run: Run, traced: Collection[int]) -> None:
         )
       if due:
         run.evaluate(done)
+      if run.is_last(done):  # Nothing is left.
+        bar.set_postfix(report.progress(line), refresh=False)
 
 
 def _with_answers(
