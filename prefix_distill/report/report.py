@@ -261,6 +261,12 @@ def length_p95(lengths: np.ndarray) -> int:
 _BORDERS = (0, 16, 64, 256, 1024, 4096)
 
 
+def spans(longest: int) -> list[tuple[int, int]]:
+  """Returns 0 to 16, 16 to 64 and so on, the last up to the longest answer."""
+  borders = [x for x in _BORDERS if x < longest]
+  return [*itertools.pairwise([*borders, longest])]
+
+
 def divergence(nats: Sequence[np.ndarray]) -> dict[str, Any]:
   """Summarizes the reverse KL of whole answers, in nats an answer.
 
@@ -274,13 +280,12 @@ def divergence(nats: Sequence[np.ndarray]) -> dict[str, Any]:
   """
   totals = [float(np.sum(x)) for x in nats]
   longest = max(map(len, nats))
-  borders = [x for x in _BORDERS if x < longest]
   return {
       "kl": float(np.mean(totals)),
       "kl_answers": [float(f"{x:.4g}") for x in totals],
       "kl_positions": [
           float(np.mean([np.sum(x[start:end]) for x in nats]))
-          for start, end in itertools.pairwise([*borders, longest])
+          for start, end in spans(longest)
       ],
   }
 
