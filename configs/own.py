@@ -17,7 +17,7 @@ it can be set:
                    set that is the split "test", of the same subset
   answer=FIELD     their field of the right answer
   method=METHOD    prefix (the paper's growing cap), full, sft or seqkd
-  completion=FIELD of sft, the field of whole answers
+  completion=FIELD with method=sft, the field of whole answers
   steps=N          updates (60)
   tokens=N         the longest answer; else what the models' positions leave,
                    4,096 at most
@@ -40,6 +40,7 @@ What is chosen, and why:
              device has it; a teacher of that size has its weights in it too
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence
 import math
 import os
@@ -56,6 +57,7 @@ from prefix_distill.data import records
 from prefix_distill.data import tokenizer as tokenizer_lib
 from prefix_distill.errors import check
 from prefix_distill.errors import ConfigError
+from prefix_distill.errors import counted
 from prefix_distill.models import config as model_config
 from prefix_distill.models import huggingface as hf
 
@@ -71,6 +73,8 @@ _QUESTIONS = (
 _ANSWERS = "answer final_answer expected_answer solution target label".split()
 _COMPLETIONS = ("completion", "response", "output", "solution", "answer")
 _LOOKED_AT, _COLUMNS, _LONGEST = 1000, 64, 4096
+# A bundled task has as many as one asks for.
+_BUNDLED_PROBLEMS = 240
 # Parameters from which on memory rules.
 _LARGE = 1e9
 
@@ -96,6 +100,16 @@ def _parse(argument: str) -> dict[str, str]:
   needed = ["student", "prompts"]
   if found.get("method") != "sft":
     needed.insert(1, "teacher")
+    check(
+        "completion" not in found,
+        f"configs/own.py:completion={found.get('completion')} is read with"
+        " method=sft alone; add method=sft, or leave completion out.",
+    )
+  check(
+      "answer" not in found or "eval" in found,
+      f"configs/own.py:answer={found.get('answer')} is a field of the problems"
+      " to grade, and there are none; add eval=FILE, or leave answer out.",
+  )
   missing = [name for name in needed if name not in found]
   check(
       not missing,
@@ -115,7 +129,11 @@ def _number(given: dict[str, str], name: str, default: int) -> int:
 
 
 def _field(
-    record: object, given: str | None, known: Sequence[str], what: str
+    source: str,
+    record: Mapping[str, object],
+    given: str | None,
+    known: Sequence[str],
+    what: str,
 ) -> str:
   """Returns the field that was given, or the first known one that is there.
 
@@ -130,13 +148,14 @@ def _field(
         return name
     except (KeyError, IndexError, TypeError, ValueError):
       continue
+  article = "an" if what[0] in "aeiou" else "a"
   raise ConfigError(
-      f"None of the fields {', '.join(map(str, record))} is known to be"
-      f" {what}; give configs/own.py:{what}=FIELD."
+      f"{source} has no field that looks like {article} {what} (found:"
+      f" {', '.join(record)}); add ,{what}=FIELD to --config=own:..."
   )
 
 
-def _first(source: str, split: str, subset: str) -> object:
+def _first(source: str, split: str, subset: str) -> Mapping[str, object]:
   endless = source in config_lib.BUNDLED_TASKS
   spec = DatasetSpec(source, split, subset, size=1 if endless else 0)
   return records.peek(spec)
@@ -186,11 +205,17 @@ def _config(given: dict[str, str]) -> config_lib.Config:
   tokenizer = tokenizer_lib.load(given["student"])
   subset, split = given.get("subset", ""), given.get("split", "train")
   record = _first(given["prompts"], split, subset)
-  question = _field(record, given.get("question"), _QUESTIONS, "question")
+  question = _field(
+      given["prompts"], record, given.get("question"), _QUESTIONS, "question"
+  )
   completion = ""
   if method == "sft":
     completion = _field(
-        record, given.get("completion"), _COMPLETIONS, "completion"
+        given["prompts"],
+        record,
+        given.get("completion"),
+        _COMPLETIONS,
+        "completion",
     )
   endless = given["prompts"] in config_lib.BUNDLED_TASKS
   task = DatasetSpec(
@@ -207,13 +232,19 @@ def _config(given: dict[str, str]) -> config_lib.Config:
   tokens = _number(given, "tokens", min(positions - prompt, _LONGEST))
   sets = {}
   if "eval" in given:
-    problem = _first(given["eval"], "test", subset)
+    held_out = given["eval"]
+    problem = _first(held_out, "test", subset)
+    asked, answer = (
+        _field(held_out, problem, given.get(what), known, what)
+        for what, known in (("question", _QUESTIONS), ("answer", _ANSWERS))
+    )
     sets["own"] = DatasetSpec(
-        given["eval"],
+        held_out,
         "test",
         subset,
-        question=_field(problem, given.get("question"), _QUESTIONS, "question"),
-        answer=_field(problem, given.get("answer"), _ANSWERS, "answer"),
+        question=asked,
+        answer=answer,
+        size=_BUNDLED_PROBLEMS if held_out in config_lib.BUNDLED_TASKS else 0,
     )
   learning_rate = 5e-5 if large else 1e-4 if size >= 2e7 else 3e-4
   model = ModelSpec(
@@ -247,15 +278,20 @@ def _config(given: dict[str, str]) -> config_lib.Config:
 def _say(config: config_lib.Config) -> None:
   """Says what was chosen, where it does not get into what others read."""
   data, rollout, sets = config.data, config.rollout, config.evaluation.sets
-  graded = ", ".join(f"{x.question!r} and {x.answer!r}" for x in sets.values())
+  graded = ", ".join(
+      f"{x.source} (fields {x.question!r} and {x.answer!r})"
+      for x in sets.values()
+  )
+  ends = f", which end with {data.suffix!r}" if data.suffix else ""
   print(
       f"Chosen: prompts of the field {data.train.question!r}, up to"
-      f" {data.max_prompt_len} tokens, which end with {data.suffix!r};"
-      f" answers up to {rollout.max_len};"
-      f" {config.steps} updates of {data.batch_size} prompts at a learning rate"
-      f" of {config.optimizer.learning_rate:g}, the cap growing by"
+      f" {counted(data.max_prompt_len, 'token')}{ends}; answers up to"
+      f" {counted(rollout.max_len, 'token')}; {counted(config.steps, 'update')}"
+      f" of {counted(data.batch_size, 'prompt')} at a learning rate of"
+      f" {config.optimizer.learning_rate:g}, the cap growing by"
       f" {config.prefix.linear.increment}; evaluation on"
-      f" {graded or 'nothing'}. --print_config shows all settings.",
+      f" {graded or 'nothing'}. Flags such as --config.steps=N change that"
+      " afterwards; --print_config shows all settings, flags included.",
       file=sys.stderr,
       flush=True,
   )

@@ -14,6 +14,7 @@ import copy
 import dataclasses
 import difflib
 import functools
+import hashlib
 import inspect
 import math
 import pathlib
@@ -56,6 +57,8 @@ _CONFIGS = (
     pathlib.Path(__file__).parent / "configs",
     pathlib.Path(__file__).parents[1] / "configs",
 )
+# Characters of a config's argument that a run's directory is named after.
+_LONG_ARGUMENT = 48
 # Limits as large as this are those of int32, which say nothing.
 _HUGE = 2**31 - 1
 _SIGNS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
@@ -81,7 +84,8 @@ _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
     "The run's directory; the same command continues the run in it. Default:"
-    " runs/ and the name of the config.",
+    " runs/ and the name of the config; of a long argument, its student and a"
+    " hash.",
 )
 PREFLIGHT = flags.DEFINE_bool(
     "preflight",
@@ -585,7 +589,11 @@ def config() -> Config:
 
 
 def workdir(argv: list[str]) -> pathlib.Path:
-  """Returns --workdir, or runs/math-tiny for --config=configs/math.py:tiny."""
+  """Returns --workdir, or runs/math-tiny for --config=configs/math.py:tiny.
+
+  A long argument is named by its student and a hash of all of it, so that two
+  of them have two directories.
+  """
   if _WORKDIR.value:
     return pathlib.Path(_WORKDIR.value).expanduser()
   given = next(
@@ -594,6 +602,11 @@ def workdir(argv: list[str]) -> pathlib.Path:
       if re.match(r"--?config(=|$)", a)
   )
   file, _, argument = given.partition(":")
+  if len(argument) > _LONG_ARGUMENT:
+    digest = hashlib.sha256(argument.encode()).hexdigest()[:8]
+    student = re.search(r"(?:^|,)student=([^,]*)", argument)
+    about = re.split("[/:]", student[1].rstrip("/"))[-1] if student else ""
+    argument = f"{(about or argument)[:_LONG_ARGUMENT]}-{digest}"
   name = f"{pathlib.Path(file).stem}-{argument}"
   return pathlib.Path("runs", re.sub(r"[^\w.]+", "-", name).strip("-"))
 

@@ -87,6 +87,11 @@ def shown(value: Any) -> str:
   return text
 
 
+def counted(number: int, noun: str) -> str:
+  """Returns a number and what it counts, such as "1 update" or "2 updates"."""
+  return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def one_line(error: BaseException) -> str:
   """Returns what an error says: one line, not too long, without its stop.
 

@@ -45,6 +45,7 @@ from prefix_distill.errors import ArgumentParser
 from prefix_distill.errors import check
 from prefix_distill.errors import check_path
 from prefix_distill.errors import ConfigError
+from prefix_distill.errors import counted
 from prefix_distill.errors import JsonError
 from prefix_distill.errors import one_line
 from prefix_distill.errors import read_json
@@ -55,6 +56,7 @@ from prefix_distill.models import huggingface as hf
 from prefix_distill.models import lora
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
+from prefix_distill.report import page
 from prefix_distill.report import report
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
@@ -220,7 +222,7 @@ def export(workdir: pathlib.Path, step: str, to: pathlib.Path) -> int:
     model = Model(lora.adapted(hf.read_config(spec.path), config), mesh=mesh)
     abstract, base = model.abstract_params(), None
     if config.lora.rank:
-      beside = setup.adapter_directory(to)
+      beside = page.adapter_directory(to)
       check(not beside.exists(), f"{beside} is there already; remove it.")
       _, abstract = lora.split(abstract)
       base = setup.load_model(spec, model, mesh, config.seed)
@@ -512,9 +514,10 @@ def _sample(
   for i, question in enumerate(asked):
     console.print(Text(records.last_turn(question), style="bold"))
     for j, text in enumerate(out.texts[i]):
-      end = "" if out.finished[i, j] else ", cut"
+      length = counted(int(out.lengths[i, j]), "token")
+      end = "" if out.finished[i, j] else ", cut; --max_len=N for more"
       console.print(Text(text))
-      console.print(Text(f"[{out.lengths[i, j]} tokens{end}]\n", style="dim"))
+      console.print(Text(f"[{length}{end}]\n", style="dim"))
       lines.append(
           {
               "question": question,
@@ -547,7 +550,10 @@ def _chat(
       out = speaker.answers([turns], suffix, spec, 1, seed + len(turns))
     console.print(Text(out.texts[0][0]))
     if not out.finished[0, 0]:
-      console.print(Text(f"[cut at {spec.max_len} tokens]", style="dim"))
+      length = counted(spec.max_len, "token")
+      console.print(
+          Text(f"[cut at {length}; --max_len=N for more]", style="dim")
+      )
     # Templates drop earlier thoughts themselves where the model wants that.
     answer = suffix + out.texts[0][0]
     turns.append({"role": "assistant", "content": answer})
@@ -602,9 +608,13 @@ def _export(args: argparse.Namespace) -> None:
   jax.config.update("jax_platforms", "cpu")
   with tempfile.TemporaryDirectory() as directory:
     to = pathlib.Path(args.to or f"{directory}/model")
-    number = export(pathlib.Path(args.workdir), args.step, to)
+    workdir = pathlib.Path(args.workdir)
+    number = export(workdir, args.step, to)
     if args.to:
-      print(f"Written: the student after update {number} to {to}.")
+      text = f"Written: the student after update {number} to {to}"
+      if workdir_lib.read_config(workdir).lora.rank:
+        text += f", its adapter to {page.adapter_directory(to)}"
+      print(f"{text}.")
     if args.push:
       print(f"Uploaded to {push(to, args.push, not args.public)}.")
 

@@ -25,6 +25,7 @@ from prefix_distill.data.records import Question
 from prefix_distill.data.tokenizer import Tokenizer
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.errors import ConfigError
+from prefix_distill.errors import counted
 from prefix_distill.train import setup
 
 _SPECIAL = "bold cyan"
@@ -261,7 +262,7 @@ def _caps(config: Config) -> str:
   first = prefix_schedule.cap(config, 0)
   last = prefix_schedule.cap(config, max(config.steps - 1, 0))
   lengths = prefix_schedule.needed(config)
-  buckets = f"{len(lengths)} bucket{'s' * (len(lengths) > 1)}"
+  buckets = counted(len(lengths), "bucket")
   caps = f"{first:,} in the first update, {last:,} in the last"
   if not prefix_schedule.make(config).is_planned:
     caps = f"at most {last:,}, chosen by the schedule {config.schedule!r}"
@@ -276,10 +277,9 @@ def _print_verdict(
   console.print()
   for warning in warnings:
     console.print(Text(f"Warning: {warning}", style="yellow"))
-  count = len(warnings)
   passed = "The checks passed"
-  if count:
-    passed += f" with {count} warning{'s' * (count > 1)}"
+  if warnings:
+    passed += f" with {counted(len(warnings), 'warning')}"
   console.print(
       Text(f"{passed}. No weights were read and nothing was written.")
   )

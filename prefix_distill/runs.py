@@ -1,6 +1,6 @@
 """Looks at runs: one's report again, or several in one table and one figure.
 
-  prefix-distill report --workdir=runs/math
+  prefix-distill report runs/math
   prefix-distill compare runs/full runs/prefix --to=runs/compared
 
 In a comparison the first run is the one that the others are compared with. A
@@ -27,6 +27,7 @@ from prefix_distill.config import Config
 from prefix_distill.errors import ArgumentParser
 from prefix_distill.errors import check
 from prefix_distill.errors import check_path
+from prefix_distill.errors import shown
 from prefix_distill.errors import UserError
 from prefix_distill.report import page
 from prefix_distill.report import report
@@ -77,6 +78,11 @@ def read(workdir: pathlib.Path, name: str) -> RunSummary:
   config = workdir_lib.read_config(workdir)
   lines = report.read_metrics(workdir / "metrics.jsonl")
   sampled = report.evaluations(lines, mode="sampled", model="student")
+  check(
+      bool(config.evaluation.sets),
+      f"{workdir} has no evaluation set (evaluation.sets), so that nothing can"
+      " be compared; leave it out.",
+  )
   check(
       bool(sampled),
       f"{workdir} has no evaluation yet; leave it out, or wait for one.",
@@ -182,16 +188,6 @@ def figure(runs: Sequence[RunSummary], name: str) -> Figure:
   return out
 
 
-def _names(workdirs: Sequence[pathlib.Path]) -> list[str]:
-  """Returns the shortest ends of the paths that tell them apart."""
-  whole = [workdir.absolute().parts for workdir in workdirs]
-  for count in range(1, max(map(len, whole)) + 1):
-    names = ["/".join(parts[-count:]) for parts in whole]
-    if len(set(names)) == len(names):
-      return names
-  return [str(workdir) for workdir in workdirs]
-
-
 def compare(
     workdirs: Sequence[pathlib.Path],
     to: pathlib.Path | None,
@@ -204,7 +200,9 @@ def compare(
   """
   runs = [
       read(workdir, name)
-      for workdir, name in zip(workdirs, _names(workdirs), strict=True)
+      for workdir, name in zip(
+          workdirs, report.short_names(workdirs), strict=True
+      )
   ]
   names = list(dict.fromkeys(name for run in runs for name in run.sets))
   shared = [n for n in names if sum(n in run.sets for run in runs) > 1]
@@ -223,9 +221,15 @@ def compare(
 
 
 def _report(args: argparse.Namespace) -> None:
-  check(bool(args.workdir), "--workdir is missing; set it.")
-  check_path("workdir", args.workdir)
-  workdir = pathlib.Path(args.workdir)
+  given = [name for name in (args.run, args.workdir) if name]
+  check(bool(given), "--workdir is missing; set it.")
+  check(
+      len(given) == 1,
+      f"Two runs are named, {shown(args.run)} and --workdir="
+      f"{shown(args.workdir)}; name one.",
+  )
+  check_path("workdir", given[0])
+  workdir = pathlib.Path(given[0])
   workdir_lib.read_config(workdir)  # Or no run is there.
   check(
       (workdir / "metrics.jsonl").is_file(),
@@ -248,7 +252,8 @@ def start() -> None:
   command = sys.argv[0].split()[-1]
   parser = ArgumentParser(command, __doc__)
   if command == "report":
-    parser.add_argument("--workdir", default="", help="Where the run is kept.")
+    parser.add_argument("run", nargs="?", default="", help="The run.")
+    parser.add_argument("--workdir", default="", help="The same, by a flag.")
   else:
     parser.add_argument("workdirs", nargs="*", help="Two runs or more.")
     parser.add_argument("--to", default="", help="A directory for figures.")

@@ -128,8 +128,18 @@ def write(
     rollouts=(),
     answers=(),
     best: str = "",
+    **changes,
 ) -> str:
-  """Writes a run's files and its report; returns the page."""
+  """Writes a run's files and its report; returns the page.
+
+  Args:
+    lines: of `metrics.jsonl`.
+    workdir: of the run.
+    rollouts: lines of its samples.
+    answers: lines of its samples.
+    best: the set that chooses the checkpoint.
+    **changes: of the settings.
+  """
   config = toys.run_config("bundled:capable", "bundled:teacher")
   config = dataclasses.replace(
       config,
@@ -137,6 +147,7 @@ def write(
       evaluation=dataclasses.replace(config.evaluation, every=10),
       checkpoint=config_lib.CheckpointSpec(best=best),
   )
+  config = dataclasses.replace(config, **changes)
   (workdir / "samples").mkdir(parents=True, exist_ok=True)
   (workdir / "config.json").write_text(json.dumps(config_lib.plain(config)))
   for name, values in (

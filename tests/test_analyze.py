@@ -31,6 +31,27 @@ def test_a_student_that_is_the_teacher_has_no_divergence(models, tmp_path):
   np.testing.assert_allclose(same, 0, atol=1e-5)
 
 
+def test_the_table_of_positions_adds_up_to_a_rollout():
+  found = {
+      "rollouts": [4] * 16 + [2] * 84,
+      "kl": [0.5] * 16 + [0.25] * 84,
+      "log_ratio": [1.0] * 100,
+  }
+  assert analyze.rows("position", found) == [
+      ("0 to 16", "8", "16"),
+      ("16 to 64", "6", "24"),
+      ("64 to 100", "4.5", "18"),
+  ]
+
+
+def test_the_table_of_prefixes_has_intervals():
+  row = {"length": 8, "problems": 30, "accuracy_alone": 0.1, "accuracy": 0.5}
+  row |= {"accuracy_low": 0.4, "accuracy_high": 0.6}
+  assert analyze.rows("teacher_prefix", [row]) == [
+      ("8", "50.0 % (40.0-60.0)", "10.0", "30")
+  ]
+
+
 def test_bins_add_up_to_the_nats_of_a_rollout():
   values = {"rollouts": [4] * 16 + [2] * 84, "kl": [0.5] * 16 + [0.25] * 84}
   # Half of the rollouts go on behind the first 16 tokens.
@@ -48,6 +69,9 @@ def test_the_whole_prefix_has_the_whole_gradient(models, tmp_path):
   cosines = [row["cosine"] for row in rows]
   assert cosines == sorted(cosines) and 0 < cosines[0] < 0.999
   assert 0 < found[student]["halves"] < 1
+  table = analyze.rows("gradient", found[student])
+  assert [row[0] for row in table] == ["4", "8", "16", "halves of all"]
+  assert table[2][1:] == ("1.00", "1.00")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import shutil
 import pages
 import pytest
 
+from prefix_distill.config import EvaluationSpec
+
 webdriver = pytest.importorskip(
     "selenium.webdriver",
     reason="selenium is not installed: pip install -e '.[test,browser]'",
@@ -127,6 +129,11 @@ def assert_clean(driver) -> None:
 def test_rollouts_are_filtered_and_chosen(opened):
   assert len(texts(opened, ".rollout")) == 2
   assert texts(opened, "#rollouts-shown") == ["2 of 2 rollouts"]
+  # Records are counted from 1, as errors and preflight do.
+  assert texts(opened, ".rollout .head strong + span") == [
+      "record 4",
+      "record 5",
+  ]
   click(opened, "#after")
   assert texts(opened, ".rollout .head strong") == ["update 2"] * 2
   assert texts(opened, ".rollout .head .finished") == ["finished"]
@@ -186,6 +193,7 @@ def test_answers_stand_side_by_side_and_are_filtered(opened):
       "teacher",
   ]
   assert texts(opened, "#answers-shown") == ["6 of 6 answers"]
+  assert texts(opened, ".problem h3") == ["Problem 1", "Problem 6"]
   tops = js(
       opened,
       "[...document.querySelectorAll('.problem:first-child .answer')]"
@@ -200,8 +208,22 @@ def test_answers_stand_side_by_side_and_are_filtered(opened):
   assert len(texts(opened, ".problem")) == 1
   click(opened, "[data-filter=answers] [value=right]")
   choose(opened, "#set", '["heldout","greedy"]')
-  assert texts(opened, "#answers-shown") == ["1 of 1 answers"]
+  assert texts(opened, "#answers-shown") == ["1 of 1 answer"]
   assert_clean(opened)
+
+
+@pytest.mark.parametrize(
+    "sets, words",
+    [({}, "The run has no evaluation set"), (None, "The run kept no answers")],
+)
+def test_a_section_without_samples_says_why(browser, tmp_path, sets, words):
+  changes = {} if sets is None else {"evaluation": EvaluationSpec(sets)}
+  pages.write(pages.RUN[2:4], tmp_path, **changes)
+  browser.get((tmp_path / "report" / "report.html").as_uri())
+  assert any(x.startswith(words) for x in texts(browser, "#answers p"))
+  assert any("kept no rollouts" in x for x in texts(browser, "#rollouts p"))
+  assert texts(browser, ".bar") == []
+  assert browser.get_log("browser") == []
 
 
 def test_what_a_model_wrote_is_text_and_nothing_else(opened):

@@ -70,6 +70,28 @@ def test_a_card_names_no_directory_of_the_machine():
   assert "/home" not in text and "# mine, distilled" in text
 
 
+def test_a_card_tells_two_models_of_one_name_apart():
+  config = config_lib.to_dict(_config("tiny"))
+  config["student"]["path"] = "/home/ann/small/model"
+  config["teacher"]["path"] = "/home/ann/large/model/"
+  text = page.card(config_lib.from_dict(config), _LINES, 20, "")
+  assert "/home" not in text and "# small/model, distilled" in text
+  assert "small/model after 20 updates" in text and "from large/model," in text
+  config["teacher"]["path"] = config["student"]["path"]
+  text = page.card(config_lib.from_dict(config), _LINES, 20, "")
+  assert "# model, distilled" in text and "from model," in text
+
+
+@pytest.mark.parametrize(
+    "suffix, words", [("", "prompt, add_"), ("<a>", "prompt + '<a>', add_")]
+)
+def test_the_cards_code_gives_the_suffix_if_there_is_one(suffix, words):
+  config = config_lib.to_dict(_config("tiny"))
+  config["data"]["suffix"] = suffix
+  text = page.card(config_lib.from_dict(config), _LINES, 20, "")
+  assert f"    {words}" in text and ("behind the chat" in text) == bool(suffix)
+
+
 @pytest.mark.parametrize(
     "text, found",
     [

@@ -3,10 +3,13 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
+import types
 
+import pages
 import pytest
 import toys
 
@@ -15,9 +18,11 @@ from prefix_distill import commands
 from prefix_distill import config as config_lib
 from prefix_distill import model_commands
 from prefix_distill import runs
+from prefix_distill.config import EvaluationSpec
 from prefix_distill.data import records
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.errors import ConfigError
+from prefix_distill.errors import UserError
 
 _ROOT = pathlib.Path(__file__).parents[1]
 
@@ -59,6 +64,8 @@ def test_help_names_every_command():
         (["sample", "--model=nowhere"], "give --prompt=TEXT"),
         (["chat", "--model=nowhere"], "nowhere"),
         (["report"], "--workdir is missing"),
+        (["report", "nowhere"], "no run is there"),
+        (["report", "nowhere", "--workdir=there"], "name one"),
         (["report", "--workdir=nowhere"], "no run is there"),
         (["compare", "runs"], "two runs or more"),
         (["compare", "nowhere", "nothing"], "no run is there"),
@@ -117,15 +124,36 @@ def test_the_page_of_settings_is_of_today():
 
 
 def _config(name: str) -> config_lib.Config:
+  return _told_config(name)[0]
+
+
+def _told_config(name: str) -> tuple[config_lib.Config, str]:
+  """Returns the settings of a config, and what it says of them."""
   done = _command("train", f"--config={name}", "--print_config", cwd="/")
   assert done.returncode == 0, done.stderr
-  return config_lib.from_dict(json.loads(done.stdout))
+  return config_lib.from_dict(json.loads(done.stdout)), done.stderr
 
 
 def test_a_config_that_ships_is_found_by_its_name():
   assert _config("math:tiny-weak").student.path == "bundled:weak"
   assert command_line.config_file("math").endswith("configs/math.py")
   assert command_line.config_file("somewhere/math.py") == "somewhere/math.py"
+
+
+def test_a_runs_directory_is_short_and_of_its_settings_alone(monkeypatch):
+  monkeypatch.setattr(command_line, "_WORKDIR", types.SimpleNamespace(value=""))
+
+  def named(config: str) -> str:
+    return str(command_line.workdir(["main", f"--config={config}"]))
+
+  assert named("configs/math.py") == named("math") == "runs/math"
+  assert named("math:tiny,method=full") == "runs/math-tiny-method-full"
+  long = "own:student=/models/mine/,teacher=/models/yours,prompts=asked.jsonl"
+  names = {named(f"{long},steps={steps}") for steps in range(1, 9)}
+  assert len(names) == 8
+  assert all(re.fullmatch("runs/own-mine-[0-9a-f]{8}", name) for name in names)
+  endless = named(f"math:{'a' * 999}")
+  assert len(endless) < 80 and endless != named(f"math:{'a' * 998}")
 
 
 def test_printed_settings_are_a_config(tmp_path):
@@ -223,6 +251,8 @@ def test_sample_answers_a_prompt_as_often_as_asked(run, tmp_path):
   lines = [json.loads(line) for line in file.open()]
   assert [x["question"] for x in lines] == ["What is 7 + 5?"] * 3
   assert all(1 <= x["tokens"] <= 8 for x in lines)
+  cut = sum(not x["finished"] for x in lines)
+  assert done.stdout.count("[8 tokens, cut; --max_len=N for more]") == cut > 0
 
 
 def test_chat_keeps_the_turns_and_ends_with_an_empty_line(run):
@@ -235,6 +265,7 @@ def test_chat_keeps_the_turns_and_ends_with_an_empty_line(run):
   )
   assert done.returncode == 0, done.stderr
   assert done.stdout.count("you:") == 3
+  assert "[cut at 4 tokens; --max_len=N for more]" in done.stdout
 
 
 def test_a_run_is_no_model_and_a_model_no_run(run):
@@ -251,6 +282,8 @@ def test_report_is_written_again(run):
   done = _command("report", f"--workdir={run}")
   assert done.returncode == 0, done.stderr
   assert any((run / "report").iterdir())
+  bare = _command("report", str(run))
+  assert bare.returncode == 0 and bare.stdout == done.stdout
 
 
 def test_compare_puts_runs_side_by_side(run, tmp_path):
@@ -268,6 +301,17 @@ def test_compare_puts_runs_side_by_side(run, tmp_path):
   assert done.returncode == 0, done.stderr
   assert (to / "heldout.png").stat().st_size > 1000
   assert "one" in done.stdout and "two" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "sets, words",
+    [({}, "has no evaluation set"), (None, "no evaluation yet; leave it out")],
+)
+def test_a_run_without_evaluations_is_not_compared(sets, words, tmp_path):
+  changes = {} if sets is None else {"evaluation": EvaluationSpec(sets)}
+  pages.write(pages.RUN[2:4], tmp_path, **changes)
+  with pytest.raises(UserError, match=words):
+    runs.read(tmp_path, "one")
 
 
 def test_a_difference_is_paired():
@@ -292,12 +336,13 @@ def test_own_models_need_one_line(tmp_path):
       for n in range(80)
   ]
   file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  found = _config(
+  found, told = _told_config(
       f"own:student=bundled:capable,teacher=bundled:teacher,prompts={file},"
       f"eval={file},steps=9,tokens=33"
   )
   assert found.data.train.question == "problem"
   assert found.evaluation.sets["own"].answer == "answer"
+  assert f"evaluation on {file} (fields 'problem' and 'answer')" in told
   assert found.data.max_prompt_len == 64 and found.data.suffix == "<think>"
   assert found.rollout.max_len == 33
   caps = [prefix_schedule.cap(found, step) for step in range(9)]
@@ -312,8 +357,10 @@ def test_own_models_of_a_billion_parameters_take_bfloat16(tmp_path):
   settings |= {"hidden_size": 8192, "intermediate_size": 65536}
   (large / "config.json").write_text(json.dumps(settings))
   found = _config(
-      f"own:student=bundled:capable,teacher={large},prompts=math_task"
+      f"own:student=bundled:capable,teacher={large},prompts=math_task,"
+      "eval=math_task"
   )
+  assert found.evaluation.sets["own"].size == 240
   assert found.student.param_dtype == found.student.compute_dtype == "float32"
   assert found.teacher.compute_dtype == "float32"
   assert found.teacher.param_dtype == "bfloat16"
@@ -363,9 +410,25 @@ def test_own_models_read_a_part_of_a_data_set(tmp_path, monkeypatch):
             "steps=none",
             "steps=none is no number",
         ),
+        (
+            "student=bundled:weak,teacher=bundled:teacher,prompts=chain_task,"
+            "completion=solution",
+            "completion=solution is read with method=sft alone; add method=sft",
+        ),
+        (
+            "student=bundled:weak,teacher=bundled:teacher,prompts=chain_task,"
+            "answer=answer",
+            "answer=answer is a field of the problems to grade, and there are",
+        ),
+        (
+            "student=bundled:weak,teacher=bundled:teacher,prompts=typo.jsonl",
+            "typo.jsonl has no field that looks like a question (found:"
+            " probelm, n); add ,question=FIELD",
+        ),
     ],
 )
 def test_own_models_that_lack_something_are_refused(argument, words, tmp_path):
+  (tmp_path / "typo.jsonl").write_text('{"probelm": "1 + 1?", "n": 2}\n')
   done = _command("train", f"--config=own:{argument}", cwd=tmp_path)
   assert done.returncode == 1 and words in done.stderr
   assert "Traceback" not in done.stderr

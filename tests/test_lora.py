@@ -42,6 +42,8 @@ from prefix_distill.plan import cost
 from prefix_distill.plan import planner
 from prefix_distill.plan import programs as plan_programs
 from prefix_distill.report import flops
+from prefix_distill.report import page
+from prefix_distill.report import report
 from prefix_distill.rollout import generate
 from prefix_distill.train import loop
 from prefix_distill.train import setup as setup_lib
@@ -625,6 +627,23 @@ def test_a_run_learns_and_leaves_both_exports(whole, path):
   )
   name = "model.embed_tokens.weight"
   np.testing.assert_array_equal(new[name], old[name])
+
+
+def test_a_run_says_that_it_trains_adapters(whole, path, tmp_path, capsys):
+  config, words = _config(path), "LoRA of rank 2"
+  assert words in report.headline(config, {}, whole)
+  full = dataclasses.replace(config, lora=LoraSpec())
+  assert "LoRA" not in report.headline(full, {}, whole)
+  for file in ("report/report.html", "export/README.md"):
+    assert words in (whole / file).read_text("utf-8")
+  capsys.readouterr()
+  page.write(whole)
+  assert f"adapter in {whole}/export-adapter." in capsys.readouterr().out
+  to = tmp_path / "m"
+  model_commands._export(
+      model_commands.parse("export", [f"--workdir={whole}", f"--to={to}"])
+  )
+  assert f"to {to}, its adapter to {to}-adapter." in capsys.readouterr().out
 
 
 def test_checkpoints_hold_adapters_alone(whole):

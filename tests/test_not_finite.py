@@ -114,7 +114,7 @@ def test_a_run_whose_numbers_stay_bad_ends_with_a_sentence(
   with pytest.raises(loop.NotFiniteError) as error:
     loop.train(config, tmp_path)
   text = str(error.value)
-  assert "last 2 updates, up to 2," in text and "the optimizer" in text
+  assert "last 2 updates, up to 2, because" in text and "the optimizer" in text
   assert "last good checkpoint is that of update 0" in text
   lines = [
       json.loads(line)

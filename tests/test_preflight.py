@@ -553,7 +553,8 @@ def test_what_is_cut_off_or_dropped_is_a_warning(tmp_path):
   source.write_text("\n".join(map(json.dumps, rows)))
   words = _words(_config(train=DatasetSpec(str(source))))
   assert "read as plain text." in words and "Dropped 1 of the first" in words
-  assert "passed with 2 warnings." in words
+  assert "1 different prompt can be used, fewer than data.batch_size" in words
+  assert "passed with 3 warnings." in words
 
 
 def _record(number):

@@ -50,18 +50,38 @@ class _Reader(html.parser.HTMLParser):
 def test_what_was_spent_is_told_by_both_accountings():
   text = report.spent([update(1), update(2, flops_paper=5e9)])
   assert text.startswith("2e+09 FLOPs in 2 updates")
-  assert "compilations), 5e+09 by the paper's formula; full" in text
+  # A process counts the programs that it compiled, and a run may have several.
+  assert "s, 200 tokens, 3 compilations since the last start), 5e+09" in text
+  assert "5e+09 by the paper's formula; full" in text
   # A run of before that was counted.
   assert "formula" not in report.spent(RUN)
 
 
 def test_the_reasons_of_what_was_dropped_are_told(tmp_path):
   text = write([update(1, dropped=0)], tmp_path)
-  assert "records were dropped" not in text
+  assert "Dropped" not in text
   some = {"dropped": 1, "dropped_long": 1}
   more = {"dropped": 5, "dropped_empty": 2, "dropped_long": 3}
   text = write([update(1, **some), update(2, **more)], tmp_path)
-  assert "5 training records were dropped (2 empty, 3 long)." in text
+  assert "Dropped 5 training records (2 empty, 3 long)." in text
+
+
+def test_one_is_not_many(tmp_path, monkeypatch):
+  line = update(1, dropped=1, dropped_long=1, skipped=1, tokens=1)
+  text = write([line], tmp_path)
+  for part in (
+      "1e+09 FLOPs in 1 update (",
+      "1 token,",
+      "Dropped 1 training record (1 long).",
+      "skipped 1 update because",
+      "1 of 1 update, in numbers",
+  ):
+    assert part in text
+  axes = drawn(monkeypatch, [line], tmp_path, plots.kl_against_position)
+  assert [*curves(axes[0])] == ["update 1"]
+  lines = [update(step) for step in range(1, 9)]
+  axes = drawn(monkeypatch, lines, tmp_path, plots.kl_against_position)
+  assert "updates 1-2" in curves(axes[0])
 
 
 def test_a_set_that_chose_the_checkpoint_is_no_held_out_score(tmp_path):

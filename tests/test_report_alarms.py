@@ -53,7 +53,7 @@ def test_an_entropy_that_collapses_is_told():
 
 def test_skipped_updates_are_told():
   (text,) = report.alarms(updates([0.1], skipped=3)).values()
-  assert text.startswith("Warning: 3 updates were skipped")
+  assert text.startswith("Warning: the run skipped 3 updates because")
 
 
 def _evaluations(name):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -78,11 +79,17 @@ def whole(tmp_path_factory, cache):
   workdir = tmp_path_factory.mktemp("runs") / "whole"
   code, out, err = _finish(_start(workdir, cache))
   assert code == 0, err
-  return workdir, out
+  return workdir, out, err
+
+
+def test_the_bar_says_what_is_left_until_nothing_is(whole):
+  *before, last = re.findall(r"prefix: .*?]", whole[2])
+  assert "left=" in "".join(before)
+  assert "6/6" in last and "kl=" in last and "left=" not in last
 
 
 def test_a_run_leaves_what_the_readme_promises(whole):
-  workdir, out = whole
+  workdir, out, _ = whole
   for name in (
       "config.json",
       "metrics.jsonl",
@@ -275,7 +282,7 @@ def test_a_signal_is_heard_between_the_tensors_of_a_model(tmp_path):
 
 
 def test_a_finished_run_reports_again_and_changes_nothing(whole, cache):
-  workdir, _ = whole
+  workdir, *_ = whole
   before = (workdir / "metrics.jsonl").read_bytes()
   code, out, err = _finish(_start(workdir, cache))
   assert code == 0, err
@@ -284,7 +291,7 @@ def test_a_finished_run_reports_again_and_changes_nothing(whole, cache):
 
 
 def test_another_config_on_the_workdir_is_refused(whole, cache):
-  workdir, _ = whole
+  workdir, *_ = whole
   before = (workdir / "metrics.jsonl").read_bytes()
   code, _, err = _finish(_start(workdir, cache, "--config.seed=7"))
   assert code != 0

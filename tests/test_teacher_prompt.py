@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +100,29 @@ def test_without_a_template_there_is_one_prompt(tokenizer, source):
   assert batch.for_teacher() is batch
 
 
+@pytest.mark.parametrize(
+    "size, template, different",
+    [(4, "", 3), (3, "", 0), (7, "{question}", 3), (6, _TEMPLATE, 5)],
+)
+def test_a_batch_that_repeats_prompts_is_told(
+    size, template, different, tokenizer, source
+):
+  """What differs is what the models read: a hint alone is enough."""
+  train, rows = source
+  rows = [
+      row | {"question": f"How many {n % 3}?"} for n, row in enumerate(rows)
+  ]
+  text = "".join(json.dumps(row) + "\n" for row in rows)
+  pathlib.Path(train.source).write_text(text)
+  room = 200 if template else 0
+  spec = dataclasses.replace(_spec(train, template, room), batch_size=size)
+  found = _take(spec, tokenizer, 0)[1].notes
+  notes = [note for note in found if "repeat within" in note]
+  assert len(notes) == bool(different)
+  words = f"{different} different prompts can be used, fewer than"
+  assert all(f"{words} data.batch_size {size}," in note for note in notes)
+
+
 def test_completions_and_a_teachers_prompt_go_together(tokenizer, source):
   (batch, completions), *_ = _take(
       _spec(source[0]), tokenizer, completion_len=40
@@ -144,7 +168,8 @@ def test_a_field_that_is_not_there_is_named(name, tokenizer, source):
   with pytest.raises(DataError) as error:
     _take(_spec(source[0], f"{{question}} {{{name}}}"), tokenizer)
   sentence = str(error.value)
-  assert f"no field {name!r}; it has question, turns, completion" in sentence
+  assert f"no field {name!r}, which data.teacher_prompt names;" in sentence
+  assert "it has question, turns, completion, so name one of" in sentence
   assert sentence.endswith(".") and "\n" not in sentence
 
 

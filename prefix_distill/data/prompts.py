@@ -63,6 +63,7 @@ from prefix_distill.data.records import Question
 from prefix_distill.data.tokenizer import Tokenizer
 from prefix_distill.data.tokenizer import TokenizerError
 from prefix_distill.errors import ConfigError
+from prefix_distill.errors import counted
 from prefix_distill.structs import PromptBatch
 from prefix_distill.structs import Rollout
 
@@ -79,7 +80,7 @@ _MARKUP = re.compile(r"<[^<>\s]+>")
 _OPEN, _CLOSE = "<think>", "</think>"
 # Any question; a template's last words do not depend on it.
 _PROBE = "What is 7 + 5?"
-# How many records are looked at for their suffixes.
+# How many records are looked at for their suffixes, and at least for repeats.
 _LOOKED = 1000
 # A row of tokens and its mask; None for a text that is too long.
 _Row = tuple[np.ndarray, np.ndarray] | None
@@ -109,6 +110,12 @@ class Example:
   teacher_prompt: np.ndarray | None = None
   teacher_prompt_mask: np.ndarray | None = None
   noted: tuple[str, ...] = ()
+
+  @property
+  def content(self) -> tuple[bytes, ...]:
+    """All of its tokens; the same for records that read the same."""
+    rows = (self.prompt, self.completion, self.teacher_prompt)
+    return tuple(row.tobytes() for row in rows if row is not None)
 
 
 # Why a record is dropped, and what is done to one that is not.
@@ -392,7 +399,8 @@ class PromptIterator:
       ConfigError: the prompt length leaves no room for a question, or no record
         can be used.
     """
-    more = (*spec.teacher_fields, *spec.suffix_fields)
+    more = dict.fromkeys(spec.suffix_fields, "data.suffix")
+    more |= dict.fromkeys(spec.teacher_fields, "data.teacher_prompt")
     self.records = records.read(spec.train, first, more)
     self._spec, self._chat, self._teacher_tokenizer = (
         spec,
@@ -441,11 +449,36 @@ class PromptIterator:
     counts.update(
         note for x in found if isinstance(x, Example) for note in x.noted
     )
-    return [
+    notes = [
         f"{'Dropped' if name in _DROPPED else 'Changed'} {number} of the first"
         f" {count} records of {self._spec.train.source}:"
         f" {(_DROPPED | _NOTED)[name]}."
         for name, number in counts.items()
+    ]
+    return notes + self._repeats(found)
+
+  def _repeats(self, found: Sequence[Example | str]) -> list[str]:
+    """Returns a sentence if one update cannot but ask the same twice.
+
+    Long sources are not looked at.
+
+    Args:
+      found: the first records, encoded.
+    """
+    wanted, seen = self._spec.batch_size, set()
+    if not self._whole or self._epoch > max(_LOOKED, 4 * wanted):
+      return []
+    later = map(self._encode, range(len(found), self._epoch))
+    for example in itertools.chain(found, later):
+      if isinstance(example, Example):
+        seen.add(example.content)
+      if len(seen) == wanted:
+        return []
+    return [
+        f"Of {self._spec.train.source},"
+        f" {counted(len(seen), 'different prompt')} can be used, fewer"
+        f" than data.batch_size {wanted}, so that prompts repeat within an"
+        " update; add prompts, or lower data.batch_size."
     ]
 
   def _is_shown(self, number: int, example: Example | str) -> bool:

@@ -115,23 +115,33 @@ def field(record: Mapping[str, Any], name: str) -> Any:
   return value
 
 
-def value(record: Mapping[str, Any], name: str, where: str) -> Any:
+def value(
+    record: Mapping[str, Any], name: str, where: str, setting: str = ""
+) -> Any:
   """Returns a field.
 
+  Args:
+    record: the record.
+    name: the field's, dotted.
+    where: the record's name in a sentence.
+    setting: the one that names the field; empty for one of a data set's own.
+
   Raises:
-    DataError: the record lacks the field; `where` names the record.
+    DataError: the record lacks the field.
   """
+  named = f", which {setting} names" if setting else ""
+  there = f"in {setting}" if setting else "in the config"
   try:
     return field(record, name)
   except KeyError as error:
     if name in record:  # A "None" in a .csv file is read as null.
       raise DataError(
-          f"{where} has nothing in its field {shown(name)}; fill it in a local"
-          " copy, or name another field in the config."
+          f"{where} has nothing in its field {shown(name)}{named}; fill it in a"
+          f" local copy, or name another field {there}."
       ) from error
     raise DataError(
-        f"{where} has no field {shown(name)}; it has {', '.join(record)}, so"
-        " name one of these in the config."
+        f"{where} has no field {shown(name)}{named}; it has"
+        f" {', '.join(record)}, so name one of these {there}."
     ) from error
 
 
@@ -373,15 +383,21 @@ _READERS = {".jsonl": _lines, ".json": _listed, ".parquet": _rows}
 def _check(
     record: Mapping[str, Any],
     spec: DatasetSpec,
-    names: Sequence[str],
+    names: Mapping[str, str],
     where: str,
 ) -> None:
   """Refuses a record that lacks a field, or whose fields hold other kinds.
 
   The module says what a field may hold.
+
+  Args:
+    record: the record.
+    spec: with the names of some fields.
+    names: of all fields, with the setting that names each; see `value`.
+    where: the record's name in a sentence.
   """
-  for name in names:
-    value(record, name, where)
+  for name, setting in names.items():
+    value(record, name, where, setting)
   question(record, spec.question, where)
   if spec.completion:
     completion(record, spec.completion, where)
@@ -393,7 +409,7 @@ def _check(
 
 
 def _read_file(
-    path: pathlib.Path, spec: DatasetSpec, names: Sequence[str]
+    path: pathlib.Path, spec: DatasetSpec, names: Mapping[str, str]
 ) -> list[dict[str, Any]]:
   """Reads and checks all records; each may have other fields."""
   out = []
@@ -484,7 +500,7 @@ def _not_loaded(spec: DatasetSpec, error: Exception) -> DataError:
 
 
 def _read_dataset(
-    spec: DatasetSpec, names: Sequence[str], first: bool
+    spec: DatasetSpec, names: Mapping[str, str], first: bool
 ) -> Sequence[dict[str, Any]]:
   """Loads a data set, or a list of its first records, which are streamed."""
   try:
@@ -518,18 +534,20 @@ def _dataset_stream(spec: DatasetSpec, first: bool) -> _Stream:
     raise _not_loaded(spec, error) from error
 
 
-def _check_nulls(loaded: Any, source: str, names: Sequence[str]) -> None:
+def _check_nulls(loaded: Any, source: str, names: Mapping[str, str]) -> None:
   """Refuses nulls in a table's columns, which cost nothing to count."""
-  for name in names:
+  for name, setting in names.items():
     if name not in loaded.column_names:
       continue
     column = loaded.data.column(name)
     if column.null_count:
       number = column.is_null().to_pylist().index(True)
-      value(loaded[number], name, f"{source} record {number + 1}")
+      value(loaded[number], name, f"{source} record {number + 1}", setting)
 
 
-def _check_rows(loaded: Any, spec: DatasetSpec, names: Sequence[str]) -> None:
+def _check_rows(
+    loaded: Any, spec: DatasetSpec, names: Mapping[str, str]
+) -> None:
   """Checks the records of a table whose columns are not all plain text.
 
   A column of text needs no look at each row; one of messages may hold anything
@@ -561,7 +579,7 @@ def _is_data_set(spec: DatasetSpec) -> bool:
 
 
 def _read(
-    spec: DatasetSpec, names: Sequence[str], first: bool
+    spec: DatasetSpec, names: Mapping[str, str], first: bool
 ) -> Sequence[dict[str, Any]]:
   if spec.source in BUNDLED_TASKS:
     try:
@@ -694,7 +712,9 @@ class _Choice:
     return True
 
 
-def _choose(spec: DatasetSpec, names: Sequence[str], first: bool) -> "Records":
+def _choose(
+    spec: DatasetSpec, names: Mapping[str, str], first: bool
+) -> "Records":
   """Reads a source as a stream, and keeps the chosen records.
 
   Raises:
@@ -790,7 +810,9 @@ def _numbers(spec: DatasetSpec, count: int) -> Sequence[int]:
 
 
 def read(
-    spec: DatasetSpec, first: bool = False, more: Sequence[str] = ()
+    spec: DatasetSpec,
+    first: bool = False,
+    more: Mapping[str, str] | None = None,
 ) -> Records:
   """Reads the records and checks that each has the named fields.
 
@@ -798,7 +820,8 @@ def read(
     spec: where from, and which.
     first: whether the first records are enough; then no data set is downloaded
       whole.
-    more: names of fields that the records need besides those of `spec`.
+    more: names of fields that the records need besides those of `spec`, with
+      the setting that names each.
 
   Raises:
     DataError: the source is missing, unreadable or empty, or a record lacks a
@@ -809,7 +832,8 @@ def read(
     spec = dataclasses.replace(spec, answer="")
   asked = FIELD.findall(spec.question) or [spec.question]
   own = (*asked, spec.answer, spec.completion)
-  names = [name for name in dict.fromkeys((*own, *spec.choices, *more)) if name]
+  mine = dict.fromkeys(filter(None, (*own, *spec.choices)), "")
+  names = mine | dict(more or {}) | mine  # In this order, but `mine` counts.
   streamed = bool(spec.where) or spec.distinct
   records = (_choose if streamed else _read)(spec, names, first)
   if len(records) == 0:
@@ -833,7 +857,7 @@ def peek(spec: DatasetSpec) -> Mapping[str, Any]:
     DataError: the source is missing, unreadable or empty.
   """
   if _is_data_set(spec) or spec.is_gym or spec.source in BUNDLED_TASKS:
-    found = _read(spec, (), first=True)
+    found = _read(spec, {}, first=True)
   else:
     stream = _file(pathlib.Path(spec.source))
     found = [record for _, record in itertools.islice(stream, 1)]

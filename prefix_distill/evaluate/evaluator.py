@@ -211,7 +211,9 @@ def load_problems(
       used, or are all too long.
   """
   rows, numbers, answers = [], [], []
-  source = records.read(spec, more=FIELD.findall(suffix))
+  source = records.read(
+      spec, more=dict.fromkeys(FIELD.findall(suffix), "data.suffix")
+  )
   room = spec.max_prompt_len or max_prompt_len
   for number in range(len(source)):
     where = source.where(number)

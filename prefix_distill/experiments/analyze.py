@@ -24,10 +24,12 @@ gradient
   `halves` is the cosine of the whole gradients of two halves of the rollouts:
   what noise leaves of 1.
 
-The numbers go to `analysis/` in --workdir as JSON, with a picture beside them.
+A table shows the main numbers. All of them go to `analysis/` in --workdir as
+JSON, with a picture beside them.
 """
 
 from collections.abc import Iterator
+from collections.abc import Sequence
 import dataclasses
 import functools
 import json
@@ -40,6 +42,7 @@ import jax
 import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
+import rich.console
 
 from prefix_distill import command_line
 from prefix_distill import sharding
@@ -51,6 +54,7 @@ from prefix_distill.evaluate import evaluator
 from prefix_distill.models.transformer import Model
 from prefix_distill.models.transformer import Params
 from prefix_distill.report import plots
+from prefix_distill.report import report
 from prefix_distill.rollout import continuous_batching
 from prefix_distill.rollout import generate
 from prefix_distill.structs import PromptBatch
@@ -363,6 +367,52 @@ def _continue_from(
   )
 
 
+# The columns of each analysis's table.
+_HEADERS = {
+    "gradient": ("tokens", "cosine with the whole", "length / the whole's"),
+    "position": ("tokens", "reverse KL, nats a rollout", "absolute log ratio"),
+    "teacher_prefix": (
+        "the teacher's tokens",
+        "accuracy after them (95 %)",
+        "without them, %",
+        "problems",
+    ),
+}
+
+
+def rows(what: str, found: Any) -> list[Sequence[str]]:
+  """Returns the table of one student or set, without its header.
+
+  Args:
+    what: the analysis.
+    found: what it returned, of that student or set.
+  """
+  if what == "gradient":
+    made = [
+        (f"{x['length']}", f"{x['cosine']:.2f}", f"{x['norm']:.2f}")
+        for x in found["prefixes"]
+    ]
+    return [*made, ("halves of all", f"{found['halves']:.2f}", "-")]
+  if what == "teacher_prefix":
+    return [
+        (
+            f"{x['length']}",
+            report.accuracy(x),
+            f"{100 * x['accuracy_alone']:.1f}",
+            f"{x['problems']}",
+        )
+        for x in found
+    ]
+  count = np.array(found["rollouts"])
+  nats = [
+      count * np.array(found[x]) / max(count[0], 1) for x in ("kl", "log_ratio")
+  ]
+  return [
+      (f"{start} to {end}", *(f"{x[start:end].sum():.3g}" for x in nats))
+      for start, end in report.spans(len(count))
+  ]
+
+
 def _analyze(config: Config, workdir: pathlib.Path) -> None:
   check(
       not config.is_supervised,
@@ -394,6 +444,11 @@ def _write(setup: setup_lib.Setup, directory: pathlib.Path) -> None:
     lengths = sorted({int(n) for n in _LENGTHS.value})
     found = teacher_prefix(setup, lengths, _WITHHELD.value)
     plots.accuracy_against_prefix(found, directory / "teacher_prefix.png")
+  console = rich.console.Console(highlight=False)
+  for name, values in found.items():
+    header, width = _HEADERS[_WHAT.value], console.width
+    cells = rows(_WHAT.value, values)
+    console.print(report.table(header, cells, width, name))
   file = directory / f"{_WHAT.value}.json"
   file.write_text(json.dumps(found, indent=1) + "\n")
   print(f"Written: {file}, and a picture beside it.")

@@ -30,6 +30,7 @@ from prefix_distill.data import records
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.distill.loss import ExactLoss
 from prefix_distill.errors import ConfigError
+from prefix_distill.errors import counted
 from prefix_distill.errors import parse_json
 from prefix_distill.errors import shown
 from prefix_distill.errors import UserError
@@ -582,13 +583,15 @@ def turns(
     )
   lines.append(
       f"Without notice a kill costs up to {unsaved:.1f} h{cost}: a checkpoint"
-      f" comes every {result.saved_every} updates (checkpoint.every)."
+      f" comes every {counted(result.saved_every, 'update')}"
+      " (checkpoint.every)."
   )
   if budget:
     hours = budget / price if price else budget
     count, steps = result.affordable(hours), len(result.each)
     unit = f"{budget:,.0f}" if price else f"{budget:g} h"
-    text = f"{unit} pays for {count} of {steps} updates, evaluation included"
+    text = f"{unit} pays for {count} of {counted(steps, 'update')}"
+    text += ", evaluation included"
     if count < steps and count:
       text += f": --config.steps={count}"
     lines.append(f"{text}.")

@@ -24,6 +24,7 @@ import markupsafe
 from prefix_distill import config as config_lib
 from prefix_distill.config import BUNDLED_TASKS
 from prefix_distill.config import Config
+from prefix_distill.errors import counted
 from prefix_distill.errors import read_json
 from prefix_distill.report import plots
 from prefix_distill.report import report
@@ -68,15 +69,13 @@ def facts(config: Config) -> list[tuple[str, str]]:
   out = [("method", config.method), ("student", config.student.path)]
   if config.teacher is not None and config.method != "sft":
     out.append(("teacher", config.teacher.path))
+  if config.lora.rank:
+    out.append(("trained", report.lora_name(config.lora)))
   out += [
       ("prompts", data.train.source),
-      (
-          "updates",
-          f"{config.steps} of {data.batch_size} prompts x"
-          f" {rollout.per_prompt} rollouts",
-      ),
+      ("updates", f"{config.steps:,} of {report.batch_of(config)}"),
       ("learning rate", f"{config.optimizer.learning_rate:g}"),
-      ("longest answer", f"{rollout.max_len} tokens"),
+      ("longest answer", counted(rollout.max_len, "token")),
   ]
   if config.schedule:
     out.append(("length of the prefix", config.schedule))
@@ -133,7 +132,7 @@ def _embedded(value: Any) -> markupsafe.Markup:
   return markupsafe.Markup(text)
 
 
-def _kept(workdir: pathlib.Path) -> dict[str, list[Line]]:
+def _kept(workdir: pathlib.Path, config: Config) -> dict[str, Any]:
   """Returns the rollouts and answers, without what the page does not show."""
   rollouts, answers = report.read_samples(workdir)
   return {
@@ -141,6 +140,7 @@ def _kept(workdir: pathlib.Path) -> dict[str, list[Line]]:
           {k: v for k, v in line.items() if k != "ids"} for line in rollouts
       ],
       "answers": answers,
+      "evaluates": bool(config.evaluation.sets),
   }
 
 
@@ -195,12 +195,13 @@ def _render(
       warnings=[text for text in warnings if text],
       header=_flat([report.HEADER])[0],
       tables=tables,
+      evaluates=bool(config.evaluation.sets),
       figures=figures,
       columns=columns,
       updates=rows,
-      count=len(updates),
+      count=counted(len(updates), "update"),
       settings=json.dumps(values, indent=2),
-      samples=_embedded(_kept(workdir)),
+      samples=_embedded(_kept(workdir, config)),
       style=markupsafe.Markup(style),
       script=markupsafe.Markup(script),
       script_hash=base64.b64encode(digest).decode(),
@@ -217,8 +218,16 @@ def write(workdir: pathlib.Path) -> None:
   text = _render(workdir, lines, config, values)
   (directory / FILE).write_text(text, "utf-8")
   report.print_closing(lines, config)
-  report_at, model_at = directory / FILE, workdir / "export"
-  print(f"Report in {report_at}, model in {model_at}.", flush=True)
+  places, export = [f"Report in {directory / FILE}"], workdir / "export"
+  places.append(f"model in {export}")
+  if config.lora.rank:
+    places.append(f"adapter in {adapter_directory(export)}")
+  print(f"{', '.join(places)}.", flush=True)
+
+
+def adapter_directory(export: pathlib.Path) -> pathlib.Path:
+  """Returns where the adapters of an export are."""
+  return export.with_name(f"{export.name}-adapter")
 
 
 def licence(directory: pathlib.Path) -> str:
@@ -253,7 +262,7 @@ def card(
   lines = [line for line in lines if line["step"] <= step]
   parts = [
       _metadata(config, base_licence),
-      f"# {_base(config.student.path)}, distilled\n",
+      f"# {_names(config)[0]}, distilled\n",
       _about(config, step),
       _recipe(config, lines),
       _results(lines),
@@ -267,6 +276,18 @@ def card(
 def _base(path: str) -> str:
   """Names a model without the directories of the machine it lay on."""
   return path if _is_hub(path) else path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _names(config: Config) -> tuple[str, str]:
+  """Names the student and the teacher, apart if they are not the same.
+
+  A directory has as much of its path as that takes.
+  """
+  paths = [spec.path for spec in (config.student, config.teacher) if spec]
+  names = [_base(path) for path in paths]
+  if len({*paths}) == 2 and len({*names}) == 1:
+    names = report.short_names([pathlib.Path(path) for path in paths])
+  return names[0], names[-1]
 
 
 def _is_hub(path: str) -> bool:
@@ -287,11 +308,12 @@ def _metadata(config: Config, base_licence: str) -> str:
 
 
 def _about(config: Config, step: int) -> str:
+  student, teacher = _names(config)
   who = ""
   if config.teacher is not None and config.method != "sft":
-    who = f" from {_base(config.teacher.path)}"
+    who = f" from {teacher}"
   return (
-      f"{_base(config.student.path)} after {step} updates of"
+      f"{student} after {counted(step, 'update')} of"
       f" {_METHODS[config.method]}{who}, with prefix_distill"
       " (arXiv 2602.15260).\n"
   )
@@ -302,11 +324,11 @@ def _recipe(config: Config, lines: Sequence[Line]) -> str:
   train = data.train.source
   if train not in BUNDLED_TASKS:
     train = _base(train)
-  rows = {
-      "data": train,
-      "an update": (
-          f"{data.batch_size} prompts x {config.rollout.per_prompt} rollouts"
-      ),
+  rows = {"data": train}
+  if config.lora.rank:
+    rows["trained"] = f"{report.lora_name(config.lora)}, merged here"
+  rows |= {
+      "an update": report.batch_of(config),
       "learning rate": f"{optimizer.learning_rate:g}, AdamW",
       "seed": f"{config.seed}",
   }
@@ -314,7 +336,7 @@ def _recipe(config: Config, lines: Sequence[Line]) -> str:
     rows |= {
         "loss": report.loss_name(config.loss),
         "temperature": f"{config.rollout.temperature:g}",
-        "longest answer": f"{config.rollout.max_len} tokens",
+        "longest answer": counted(config.rollout.max_len, "token"),
     }
   if config.schedule:
     rows["prefix"] = f"{config.schedule} schedule"
@@ -374,8 +396,9 @@ def _serving(config: Config) -> str:
         f'[{{"role": "system", "content": {system!r}}},\n'
         '            {"role": "user", "content": "What is 7 + 5?"}]'
     )
-  opened = ""
+  opened, prompt = "", "prompt"
   if suffix:
+    prompt = f"prompt + {suffix!r}"
     opened = (
         f"The student was trained and evaluated with {suffix!r} behind the chat"
         " template's generation prompt, so give it that too.\n"
@@ -393,7 +416,7 @@ messages = {asked}
 prompt = tokenizer.apply_chat_template(
     messages, tokenize=False, add_generation_prompt=True)
 inputs = tokenizer(
-    prompt + {suffix!r}, add_special_tokens=False, return_tensors="pt")
+    {prompt}, add_special_tokens=False, return_tensors="pt")
 out = model.generate(**inputs, max_new_tokens={spec.max_len})
 print(tokenizer.decode(out[0, inputs["input_ids"].shape[1]:]))
 ```
@@ -412,7 +435,7 @@ server was tried with this model.
 
 
 def _licence(config: Config, found: str) -> str:
-  base = _base(config.student.path)
+  base = _names(config)[0]
   if found:
     return f"## Licence\n\n{found}, that of {base}.\n"
   return f"## Licence\n\nThat of {base}; see there.\n"

@@ -158,6 +158,10 @@ def _accuracy(axes: Any, lines: Sequence[Line], x: str, label: str) -> Any:
   )
 
 
+def _updates(first: int, last: int) -> str:
+  return f"update {first}" if first == last else f"updates {first}-{last}"
+
+
 @_styled
 def accuracy_against_flops(
     lines: Sequence[Line], path: pathlib.Path, label: str
@@ -235,7 +239,7 @@ def kl_against_position(lines: Sequence[Line], path: pathlib.Path) -> str:
           [np.mean(bins[position]) for position in sorted(bins)],
           "o-",
           color=color,
-          label=f"updates {part[0]['step']}-{part[-1]['step']}",
+          label=_updates(part[0]["step"], part[-1]["step"]),
       )
   _scale(axes)
   _count(axes.xaxis)

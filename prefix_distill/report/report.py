@@ -29,7 +29,9 @@ import rich.table
 import rich.text
 
 from prefix_distill.config import Config
+from prefix_distill.config import LoraSpec
 from prefix_distill.config import LossSpec
+from prefix_distill.errors import counted
 from prefix_distill.errors import JsonError
 from prefix_distill.errors import parse_json
 from prefix_distill.errors import UserError
@@ -131,6 +133,16 @@ def spread(values: Sequence[int], most: int) -> set[int]:
   return {values[int(i)] for i in np.round(at)}
 
 
+def short_names(paths: Sequence[pathlib.Path]) -> list[str]:
+  """Returns the shortest ends of the paths that tell them apart."""
+  whole = [path.absolute().parts for path in paths]
+  for count in range(1, max(map(len, whole)) + 1):
+    names = ["/".join(parts[-count:]) for parts in whole]
+    if len(set(names)) == len(names):
+      return names
+  return [str(path) for path in paths]
+
+
 class LineWriter:
   """Appends lines; a line is on the disk when `write` returns.
 
@@ -205,8 +217,8 @@ class MetricsWriter(LineWriter):
       if missing > 0:
         print(
             f"Warning: {path} lacks the lines of {missing} of the first"
-            f" {resume_step} updates; it was damaged or deleted. The report"
-            " will lack them too.",
+            f" {counted(resume_step, 'update')}; it was damaged or deleted."
+            " The report will lack them too.",
             file=sys.stderr,
             flush=True,
         )
@@ -249,6 +261,12 @@ def length_p95(lengths: np.ndarray) -> int:
 _BORDERS = (0, 16, 64, 256, 1024, 4096)
 
 
+def spans(longest: int) -> list[tuple[int, int]]:
+  """Returns 0 to 16, 16 to 64 and so on, the last up to the longest answer."""
+  borders = [x for x in _BORDERS if x < longest]
+  return [*itertools.pairwise([*borders, longest])]
+
+
 def divergence(nats: Sequence[np.ndarray]) -> dict[str, Any]:
   """Summarizes the reverse KL of whole answers, in nats an answer.
 
@@ -262,13 +280,12 @@ def divergence(nats: Sequence[np.ndarray]) -> dict[str, Any]:
   """
   totals = [float(np.sum(x)) for x in nats]
   longest = max(map(len, nats))
-  borders = [x for x in _BORDERS if x < longest]
   return {
       "kl": float(np.mean(totals)),
       "kl_answers": [float(f"{x:.4g}") for x in totals],
       "kl_positions": [
           float(np.mean([np.sum(x[start:end]) for x in nats]))
-          for start, end in itertools.pairwise([*borders, longest])
+          for start, end in spans(longest)
       ],
   }
 
@@ -315,10 +332,11 @@ def headline(
   who = f"student {config.student.path}"
   if config.teacher is not None and config.method != "sft":
     who += f", teacher {config.teacher.path}"
+  if config.lora.rank:
+    who += f", {lora_name(config.lora)}"
   text = (
       f"{config.method}: {who}\n"
-      f"{config.steps} updates of {config.data.batch_size} prompts x"
-      f" {config.rollout.per_prompt} rollouts, mesh {axes}\n"
+      f"{counted(config.steps, 'update')} of {batch_of(config)}, mesh {axes}\n"
       f"workdir {workdir}"
   )
   if not config.is_supervised:
@@ -327,6 +345,19 @@ def headline(
         f" {loss_name(config.loss)}"
     )
   return text
+
+
+def batch_of(config: Config) -> str:
+  """Says how large an update is."""
+  return (
+      f"{counted(config.data.batch_size, 'prompt')} x"
+      f" {counted(config.rollout.per_prompt, 'rollout')}"
+  )
+
+
+def lora_name(lora: LoraSpec) -> str:
+  """Names the adapters that are trained, such as "LoRA of rank 8"."""
+  return f"LoRA of rank {lora.rank}"
 
 
 def loss_name(loss: LossSpec) -> str:
@@ -366,7 +397,7 @@ def evaluation_line(which: str, step: int, values: Line) -> str:
   return (
       f"step {step:>4}  {which} on {values['set']}, {values['mode']}:"
       f" {accuracy(values)}, {values['finish_rate']:.1%} finish,"
-      f" {values['mean_length']:.0f} tokens{nats}"
+      f" {counted(round(values['mean_length']), 'token')}{nats}"
   )
 
 
@@ -470,8 +501,9 @@ def alarms(lines: Sequence[Line]) -> dict[str, str]:
       )
     if line.get("skipped"):
       found["skipped"] = (
-          f"Warning: {line['skipped']} updates were skipped because their"
-          " numbers were not finite; their batches are in skipped/."
+          f"Warning: the run skipped {counted(line['skipped'], 'update')}"
+          " because of numbers that were not finite; the batches are in"
+          " skipped/."
       )
   return found
 
@@ -495,9 +527,9 @@ def spent(lines: Sequence[Line]) -> str:
       last[f"compilations_{phase}"] for phase in ("sample", "score", "update")
   )
   text = (
-      f"{last['flops']:.3g} FLOPs in {len(made)} updates"
-      f" ({last['seconds']:.0f} s, {last['tokens']:,} tokens,"
-      f" {compiled} compilations)"
+      f"{last['flops']:.3g} FLOPs in {counted(len(made), 'update')}"
+      f" ({last['seconds']:.0f} s, {counted(last['tokens'], 'token')},"
+      f" {counted(compiled, 'compilation')} since the last start)"
   )
   if paper := last.get("flops_paper"):
     text += f", {paper:.3g} by the paper's formula"
@@ -521,7 +553,7 @@ def dropped(lines: Sequence[Line]) -> str:
       for name, count in last.items()
       if name.startswith("dropped_")
   )
-  return f"{last['dropped']} training records were dropped ({counts})."
+  return f"Dropped {counted(last['dropped'], 'training record')} ({counts})."
 
 
 def chosen(lines: Sequence[Line], dataset: str) -> str:

@@ -48,6 +48,7 @@ from prefix_distill.data import records
 from prefix_distill.data.prompts import Asking
 from prefix_distill.data.prompts import PromptIterator
 from prefix_distill.distill import prefix_schedule
+from prefix_distill.errors import counted
 from prefix_distill.errors import one_line
 from prefix_distill.errors import UserError
 from prefix_distill.evaluate import evaluator
@@ -709,11 +710,12 @@ class Run:
     running, last = self.totals.skipped_running, self.last_saved
     if running >= self.config.optimizer.max_skipped:
       raise NotFiniteError(
-          f"The last {running} updates, up to {step}, were skipped because"
-          f" numbers of {self.cause} are not finite; their batches are in"
-          f" {self.workdir / 'skipped'}, and the last good checkpoint is that"
-          f" of update {last}. Lower optimizer.learning_rate, or look at the"
-          " models and at those batches."
+          f"The run skipped its last {counted(running, 'update')}, up to"
+          f" {step}, because numbers of {self.cause} are not finite; the"
+          f" batches are in {self.workdir / 'skipped'}, and the last good"
+          f" checkpoint is that of update {last}. Lower"
+          " optimizer.learning_rate, or look at the models and at those"
+          " batches."
       )
 
 
@@ -851,6 +853,8 @@ def _steps(run: Run, traced: Collection[int]) -> None:
         )
       if due:
         run.evaluate(done)
+      if run.is_last(done):  # Nothing is left.
+        bar.set_postfix(report.progress(line), refresh=False)
 
 
 def _with_answers(

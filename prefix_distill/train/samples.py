@@ -5,7 +5,7 @@ one for each evaluation, set, mode and problem. A line is a JSON object with its
 `step`, and is written before the metrics of that step. Fields of a rollout:
 
   step, source      the update, and whose tokens they are
-  record            the number of the prompt's record
+  record            the number of the prompt's record, from 0
   prompt            segments: [text, 1 for a special token or else 0]
   teacher_prompt    segments, if the teacher reads another prompt
   length            tokens of the whole rollout
@@ -19,7 +19,7 @@ one for each evaluation, set, mode and problem. A line is a JSON object with its
                     or without one of the student: [text, probability]
 
 A character that several tokens make up is the text of the first of them. Fields
-of an answer: `step`, `model`, `set`, `mode`, `problem` (its number), `prompt`
+of an answer: `step`, `model`, `set`, `mode`, `problem` (from 0), `prompt`
 and `text` (segments), `answer` (the right one), `length`, `finished`, `right`.
 """
 

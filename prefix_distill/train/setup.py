@@ -536,7 +536,7 @@ def prepare(config: Config, workdir: str | os.PathLike[str]) -> Setup:
   if jax.process_index() == 0:
     note = _dtype_note(config, mesh, student, teacher)
     for sentence in filter(None, [note, same_model_note(config), *data.notes]):
-      print(sentence, flush=True)
+      print(f"Warning: {sentence}", flush=True)
   memory = distributed.from_first("memory", sharding.memory(mesh))
   models = Models.of(config, mesh, student, teacher, tokenizers, memory)
   return Setup(
@@ -573,7 +573,7 @@ def export_student(
   stored_like, spec = config.teacher or config.student, config.evaluation
   weights, adapters = lora.split(params)
   if config.lora.rank:
-    beside = adapter_directory(directory)
+    beside = page.adapter_directory(directory)
     lora.export(adapters, config.lora, config.student.path, beside)
   hf.export(
       weights,
@@ -586,11 +586,6 @@ def export_student(
       adapters,
       config.lora.scale,
   )
-
-
-def adapter_directory(export: pathlib.Path) -> pathlib.Path:
-  """Returns where the adapters of an export are."""
-  return export.with_name(f"{export.name}-adapter")
 
 
 def load_model(

@@ -29,6 +29,7 @@
     x === null ? "not finite" : x < 0.001 ? "< 0.001" : x.toFixed(3);
   // The root shows small divergences too.
   const heat = (x) => Math.sqrt(Math.min(Math.max(x, 0) / TOP, 1));
+  const counted = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
   const end = (line) => (line.finished ? "finished" : "cut");
 
   function segments(parent, parts) {
@@ -48,8 +49,10 @@
     make(select, "option", "", text).value = value;
   }
 
-  function none(parent, text) {
-    make(parent, "p", "", text);
+  // Says why a section has nothing to choose from, instead of its choices.
+  function none(section, text) {
+    find(section).querySelector(".bar").hidden = true;
+    make(find(section), "p", "", text);
   }
 
   // ---- Rollouts
@@ -76,7 +79,7 @@
       shownTokens.set(token, [line, i]);
     });
     const more = line.length - line.texts.length;
-    if (more > 0) make(box, "span", "gap", ` … ${more} more tokens`);
+    if (more > 0) make(box, "span", "gap", ` … ${counted(more, "more token")}`);
   }
 
   function showRollout(line) {
@@ -84,9 +87,9 @@
     card.dataset.end = end(line);
     const head = make(card, "div", "head");
     make(head, "strong", "", `update ${line.step}`);
-    make(head, "span", "", `record ${line.record}`);
+    make(head, "span", "", `record ${line.record + 1}`); // As errors count.
     make(head, "span", end(line), end(line));
-    make(head, "span", "", `${line.length} tokens`);
+    make(head, "span", "", counted(line.length, "token"));
     const values = line.divergence.filter((x) => x !== null);
     const mean = values.reduce((a, b) => a + b, 0) / (values.length || 1);
     const what = line.measure === "cross_entropy" ? "cross-entropy" : "KL";
@@ -108,7 +111,7 @@
     const cards = [...document.querySelectorAll(".rollout")];
     cards.forEach((card) => { card.hidden = !wanted.has(card.dataset.end); });
     const seen = cards.filter((card) => !card.hidden).length;
-    find("rollouts-shown").textContent = `${seen} of ${cards.length} rollouts`;
+    find("rollouts-shown").textContent = `${seen} of ${counted(cards.length, "rollout")}`;
     hideTip();
   }
 
@@ -211,7 +214,7 @@
     make(head, "strong", "", title(line, last));
     make(head, "span", verdict, verdict);
     make(head, "span", end(line), end(line));
-    make(head, "span", "", `${line.length} tokens`);
+    make(head, "span", "", counted(line.length, "token"));
     const text = make(card, "div", "text");
     text.tabIndex = 0;
     segments(text, line.text);
@@ -225,7 +228,7 @@
     for (const number of [...new Set(mine.map((line) => line.problem))]) {
       const lines = mine.filter((line) => line.problem === number);
       const card = make(list, "article", "card problem");
-      make(make(card, "div", "head"), "h3", "", `Problem ${number}`);
+      make(make(card, "div", "head"), "h3", "", `Problem ${number + 1}`);
       segments(make(card, "div", "text prompt"), lines[0].prompt);
       const gold = make(card, "p", "", "Right answer: ");
       make(gold, "code", "", lines[0].answer);
@@ -245,7 +248,7 @@
       problem.hidden = !problem.querySelector(".answer:not([hidden])");
     });
     const seen = cards.filter((card) => !card.hidden).length;
-    find("answers-shown").textContent = `${seen} of ${cards.length} answers`;
+    find("answers-shown").textContent = `${seen} of ${counted(cards.length, "answer")}`;
   }
 
   // ---- Everything is there
@@ -259,7 +262,7 @@
     }
     showUpdate();
   } else {
-    none(find("rollout-list"), "The run kept no rollouts (samples.rollouts).");
+    none("rollouts", "The run kept no rollouts (samples.rollouts).");
   }
   if (answers.length) {
     for (const value of new Set(answers.map(key))) {
@@ -267,7 +270,9 @@
     }
     showSet();
   } else {
-    none(find("answer-list"), "The run kept no answers (samples.problems).");
+    none("answers", data.evaluates
+      ? "The run kept no answers (samples.problems)."
+      : "The run has no evaluation set (evaluation.sets).");
   }
   find("update").addEventListener("change", showUpdate);
   find("before").addEventListener("click", () => move(-1));
