@@ -61,7 +61,7 @@ case $action in
   run)
     need name workdir nodes gpus time notice
     need_arguments
-    if [[ $time != UNLIMITED ]]; then
+    if [[ ! ${time,,} =~ ^(unlimited|infinite|-1)$ ]]; then
       [[ $time =~ ^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$ ]] ||
         fail "--time is '$time'; it is MINUTES, HOURS:MINUTES:SECONDS," \
           "DAYS-HOURS or UNLIMITED, as for sbatch."

@@ -17,6 +17,7 @@ import functools
 import hashlib
 import inspect
 import math
+import os
 import pathlib
 import re
 import sys
@@ -148,6 +149,7 @@ _HEARTBEAT = flags.DEFINE_integer(
 
 def config_file(name: str) -> str:
   """Returns the file of a config that is there, or that ships, by its name."""
+  name = os.path.expanduser(name)
   path = pathlib.Path(name)
   if path.suffix not in (".py", ".json"):
     path = path.with_name(f"{path.name}.py")
@@ -537,8 +539,7 @@ def load(name: str) -> ml_collections.ConfigDict:
   `config.from_dict(settings.to_dict())` makes a run's settings of it.
 
   Raises:
-    UserError: there is none, or its argument cannot be.
-    OSError: there is no such file.
+    UserError: there is no such config, or its argument cannot be.
   """
   found = _FLAG.parser.parse(name)
   found.to_dict()  # Raises what went wrong.

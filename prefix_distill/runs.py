@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
+import os
 import pathlib
 import sys
 from typing import Any
@@ -251,12 +252,13 @@ def start() -> None:
   """Does what the command line says, or exits with one sentence."""
   command = sys.argv[0].split()[-1]
   parser = ArgumentParser(command, __doc__)
+  add, home = parser.add_argument, os.path.expanduser
   if command == "report":
-    parser.add_argument("run", nargs="?", default="", help="The run.")
-    parser.add_argument("--workdir", default="", help="The same, by a flag.")
+    add("run", nargs="?", default="", help="The run.")
+    add("--workdir", type=home, default="", help="The same, by a flag.")
   else:
-    parser.add_argument("workdirs", nargs="*", help="Two runs or more.")
-    parser.add_argument("--to", default="", help="A directory for figures.")
+    add("workdirs", nargs="*", help="Two runs or more.")
+    add("--to", type=home, default="", help="A directory for figures.")
   args = parser.parse_args(sys.argv[1:])
   try:
     {"report": _report, "compare": _compare}[command](args)

@@ -7,6 +7,7 @@ import toys
 from prefix_distill.config import ConfigError
 from prefix_distill.experiments import analyze
 from prefix_distill.experiments import results
+from prefix_distill.report import report
 from prefix_distill.train import setup as setup_lib
 
 LENGTH = 16
@@ -42,6 +43,11 @@ def test_the_table_of_positions_adds_up_to_a_rollout():
       ("16 to 64", "6", "24"),
       ("64 to 100", "4.5", "18"),
   ]
+
+
+def test_a_set_without_answers_of_that_length_has_an_empty_table():
+  assert not analyze.rows("teacher_prefix", [])
+  report.table(("length", "right"), [], 80)
 
 
 def test_the_table_of_prefixes_has_intervals():

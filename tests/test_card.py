@@ -77,9 +77,10 @@ def test_a_card_tells_two_models_of_one_name_apart():
   text = page.card(config_lib.from_dict(config), _LINES, 20, "")
   assert "/home" not in text and "# small/model, distilled" in text
   assert "small/model after 20 updates" in text and "from large/model," in text
-  config["teacher"]["path"] = config["student"]["path"]
-  text = page.card(config_lib.from_dict(config), _LINES, 20, "")
-  assert "# model, distilled" in text and "from model," in text
+  for end in ("", "/"):
+    config["teacher"]["path"] = config["student"]["path"] + end
+    text = page.card(config_lib.from_dict(config), _LINES, 20, "")
+    assert "# model, distilled" in text and "from model," in text
 
 
 @pytest.mark.parametrize(

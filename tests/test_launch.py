@@ -298,6 +298,20 @@ def test_a_sub_command_runs_what_its_dry_run_prints(case, place):
   assert place.calls() == calls
 
 
+@pytest.mark.parametrize("limit", ["UNLIMITED", "infinite", "-1", "1-0", "11"])
+def test_slurm_gets_the_time_limit_as_it_is(limit, place):
+  done = place.launch(
+      "slurm.sh",
+      "run",
+      "--name=n",
+      "--workdir=/d",
+      f"--time={limit}",
+      "--dry-run",
+      *dashes(),
+  )
+  assert done.returncode == 0 and f" --time={limit} " in done.stdout
+
+
 def test_slurm_needs_no_create(place):
   done = place.launch("slurm.sh", "create")
   assert done.returncode == 0 and not place.calls()

@@ -293,7 +293,8 @@ def test_a_teacher_that_is_the_student_is_a_warning(monkeypatch):
   data = dataclasses.replace(
       config.data, teacher_prompt="{question} {solution}"
   )
-  for other in (_config(), dataclasses.replace(config, data=data)):
+  supervised = dataclasses.replace(config, method="seqkd")
+  for other in (_config(), supervised, dataclasses.replace(config, data=data)):
     assert not setup.same_model_note(other)
 
 

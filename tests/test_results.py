@@ -445,6 +445,9 @@ def test_every_difference_in_a_sentence_is_one_of_the_results(page):
         ("language", "first-32", "last-32", "end", ("better",)),
         ("language", "linear", "full", "end", ("worse",)),
         ("language", "linear", "full", "equal", ("undecided",)),
+        ("language", "full", "full-forward", "end", ("better",)),
+        ("language", "off-forward", "full", "end", ("better",)),
+        ("language", "off-forward", "linear", "equal", ("better",)),
     ],
 )
 def test_a_sentence_of_the_readme_says_what_its_interval_says(
@@ -463,6 +466,7 @@ def test_shares_of_flops_in_the_readmes_sentences():
       ("capable", "fixed-16"),
       ("chain", "forward"),
       ("language", "linear"),
+      ("language", "off-forward"),
   ):
     cost = _word(cell, "full", "end", task).cost.value
     assert f"for {100 * cost:.0f} %" in text

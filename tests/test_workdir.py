@@ -239,8 +239,10 @@ def test_other_settings_are_refused(tmp_path):
   assert not _claim(tmp_path, _config())
   before = (tmp_path / "config.json").read_bytes()
   assert "seed = 0, and this one has 7" in _claim(tmp_path, _config(seed=7))
-  assert "steps = 3" in _claim(tmp_path, _config(steps=2))
-  assert "seed = 0" in _claim(tmp_path, _config(steps=4, seed=7))
+  fewer = _claim(tmp_path, _config(steps=2))
+  assert "steps = 3" in fewer and "--config.steps" not in fewer
+  more = _claim(tmp_path, _config(steps=4, seed=7))
+  assert "seed = 0" in more and "add --config.steps=4 to its first" in more
   assert (tmp_path / "config.json").read_bytes() == before
 
 

@@ -444,13 +444,18 @@ def _write(setup: setup_lib.Setup, directory: pathlib.Path) -> None:
     lengths = sorted({int(n) for n in _LENGTHS.value})
     found = teacher_prefix(setup, lengths, _WITHHELD.value)
     plots.accuracy_against_prefix(found, directory / "teacher_prefix.png")
+  file = directory / f"{_WHAT.value}.json"
+  file.write_text(json.dumps(found, indent=1) + "\n")
   console = rich.console.Console(highlight=False)
   for name, values in found.items():
     header, width = _HEADERS[_WHAT.value], console.width
     cells = rows(_WHAT.value, values)
     console.print(report.table(header, cells, width, name))
-  file = directory / f"{_WHAT.value}.json"
-  file.write_text(json.dumps(found, indent=1) + "\n")
+    if not cells:
+      print(
+          "No answer of the teacher's is so long; lower --lengths or"
+          f" --withheld={_WITHHELD.value}."
+      )
   print(f"Written: {file}, and a picture beside it.")
 
 

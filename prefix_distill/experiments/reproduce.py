@@ -307,12 +307,13 @@ TASKS = {
         note=(
             "A first look: 12 updates of 16 rollouts. The student is the model"
             " as it comes, and the teacher the same model after 20 updates of"
-            " `method=sft`. After 12 updates hardly an answer of any student"
-            " ends, so accuracy says nothing yet; the divergence does. The"
-            " students of the windows had a teacher that was trained again, by"
-            " the same recipe on another machine."
+            " `method=sft`. After 12 updates hardly an answer is right, so"
+            " accuracy says nothing yet; the divergence does."
         ),
-        cells=("full", "linear", "fixed-8", *_WINDOWS),
+        cells=(
+            *("full", "linear", "fixed-8", "full-forward"),
+            *("off-reverse", "off-forward", *_WINDOWS),
+        ),
         seeds=1,
         **_SUMS,
     ),

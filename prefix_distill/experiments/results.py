@@ -897,8 +897,8 @@ def comparisons_table(
 ) -> str:
   """Returns a task's comparisons, with intervals and what they allow to say."""
   rows, names = [], about | {"before": _BEFORE}
-  for of in COMPARISONS:
-    done = compare(of, found)
+  for of in dict.fromkeys(_as_run(of, found) for of in COMPARISONS):
+    done = compare(of, found) if of.first != of.second else None
     if done is None or done.of != of:  # A share that was raised.
       continue
     rows.append([

@@ -137,7 +137,7 @@ def _check_json() -> None:
     ConfigError: it cannot.
   """
   check_path("json", _JSON.value)
-  file = os.path.abspath(_JSON.value or "json")
+  file = os.path.abspath(os.path.expanduser(_JSON.value) or "json")
   folder = os.path.dirname(file)
   check(
       os.access(folder, os.W_OK)
@@ -343,7 +343,7 @@ def main() -> None:
   if _JSON.value:
     found = dataclasses.asdict(result) | {"fits": result.fits}
     text = json.dumps(found, indent=2)
-    pathlib.Path(_JSON.value).write_text(text + "\n")
+    pathlib.Path(_JSON.value).expanduser().write_text(text + "\n")
   if not result.fits:
     _end(f"error: {_short(result)}.", 1)
 

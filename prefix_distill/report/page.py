@@ -285,8 +285,9 @@ def _names(config: Config) -> tuple[str, str]:
   """
   paths = [spec.path for spec in (config.student, config.teacher) if spec]
   names = [_base(path) for path in paths]
-  if len({*paths}) == 2 and len({*names}) == 1:
-    names = report.short_names([pathlib.Path(path) for path in paths])
+  places = [pathlib.Path(path).absolute() for path in paths]
+  if len({*places}) == 2 and len({*names}) == 1:
+    names = report.short_names(places)
   return names[0], names[-1]
 
 

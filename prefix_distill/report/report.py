@@ -614,7 +614,7 @@ def table(
   columns = [*zip(header, *rows, strict=True)]
   words = [max(map(len, " ".join(cells).split())) for cells in columns]
   widths = [
-      max(word, *(len(line) for cell in cells for line in cell.splitlines()))
+      max([word, *(len(line) for cell in cells for line in cell.splitlines())])
       for word, (_, *cells) in zip(words, columns, strict=True)
   ]
   room = width - 2 * (len(columns) - 1)

@@ -211,10 +211,11 @@ def same_model_note(config: Config) -> str:
   """Returns a sentence if the teacher can teach nothing."""
   if (
       config.teacher is None
-      or config.method == "seqkd"
+      or config.is_supervised
       or config.rollout.source == "rewrite"
       or config.data.teacher_prompt
-      or config.teacher.path != config.student.path
+      or config.lora.path
+      or config.teacher.path.rstrip("/") != config.student.path.rstrip("/")
       or config.teacher.random_init != config.student.random_init
   ):
     return ""

@@ -571,8 +571,9 @@ def _claim_config(config: Config, workdir: pathlib.Path) -> None:
   if same_steps != mine:  # Other steps alone would be no reason.
     name, old, new = config_lib.first_difference(same_steps, mine)
   more = ""
-  if theirs["steps"] != mine["steps"]:  # As configs/own.py:steps= would.
-    more = f" (for other steps alone, add --config.steps={mine['steps']} to its"
+  # As configs/own.py:steps= would, it changes other settings too.
+  if mine["steps"] > theirs["steps"] and same_steps != mine:
+    more = f" (for more steps alone, add --config.steps={mine['steps']} to its"
     more += " first command)"
   raise WorkdirError(
       f"{workdir} holds a run with {name} = {old!r}, and this one has"
