@@ -487,7 +487,9 @@ class Runner:
       student: str = _STUDENT,
   ):
     self._workdir, self._file = workdir, file
-    made = {name: str(workdir / name / "export") for name in _MADE}
+    # Not beside the tasks, one of which is called as a model is.
+    models = workdir / "models"
+    made = {name: str(models / name / "export") for name in _MADE}
     self._models = {"student": student} | made
     self._lock, self._making = threading.Lock(), threading.Lock()
     self._failed = set()
