@@ -324,7 +324,7 @@ TASKS = {
             "As above, but the student has 15 of the 30 layers, and was trained"
             " like the teacher before: 20 updates of `method=sft`."
         ),
-        # Not run yet; `--tasks half --cells full linear fixed-8` does it.
+        cells=("full", "linear", "fixed-8"),
         seeds=1,
         **_SUMS,
     ),
