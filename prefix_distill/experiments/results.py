@@ -1132,10 +1132,11 @@ def draw(
   """
   columns = min(len(panels), 2)
   rows = -(-len(panels) // columns)
-  figure = Figure(figsize=(4.6 * columns + 2.2, 4.0 * rows))
+  figure = Figure(figsize=(5.4 * columns, 4.0 * rows))
   grid = figure.subplots(rows, columns, squeeze=False).flat
-  for axes in grid[len(panels) :]:
-    axes.remove()
+  unused = grid[len(panels) :]
+  for axes in unused:
+    axes.set_axis_off()
   lines = {}
   for axes, (title, found) in zip(grid, panels.items(), strict=False):
     whole = found["full"].flops[:, -1].mean()
@@ -1159,13 +1160,15 @@ def draw(
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
   lines[_BEFORE] = lines.pop(_BEFORE)  # The last one.
-  figure.legend(
+  host, place = figure, {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+  if len(unused):
+    host, place = unused[0], {"loc": "center"}
+  host.legend(
       lines.values(),
       [about.get(name, name) for name in lines],
       frameon=False,
       fontsize=9,
-      loc="center left",
-      bbox_to_anchor=(1, 0.5),
+      **place,
   )
   figure.tight_layout()
   figure.savefig(path, dpi=120, bbox_inches="tight")
