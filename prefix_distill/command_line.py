@@ -367,6 +367,8 @@ def parse(argv: list[str], about: str = "") -> list[str]:
     _check_flags()
     if _CONFIG.value is None:
       sys.exit("error: --config is missing; try --config=configs/math.py.")
+    if named := _named_config(argv):
+      _check_file(named)
     _CONFIG.value.to_dict()  # Fails if the file could not be loaded.
     return rest
   except UserError as error:
@@ -482,12 +484,13 @@ def _read_json(file: str) -> ml_collections.ConfigDict | None:
   return ml_collections.ConfigDict(_tuples(values))
 
 
-def _check_file(file: str) -> None:
+def _check_file(name: str) -> None:
   """Refuses a config that is neither here nor ships with the package.
 
   Raises:
     ConfigError: it is not there.
   """
+  file = config_file(name.partition(":")[0])
   ships = {p.stem for directory in _CONFIGS for p in directory.glob("*.py")}
   near = difflib.get_close_matches(pathlib.Path(file).stem, ships, 1)
   mend = f"did you mean {near[0]}?" if near else "correct the path."
@@ -511,7 +514,6 @@ class _ConfigParser(flags.ArgumentParser):
     file, colon, argument = path.partition(":")
     file = config_file(file)
     config = _read_json(file)
-    _check_file(file)
     if config is None:
       config = self._parser.parse(file + colon + argument)
     if not isinstance(config, ml_collections.ConfigDict):
@@ -541,6 +543,7 @@ def load(name: str) -> ml_collections.ConfigDict:
   Raises:
     UserError: there is no such config, or its argument cannot be.
   """
+  _check_file(name)
   found = _FLAG.parser.parse(name)
   found.to_dict()  # Raises what went wrong.
   return found
@@ -589,6 +592,16 @@ def config() -> Config:
   return config_lib.from_dict(config_lib.without_idle_groups(values, given))
 
 
+def _named_config(argv: list[str]) -> str:
+  """Returns what a command line gives as --config; of several the last."""
+  given = [
+      (b if a.endswith("config") else a.partition("=")[2])
+      for a, b in zip(argv, [*argv[1:], ""], strict=True)
+      if re.match(r"--?config(=|$)", a)
+  ]
+  return given[-1] if given else ""  # It may stand in a --flagfile.
+
+
 def workdir(argv: list[str]) -> pathlib.Path:
   """Returns --workdir, or runs/math-tiny for --config=configs/math.py:tiny.
 
@@ -597,12 +610,7 @@ def workdir(argv: list[str]) -> pathlib.Path:
   """
   if _WORKDIR.value:
     return pathlib.Path(_WORKDIR.value).expanduser()
-  given = next(
-      (b if a.endswith("config") else a.partition("=")[2])
-      for a, b in zip(argv, [*argv[1:], ""], strict=True)
-      if re.match(r"--?config(=|$)", a)
-  )
-  file, _, argument = given.partition(":")
+  file, _, argument = _named_config(argv).partition(":")
   if len(argument) > _LONG_ARGUMENT:
     digest = hashlib.sha256(argument.encode()).hexdigest()[:8]
     student = re.search(r"(?:^|,)student=([^,]*)", argument)

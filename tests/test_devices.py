@@ -157,7 +157,7 @@ def test_a_run_says_once_that_it_computes_in_float32(
   config = _config(student, teacher)
   setup = setup_lib.prepare(config, tmp_path).models
   assert setup.memory == 2**34
-  assert capsys.readouterr().out == (said + "\n" if said else "")
+  assert capsys.readouterr().out == (f"Warning: {said}\n" if said else "")
   wanted = "float32" if capability == "7.5" else student
   assert setup.student.dtype == setup.teacher.dtype == wanted
   assert setup.for_sampling(setup.student).dtype == wanted
