@@ -247,6 +247,10 @@ _WORDS = {
         " of 32 rollouts."
     ),
 }
+_SUMS_CELLS = (
+    *("full", "linear", "fixed-8", "full-forward"),
+    *("off-reverse", "off-forward", *_WINDOWS),
+)
 _SUMS = {
     "every": 6,
     "settings": {"steps": "12", "evaluation.scored": "30"},
@@ -310,10 +314,7 @@ TASKS = {
             " `method=sft`. After 12 updates hardly an answer is right, so"
             " accuracy says nothing yet; the divergence does."
         ),
-        cells=(
-            *("full", "linear", "fixed-8", "full-forward"),
-            *("off-reverse", "off-forward", *_WINDOWS),
-        ),
+        cells=_SUMS_CELLS,
         seeds=1,
         **_SUMS,
     ),
@@ -324,7 +325,7 @@ TASKS = {
             "As above, but the student has 15 of the 30 layers, and was trained"
             " like the teacher before: 20 updates of `method=sft`."
         ),
-        cells=("full", "linear", "fixed-8"),
+        cells=_SUMS_CELLS,
         seeds=1,
         **_SUMS,
     ),
