@@ -43,7 +43,6 @@ What is chosen, and why:
 from collections.abc import Mapping
 from collections.abc import Sequence
 import math
-import os
 import re
 import sys
 
@@ -94,9 +93,6 @@ def _parse(argument: str) -> dict[str, str]:
         f" {', '.join(f'{n}=' for n in _NAMES)}.",
     )
     found[name] = value
-  # The shell leaves student=~/... alone.
-  for name in {"student", "teacher", "prompts", "eval"} & found.keys():
-    found[name] = os.path.expanduser(found[name])
   needed = ["student", "prompts"]
   if found.get("method") != "sft":
     needed.insert(1, "teacher")

@@ -126,7 +126,7 @@ def _without_secret(value: str) -> str:
 
 
 def _place(value: str) -> str:
-  """Makes a path of ~/..., which a shell leaves alone behind an = sign."""
+  """Expands ~, which a shell does not expand behind an equals sign."""
   return os.path.expanduser(_without_secret(value))
 
 

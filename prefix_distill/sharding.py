@@ -131,7 +131,7 @@ def unused_accelerator(root: pathlib.Path = pathlib.Path("/")) -> str:
 
 
 def _has_tpu_card(root: pathlib.Path) -> bool:
-  """Whether a card is a TPU; newer ones have no /dev/accel0."""
+  """Returns whether a PCI device is a TPU; newer TPUs lack /dev/accel0."""
   return any(
       _GOOGLE in file.read_text()
       and (file.parent / "device").read_text().strip() in _TPU_CARDS

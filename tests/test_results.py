@@ -478,6 +478,9 @@ def test_shares_of_flops_in_the_readmes_sentences():
   ):
     cost = _word(cell, "full", "end", task).cost.value
     assert f"for {100 * cost:.0f} %" in text
+  for cell in ("off-reverse", "off-forward"):
+    cost = _word("full", cell, "end", "half").cost.value
+    assert f"for {100 * cost:.0f} % of their FLOPs" in text
 
 
 def test_the_chains_in_the_table_of_methods():

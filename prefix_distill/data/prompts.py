@@ -113,7 +113,7 @@ class Example:
 
   @property
   def content(self) -> tuple[bytes, ...]:
-    """All of its tokens; the same for records that read the same."""
+    """The bytes of every row of tokens; records that read alike have equal."""
     rows = (self.prompt, self.completion, self.teacher_prompt)
     return tuple(row.tobytes() for row in rows if row is not None)
 
@@ -458,9 +458,9 @@ class PromptIterator:
     return notes + self._repeats(found)
 
   def _repeats(self, found: Sequence[Example | str]) -> list[str]:
-    """Returns a sentence if one update cannot but ask the same twice.
+    """Returns a warning if the source has fewer prompts than a batch.
 
-    Long sources are not looked at.
+    It counts different prompts, and skips long sources.
 
     Args:
       found: the first records, encoded.

@@ -208,7 +208,7 @@ def _dtype_note(
 
 
 def same_model_note(config: Config) -> str:
-  """Returns a sentence if the teacher can teach nothing."""
+  """Returns a warning if student and teacher compute the same."""
   if (
       config.teacher is None
       or config.is_supervised
@@ -222,8 +222,8 @@ def same_model_note(config: Config) -> str:
   return (
       f"Student and teacher are the same model, {config.student.path}, and read"
       " the same prompts, so they agree and hardly anything is learned; set"
-      " teacher.path to a better model, or data.teacher_prompt to what it reads"
-      " besides."
+      " teacher.path to a better model, or data.teacher_prompt so that the"
+      " teacher reads more than the student."
   )
 
 

@@ -568,13 +568,12 @@ def _claim_config(config: Config, workdir: pathlib.Path) -> None:
     _write(file, mine)
     return
   same_steps = theirs | {"steps": mine["steps"]}
+  more = ""
   if same_steps != mine:  # Other steps alone would be no reason.
     name, old, new = config_lib.first_difference(same_steps, mine)
-  more = ""
-  # As configs/own.py:steps= would, it changes other settings too.
-  if mine["steps"] > theirs["steps"] and same_steps != mine:
-    more = f" (for more steps alone, add --config.steps={mine['steps']} to its"
-    more += " first command)"
+    if mine["steps"] > theirs["steps"]:  # As of configs/own.py:steps=.
+      more = " (for more steps alone, add"
+      more += f" --config.steps={mine['steps']} to its first command)"
   raise WorkdirError(
       f"{workdir} holds a run with {name} = {old!r}, and this one has"
       f" {new!r}; choose another --workdir, or delete that one to start"
