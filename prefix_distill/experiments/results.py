@@ -1223,7 +1223,8 @@ file again. One run with a seed of your own, beside what the others say:
   two evaluations the curve is a straight line. **At equal FLOPs**: where the
   cheaper one of the two ends.
 - **Sizes**: the teacher is as large as the student, except for the student with
-  every second layer. A larger teacher makes its scores dearer, and its answers much dearer.
+  every second layer. A larger teacher makes its scores dearer, and its
+  answers much dearer.
 
 The bundled tasks have models of half a million parameters; the paper's are
 Qwen3 of 1.7 and 8 billion. What holds here need not hold there, and the other
