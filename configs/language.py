@@ -95,7 +95,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
           batch_size=100,
           greedy=False,
           teacher=False,
-          scored=0 if given["method"] in ("sft", "seqkd") else 100,
+          scored=0 if is_sft else 100,
       ),
       checkpoint=config_lib.CheckpointSpec(every=20),
   )

@@ -1147,7 +1147,8 @@ class EvaluationSpec:
     teacher: evaluates the teacher after the last update.
     scored: is the number of problems, evenly over each set, whose first sampled
       answers the teacher scores, whole, since the reverse KL tells students
-      apart that hardly ever answer right; 0 is off.
+      apart that hardly ever answer right; 0 is off. SeqKD reads the teacher's
+      weights anew each time.
   """
 
   sets: Mapping[_SetName, DatasetSpec]
@@ -1333,7 +1334,7 @@ class Config:
     )
     scored = self.evaluation.scored
     _check(
-        not scored or not self.is_supervised,
+        not scored or self.method != "sft",
         f"method is {self.method!r} but evaluation.scored is {scored}, and no"
         " teacher scores anything; set evaluation.scored to 0.",
     )

@@ -116,8 +116,8 @@ def test_the_language_models_config_is_valid(method):
   assert (config.teacher and config.teacher.path) == (
       None if method == "sft" else "theirs"
   )
-  # Where the teacher scores in training, it also does in evaluation.
-  assert bool(config.evaluation.scored) == (method in ("prefix", "full"))
+  # A teacher scores answers of evaluations whatever it does in training.
+  assert bool(config.evaluation.scored) == (method != "sft")
   splits = {spec.split for spec in config.evaluation.sets.values()}
   assert splits == {"test", "validation"} and config.data.train.split == "train"
 

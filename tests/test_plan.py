@@ -863,6 +863,23 @@ def test_a_plan_of_seqkd_is_of_the_teachers_answers_and_then_without_it(
   assert [*result.answers] == ["The teacher's 5 answers"]
 
 
+def test_a_plan_of_seqkd_scores_answers_as_full_distillation_does(
+    models, stand_ins
+):
+  found = {}
+  for method in ("full", "seqkd"):
+    rollout = RolloutSpec(per_prompt=1, max_len=24)
+    made = toys.run_config(*models, method=method, rollout=rollout)
+    spec = dataclasses.replace(made.evaluation, scored=3)
+    result = planned(dataclasses.replace(made, evaluation=spec))
+    found[method] = result.evaluation["student, 6 answers scored"]
+  assert found["seqkd"] == pytest.approx(found["full"]) and found["full"] > 0
+  # The weights of both are read, and the moments stay.
+  mine, theirs = (x for x in stand_ins if x.stage.name == programs.SCORING)
+  assert mine.stage.rows == theirs.stage.rows
+  assert jax.tree.leaves(theirs.plan.beside(theirs.stage)["moments"])
+
+
 def test_a_model_that_cannot_be_downloaded_can_be_a_config(
     monkeypatch, tmp_path
 ):

@@ -113,7 +113,7 @@ def test_the_table_holds_accuracy_and_how_answers_end(tmp_path):
           "finish",
           "right if finished",
           "tokens (mean / p95)",
-          "repetition",
+          "repeated",
       ],
       *(
           [
@@ -207,7 +207,7 @@ def test_the_widest_table_fits_a_terminal(tmp_path, capsys, monkeypatch):
   assert max(len(line) for line in printed.splitlines()[:-1]) <= 80
   # Nothing was cut or broken.
   for cell in (
-      "repetition",
+      "repeated",
       "(mean / p95)",
       "12346 / 16384",
       "(99.2-100.0)",
@@ -259,6 +259,17 @@ def test_a_run_that_was_evaluated_once_has_no_warning():
   assert not report.warning([], "heldout")
 
 
+def test_the_closing_table_tells_how_far_answers_are_if_it_was_measured():
+  lines = [evaluation(0), evaluation(3), evaluation(3, model="teacher")]
+  plain, rows = report.closing_table(lines, "heldout")
+  assert "nats" not in " ".join(plain)
+  assert {len(row) for row in rows} == {len(plain)}
+  lines[0]["answer_kl"], lines[1]["answer_kl"] = 62.33, 4.527
+  header, rows = report.closing_table(lines, "heldout")
+  assert header == (*plain, "nats to\nteacher")
+  assert [row[-1] for row in rows] == ["", "62.3", "4.53"]
+
+
 def test_an_evaluation_is_one_short_line():
   line = report.evaluation_line("student", 1000, evaluation(1000))
   assert "\n" not in line and len(line) <= 100
@@ -272,6 +283,7 @@ AGREEMENT = {
 }
 ALWAYS = {"accuracy_flops.svg", "termination.svg"}
 KL = {"kl_step.svg", "kl_position.svg"}
+SCORED = {"answer_kl": 9.5, "answer_kls": [9, 10], "answer_kl_positions": [9.5]}
 
 
 @pytest.mark.parametrize(
@@ -280,6 +292,8 @@ KL = {"kl_step.svg", "kl_position.svg"}
         ([], set()),
         (RUN, ALWAYS | KL),
         ([x for x in RUN if "mode" in x], ALWAYS),
+        ([x | SCORED if "mode" in x else x for x in RUN],
+         ALWAYS | KL | {"answers_kl.svg"}),
         ([x for x in RUN if "kl" in x], KL | {"termination.svg"}),
         ([update(1, **AGREEMENT), *RUN], ALWAYS | KL | {"agreement.svg"}),
         ([{"step": 1, "rollout_len": 3.0, "cross_entropy": 0.5}],
@@ -288,9 +302,12 @@ KL = {"kl_step.svg", "kl_position.svg"}
           for name, value in AGREEMENT.items() if name != "entropy_teacher"),
     ],
 )
-def test_pictures_are_drawn_of_what_was_measured(lines, pictures, tmp_path):
+def test_pictures_are_drawn_of_what_was_measured(
+    lines, pictures, tmp_path, capsys
+):
   names = plots.draw(lines, tmp_path, "prefix")
   assert set(names) == pictures
+  assert "could not be drawn" not in capsys.readouterr().out
   assert {x.name for x in tmp_path.iterdir()} == pictures
 
 

@@ -9,6 +9,7 @@ import pytest
 import toys
 
 from prefix_distill import config as config_lib
+from prefix_distill.config import RolloutSpec
 from prefix_distill.errors import ConfigError
 from prefix_distill.report import report
 from prefix_distill.structs import Rollout
@@ -75,10 +76,11 @@ def test_a_run_says_how_far_the_student_is(models, tmp_path):
   lines = evaluations(tmp_path)
   assert [line["step"] for line in lines] == [0, 3]
   for line in lines:
-    assert len(line["kl_answers"]) == 7
-    assert line["kl"] == pytest.approx(np.mean(line["kl_answers"]), rel=1e-3)
-    assert line["kl"] == pytest.approx(sum(line["kl_positions"]), rel=1e-5)
-  assert 0 < lines[1]["kl"] < lines[0]["kl"]
+    assert len(line["answer_kls"]) == 7
+    mean, parts = np.mean(line["answer_kls"]), line["answer_kl_positions"]
+    assert line["answer_kl"] == pytest.approx(mean, rel=1e-3)
+    assert line["answer_kl"] == pytest.approx(sum(parts), rel=1e-5)
+  assert 0 < lines[1]["answer_kl"] < lines[0]["answer_kl"]
   assert "nats from the teacher" in report.evaluation_line(
       "student", 3, lines[1]
   )
@@ -86,23 +88,43 @@ def test_a_run_says_how_far_the_student_is(models, tmp_path):
 
 def test_a_student_that_is_the_teacher_is_at_zero(models, tmp_path):
   loop.train(settings([models[1], models[1]], steps=1), tmp_path)
-  assert abs(evaluations(tmp_path)[0]["kl"]) < 1e-5
+  assert abs(evaluations(tmp_path)[0]["answer_kl"]) < 1e-5
+
+
+def test_seqkds_student_is_scored_as_full_distillations_is(models, tmp_path):
+  """Before training both are the same student, on the same answers."""
+  found = {}
+  for method in ("full", "seqkd"):
+    # Random models hardly ever stop, so one that is trained answers.
+    config = settings(
+        [models[0], "bundled:teacher"],
+        method=method,
+        steps=1,
+        rollout=RolloutSpec(per_prompt=1, max_len=250),
+    )
+    loop.train(config, tmp_path / method)
+    found[method] = evaluations(tmp_path / method)
+  full, seqkd = found["full"], found["seqkd"]
+  assert [line["step"] for line in seqkd] == [0, 1]
+  for name in ("answer_kl", "answer_kls", "answer_kl_positions"):
+    np.testing.assert_allclose(seqkd[0][name], full[0][name], rtol=1e-5)
+  assert 0 < seqkd[1]["answer_kl"] != seqkd[0]["answer_kl"]
 
 
 def test_positions_are_told_apart():
   nats = [np.ones(70), np.full(10, 2.0)]
   found = report.divergence(nats)
-  assert found["kl"] == 45
-  assert found["kl_answers"] == [70, 20]
-  assert found["kl_positions"] == [(16 + 20) / 2, 48 / 2, 6 / 2]
-  assert report.divergence([np.ones(16)])["kl_positions"] == [16]
+  assert found["answer_kl"] == 45
+  assert found["answer_kls"] == [70, 20]
+  assert found["answer_kl_positions"] == [(16 + 20) / 2, 48 / 2, 6 / 2]
+  assert report.divergence([np.ones(16)])["answer_kl_positions"] == [16]
 
 
 def test_what_has_no_teacher_to_score_is_refused(models):
   config = settings(models, scored=0)
   evaluation = dataclasses.replace(config.evaluation, scored=4)
-  with pytest.raises(ConfigError, match="'seqkd' but evaluation.scored is 4"):
-    dataclasses.replace(config, method="seqkd", evaluation=evaluation)
+  with pytest.raises(ConfigError, match="'sft' but evaluation.scored is 4"):
+    dataclasses.replace(config, method="sft", evaluation=evaluation)
   data = dataclasses.replace(config.data, teacher_prompt="{question} Hint.")
   with pytest.raises(ConfigError, match="evaluation.scored is 4 but data.tea"):
     dataclasses.replace(config, data=data, evaluation=evaluation)

@@ -188,11 +188,11 @@ def read_run(directory: pathlib.Path) -> dict[str, Any] | None:
   seconds = {x["step"]: x["seconds"] for x in lines if "loss" in x}
   # A trial has no test set.
   last = [x for x in found if x["set"] == found[-1]["set"]]
-  tested = [x for x in found if x["set"] == TEST and "kl" in x]
+  tested = [x for x in found if x["set"] == TEST and "answer_kl" in x]
   scores = {
-      "kl": [x["kl_answers"] for x in tested],
+      "kl": [x["answer_kls"] for x in tested],
       "kl_positions": [
-          [round(y, 4) for y in x["kl_positions"]] for x in tested
+          [round(y, 4) for y in x["answer_kl_positions"]] for x in tested
       ],
   }
   return {

@@ -440,8 +440,11 @@ class Plan:
     if not self.models.config.evaluation.scored:
       return []
     calls: list[Variant] = []
+    scoring = self.programs
+    if self.answering is not None:
+      scoring = Programs(self.answering.scoring)
     with compilation.watching(calls.append):
-      self.programs.divergences_on_shapes(
+      scoring.divergences_on_shapes(
           self.student_params, self._longest_prompt
       )
     return [x for x in self._stages(calls, 0) if x.name == SCORING]

@@ -95,10 +95,15 @@ def _date(metrics: pathlib.Path) -> str:
   return f"{found:%Y-%m-%d %H:%M} UTC"
 
 
-def _tables(lines: Sequence[Line]) -> list[tuple[str, list[list[str]]]]:
-  """Returns name and rows of each evaluation set."""
-  names = sorted({line["set"] for line in lines if "set" in line})
-  return [(name, _flat(report.closing_rows(lines, name))) for name in names]
+def _tables(
+    lines: Sequence[Line],
+) -> list[tuple[str, list[str], list[list[str]]]]:
+  """Returns name, header and rows of each evaluation set."""
+  out = []
+  for name in sorted({line["set"] for line in lines if "set" in line}):
+    header, rows = report.closing_table(lines, name)
+    out.append((name, *_flat([header]), _flat(rows)))
+  return out
 
 
 def _flat(rows: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -173,7 +178,7 @@ def _render(
       report.dropped(updates),
       report.chosen(lines, config.checkpoint.best),
       *report.alarms(lines).values(),
-      *(report.warning(lines, name) for name, _ in tables),
+      *(report.warning(lines, name) for name, *_ in tables),
   ]
   style, script = (
       (_TEMPLATE / f"page.{kind}").read_text("utf-8") for kind in ("css", "js")
@@ -193,7 +198,6 @@ def _render(
           ("last written", _date(workdir / "metrics.jsonl")),
       ],
       warnings=[text for text in warnings if text],
-      header=_flat([report.HEADER])[0],
       tables=tables,
       evaluates=bool(config.evaluation.sets),
       figures=figures,

@@ -55,6 +55,11 @@ CAPTIONS = {
         " training has spent; bars are 95 % intervals, and dashed lines the"
         " teacher."
     ),
+    "answers_kl.svg": (
+        "How far the student's whole answers are from the teacher, over the"
+        " FLOPs that training has spent: the exact reverse KL of an answer,"
+        " which tells students apart that are hardly ever right."
+    ),
     "termination.svg": (
         "Above, how many answers end by themselves, beside the training"
         " rollouts that the cap cuts; below, how long both are."
@@ -249,6 +254,28 @@ def kl_against_position(lines: Sequence[Line], path: pathlib.Path) -> str:
 
 
 @_styled
+def answers_kl_against_flops(lines: Sequence[Line], path: pathlib.Path) -> str:
+  """Draws the reverse KL of whole answers over cumulative training FLOPs."""
+  figure, axes = _axes(
+      "Distance of whole answers from the teacher",
+      "cumulative FLOPs",
+      "reverse KL (nats per answer)",
+  )
+  scored = [x for x in lines if "answer_kl" in x]
+  for dataset in sorted({x["set"] for x in scored}):
+    mine = [x for x in scored if x["set"] == dataset]
+    axes.plot(
+        [x["flops"] for x in mine],
+        [x["answer_kl"] for x in mine],
+        "o-",
+        label=f"student, {dataset}",
+    )
+  _scale(axes)
+  _legend(axes)
+  return _save(figure, path)
+
+
+@_styled
 def termination(lines: Sequence[Line], path: pathlib.Path) -> str:
   """Draws how many answers end, and how long they are, over the updates."""
   figure, (ends, lengths) = _panels(2)
@@ -381,6 +408,7 @@ def draw(
   accuracy = functools.partial(accuracy_against_flops, label=method)
   pictures = (
       ("mode" in fields, "accuracy_flops.svg", accuracy),
+      ("answer_kl" in fields, "answers_kl.svg", answers_kl_against_flops),
       ("finish_rate" in fields, "termination.svg", termination),
       ("kl" in fields, "kl_step.svg", kl),
       ("kl" in fields, "kl_position.svg", kl_against_position),

@@ -69,15 +69,16 @@ _ANSWER = {
     "right",
 }
 # The terminal needs the line breaks, so that all columns fit side by side.
-HEADER = (
+_HEADER = (
     "",
     "sampled\n(95 %)",
     "greedy\n(95 %)",
     "finish",
     "right if\nfinished",
     "tokens\n(mean / p95)",
-    "repetition",
+    "repeated",
 )
+_SCORED = "nats to\nteacher"
 # The report warns if the finish rate falls by more than this in training.
 _FALL = 0.05
 
@@ -274,16 +275,16 @@ def divergence(nats: Sequence[np.ndarray]) -> dict[str, Any]:
     nats: of each answer, the divergence at each of its tokens.
 
   Returns:
-    `kl`, the mean over answers; `kl_answers`, that of each; `kl_positions`,
-    what of the mean lies at tokens 0 to 16, 16 to 64, 64 to 256 and so on, as
-    far as there are any.
+    `answer_kl`, the mean over answers; `answer_kls`, that of each;
+    `answer_kl_positions`, what of the mean lies at tokens 0 to 16, 16 to 64, 64
+    to 256 and so on, as far as there are any.
   """
   totals = [float(np.sum(x)) for x in nats]
   longest = max(map(len, nats))
   return {
-      "kl": float(np.mean(totals)),
-      "kl_answers": [float(f"{x:.4g}") for x in totals],
-      "kl_positions": [
+      "answer_kl": float(np.mean(totals)),
+      "answer_kls": [float(f"{x:.4g}") for x in totals],
+      "answer_kl_positions": [
           float(np.mean([np.sum(x[start:end]) for x in nats]))
           for start, end in spans(longest)
       ],
@@ -393,7 +394,9 @@ def evaluation_line(which: str, step: int, values: Line) -> str:
   """Returns one evaluation as a line of text."""
   if values.get("teacher_update"):
     which += f" (the student after update {values['teacher_update']})"
-  nats = f", {values['kl']:.3g} nats from the teacher" if "kl" in values else ""
+  nats = ""
+  if "answer_kl" in values:
+    nats = f", {values['answer_kl']:.3g} nats from the teacher"
   return (
       f"step {step:>4}  {which} on {values['set']}, {values['mode']}:"
       f" {accuracy(values)}, {values['finish_rate']:.1%} finish,"
@@ -428,6 +431,7 @@ def _row(
       f"{sampled['accuracy_finished']:.1%}" if sampled["finish_rate"] else "-",
       f"{sampled['mean_length']:.0f} / {sampled['length_p95']}",
       f"{sampled['repetition']:.1%}",
+      f"{sampled['answer_kl']:.3g}" if "answer_kl" in sampled else "",
   )
 
 
@@ -435,11 +439,23 @@ def _stacked(cell: str) -> str:
   return cell.replace(" (", "\n(")
 
 
-def closing_rows(lines: Sequence[Line], dataset: str) -> list[tuple]:
-  """Returns the closing table of one evaluation set, without its header.
+def closing_table(
+    lines: Sequence[Line], dataset: str
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+  """Returns the header and the rows of the closing table of an evaluation set.
 
-  The columns after the two accuracies describe the sampled answers.
+  The columns after the two accuracies describe the sampled answers. The last
+  one, the reverse KL of whole answers, is there if the teacher scored any.
   """
+  rows = _closing_rows(lines, dataset)
+  if any(cells[-1] for cells in rows):
+    return (*_HEADER, _SCORED), rows
+  return _HEADER, [cells[:-1] for cells in rows]
+
+
+def _closing_rows(
+    lines: Sequence[Line], dataset: str
+) -> list[tuple[str, ...]]:
   steps = [x["step"] for x in lines if x.get("model") == "student"]
   if not steps:
     return []
@@ -632,9 +648,10 @@ def _print_table(
 ) -> None:
   """Prints the closing table of a set, and its warning."""
   table = _empty_table(dataset)
-  for column, name in enumerate(HEADER):
+  header, rows = closing_table(lines, dataset)
+  for column, name in enumerate(header):
     table.add_column(name, no_wrap=not column)
-  for row in closing_rows(lines, dataset):
+  for row in rows:
     table.add_row(*map(rich.text.Text, row))
   console.print(table)
   if text := warning(lines, dataset):

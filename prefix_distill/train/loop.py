@@ -199,6 +199,7 @@ class Run:
     self.setup, self.models, self.workdir = setup, models, workdir
     self.config = config = models.config
     self.programs = Programs(models)
+    self._scoring = setup.scoring and Programs(setup.scoring)
     self.checkpointer = Checkpointer(workdir, config.checkpoint)
     self.schedule = prefix_schedule.make(config)
     self.prices = Prices(
@@ -530,9 +531,13 @@ class Run:
     count = self.config.evaluation.scored
     numbers = sorted(report.spread(range(len(problems.answers)), count))
     prompts = jax.tree.map(lambda x: x[np.array(numbers)], problems.batch)
-    nats = self.programs.divergences(
+    programs, teacher = self.programs, self.teacher_params
+    if self._scoring is not None:  # Updates have the teacher's memory.
+      programs = self._scoring
+      teacher = self._load(self.config.teacher, self.setup.scoring.teacher)
+    nats = programs.divergences(
         self.student_params,
-        self.programs.on_device(self.teacher_params),
+        programs.on_device(teacher),
         prompts,
         [completions.tokens[number] for number in numbers],
     )
@@ -908,9 +913,13 @@ def _with_answers(
   others = json.loads(table.schema.metadata[_UNENDED])
   lengths = np.concatenate([lengths, np.reshape(others, (-1, 2))])
   spent = flops.answers(setup.models.teacher.config, *lengths.T)
-  models = dataclasses.replace(setup.models, teacher=None)
-  bought = Bought(spent, table.num_rows / config.data.batch_size)
-  return dataclasses.replace(setup, data=data, models=models), bought
+  learning = dataclasses.replace(
+      setup,
+      data=data,
+      models=dataclasses.replace(setup.models, teacher=None),
+      scoring=setup.models.scoring if config.evaluation.scored else None,
+  )
+  return learning, Bought(spent, table.num_rows / config.data.batch_size)
 
 
 def _write_answers(rows: list[dict[str, Any]], path: pathlib.Path) -> None:

@@ -97,6 +97,12 @@ class Models:
     return self.teacher is not None and self.config.shares_weights
 
   @property
+  def scoring(self) -> "Models":
+    """The models as full distillation has them, which score whole answers."""
+    config = dataclasses.replace(self.config, method="full")
+    return dataclasses.replace(self, config=config)
+
+  @property
   def sampling_mesh(self) -> jax.sharding.Mesh:
     """The mesh on which training and evaluation sample."""
     return sharding.sampling_mesh(self.mesh, self.config.mesh)
@@ -125,6 +131,8 @@ class Setup:
     problems: the evaluation sets.
     contents: fingerprints of all that it reads.
     rewriting: how the teacher rewrites; None if it does not.
+    scoring: what scores answers of evaluations where `models` lacks the
+      teacher; None if nothing does.
   """
 
   models: Models
@@ -133,6 +141,7 @@ class Setup:
   problems: dict[str, evaluator.Problems]
   contents: Contents
   rewriting: Rewriting | None = None
+  scoring: Models | None = None
 
 
 @dataclasses.dataclass(frozen=True)
