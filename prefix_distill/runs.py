@@ -4,8 +4,9 @@
   prefix-distill compare runs/full runs/prefix --to=runs/compared
 
 In a comparison the first run is the one that the others are compared with. A
-difference of accuracies has a 95 % interval from a paired bootstrap over the
-problems of the set; it says nothing of other seeds of the same run
+difference of accuracies, or of how far answers are from the teacher where
+`evaluation.scored` measured that, has a 95 % interval from a paired bootstrap
+over the problems of the set; it says nothing of other seeds of the same run
 (`prefix_distill/experiments/reproduce.py` does runs with several).
 """
 
@@ -43,6 +44,13 @@ _HEADER = (
     "before, %",
     "last, %",
     "minus the first's, points",
+)
+_SCORED_HEADER = (
+    "run",
+    "teacher",
+    "before, nats",
+    "last, nats",
+    "minus the first's, nats",
 )
 
 
@@ -112,7 +120,11 @@ def difference(
       .mean(1)
       for x in (ours, theirs)
   )
-  found = first - second
+  return _mean(first - second)
+
+
+def _mean(found: np.ndarray) -> tuple[float, float, float]:
+  """Returns the mean over problems and its 95 % interval."""
   if np.ptp(found) == 0:  # No resampling changes it.
     return found[0], found[0], found[0]
   low, high = stats.bootstrap(
@@ -129,6 +141,13 @@ def _same_problems(ours: RunSummary, theirs: RunSummary, name: str) -> bool:
   a, b = (run.config.evaluation.sets[name] for run in (ours, theirs))
   x, y = (run.sets[name][-1] for run in (ours, theirs))
   return a == b and all(x[k] == y[k] for k in ("problems", "dropped"))
+
+
+def _same_teacher(ours: Config, theirs: Config) -> bool:
+  """Whether the teachers' scores mean the same."""
+  a, b = ((x.teacher.path, x.loss.merge_stop_tokens) for x in (ours, theirs))
+  # A teacher that is refreshed is another one at the end of each run.
+  return a == b and not (ours.teacher.refresh or theirs.teacher.refresh)
 
 
 def _row(run: RunSummary, first: RunSummary, name: str) -> tuple[str, ...]:
@@ -160,10 +179,59 @@ def rows(runs: Sequence[RunSummary], name: str) -> list[tuple[str, ...]]:
   return [_row(run, mine[0], name) for run in mine]
 
 
+def _scored_row(
+    run: RunSummary, first: RunSummary, name: str
+) -> tuple[str, ...]:
+  lines, theirs = run.sets[name], first.sets[name][-1]
+  start, last = lines[0], lines[-1]
+  shown = "-"
+  if run is not first:
+    same = _same_problems(run, first, name)
+    counts = {len(x["answer_kls"]) for x in (last, theirs)}
+    if not same or len(counts) > 1:
+      shown = "other problems"
+    elif not _same_teacher(run.config, first.config):
+      shown = "another teacher"
+    else:
+      nats = (np.array(x["answer_kls"]) for x in (last, theirs))
+      value, low, high = _mean(np.subtract(*nats))
+      shown = f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
+  return (
+      run.name,
+      run.config.teacher.path,
+      f"{start['answer_kl']:.2f}" if start["step"] == 0 else "-",
+      f"{last['answer_kl']:.2f}",
+      shown,
+  )
+
+
+def scored_rows(runs: Sequence[RunSummary], name: str) -> list[tuple[str, ...]]:
+  """Returns the table of how far whole answers are from the teacher.
+
+  Without its header, and empty unless the teacher scored two runs' answers.
+  """
+  mine = _with_scores(runs, name)
+  return [_scored_row(run, mine[0], name) for run in mine if len(mine) > 1]
+
+
+def _with_scores(runs: Sequence[RunSummary], name: str) -> list[RunSummary]:
+  return [
+      run
+      for run in runs
+      if name in run.sets and all("answer_kl" in x for x in run.sets[name])
+  ]
+
+
 def figure(runs: Sequence[RunSummary], name: str) -> Figure:
-  """Draws accuracy over cumulative training FLOPs, a curve for each run."""
-  out = Figure(figsize=(8, 4.5), layout="constrained")
-  axes = out.subplots()
+  """Draws accuracy over cumulative training FLOPs, a curve for each run.
+
+  Below is how far answers are from the teacher, where that was measured.
+  """
+  scored = _with_scores(runs, name)
+  size = (8, 8 if scored else 4.5)
+  out = Figure(figsize=size, layout="constrained")
+  panels = out.subplots(2 if scored else 1, squeeze=False)[:, 0]
+  axes, colors = panels[0], {}
   for run in runs:
     lines = run.sets.get(name, ())
     if not lines:
@@ -174,7 +242,7 @@ def figure(runs: Sequence[RunSummary], name: str) -> Figure:
     )
     cost = [x["flops"] for x in lines]
     drawn = axes.plot(cost, mean, "o-", label=f"{run.name} ({run.method})")
-    color = drawn[0].get_color()
+    color = colors[run.name] = drawn[0].get_color()
     axes.fill_between(cost, low, high, alpha=0.15, color=color, linewidth=0)
   axes.set(
       title=f"{name}: sampled accuracy",
@@ -183,8 +251,24 @@ def figure(runs: Sequence[RunSummary], name: str) -> Figure:
       ylim=(0, 100),
       xlim=(0, None),
   )
-  axes.grid(alpha=0.3)
-  axes.spines[["top", "right"]].set_visible(False)
+  for run in scored:
+    lines = run.sets[name]
+    panels[1].plot(
+        [x["flops"] for x in lines],
+        [x["answer_kl"] for x in lines],
+        "o-",
+        color=colors[run.name],
+    )
+    panels[1].set(
+        title=f"{name}: distance of whole answers from the teacher",
+        xlabel="cumulative training FLOPs",
+        ylabel="reverse KL, nats per answer",
+        ylim=(0, None),
+        xlim=(0, None),
+    )
+  for each in panels:
+    each.grid(alpha=0.3)
+    each.spines[["top", "right"]].set_visible(False)
   out.legend(loc="outside right upper", frameon=False)
   return out
 
@@ -214,6 +298,10 @@ def compare(
   )
   for name in shared:
     console.print(report.table(_HEADER, rows(runs, name), console.width, name))
+    if scored := scored_rows(runs, name):
+      title = f"{name}: reverse KL of whole answers to the teacher"
+      table = report.table(_SCORED_HEADER, scored, console.width, title)
+      console.print(table)
     if to is not None:
       file = to / f"{name.replace('/', '_')}.png"
       to.mkdir(parents=True, exist_ok=True)

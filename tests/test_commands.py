@@ -1,5 +1,6 @@
 """The commands of the console script, and the settings in words."""
 
+import io
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import types
 
 import pages
 import pytest
+import rich.console
 import toys
 
 from prefix_distill import command_line
@@ -19,6 +21,7 @@ from prefix_distill import config as config_lib
 from prefix_distill import model_commands
 from prefix_distill import runs
 from prefix_distill.config import EvaluationSpec
+from prefix_distill.config import ModelSpec
 from prefix_distill.data import records
 from prefix_distill.distill import prefix_schedule
 from prefix_distill.errors import ConfigError
@@ -326,6 +329,44 @@ def test_a_difference_is_paired():
   assert low < value < high
   back = runs.difference(theirs, ours)
   assert back[0] == -value
+
+
+def _scored_run(directory, last: list[float], **changes) -> pathlib.Path:
+  """A run whose answers were 20 nats from the teacher, and now are `last`."""
+  verdicts = {"verdicts": "10" * 4, "samples": 1, "problems": 8, "dropped": 0}
+  lines = [
+      pages.evaluation(
+          step, **verdicts, answer_kls=nats, answer_kl=sum(nats) / len(nats)
+      )
+      for step, nats in ((0, [20.0] * 4), (2, last))
+  ]
+  pages.write([*lines, pages.update(1), pages.update(2)], directory, **changes)
+  return directory
+
+
+def test_compare_tells_which_students_answers_are_nearer(tmp_path):
+  first = _scored_run(tmp_path / "one", [5.0, 6.0, 7.0, 8.0])
+  nearer = _scored_run(tmp_path / "two", [4.0, 5.5, 6.0, 7.5])
+  taught = _scored_run(
+      tmp_path / "three", [1.0] * 4, teacher=ModelSpec("bundled:weak")
+  )
+  fewer = _scored_run(tmp_path / "four", [1.0] * 3)
+  out = io.StringIO()
+  console = rich.console.Console(file=out, width=120)
+  paths = [first, nearer, taught, fewer]
+  runs.compare(paths, tmp_path / "to", console)
+  found = {
+      name: line.split()
+      for line in out.getvalue().partition("whole answers")[2].splitlines()
+      for name in line.split()[:1]
+  }
+  assert found["one"][1:] == ["bundled:teacher", "20.00", "6.50", "-"]
+  # Each problem's answer is half a nat or a nat nearer.
+  assert " ".join(found["two"][3:]) == "5.75 -0.75 (-1.00 to -0.50)"
+  assert found["three"][-2:] == ["another", "teacher"]
+  assert found["four"][-2:] == ["other", "problems"]
+  read = [runs.read(path, path.name) for path in paths[:2]]
+  assert len(runs.figure(read, "heldout").axes) == 2
 
 
 def test_own_models_need_one_line(tmp_path):
