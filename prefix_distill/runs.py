@@ -259,6 +259,7 @@ def figure(runs: Sequence[RunSummary], name: str) -> Figure:
         "o-",
         color=colors[run.name],
     )
+  if scored:
     panels[1].set(
         title=f"{name}: distance of whole answers from the teacher",
         xlabel="cumulative training FLOPs",

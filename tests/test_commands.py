@@ -366,7 +366,9 @@ def test_compare_tells_which_students_answers_are_nearer(tmp_path):
   assert found["three"][-2:] == ["another", "teacher"]
   assert found["four"][-2:] == ["other", "problems"]
   read = [runs.read(path, path.name) for path in paths[:2]]
-  assert len(runs.figure(read, "heldout").axes) == 2
+  _, lower = runs.figure(read, "heldout").axes
+  assert [max(x.get_ydata()) for x in lower.get_lines()] == [20, 20]
+  assert lower.get_xlim()[1] > 2e9  # The last update's FLOPs.
 
 
 def test_own_models_need_one_line(tmp_path):
