@@ -1147,8 +1147,8 @@ class EvaluationSpec:
     teacher: evaluates the teacher after the last update.
     scored: is the number of problems, evenly over each set, whose first sampled
       answers the teacher scores, whole, since the reverse KL tells students
-      apart that hardly ever answer right; 0 is off. SeqKD reads the teacher's
-      weights anew each time.
+      apart that hardly ever answer right; SeqKD reads the teacher's weights
+      anew for each set and evaluation; 0 is off.
   """
 
   sets: Mapping[_SetName, DatasetSpec]
@@ -1379,12 +1379,12 @@ class Config:
         "rollout.source is 'data' but data.train.completion is empty; name the"
         " field of the answers.",
     )
-    supervised = self.is_supervised
+    supervised, source = self.is_supervised, self.rollout.source
     _check(
-        not supervised or self.rollout.source != "rewrite",
-        f"method is {self.method!r} but rollout.source is 'rewrite', and"
+        not supervised or source == "student",
+        f"method is {self.method!r} but rollout.source is {source!r}, and"
         " supervised training samples nothing; set method to 'prefix' or"
-        " 'full'.",
+        " 'full', or leave rollout.source.",
     )
     scored_in = self.rollout.rewrite.scored_in
     _check(

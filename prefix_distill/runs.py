@@ -137,8 +137,11 @@ def _mean(found: np.ndarray) -> tuple[float, float, float]:
 
 
 def _same_problems(ours: RunSummary, theirs: RunSummary, name: str) -> bool:
-  """Whether two runs were asked the same."""
-  a, b = (run.config.evaluation.sets[name] for run in (ours, theirs))
+  """Whether two runs were asked the same, and answered alike."""
+  specs = [run.config.evaluation for run in (ours, theirs)]
+  a, b = (
+      (x.sets[name], x.max_len, x.temperature, x.top_k, x.top_p) for x in specs
+  )
   x, y = (run.sets[name][-1] for run in (ours, theirs))
   return a == b and all(x[k] == y[k] for k in ("problems", "dropped"))
 
@@ -180,7 +183,7 @@ def rows(runs: Sequence[RunSummary], name: str) -> list[tuple[str, ...]]:
 
 
 def _scored_row(
-    run: RunSummary, first: RunSummary, name: str
+    run: RunSummary, first: RunSummary, name: str, teacher: str
 ) -> tuple[str, ...]:
   lines, theirs = run.sets[name], first.sets[name][-1]
   start, last = lines[0], lines[-1]
@@ -198,7 +201,7 @@ def _scored_row(
       shown = f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
   return (
       run.name,
-      run.config.teacher.path,
+      teacher,
       f"{start['answer_kl']:.2f}" if start["step"] == 0 else "-",
       f"{last['answer_kl']:.2f}",
       shown,
@@ -211,14 +214,23 @@ def scored_rows(runs: Sequence[RunSummary], name: str) -> list[tuple[str, ...]]:
   Without its header, and empty unless the teacher scored two runs' answers.
   """
   mine = _with_scores(runs, name)
-  return [_scored_row(run, mine[0], name) for run in mine if len(mine) > 1]
+  if len(mine) < 2:
+    return []
+  teachers = [pathlib.Path(run.config.teacher.path) for run in mine]
+  named = list(dict.fromkeys(teachers))
+  short = dict(zip(named, report.short_names(named), strict=True))
+  return [
+      _scored_row(run, mine[0], name, short[teacher])
+      for run, teacher in zip(mine, teachers, strict=True)
+  ]
 
 
 def _with_scores(runs: Sequence[RunSummary], name: str) -> list[RunSummary]:
   return [
       run
       for run in runs
-      if name in run.sets and all("answer_kl" in x for x in run.sets[name])
+      if name in run.sets
+      and all(x.get("answer_kl") is not None for x in run.sets[name])
   ]
 
 

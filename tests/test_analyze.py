@@ -75,6 +75,7 @@ def test_the_whole_prefix_has_the_whole_gradient(models, tmp_path):
   cosines = [row["cosine"] for row in rows]
   assert cosines == sorted(cosines) and 0 < cosines[0] < 0.999
   assert 0 < found[student]["halves"] < 1
+  assert found[student]["rollouts"] == 2 * 8 * 2
   table = analyze.rows("gradient", found[student])
   assert [row[0] for row in table] == ["4", "8", "16", "halves of all"]
   assert table[2][1:] == ("1.00", "1.00")
@@ -103,6 +104,7 @@ def test_the_table_has_means_over_seeds():
           "task": "chain",
           "what": "gradient",
           "halves": 0.9,
+          "rollouts": 24,
           "prefixes": [{"length": 8, "cosine": 0.5, "norm": 0.25}],
       },
   ]
@@ -111,4 +113,5 @@ def test_the_table_has_means_over_seeds():
   assert "| the student before | 1 | 1.00 | 2.00 | 3.00 |" in text
   assert f"| whole rollouts | 3 | 0.20 (0.00-{0.2 + half:.2f}) | 0.00" in text
   assert "| cosine | 0.50 |" in text and "is 0.90" in text
+  assert "from 24 rollouts" in text
   assert results.mechanism_tables(lines, "weak", {}) == ""

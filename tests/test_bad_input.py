@@ -131,6 +131,17 @@ def test_a_set_whose_own_prompts_are_too_long(tmp_path):
   assert "1024 positions" in sentence
 
 
+def test_answers_longer_than_the_teacher_that_scores_them(tmp_path):
+  short = _copy(tmp_path)
+  settings = json.loads((short / "config.json").read_text())
+  settings["max_position_embeddings"] = 320
+  (short / "config.json").write_text(json.dumps(settings))
+  changes = {"teacher__path": str(short), "evaluation__max_len": 300}
+  assert setup.prepare(_config(**changes), tmp_path / "fine")
+  sentence = _refusal(tmp_path, _config(**changes, evaluation__scored=4))
+  assert f"320 positions of {short}" in sentence
+
+
 def test_prompt_files(tmp_path):
   file = tmp_path / "prompts.jsonl"
 

@@ -391,6 +391,15 @@ _SFT = {"method": "sft", "teacher": None, "rollout.per_prompt": 1}
             {"teacher.refresh": 0},
         ),
         (
+            {
+                "rollout.source": "teacher",
+                "method": "seqkd",
+                "rollout.per_prompt": 1,
+            },
+            ("method is 'seqkd'", "rollout.source is 'teacher'", "samples"),
+            {"rollout.source": "student"},
+        ),
+        (
             {"rollout.source_share": 0.5},
             ("rollout.source_share is 0.5", "rollout.source is 'student'"),
             {"rollout.source": "teacher"},

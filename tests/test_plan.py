@@ -863,6 +863,12 @@ def test_a_plan_of_seqkd_is_of_the_teachers_answers_and_then_without_it(
   assert [*result.answers] == ["The teacher's 5 answers"]
 
 
+def test_a_plan_without_evaluation_sets_scores_nothing(models, stand_ins):
+  made = toys.run_config(*models)
+  spec = dataclasses.replace(made.evaluation, scored=3, sets={})
+  assert not planned(dataclasses.replace(made, evaluation=spec)).evaluation
+
+
 def test_a_plan_of_seqkd_scores_answers_as_full_distillation_does(
     models, stand_ins
 ):

@@ -1,4 +1,5 @@
 import base64
+import functools
 import hashlib
 import html
 import html.parser
@@ -6,6 +7,7 @@ import io
 import json
 import re
 
+import numpy as np
 import pages
 from pages import evaluation
 from pages import EVIL
@@ -112,8 +114,8 @@ def test_the_table_holds_accuracy_and_how_answers_end(tmp_path):
           "greedy (95 %)",
           "finish",
           "right if finished",
-          "tokens (mean / p95)",
-          "repeated",
+          "tokens (p95)",
+          "repeats",
       ],
       *(
           [
@@ -122,7 +124,7 @@ def test_the_table_holds_accuracy_and_how_answers_end(tmp_path):
               "50.0 % (40.0-60.0)",
               "100.0%",
               "50.0%",
-              "120 / 231",
+              "120 (231)",
               "12.5%",
           ]
           for name in ("teacher", "student before", "student after")
@@ -191,7 +193,8 @@ def test_texts_come_into_the_page_as_they_are_and_only_as_data(tmp_path):
   assert "innerHTML" not in script
 
 
-def test_the_widest_table_fits_a_terminal(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("more", [{}, {"answer_kl": 1234.5}])
+def test_the_widest_table_fits_a_terminal(more, tmp_path, capsys, monkeypatch):
   monkeypatch.setenv("COLUMNS", "80")
   widest = {
       "accuracy": 1.0,
@@ -201,15 +204,16 @@ def test_the_widest_table_fits_a_terminal(tmp_path, capsys, monkeypatch):
       "mean_length": 12_345.6,
       "length_p95": 16_384,
       "repetition": 1.0,
+      **more,
   }
   write([line | widest if "mode" in line else line for line in RUN], tmp_path)
   printed = capsys.readouterr().out
   assert max(len(line) for line in printed.splitlines()[:-1]) <= 80
   # Nothing was cut or broken.
   for cell in (
-      "repeated",
-      "(mean / p95)",
-      "12346 / 16384",
+      "repeats",
+      "12346",
+      "(16384)",
       "(99.2-100.0)",
       "100.0%",
       "student",
@@ -268,6 +272,34 @@ def test_the_closing_table_tells_how_far_answers_are_if_it_was_measured():
   header, rows = report.closing_table(lines, "heldout")
   assert header == (*plain, "nats to\nteacher")
   assert [row[-1] for row in rows] == ["", "62.3", "4.53"]
+
+
+def test_nats_that_are_not_finite_lose_no_evaluation(tmp_path):
+  """The line can be read, and says that they are unknown."""
+  nats = report.divergence([np.ones(20), np.array([1.0, np.nan])])
+  assert nats["answer_kls"] == [20, None] and nats["answer_kl"] is None
+  assert nats["answer_kl_positions"] == [None, 2.0]
+  writer = report.MetricsWriter(tmp_path / "metrics.jsonl", None)
+  writer.write(evaluation(0) | SCORED)
+  writer.write(evaluation(3) | nats)
+  lines = report.read_metrics(tmp_path / "metrics.jsonl")
+  assert [line["step"] for line in lines] == [0, 3]
+  assert [x[-1] for x in report.closing_table(lines, "heldout")[1]] == [
+      "9.5",
+      "-",
+  ]
+  assert report.evaluation_line("student", 3, lines[1]).count(", - nats") == 1
+  drawn = plots.draw(lines, tmp_path, "prefix")
+  assert "answers_kl.svg" in drawn
+
+
+def test_a_loss_that_json_lacks_leaves_a_gap(monkeypatch, tmp_path):
+  lines = [update(1), update(2, kl=None), update(3)]
+  picture = functools.partial(
+      plots.loss_against_step, name="kl", title="Reverse KL"
+  )
+  axes, _ = drawn(monkeypatch, lines, tmp_path, picture)
+  assert np.isnan(curves(axes)["Reverse KL"]).tolist() == [False, True, False]
 
 
 def test_an_evaluation_is_one_short_line():

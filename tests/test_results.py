@@ -1,5 +1,6 @@
 """Numbers of the experiments: intervals, comparisons, and the pages."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -566,6 +567,19 @@ def test_answers_that_the_teacher_scored_are_compared():
   assert not results.divergence_table(_found(full=(0.9, 1.0)), CELLS)
 
 
+def test_time_is_that_of_the_fastest_seed():
+  """What else a machine did only adds to it."""
+  found = _found(full=(0.9, 10.0), linear=(0.8, 5.0))
+  seconds = {"full": [[0, 400], [0, 100], [0, 900]], "linear": [[0, 25]] * 3}
+  found = {
+      name: dataclasses.replace(curve, seconds=np.array(seconds[name], float))
+      for name, curve in found.items()
+  }
+  table = results.methods_table(found, {"full": "full", "linear": "linear"})
+  _, _, _, full, linear = (x.split(" | ") for x in table.splitlines())
+  assert full[4:6] == ["100.0%", "100%"] and linear[4:6] == ["50.0%", "25%"]
+
+
 def test_where_answers_were_scored_the_divergence_decides():
   cells = (("full", 2.0), ("linear", 2.1), ("fixed-8", 12.0))
   runs = [
@@ -582,9 +596,11 @@ def test_where_answers_were_scored_the_divergence_decides():
       results.Comparison("", "fixed-8", "before", "end"), found
   )
   assert spoiled.word() == "worse" and spoiled.accuracy.value < -3.0
-  # A prefix of 8 stands for the one of 16, which was not run.
-  said, why = results.verdict(results.FINDINGS[2], found)
-  assert said == "holds" and "fixed-8 - before" in why
+  # The shortest prefix decides, also where a longer one was run.
+  longer = results.curves(_scored("fixed-16", seed, 1.0) for seed in range(2))
+  for more in ({}, {cell: c for (_, cell), c in longer.items()}):
+    said, why = results.verdict(results.FINDINGS[2], found | more)
+    assert said == "holds" and "fixed-8 - before" in why
   # Whole answers stand for prefixes of 64; some cells have no stand-in.
   said, why = results.verdict(results.FINDINGS[4], found)
   assert (said, why) == ("not run", "")
@@ -643,3 +659,14 @@ def test_a_mechanism_that_is_known_is_not_measured_again(
   (line,) = runner.analyse("capable", lines)
   assert (line["what"], line["seed"]) == ("position", 1)
   assert len(asked) == 1
+
+  # A language model's students are scored in their evaluations.
+  asked.clear()
+  monkeypatch.setattr(reproduce.Runner, "_make_all", lambda *_: True)
+  lines = runner.analyse("language", [])
+  assert [x["what"] for x in lines] == ["gradient", "teacher_prefix"]
+  lengths = [flags for _, *flags in asked]
+  assert lengths[0][0] == "--lengths=8,16,32" and "64" not in lengths[1][0]
+  # Without the models that are made first there is nothing to analyse.
+  monkeypatch.setattr(reproduce.Runner, "_make_all", lambda *_: False)
+  assert runner.analyse("half", []) == []

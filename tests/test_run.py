@@ -286,7 +286,7 @@ def test_a_finished_run_reports_again_and_changes_nothing(whole, cache):
   before = (workdir / "metrics.jsonl").read_bytes()
   code, out, err = _finish(_start(workdir, cache))
   assert code == 0, err
-  assert "after" in out and "repeated" in out
+  assert "after" in out and "repeats" in out
   assert (workdir / "metrics.jsonl").read_bytes() == before
 
 

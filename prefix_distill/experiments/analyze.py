@@ -195,8 +195,9 @@ def gradient(
       static_argnums=0,
   )
   for path, scored in _rollouts(setup, students, batches):
-    totals = {length: [0.0, 0.0] for length in (*lengths, 0)}
+    totals, rollouts = {x: [0.0, 0.0] for x in (*lengths, 0)}, 0
     for number, (batch, rollout) in enumerate(scored.parts):
+      rollouts += len(rollout.tokens)
       scores = score(
           models.teacher, models.loss, teacher_params, batch, rollout
       )
@@ -207,6 +208,7 @@ def gradient(
         halves[number % 2] = halves[number % 2] + found
     whole = sum(totals[0])
     out[path] = {
+        "rollouts": rollouts,
         "halves": _cosine(*totals[0]),
         "prefixes": [
             {

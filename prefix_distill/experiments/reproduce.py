@@ -74,6 +74,9 @@ class Task:
     every_ablation: updates from one evaluation to the next in ablations; 0 for
       `every`.
     problems: of the test and of the validation split.
+    gradients: the prefixes whose gradients are compared, in tokens.
+    teacher_prefixes: those of the teacher's answers that the student goes on
+      from.
     cells: those that are run unless `--cells` asks for others.
     seeds: how many seeds these have.
     note: what a reader of its tables should know.
@@ -89,6 +92,8 @@ class Task:
   of: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
   every_ablation: int = 0
   problems: tuple[int, int] = (240, 240)
+  gradients: str = "8,16,32,64,128"
+  teacher_prefixes: str = "0,8,16,32,64,128"
   cells: tuple[str, ...] = ()
   seeds: int = 5
   note: str = ""
@@ -253,9 +258,21 @@ _SUMS_CELLS = (
 )
 _SUMS = {
     "every": 6,
-    "settings": {"steps": "12", "evaluation.scored": "30"},
-    "of": {"linear": {"prefix.linear.increment": "5"}},
-    "problems": (60, 0),
+    "settings": {
+        "steps": "12",
+        "evaluation.scored": "100",
+        # Of language models, that is usual; and faster where a CPU has AMX.
+        "student.compute_dtype": "bfloat16",
+        "teacher.compute_dtype": "bfloat16",
+    },
+    "of": {
+        "linear": {"prefix.linear.increment": "5"},
+        "seqkd": {"steps": "18"},
+    },
+    "problems": (100, 0),
+    # Of 56 tokens, the last 40 of which stay hidden in the second.
+    "gradients": "8,16,32",
+    "teacher_prefixes": "0,8,16",
 }
 TASKS = {
     "capable": Task(
@@ -344,10 +361,8 @@ _DRAWN = (
     "off-forward",
     "fixed-8",
 )
-# The students of these cells are analysed, and these prefixes' gradients.
+# The students of these cells are analysed.
 _ANALYSED = ("full", "linear", "fixed-16", "fixed-64", "random", "audited")
-_GRADIENTS = "8,16,32,64,128"
-_TEACHER_PREFIXES = "0,8,16,32,64,128"
 _COMMON = {
     "evaluation.greedy": "False",
     "evaluation.teacher": "False",
@@ -527,6 +542,12 @@ class Runner:
       self._failed.add(name)
     return export.is_dir()
 
+  def _make_all(self, task: str, log: IO[str]) -> bool:
+    """Makes the models that a task needs; returns whether they are there."""
+    needed = [x for x in _MADE if f"{{{x}}}" in TASKS[task].config]
+    with self._making:
+      return all([self._make(name, log) for name in needed])
+
   def runs(self) -> list[dict[str, Any]]:
     return results.load(self._file)
 
@@ -543,10 +564,8 @@ class Runner:
     if core is not None:
       line = ["taskset", "-c", str(core), *line]
     with (place / "log").open("a") as log:
-      needed = [x for x in _MADE if f"{{{x}}}" in TASKS[todo.task].config]
-      with self._making:
-        if not all([self._make(name, log) for name in needed]):
-          return None
+      if not self._make_all(todo.task, log):
+        return None
       subprocess.run(line, stdout=log, stderr=log, check=False)
     found = results.read_run(place)
     return found and todo.key | found
@@ -585,7 +604,7 @@ class Runner:
       task: its name.
       known: lines of `mechanism.jsonl`; what is there is not done again.
     """
-    of = {"task": task}
+    of, spec = {"task": task}, TASKS[task]
     known = [line for line in known if line["task"] == task]
     done = {line["what"] for line in known}
     students = {(line.get("cell"), line.get("seed")) for line in known}
@@ -598,7 +617,12 @@ class Runner:
     }
     there = [path for path in places if pathlib.Path(path).is_dir()]
     lines = []
-    if there or "position" not in done:
+    if spec.is_language:
+      known_already = {"gradient", "teacher_prefix"} <= done
+      if known_already or not self._make_all(task, sys.stdout):
+        return []
+    # A language model's students are scored in their evaluations.
+    if not spec.is_language and (there or "position" not in done):
       found = self._analysis(task, "position", f"--students={','.join(there)}")
       before = {"cell": "before", "seed": 0}
       lines += [
@@ -608,12 +632,12 @@ class Runner:
           or "position" not in done
       ]
     if "gradient" not in done:
-      flags = (f"--lengths={_GRADIENTS}", "--batches=8")
+      flags = (f"--lengths={spec.gradients}", "--batches=8")
       (values,) = self._analysis(task, "gradient", *flags).values()
       lines.append(of | {"what": "gradient"} | values)
     if "teacher_prefix" not in done:
       found = self._analysis(
-          task, "teacher_prefix", f"--lengths={_TEACHER_PREFIXES}"
+          task, "teacher_prefix", f"--lengths={spec.teacher_prefixes}"
       )
       rows = [
           {name: row[name] for name in results.PREFIX_FIELDS}
@@ -624,7 +648,8 @@ class Runner:
 
   def _analysis(self, task: str, what: str, *flags: str) -> dict[str, Any]:
     place = self._workdir / task / f"analysis-{what}"
-    place.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(place, ignore_errors=True)  # Of an analysis of before.
+    place.mkdir(parents=True)
     line = [
         sys.executable,
         "-m",
@@ -632,6 +657,7 @@ class Runner:
         f"--config={_config(TASKS[task], self._models)}",
         f"--what={what}",
         f"--workdir={place}",
+        *(f"--config.{k}={v}" for k, v in TASKS[task].settings.items()),
         *flags,
     ]
     subprocess.run(line, check=True)
@@ -722,8 +748,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       failed |= runner.run_all(of(args), args.parallel)
   if args.part in (None, "mechanism"):
     path = args.docs / "mechanism.jsonl"
-    # The language model's students are scored in their evaluations.
-    for task in (x for x in args.tasks if not TASKS[x].is_language):
+    for task in args.tasks:
       lines = runner.analyse(task, results.load(path))
       with path.open("a") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)

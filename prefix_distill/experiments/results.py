@@ -90,6 +90,11 @@ class Curve:
     )
 
   @property
+  def fastest(self) -> float:
+    """Seconds of the updates of the fastest seed."""
+    return float(self.seconds[:, -1].min())
+
+  @property
   def is_scored(self) -> bool:
     """Whether the teacher scored the students' answers."""
     return KL in self.right
@@ -188,7 +193,11 @@ def read_run(directory: pathlib.Path) -> dict[str, Any] | None:
   seconds = {x["step"]: x["seconds"] for x in lines if "loss" in x}
   # A trial has no test set.
   last = [x for x in found if x["set"] == found[-1]["set"]]
-  tested = [x for x in found if x["set"] == TEST and "answer_kl" in x]
+  tested = [
+      x
+      for x in found
+      if x["set"] == TEST and x.get("answer_kl") is not None
+  ]
   scores = {
       "kl": [x["answer_kls"] for x in tested],
       "kl_positions": [
@@ -196,7 +205,7 @@ def read_run(directory: pathlib.Path) -> dict[str, Any] | None:
       ],
   }
   return {
-      **(scores if tested else {}),
+      **(scores if len(tested) == len(last) else {}),
       "steps": [x["step"] for x in last],
       "flops": [x["flops"] for x in last],
       "seconds": [round(seconds.get(x["step"], 0.0), 2) for x in last],
@@ -528,6 +537,18 @@ _SPOILED = "3. A fixed short prefix can spoil the rest; a growing one does not"
 _FIRST = "4. The first tokens carry the signal"
 _DIVERGENCE = "5. Reverse KL on the student's own prefixes is best"
 _OTHERS = "Other schedules and SeqKD beside full distillation"
+_ALTERNATIVES = (
+    *("fixed-8", "fixed-16", "fixed-64"),
+    *("random", "audited", "plateau", "seqkd"),
+)
+_SHORTEST = "shortest"
+# What is compared under a name: the first of these that was run. A task with
+# short answers has a prefix of 8, and whole answers instead of prefixes of 64.
+_STAND_INS = {
+    _SHORTEST: ("fixed-8", "fixed-16"),
+    "fixed-64": ("fixed-64", "full"),
+    "forward": ("forward", "full-forward"),
+}
 COMPARISONS = (
     Comparison(_GROWING, "linear", "full", "end"),
     Comparison(_GROWING, "linear", "full", "stop"),
@@ -538,13 +559,13 @@ COMPARISONS = (
     *_goals(_GROWING, "linear", "full"),
     *_shares(_SHORT, "fixed-64", "full"),
     *_shares(_SHORT, "fixed-64-fast", "full-fast"),
-    *_shares(_SHORT, "fixed-16", "full"),
-    Comparison(_SHORT, "fixed-16", "full", "equal"),
-    Comparison(_SHORT, "fixed-64", "fixed-16", "end"),
+    *_shares(_SHORT, _SHORTEST, "full"),
+    Comparison(_SHORT, _SHORTEST, "full", "equal"),
+    Comparison(_SHORT, "fixed-64", _SHORTEST, "end"),
     Comparison(_SPOILED, "fixed-64", "before", "end"),
-    Comparison(_SPOILED, "fixed-16", "before", "end"),
+    Comparison(_SPOILED, _SHORTEST, "before", "end"),
     Comparison(_SPOILED, "linear", "fixed-64", "end"),
-    Comparison(_SPOILED, "linear", "fixed-16", "end"),
+    Comparison(_SPOILED, "linear", _SHORTEST, "end"),
     Comparison(_FIRST, "first-32", "32-64", "end"),
     Comparison(_FIRST, "first-32", "last-32", "end"),
     Comparison(_DIVERGENCE, "fixed-64", "forward", "end"),
@@ -565,13 +586,13 @@ COMPARISONS = (
     Comparison(_DIVERGENCE, "off-forward", "before", "end"),
     *(
         Comparison(_OTHERS, cell, "full", what)
-        for cell in ("fixed-16", "fixed-64", "random", "audited", "seqkd")
+        for cell in _ALTERNATIVES
         for what in ("end", "stop", "equal")
     ),
     Comparison(_OTHERS, "random", "linear", "end"),
     *(
         Comparison(_OTHERS, cell, "full-fast", "equal")
-        for cell in ("fixed-16", "fixed-64", "random", "audited", "seqkd")
+        for cell in _ALTERNATIVES
     ),
     *(
         Comparison(_OTHERS, cell, "seqkd", "equal")
@@ -606,15 +627,15 @@ FINDINGS = (
     Finding(
         _SHORT,
         (
-            (Comparison(_SHORT, "fixed-16", "full", 0.1), ("better",)),
-            (Comparison(_SHORT, "fixed-16", "full", "end"), ("worse",)),
+            (Comparison(_SHORT, _SHORTEST, "full", 0.1), ("better",)),
+            (Comparison(_SHORT, _SHORTEST, "full", "end"), ("worse",)),
         ),
     ),
     Finding(
         _SPOILED,
         (
-            (Comparison(_SPOILED, "fixed-16", "before", "end"), ("worse",)),
-            (Comparison(_SPOILED, "linear", "fixed-16", "end"), ("better",)),
+            (Comparison(_SPOILED, _SHORTEST, "before", "end"), ("worse",)),
+            (Comparison(_SPOILED, "linear", _SHORTEST, "end"), ("better",)),
         ),
     ),
     Finding(
@@ -661,19 +682,11 @@ def verdict(finding: Finding, found: Mapping[str, Curve]) -> tuple[str, str]:
   return "open", said
 
 
-# A task with short answers has a prefix of 8 instead of one of 16, and whole
-# answers instead of prefixes of 64.
-_STAND_INS = {
-    "fixed-16": "fixed-8",
-    "fixed-64": "full",
-    "forward": "full-forward",
-}
-
-
 def _as_run(of: Comparison, found: Mapping[str, Curve]) -> Comparison:
   """Puts stand-ins in the place of cells that were not run."""
   first, second = (
-      x if x in found else _STAND_INS.get(x, x) for x in (of.first, of.second)
+      next((x for x in _STAND_INS.get(name, ()) if x in found), name)
+      for name in (of.first, of.second)
   )
   return dataclasses.replace(of, first=first, second=second)
 
@@ -797,7 +810,7 @@ def methods_table(
   """Returns a task's table of methods; shares are of full's whole FLOPs."""
   whole = found["full"]
   before = interval(at_start, whole).percent()
-  rows = [["before", len(whole.seeds), 0, before, "", "", "", ""] + [""] * 4]
+  rows = [["before", len(whole.seeds), 0, before] + [""] * 9]
   for name, text in about.items():
     if name not in found:
       continue
@@ -808,13 +821,14 @@ def methods_table(
         curve.steps[-1],
         interval(at_end, curve).percent(),
         _share(curve, end_cost, whole),
+        f"{curve.fastest / whole.fastest:.0%}",
         curve.steps[curve.stop],
         interval(at_stop, curve).percent(),
         _share(curve, stop_cost, whole),
         *(_share(curve, cost_to(goal), whole) for goal in GOALS),
     ])
   header = [
-      "", "seeds", "updates", "at the end, %", "FLOPs", "stop after",
+      "", "seeds", "updates", "at the end, %", "FLOPs", "time", "stop after",
       "there, %", "FLOPs", *(f"to {goal:.0%}" for goal in GOALS),
   ]
   return _markdown(header, rows)
@@ -1085,8 +1099,8 @@ def _gradient(line: Mapping[str, Any]) -> str:
   )
   return (
       "Before training, the cosine of the gradient of the loss on a prefix with"
-      " that on whole rollouts, from 256 rollouts. (That of two halves of the"
-      f" rollouts, whole, is {line['halves']:.2f}.)\n\n{table}"
+      f" that on whole rollouts, from {line['rollouts']} rollouts. (That of two"
+      f" halves of the rollouts, whole, is {line['halves']:.2f}.)\n\n{table}"
   )
 
 
@@ -1205,6 +1219,10 @@ file again. One run with a seed of your own, beside what the others say:
   whole rollouts of the audited schedule included. SeqKD pays for the
   teacher's answers as it uses them. Evaluation is left out for all. In the
   tables they are shares of what full distillation spends to its end.
+- **Time** is that of the updates of a method's fastest seed, compilation
+  included, as a share of full distillation's. It is rough: runs shared machines
+  with other work, and not all were on the same kind. SeqKD's is without the
+  teacher's sampling.
 - **Stop** is a method's best stopping point: the cheapest evaluation within
   {margin:.0f} points of its best on the validation split. All choices
   (stopping points, learning rates) look at the validation split alone;
@@ -1306,12 +1324,16 @@ def _by_task(
 
 
 def _sizes(curve: Curve) -> str:
-  """Says how many problems a task has."""
+  """Says how many problems a task has, and what full distillation costs."""
   count = {name: x.shape[2] for name, x in curve.right.items()}
   text = f"{count[TEST]} test problems"
   if VALIDATION in count:
     text += f", {count[VALIDATION]} validation problems"
-  return f"{text}."
+  flops = curve.flops[:, -1].mean()
+  return (
+      f"{text}. Full distillation takes {flops:.2g} FLOPs and"
+      f" {curve.fastest:.0f} s."
+  )
 
 
 def page(

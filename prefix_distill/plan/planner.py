@@ -725,10 +725,13 @@ def plan(question: Question, console: rich.console.Console) -> Result:
   check_weights(look.build(config), machine)
   notes = [note]
   if config.is_supervised:
-    notes.append(
+    note = (
         "The teacher answers all prompts before the first update, and is gone"
-        " while the student learns."
+        " while the student learns"
     )
+    if config.evaluation.scored:
+      note += "; evaluations read it again, to score answers"
+    notes.append(f"{note}.")
   elif config.shares_weights:
     notes.append("The teacher's weights are those beside the adapters.")
   for path in dict.fromkeys((config.student.path, config.teacher.path)):

@@ -437,7 +437,8 @@ class Plan:
     A batch has as many answers as an update has rollouts. The list is empty if
     no answer is scored.
     """
-    if not self.models.config.evaluation.scored:
+    spec = self.models.config.evaluation
+    if not (spec.scored and spec.sets):
       return []
     calls: list[Variant] = []
     scoring = self.programs

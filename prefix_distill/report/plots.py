@@ -201,13 +201,12 @@ def loss_against_step(
   """Draws the loss per token, and the prefix length beside it."""
   updates = [x for x in lines if name in x]
   figure, axes = _axes(title, "update", "nats per token")
-  steps = [x["step"] for x in updates]
-  axes.plot(steps, [x[name] for x in updates], color="C0", label=title)
+  _curve(axes, updates, name, color="C0", label=title)
   _scale(axes)
   _count(axes.xaxis)
   right = axes.twinx()
   right.plot(
-      steps,
+      [x["step"] for x in updates],
       [x["rollout_len"] for x in updates],
       color="C1",
       label="mean tokens supervised",
@@ -261,7 +260,7 @@ def answers_kl_against_flops(lines: Sequence[Line], path: pathlib.Path) -> str:
       "cumulative FLOPs",
       "reverse KL (nats per answer)",
   )
-  scored = [x for x in lines if "answer_kl" in x]
+  scored = [x for x in lines if x.get("answer_kl") is not None]
   for dataset in sorted({x["set"] for x in scored}):
     mine = [x for x in scored if x["set"] == dataset]
     axes.plot(

@@ -75,8 +75,8 @@ _HEADER = (
     "greedy\n(95 %)",
     "finish",
     "right if\nfinished",
-    "tokens\n(mean / p95)",
-    "repeated",
+    "tokens\n(p95)",
+    "repeats",
 )
 _SCORED = "nats to\nteacher"
 # The report warns if the finish rate falls by more than this in training.
@@ -268,6 +268,10 @@ def spans(longest: int) -> list[tuple[int, int]]:
   return [*itertools.pairwise([*borders, longest])]
 
 
+def _finite(value: float) -> float | None:
+  return float(value) if math.isfinite(value) else None
+
+
 def divergence(nats: Sequence[np.ndarray]) -> dict[str, Any]:
   """Summarizes the reverse KL of whole answers, in nats an answer.
 
@@ -277,15 +281,15 @@ def divergence(nats: Sequence[np.ndarray]) -> dict[str, Any]:
   Returns:
     `answer_kl`, the mean over answers; `answer_kls`, that of each;
     `answer_kl_positions`, what of the mean lies at tokens 0 to 16, 16 to 64, 64
-    to 256 and so on, as far as there are any.
+    to 256 and so on, as far as there are any. None is what is not finite.
   """
   totals = [float(np.sum(x)) for x in nats]
   longest = max(map(len, nats))
   return {
-      "answer_kl": float(np.mean(totals)),
-      "answer_kls": [float(f"{x:.4g}") for x in totals],
+      "answer_kl": _finite(np.mean(totals)),
+      "answer_kls": [_finite(float(f"{x:.4g}")) for x in totals],
       "answer_kl_positions": [
-          float(np.mean([np.sum(x[start:end]) for x in nats]))
+          _finite(np.mean([np.sum(x[start:end]) for x in nats]))
           for start, end in spans(longest)
       ],
   }
@@ -396,7 +400,7 @@ def evaluation_line(which: str, step: int, values: Line) -> str:
     which += f" (the student after update {values['teacher_update']})"
   nats = ""
   if "answer_kl" in values:
-    nats = f", {values['answer_kl']:.3g} nats from the teacher"
+    nats = f", {_nats(values)} nats from the teacher"
   return (
       f"step {step:>4}  {which} on {values['set']}, {values['mode']}:"
       f" {accuracy(values)}, {values['finish_rate']:.1%} finish,"
@@ -429,10 +433,20 @@ def _row(
       _stacked(accuracy(found["greedy"])) if "greedy" in found else "-",
       f"{sampled['finish_rate']:.1%}",
       f"{sampled['accuracy_finished']:.1%}" if sampled["finish_rate"] else "-",
-      f"{sampled['mean_length']:.0f} / {sampled['length_p95']}",
+      f"{sampled['mean_length']:.0f}\n({sampled['length_p95']})",
       f"{sampled['repetition']:.1%}",
-      f"{sampled['answer_kl']:.3g}" if "answer_kl" in sampled else "",
+      _nats(sampled),
   )
+
+
+def _nats(sampled: Line) -> str:
+  """Returns an answer's mean divergence; "-" if it was not finite."""
+  if "answer_kl" not in sampled:
+    return ""
+  nats = sampled["answer_kl"]
+  if nats is None:
+    return "-"
+  return f"{nats:.3g}" if nats < 100 else f"{nats:.0f}"
 
 
 def _stacked(cell: str) -> str:

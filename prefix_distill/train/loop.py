@@ -533,8 +533,10 @@ class Run:
     prompts = jax.tree.map(lambda x: x[np.array(numbers)], problems.batch)
     programs, teacher = self.programs, self.teacher_params
     if self._scoring is not None:  # Updates have the teacher's memory.
-      programs = self._scoring
-      teacher = self._load(self.config.teacher, self.setup.scoring.teacher)
+      programs, models = self._scoring, self.setup.scoring
+      teacher = self.base
+      if not models.shares_weights:
+        teacher = self._load(self.config.teacher, models.teacher)
     nats = programs.divergences(
         self.student_params,
         programs.on_device(teacher),
@@ -970,8 +972,13 @@ def _teacher_answers(
       pad_id=tokenizer.pad_id,
       num_tokens=tokenizer.num_tokens,
   )
+  # It is alone on the devices, so that nothing waits in the host's memory.
   params = setup_lib.load_model(
-      config.teacher, models.teacher, models.mesh, config.seed, poll
+      dataclasses.replace(config.teacher, offload=False),
+      models.teacher,
+      models.mesh,
+      config.seed,
+      poll,
   )
   rows = microbatch.answers(
       models,

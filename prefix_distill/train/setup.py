@@ -320,18 +320,33 @@ def _check_problems(
     config: Config,
     student: Model,
     problems: dict[str, evaluator.Problems],
+    teacher: Model | None = None,
 ) -> None:
-  """Checks sets that have a prompt length of their own."""
+  """Checks sets that have a prompt length of their own.
+
+  Args:
+    config: the settings.
+    student: its architecture.
+    problems: the evaluation sets.
+    teacher: the architecture of what scores answers; None if nothing does.
+
+  Raises:
+    ConfigError: a prompt and an answer have more tokens than a model can read.
+  """
+  readers = [(config.student, student)]
+  if teacher is not None:
+    readers.append((config.teacher, teacher))
   for name, found in problems.items():
     prompt, answer = found.batch.tokens.shape[1], config.evaluation.max_len
-    if prompt + answer > student.config.max_length:
-      raise ConfigError(
-          f"evaluation.sets.{name} has prompts of up to {prompt} tokens, which"
-          f" with evaluation.max_len {answer} is {prompt + answer}, more than"
-          f" the {student.config.max_length} positions of"
-          f" {config.student.path}; lower evaluation.max_len or"
-          f" evaluation.sets.{name}.max_prompt_len."
-      )
+    for spec, model in readers:
+      if prompt + answer > model.config.max_length:
+        raise ConfigError(
+            f"evaluation.sets.{name} has prompts of up to {prompt} tokens,"
+            f" which with evaluation.max_len {answer} is {prompt + answer},"
+            f" more than the {model.config.max_length} positions of"
+            f" {spec.path}; lower evaluation.max_len or"
+            f" evaluation.sets.{name}.max_prompt_len."
+        )
 
 
 def _check_same_everywhere(config: Config, workdir: pathlib.Path) -> None:
@@ -411,7 +426,8 @@ def check(config: Config, first: bool = False) -> Inputs:
   if rewriting is not None:
     rewriting.check(data.suffixes)
   problems = problems or _load_problems(config, fed[0].tokenizer)
-  _check_problems(config, student, problems)
+  scores = bool(config.evaluation.scored)
+  _check_problems(config, student, problems, teacher if scores else None)
   return Inputs(mesh, fed, student, teacher, data, problems)
 
 
