@@ -86,6 +86,26 @@ def test_a_run_says_how_far_the_student_is(models, tmp_path):
   )
 
 
+def test_scoring_has_the_memory_of_the_copy_that_decodes(
+    models, tmp_path, monkeypatch
+):
+  """The weights that were laid out for decoding are gone by then."""
+  run = loop.Run(setup.prepare(settings(models), tmp_path), tmp_path)
+  seen, scored = [], run.programs.divergences
+
+  def looked_at(*arguments):
+    seen.append(sum(x.nbytes for x in jax.live_arrays()))
+    return scored(*arguments)
+
+  monkeypatch.setattr(run.programs, "divergences", looked_at)
+  before = sum(x.nbytes for x in jax.live_arrays())
+  run.evaluate(0)
+  weights = sum(x.nbytes for x in jax.tree.leaves(run.student_params))
+  assert seen[0] - before < weights / 2
+  run.programs.close()
+  run.checkpointer.close()
+
+
 def test_a_student_that_is_the_teacher_is_at_zero(models, tmp_path):
   loop.train(settings([models[1], models[1]], steps=1), tmp_path)
   assert abs(evaluations(tmp_path)[0]["answer_kl"]) < 1e-5

@@ -423,8 +423,8 @@ def evaluate(
   shards = sharding.batch_shards(model.mesh)
   most = max(len(one.answers) * one.samples for one in sets.values())
   rows = min(rows, -(-most // shards) * shards)
-  engine = continuous_batching.Engine(model, sampler, params, rows)
   for name, mode, file in todo:
+    engine = continuous_batching.Engine(model, sampler, params, rows)
     problems, greedy = sets[name], mode == "greedy"
     samples = 1 if greedy else problems.samples
     draw = generate.Draw.of(spec.max_len, spec.temperature, greedy)
@@ -434,6 +434,7 @@ def evaluate(
     completions = complete(
         engine, tokenizer, problems, samples, seed, draw, keep, shown
     )
+    del engine  # Its weights leave their memory to what scores the answers.
     result = summarize(
         completions, problems.answers, problems.grading, problems.opening
     )
