@@ -286,6 +286,30 @@ def test_a_run_that_is_known_is_not_done_again(tmp_path, monkeypatch, capsys):
   assert len(results.load(file)) == 2
 
 
+def test_a_language_models_weights_are_deleted_when_its_run_is_kept(
+    tmp_path, monkeypatch
+):
+  """They are gigabytes; the small students are analysed later."""
+  runner = reproduce.Runner(tmp_path / "runs", tmp_path / "runs.jsonl")
+  todo = [reproduce.Experiment(x, "full", 0) for x in ("language", "chain")]
+
+  def fake(one, core=None):
+    for name in ("export", "checkpoints"):
+      (runner.place(one) / name).mkdir(parents=True)
+    (runner.place(one) / "metrics.jsonl").touch()
+    return run(one.cell, one.seed, [0, 1], 1, task=one.task)
+
+  monkeypatch.setattr(runner, "run", fake)
+  assert not runner.run_all(todo, 1)
+  left = [
+      sorted(x.name for x in runner.place(one).iterdir()) for one in todo
+  ]
+  assert left == [
+      ["metrics.jsonl"],
+      ["checkpoints", "export", "metrics.jsonl"],
+  ]
+
+
 def test_a_teacher_that_cannot_be_trained_fails_its_task_alone(
     tmp_path, monkeypatch
 ):
@@ -378,7 +402,8 @@ def test_the_committed_pages_are_what_the_committed_runs_say():
   mechanism = results.load(DOCS / "mechanism.jsonl")
   assert runs and mechanism
   notes = {name: task.note for name, task in reproduce.TASKS.items()}
-  page = results.page(runs, TASKS, CELLS, mechanism, notes)
+  again = results.load(DOCS / "again.jsonl")
+  page = results.page(runs, TASKS, CELLS, mechanism, notes, again)
   assert (DOCS / "README.md").read_text() == page
   readme = (DOCS.parents[1] / "README.md").read_text()
   assert "<!-- results -->\n|" in readme
@@ -452,8 +477,10 @@ def test_every_difference_in_a_sentence_is_one_of_the_results(page):
         ("half", "full", "full-forward", "end", ("better",)),
         ("half", "full", "off-reverse", "end", ("better",)),
         ("half", "full", "off-forward", "end", ("better",)),
-        ("half", "first-32", "32-64", "end", ("better",)),
-        ("half", "first-32", "last-32", "end", ("better",)),
+        ("half", "first-32", "32-64", "end", ("worse",)),
+        ("language", "random", "full", "equal", ("worse",)),
+        ("language", "audited", "full", "equal", ("worse",)),
+        ("language", "plateau", "full", "equal", ("undecided",)),
         ("language", "full", "full-forward", "end", ("better",)),
         ("language", "off-forward", "full", "end", ("better",)),
         ("language", "off-forward", "linear", "equal", ("better",)),
@@ -527,6 +554,9 @@ def test_a_verdict_is_what_the_intervals_say():
   found = _found(full=(0.9, 10.0), linear=(0.7, 4.0))
   said, why = results.verdict(growing, found)
   assert said == "does not hold" and "-20.0" in why and "3 seeds" in why
+  one = {cell: curve.of([0]) for cell, curve in found.items()}
+  said, why = results.verdict(growing, one)
+  assert said == "does not hold in one run" and "(1 seed)" in why
   assert results.verdict(growing, _found(full=(0.9, 10.0)))[0] == "not run"
   # As good at the end, but no better at the same FLOPs.
   found = _found(full=(0.9, 10.0), linear=(0.9, 10.0))
@@ -565,6 +595,12 @@ def test_answers_that_the_teacher_scored_are_compared():
   assert "| 2.09 (" in full
   assert "| +1.00 (+1.00 to +1.00) | 0.75 | 2.25 |" in linear
   assert not results.divergence_table(_found(full=(0.9, 1.0)), CELLS)
+  # Runs of the same cells stand beside them.
+  other = results.curves([_scored("linear", 0, 5.0)])
+  other = {cell: curve for (_, cell), curve in other.items()}
+  beside = results.divergence_table(found, CELLS, other).splitlines()
+  assert beside[0].endswith("| behind | in another run |")
+  assert [x.split(" | ")[-1] for x in beside[2:]] == [" |", " |", "5.10 |"]
 
 
 def test_time_is_that_of_the_fastest_seed():

@@ -254,7 +254,7 @@ _WORDS = {
 }
 _SUMS_CELLS = (
     *("full", "linear", "fixed-8", "full-forward"),
-    *("off-reverse", "off-forward", *_WINDOWS),
+    *("off-reverse", "off-forward", *_WINDOWS, "seqkd"),
 )
 _SUMS = {
     "every": 6,
@@ -326,12 +326,12 @@ TASKS = {
         "sums written out, SmolLM2-135M-Instruct",
         "language.py:student={student},teacher={teacher}",
         note=(
-            "A first look: 12 updates of 16 rollouts. The student is the model"
-            " as it comes, and the teacher the same model after 20 updates of"
-            " `method=sft`. After 12 updates hardly an answer is right, so"
-            " accuracy says nothing yet; the divergence does."
+            "A first look: 12 updates of 16 rollouts, computed in bfloat16. The"
+            " student is the model as it comes, and the teacher the same model"
+            " after 20 updates of `method=sft`. After 12 updates hardly an"
+            " answer is right, so accuracy says little yet; the divergence does."
         ),
-        cells=_SUMS_CELLS,
+        cells=(*_SUMS_CELLS, "fixed-16", "random", "audited", "plateau"),
         seeds=1,
         **_SUMS,
     ),
@@ -587,6 +587,9 @@ class Runner:
         if run is not None:
           with self._file.open("a") as file:
             file.write(json.dumps(run) + "\n")
+          if TASKS[todo.task].is_language:  # Two gigabytes each.
+            for large in ("checkpoints", "export"):
+              shutil.rmtree(self.place(todo) / large, ignore_errors=True)
         failed = f"FAILED, see {self.place(todo)}/log"
         print(f"{todo}: {failed if run is None else 'done'}", flush=True)
       return run is None
@@ -760,6 +763,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       _DRAWN,
       results.load(args.docs / "mechanism.jsonl"),
       {name: task.note for name, task in TASKS.items()},
+      results.load(args.docs / "again.jsonl"),
   )
   return int(failed)
 
