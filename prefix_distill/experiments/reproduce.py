@@ -22,7 +22,7 @@ adds to `docs/results/mechanism.jsonl`.
 
 `--student` is the language model of the tasks `language` and `half`, a
 directory or hub id. The teacher is trained from it first, and so is a student
-of every second of its layers.
+of every second of its layers. A run takes 5 GB of the disk while it lasts.
 
 The trials are of the learning rates from which each method's was chosen, on a
 seed that is used for nothing else; every method has the same number of trials.
