@@ -329,7 +329,8 @@ TASKS = {
             "A first look: 12 updates of 16 rollouts, computed in bfloat16. The"
             " student is the model as it comes, and the teacher the same model"
             " after 20 updates of `method=sft`. After 12 updates hardly an"
-            " answer is right, so accuracy says little yet; the divergence does."
+            " answer is right, so accuracy says little yet; the divergence"
+            " does."
         ),
         cells=(*_SUMS_CELLS, "fixed-16", "random", "audited", "plateau"),
         seeds=1,
