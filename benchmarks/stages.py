@@ -268,9 +268,9 @@ _BOUNDS = {
     ("float32", "default"): (5e-3, 2e-2),
     ("bfloat16", "default"): (4e-2, 8e-2),
 }
-# On a CPU the machine may differ, not the code: an Intel Xeon with AMX was off by
-# 5.8e-5 and 8.3e-5 in float32 (2026-12-01), with code that other processors had
-# passed within the bounds above.
+# On a CPU the machine may differ, not the code: an Intel Xeon with AMX was off
+# by 5.8e-5 and 8.3e-5 in float32 (2026-12-01), with code that had passed within
+# the bounds above on other processors.
 _REHEARSED_BOUNDS = 1e-4, 5e-4
 # Lengths that the cache grows to in these.
 _BUCKETS = (8, 40)
