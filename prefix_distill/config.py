@@ -1384,7 +1384,7 @@ class Config:
         not supervised or source == "student",
         f"method is {self.method!r} but rollout.source is {source!r}, and"
         " supervised training samples nothing; set method to 'prefix' or"
-        " 'full', or leave rollout.source.",
+        " 'full', or rollout.source to 'student'.",
     )
     scored_in = self.rollout.rewrite.scored_in
     _check(

@@ -137,7 +137,7 @@ def _mean(found: np.ndarray) -> tuple[float, float, float]:
 
 
 def _same_problems(ours: RunSummary, theirs: RunSummary, name: str) -> bool:
-  """Whether two runs were asked the same, and answered alike."""
+  """Whether two runs answered the same problems with the same settings."""
   specs = [run.config.evaluation for run in (ours, theirs)]
   a, b = (
       (x.sets[name], x.max_len, x.temperature, x.top_k, x.top_p) for x in specs
@@ -147,7 +147,7 @@ def _same_problems(ours: RunSummary, theirs: RunSummary, name: str) -> bool:
 
 
 def _same_teacher(ours: Config, theirs: Config) -> bool:
-  """Whether the teachers' scores mean the same."""
+  """Whether one teacher scored the answers of both runs, in the same way."""
   a, b = ((x.teacher.path, x.loss.merge_stop_tokens) for x in (ours, theirs))
   # A teacher that is refreshed is another one at the end of each run.
   return a == b and not (ours.teacher.refresh or theirs.teacher.refresh)

@@ -434,7 +434,7 @@ def evaluate(
     completions = complete(
         engine, tokenizer, problems, samples, seed, draw, keep, shown
     )
-    del engine  # Its weights leave their memory to what scores the answers.
+    del engine  # Scoring needs the memory of its copy of the weights.
     result = summarize(
         completions, problems.answers, problems.grading, problems.opening
     )

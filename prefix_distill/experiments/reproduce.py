@@ -588,7 +588,7 @@ class Runner:
         if run is not None:
           with self._file.open("a") as file:
             file.write(json.dumps(run) + "\n")
-          if TASKS[todo.task].is_language:  # Two gigabytes each.
+          if TASKS[todo.task].is_language:  # They take gigabytes.
             for large in ("checkpoints", "export"):
               shutil.rmtree(self.place(todo) / large, ignore_errors=True)
         failed = f"FAILED, see {self.place(todo)}/log"
@@ -621,12 +621,11 @@ class Runner:
     }
     there = [path for path in places if pathlib.Path(path).is_dir()]
     lines = []
-    if spec.is_language:
+    if spec.is_language:  # Its students are scored in their evaluations.
       known_already = {"gradient", "teacher_prefix"} <= done
       if known_already or not self._make_all(task, sys.stdout):
         return []
-    # A language model's students are scored in their evaluations.
-    if not spec.is_language and (there or "position" not in done):
+    elif there or "position" not in done:
       found = self._analysis(task, "position", f"--students={','.join(there)}")
       before = {"cell": "before", "seed": 0}
       lines += [

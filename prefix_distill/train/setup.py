@@ -98,7 +98,7 @@ class Models:
 
   @property
   def scoring(self) -> "Models":
-    """The models as full distillation has them, which score whole answers."""
+    """The same models, as full distillation uses them to score answers."""
     config = dataclasses.replace(self.config, method="full")
     return dataclasses.replace(self, config=config)
 
